@@ -1,0 +1,40 @@
+# Each target sets up what it needs: a fresh clone and `make serve` is all.
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL ?= demo
+STAMP := .venv/.installed
+
+.PHONY: setup serve test check format soak bench demo-eval
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "minisrv needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+serve: setup
+	$(BIN)/python -m minisrv.launch_server --model $(MODEL) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -m 'not soak' $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+soak: setup
+	$(BIN)/python -m pytest -m soak --timeout 7200 $(ARGS)
+
+bench: setup
+	$(BIN)/python benchmark/run.py $(ARGS)
+
+demo-eval: setup
+	$(BIN)/python scripts/eval_demo_model.py $(ARGS)

@@ -1,0 +1,237 @@
+"""Every option, once: flag, environment variable, default, help and check come from its field."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from minisrv.errors import ConfigError
+
+ENV_PREFIX = "MINISRV_"
+MODEL_ENV = "MINISRV_MODEL_PATH"
+_SIZE_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def option(default: Any, help: str, *aliases: str, negative: str | None = None) -> Any:
+    """A field with its help. `aliases` are more flags; `negative` is the flag that turns it off."""
+    return field(default=default, metadata={"help": help, "aliases": aliases, "negative": negative})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """What the user asked for. Values left at None are resolved by their owner at start."""
+
+    model: str = option(
+        "demo",
+        "a directory with a Hugging Face checkpoint, a hub name such as Qwen/Qwen3-0.6B, or demo",
+        "--model-path",
+    )
+    served_model_name: str | None = option(
+        None, "the name that clients use (default: as given in --model)"
+    )
+    host: str = option("127.0.0.1", "address that HTTP listens on")
+    port: int = option(8000, "port that HTTP listens on; 0 takes a free one")
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
+        "auto", "type of weights and cache; auto is the checkpoint's"
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model runs")
+    attention_backend: Literal["auto", "torch_native", "flashinfer"] = option(
+        "auto", "attention implementation"
+    )
+    tp: int = option(1, "tensor-parallel ranks", "--tp-size", "--tensor-parallel-size")
+    load_format: Literal["auto", "dummy"] = option(
+        "auto", "dummy takes random weights: for benchmarks, needs config.json alone"
+    )
+    num_threads: int | None = option(None, "CPU threads of the engine (default: all cores)")
+    max_seq_len: int | None = option(None, "longest prompt plus output (default: the model's)")
+    chat_template: str | None = option(None, "a Jinja file to use instead of the model's template")
+
+    page_size: int = option(16, "tokens in a cache page")
+    num_pages: int | None = option(None, "pages in the KV cache (default: as many as fit)")
+    kv_memory: str | None = option(
+        None,
+        "bytes for the KV cache on CPU, such as 2GiB (default: 25%% of free memory, at most 4GiB)",
+    )
+    memory_fraction: float = option(0.9, "share of the GPU's memory to use")
+    radix_cache: bool = option(
+        True, "share cached prefixes between requests", negative="--no-radix-cache"
+    )
+
+    max_running_requests: int = option(256, "requests that may decode together")
+    max_prefill_tokens: int | None = option(
+        None, "prompt tokens that one step may compute (default: 512 on CPU, 8192 on CUDA)"
+    )
+    overlap_depth: int | None = option(
+        None, "steps launched before the last is settled, 0 or 1 (default: 0 on CPU, 1 on CUDA)"
+    )
+    max_open_requests: int = option(
+        4096, "requests accepted and not yet finished; more are refused with 503"
+    )
+    num_tokenizers: int = option(1, "tokenizer processes", "--num-tokenizer")
+
+    strict_params: bool = option(False, "refuse request fields that no table of the API names")
+    cors_origins: str | None = option(
+        None, "origins that browsers may call from, separated by commas; * is any"
+    )
+    max_body_bytes: int = option(8 * 2**20, "largest request body")
+    start_timeout_s: float = option(1800.0, "seconds that the start may take, downloads aside")
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "least level logged")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_choice(f.name, getattr(self, f.name))
+        for name, low in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(f"{flag(name)} is {value}; it must be at least {low}")
+        if self.page_size & (self.page_size - 1):
+            raise ConfigError(f"--page-size is {self.page_size}; it must be a power of two")
+        if not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"--memory-fraction is {self.memory_fraction}; it must be in (0, 1]")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port is {self.port}; it must be from 0 to 65535")
+        if self.overlap_depth not in (None, 0, 1):
+            raise ConfigError(f"--overlap-depth is {self.overlap_depth}; it must be 0 or 1")
+        if self.tp > 1:
+            raise ConfigError("--tp above 1 is not available yet; run with --tp 1")
+        if self.attention_backend == "flashinfer":
+            raise ConfigError(
+                "--attention-backend flashinfer is not available yet; use torch_native"
+            )
+        if self.kv_memory is not None:
+            parse_size(self.kv_memory)
+
+    @property
+    def served_name(self) -> str:
+        """The model name in requests and replies."""
+        return self.served_model_name or self.model
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a child's boot message."""
+        return asdict(self)
+
+    @classmethod
+    def from_environment(
+        cls, environ: Mapping[str, str] | None = None, **overrides: Any
+    ) -> ServerConfig:
+        """Defaults, then MINISRV_* variables, then `overrides`. Raises ConfigError."""
+        environ = os.environ if environ is None else environ
+        values = _environment_values(environ)
+        return cls(**{**values, **overrides})
+
+
+_AT_LEAST = {
+    "tp": 1,
+    "num_threads": 1,
+    "max_seq_len": 2,
+    "page_size": 1,
+    "num_pages": 1,
+    "max_running_requests": 1,
+    "max_prefill_tokens": 1,
+    "max_open_requests": 1,
+    "num_tokenizers": 1,
+    "max_body_bytes": 1024,
+    "start_timeout_s": 1,
+}
+_TYPES = get_type_hints(ServerConfig)
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 512MiB, 4GB or 1000000; all units are powers of 1024."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", text.lower())
+    if match is None:
+        raise ConfigError(f"{text!r} is no size; write it as 512MiB or 4GiB")
+    return int(float(match[1]) * _SIZE_UNITS[match[2]])
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag a field, with the environment's or the field's default."""
+    for f in fields(ServerConfig):
+        literal = _choices(f.name)
+        plain = f.default is None or isinstance(f.default, bool)
+        default = "" if plain else f"(default: {f.default})"
+        text = f"{f.metadata['help']} {default}".strip()
+        names = [flag(f.name), *f.metadata["aliases"]]
+        common: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
+        if _plain_type(f.name) is bool:
+            if f.metadata["negative"]:
+                parser.add_argument(f.metadata["negative"], action="store_false", **common)
+            else:
+                parser.add_argument(*names, action="store_true", **common)
+        elif literal:
+            parser.add_argument(*names, choices=literal, **common)
+        else:
+            parser.add_argument(*names, type=_plain_type(f.name), metavar="X", **common)
+
+
+def parse_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> ServerConfig:
+    """Flags over the environment over the defaults; ends the process with status 2 on an error."""
+    add_flags(parser)
+    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
+    given = vars(parser.parse_args(argv))
+    positional = given.pop("positional_model")
+    if positional is not None and given.setdefault("model", positional) != positional:
+        parser.error(f"two models given: {positional} and {given['model']}")
+    known = {f.name for f in fields(ServerConfig)}
+    try:
+        return ServerConfig.from_environment(**{k: v for k, v in given.items() if k in known})
+    except ConfigError as error:
+        parser.error(error.message)
+
+
+def _environment_values(environ: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if MODEL_ENV in environ:
+        values["model"] = environ[MODEL_ENV]
+    for f in fields(ServerConfig):
+        variable = ENV_PREFIX + f.name.upper()
+        if variable in environ:
+            values[f.name] = _parse_variable(f.name, variable, environ[variable])
+    return values
+
+
+def _parse_variable(name: str, variable: str, text: str) -> Any:
+    kind = _plain_type(name)
+    try:
+        if kind is bool:
+            return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError):
+        raise ConfigError(f"{variable} is {text!r}; it must be a {kind.__name__}") from None
+
+
+def _plain_type(name: str) -> type[Any]:
+    """The type of a field without None; str for a Literal."""
+    kind = _TYPES[name]
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    return str if get_origin(kind) is Literal else kind
+
+
+def _choices(name: str) -> tuple[str, ...]:
+    return get_args(_TYPES[name]) if get_origin(_TYPES[name]) is Literal else ()
+
+
+def _check_choice(name: str, value: Any) -> None:
+    choices = _choices(name)
+    if choices and value not in choices:
+        raise ConfigError(f"{flag(name)} is {value!r}; it must be one of {', '.join(choices)}")
+    kind = _plain_type(name)
+    number_ok = kind is float and isinstance(value, int) and not isinstance(value, bool)
+    if value is None:
+        if type(None) in get_args(_TYPES[name]):
+            return
+    elif number_ok or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
+        return
+    raise ConfigError(f"{flag(name)} is {value!r}; it must be a {kind.__name__}")

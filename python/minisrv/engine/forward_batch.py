@@ -1,0 +1,82 @@
+"""The only types between scheduler and engine: what one step computes, and what came of it.
+
+Sizes: R sequences in the step, T tokens, S sequences that sample, P page-table writes.
+Plain numpy, so that the scheduler and a fake engine need no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingColumns:
+    """Sampling parameters of the S sequences that sample, one column a parameter.
+
+    A draw depends on (seeds, choices, position of the new token) alone, so that neighbours in the
+    batch change nothing. `suppress_samples[i]` (an index into S) may not draw `suppress_ids[i]`.
+    """
+
+    temperature: Float32Array  # [S] 0 is greedy
+    top_p: Float32Array  # [S] 1 is off
+    top_k: Int32Array  # [S] 0 is off
+    min_p: Float32Array  # [S] 0 is off
+    seeds: Int64Array  # [S]
+    choices: Int32Array  # [S]
+    suppress_samples: Int32Array  # [any]
+    suppress_ids: Int32Array  # [any]
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """One step: `num_decodes` sequences of one token first, then the prefill chunks.
+
+    A decode's input token is the one that the engine sampled last for its row (it may still be on
+    the device); the ids of prefill chunks are given. Before the forward the engine writes
+    `page_table[page_rows, page_columns] = page_ids`; column c of a row holds the page of the
+    positions from c * page_size on. A row keeps its pages between steps.
+    """
+
+    step_id: int
+    num_decodes: int
+    rows: Int32Array  # [R] the fixed row of each sequence
+    query_lens: Int32Array  # [R] tokens computed in this step
+    start_positions: Int32Array  # [R] position of the first of them = tokens already in the cache
+    prefill_ids: Int32Array  # [T - num_decodes]
+    page_rows: Int32Array  # [P]
+    page_columns: Int32Array  # [P]
+    page_ids: Int32Array  # [P]
+    sample_indices: Int32Array  # [S] ascending indices into R; the last token's logits are used
+    sampling: SamplingColumns
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOutput:
+    """What a step gave."""
+
+    token_ids: Int32Array  # [S] in the order of `sample_indices`
+
+
+class ForwardEngine(Protocol):
+    """What the scheduler's loop needs of an engine.
+
+    Steps run in the order of `launch`; a page written by one step may be read by the next.
+    """
+
+    num_pages: int
+    page_size: int
+    max_seq_len: int
+
+    def launch(self, batch: ForwardBatch) -> Any:
+        """Start a step and return a handle; at most two steps are in flight."""
+
+    def wait(self, handle: Any) -> ForwardOutput:
+        """Block until the step is done; called once a handle, in launch order."""

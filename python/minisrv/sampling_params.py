@@ -1,0 +1,126 @@
+"""What a request may ask of the sampler and of the end of its text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from minisrv.errors import InvalidRequestError
+
+_T = TypeVar("_T")
+
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_TOKEN_IDS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """One request's sampling. `None` means the model's default, see `with_defaults`.
+
+    temperature: 0 is greedy; at most 2.
+    top_k: 0 or -1 keeps all tokens. top_p in (0, 1]. min_p in [0, 1], relative to the best token.
+    seed: with it the text depends on (seed, choice index, position) alone.
+    n: how many choices. max_tokens: output tokens; `None` is the rest of the context.
+    min_tokens: no end-of-text and no stop token before so many output tokens.
+    stop: the text ends before the first of these strings. stop_token_ids: it ends at these tokens.
+
+    Raises InvalidRequestError for a value out of range.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    n: int = 1
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                value = (value,)
+            object.__setattr__(self, name, tuple(value or ()))
+        _check_number("temperature", self.temperature, 0.0, 2.0)
+        _check_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        _check_integer("top_k", self.top_k, -1, 2**31 - 1)
+        _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
+        _check_integer("n", self.n, 1, MAX_CHOICES)
+        _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}",
+                param="min_tokens",
+            )
+        self._check_stops()
+
+    def _check_stops(self) -> None:
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequestError(
+                f"stop has {len(self.stop)} strings; the limit is {MAX_STOP_STRINGS}", param="stop"
+            )
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise InvalidRequestError(
+                    "stop must hold strings, none of them empty", param="stop"
+                )
+            if len(text) > MAX_STOP_CHARS:
+                raise InvalidRequestError(
+                    f"a stop string has {len(text)} characters; the limit is {MAX_STOP_CHARS}",
+                    param="stop",
+                )
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequestError(
+                f"stop_token_ids has {len(self.stop_token_ids)} ids; "
+                f"the limit is {MAX_STOP_TOKEN_IDS}",
+                param="stop_token_ids",
+            )
+        for token_id in self.stop_token_ids:
+            _check_integer("stop_token_ids", token_id, 0, 2**31 - 1)
+
+    def with_defaults(self, defaults: SamplingParams) -> SamplingParams:
+        """Fill what the request left open: first from the model's defaults, then OpenAI's."""
+        return replace(
+            self,
+            temperature=_first(self.temperature, defaults.temperature, 1.0),
+            top_p=_first(self.top_p, defaults.top_p, 1.0),
+            top_k=max(0, _first(self.top_k, defaults.top_k, 0)),
+            min_p=_first(self.min_p, defaults.min_p, 0.0),
+        )
+
+
+def _first(*values: _T | None) -> _T:
+    return next(value for value in values if value is not None)
+
+
+def _check_number(
+    name: str, value: float | None, low: float, high: float, open_low: bool = False
+) -> None:
+    if value is None:
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and math.isfinite(value) and low <= value <= high and not (open_low and value == low):
+        return
+    bracket = "(" if open_low else "["
+    raise InvalidRequestError(
+        f"{name} is {value!r}; it must be in {bracket}{low:g}, {high:g}]", param=name
+    )
+
+
+def _check_integer(name: str, value: int | None, low: int, high: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidRequestError(f"{name} is {value!r}; it must be an integer", param=name)
+    if not low <= value <= high:
+        raise InvalidRequestError(f"{name} is {value}; it must be from {low} to {high}", param=name)
