@@ -225,7 +225,7 @@ def _pack(value: Any) -> Any:
 
 
 def _unpack_fields(kind: type[Any], values: Any) -> Any:
-    readers = _field_readers(kind)
+    readers = _field_readers(kind)  # type: ignore[arg-type]
     if not isinstance(values, list) or len(values) != len(readers):
         raise DecodeError(f"{kind.__name__} does not have {len(readers)} fields")
     try:

@@ -1,0 +1,181 @@
+"""Who owns which page: leases of running requests, the radix tree, the free list, quarantine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from minisrv.kvcache.page_pool import IdPool
+from minisrv.kvcache.radix_tree import Node, RadixTree
+
+Int32Array = npt.NDArray[np.int32]
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """A running request's row of the page table.
+
+    `pages[c]` holds positions c * page_size on. The first `num_shared` pages are the tree's and
+    read-only, pinned at `node`; the others are this lease's alone.
+    """
+
+    row: int
+    node: Node
+    pages: list[int] = field(default_factory=list)
+    num_shared: int = 0
+    last_step: int = 0
+
+
+class KVCacheManager:
+    """Gives rows and pages to requests and takes them back.
+
+    All token ids are int32 arrays that begin at position 0. `take_page_writes` gives the changes
+    of the page table.
+    """
+
+    def __init__(self, num_pages: int, num_rows: int, page_size: int, *, radix_cache: bool) -> None:
+        self.page_size = page_size
+        self.radix_cache = radix_cache
+        self.tree = RadixTree(page_size)
+        self.pages = IdPool(num_pages)
+        self.rows = IdPool(num_rows)
+        self._page_writes: dict[tuple[int, int], int] = {}
+
+    @property
+    def num_available(self) -> int:
+        """Pages that can be taken, free or after eviction."""
+        return self.pages.num_free + self.tree.num_evictable
+
+    @property
+    def num_returning(self) -> int:
+        """Pages that become free when the steps in flight settle."""
+        return self.pages.num_quarantined
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that hold so many tokens."""
+        return -(-num_tokens // self.page_size)
+
+    def open(self) -> Lease:
+        """A lease without pages; the caller has seen that `rows.num_free` is not 0."""
+        return Lease(row=self.rows.take(1)[0], node=self.tree.root)
+
+    def peek(self, token_ids: Int32Array, step: int) -> tuple[int, int, bool]:
+        """What a new lease would find: (pages, those of them evictable now, pending)."""
+        if not self.radix_cache:
+            return 0, 0, False
+        limit = (len(token_ids) - 1) // self.page_size
+        found = self.tree.match(self.tree.root, token_ids, 0, limit, step)
+        evictable, inside = 0, found.inside
+        for node in self.tree.path(found.node):
+            evictable += 0 if node.refs else inside
+            inside = len(node.parent.pages) if node.parent else 0
+        return len(found.pages), evictable, found.pending
+
+    def extend_match(
+        self, lease: Lease, token_ids: Int32Array, computed: int, step: int
+    ) -> int | None:
+        """Put cached pages into the lease in place of what it has not computed.
+
+        At least one token stays to be computed. Returns the number of tokens that are in the cache
+        now, at least `computed`; None when the next pages are being written by this very step.
+        """
+        if not self.radix_cache:
+            return computed
+        limit = (len(token_ids) - 1) // self.page_size
+        shared = lease.num_shared
+        found = self.tree.match(lease.node, token_ids, shared, limit, step)
+        if found.pending:
+            return None
+        end = shared + len(found.pages)
+        if end * self.page_size <= computed:
+            return computed
+        node = self.tree.end_of(found)
+        self.tree.pin(node)
+        self.tree.unpin(lease.node, lease.last_step)
+        self.pages.release(lease.pages[shared:end], lease.last_step)
+        for column, page in enumerate(found.pages, shared):
+            self._page_writes[lease.row, column] = page
+        lease.pages[shared:end] = found.pages
+        lease.node, lease.num_shared = node, end
+        return end * self.page_size
+
+    def grow(self, lease: Lease, num_tokens: int) -> int:
+        """Take pages, evicting if need be, for up to `num_tokens`; returns how many tokens fit."""
+        missing = self.pages_for(num_tokens) - len(lease.pages)
+        if missing > 0:
+            self.evict(missing - self.pages.num_free)
+            taken = self.pages.take(min(missing, self.pages.num_free))
+            for column, page in enumerate(taken, len(lease.pages)):
+                self._page_writes[lease.row, column] = page
+            lease.pages += taken
+        return min(num_tokens, len(lease.pages) * self.page_size)
+
+    def share(self, lease: Lease, token_ids: Int32Array, computed: int, step: int) -> None:
+        """Give the tree the pages that `step` (or one before) fills: those below `computed`.
+
+        Pages that the tree has already, filled by somebody else, stay the lease's own.
+        """
+        start, end = lease.num_shared, computed // self.page_size
+        if not self.radix_cache or end <= start:
+            return
+        if self.tree.match(lease.node, token_ids, start, start + 1, -1).pages:
+            return
+        node, _ = self.tree.insert(lease.node, token_ids, start, lease.pages[start:end], step)
+        self.tree.pin(node)
+        self.tree.unpin(lease.node, lease.last_step)
+        lease.node, lease.num_shared = node, end
+
+    def close(self, lease: Lease, token_ids: Int32Array, computed: int) -> None:
+        """End a lease: its full pages below `computed` go to the tree, the others back."""
+        start = lease.num_shared
+        end = max(start, computed // self.page_size) if self.radix_cache else start
+        known = end - start
+        if known:
+            own = lease.pages[start:end]
+            _, known = self.tree.insert(lease.node, token_ids, start, own, lease.last_step)
+        self.tree.unpin(lease.node, lease.last_step)
+        unused = lease.pages[start : start + known] + lease.pages[end:]
+        self.pages.release(unused, lease.last_step)
+        self.rows.release([lease.row], lease.last_step)
+        lease.pages, lease.num_shared, lease.node = [], 0, self.tree.root
+
+    def evict(self, count: int) -> None:
+        """Drop up to `count` unpinned pages from the tree, least recently used first."""
+        for pages, last_step in self.tree.evict(count):
+            self.pages.release(pages, last_step)
+
+    def settle(self, step: int) -> None:
+        """All steps up to `step` are done."""
+        self.pages.settle(step)
+        self.rows.settle(step)
+
+    def take_page_writes(self) -> dict[tuple[int, int], int]:
+        """The changes of the page table since the last call: (row, column) -> page."""
+        writes, self._page_writes = self._page_writes, {}
+        return writes
+
+    def check(self, leases: Collection[Lease]) -> None:
+        """Assert that every page and row has exactly one owner, and every pin a holder."""
+        self.tree.check()
+        owned = Counter(self.pages.idle_ids())
+        owned.update(page for node in self.tree.nodes() for page in node.pages)
+        owned.update(page for lease in leases for page in lease.pages[lease.num_shared :])
+        assert owned == Counter(range(self.pages.size)), f"pages lost or shared: {_odd(owned)}"
+        rows = Counter(self.rows.idle_ids()) + Counter(lease.row for lease in leases)
+        assert rows == Counter(range(self.rows.size)), f"rows lost or shared: {_odd(rows)}"
+        pins: Counter[int] = Counter()
+        for lease in leases:
+            path = list(self.tree.path(lease.node))
+            pins.update(map(id, path))
+            shared = [page for node in reversed(path) for page in node.pages]
+            assert shared == lease.pages[: lease.num_shared], "a lease and its path differ"
+        for node in self.tree.nodes():
+            assert node.refs == pins[id(node)], f"{node.refs} pins, {pins[id(node)]} holders"
+
+
+def _odd(owners: Counter[int]) -> dict[int, int]:
+    return {i: count for i, count in owners.items() if count != 1}

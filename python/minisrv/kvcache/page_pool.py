@@ -1,0 +1,60 @@
+"""Numbered slots (pages, rows) that come back only when the steps that use them have settled."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+
+class IdPool:
+    """The ids 0..size-1, each one free, in quarantine, or out with a holder.
+
+    `release(ids, last_step)` puts ids that step `last_step` may still read or write into
+    quarantine until `settle(last_step)`: two-phase free.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.settled_step = 0
+        self._free = list(range(size - 1, -1, -1))
+        self._quarantine: deque[tuple[int, list[int]]] = deque()
+        self.num_quarantined = 0
+
+    @property
+    def num_free(self) -> int:
+        """Ids that `take` can give now."""
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """`count` free ids; the caller has seen that there are enough."""
+        assert count <= len(self._free), "more ids taken than are free"
+        if count == 0:
+            return []
+        taken = self._free[-count:][::-1]
+        del self._free[-count:]
+        return taken
+
+    def release(self, ids: Iterable[int], last_step: int) -> None:
+        """Give ids back; they are free once `last_step` has settled."""
+        if last_step <= self.settled_step:
+            self._free.extend(ids)
+            return
+        held = list(ids)
+        self._quarantine.append((last_step, held))
+        self.num_quarantined += len(held)
+
+    def settle(self, step: int) -> None:
+        """All steps up to `step` are done: what waited for them is free."""
+        self.settled_step = step
+        still = deque[tuple[int, list[int]]]()
+        for last_step, ids in self._quarantine:
+            if last_step <= step:
+                self._free.extend(ids)
+                self.num_quarantined -= len(ids)
+            else:
+                still.append((last_step, ids))
+        self._quarantine = still
+
+    def idle_ids(self) -> list[int]:
+        """All ids that nobody holds, free and in quarantine, for `check`."""
+        return self._free + [i for _, ids in self._quarantine for i in ids]

@@ -1,0 +1,73 @@
+"""A step as flat arrays: what the scheduler decided, in the engine's terms."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minisrv.engine.forward_batch import ForwardBatch, Int32Array, SamplingColumns
+from minisrv.scheduler.request import Request
+from minisrv.scheduler.scheduler import Step
+
+
+class BatchBuilder:
+    """Keeps the sampling parameters of each row in columns, so that a step only gathers them."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._temperature = np.zeros(num_rows, np.float32)
+        self._top_p = np.ones(num_rows, np.float32)
+        self._top_k = np.zeros(num_rows, np.int32)
+        self._min_p = np.zeros(num_rows, np.float32)
+        self._seeds = np.zeros(num_rows, np.int64)
+        self._choices = np.zeros(num_rows, np.int32)
+
+    def build(self, step: Step) -> ForwardBatch:
+        """The batch of a step; called once for each, in order."""
+        chunks = step.chunks
+        rows = np.array([c.request.lease.row for c in chunks if c.request.lease], np.int32)
+        for chunk, row in zip(step.prefills, rows[len(step.decodes) :], strict=True):
+            self._set_row(int(row), chunk.request)
+        prompts = [c.request.prefill_ids[c.start : c.start + c.length] for c in step.prefills]
+        sample_indices = np.array([index for index, _ in step.samples], np.int32)
+        places = np.array(list(step.page_writes), np.int32).reshape(-1, 2)
+        return ForwardBatch(
+            step_id=step.step_id,
+            num_decodes=len(step.decodes),
+            rows=rows,
+            query_lens=np.array([c.length for c in chunks], np.int32),
+            start_positions=np.array([c.start for c in chunks], np.int32),
+            prefill_ids=np.concatenate(prompts) if prompts else np.empty(0, np.int32),
+            page_rows=np.ascontiguousarray(places[:, 0]),
+            page_columns=np.ascontiguousarray(places[:, 1]),
+            page_ids=np.array(list(step.page_writes.values()), np.int32),
+            sample_indices=sample_indices,
+            sampling=self._columns(step, rows[sample_indices]),
+        )
+
+    def _set_row(self, row: int, request: Request) -> None:
+        sampling = request.sampling
+        assert sampling.top_k is not None, "the defaults are not filled in"
+        self._temperature[row] = sampling.temperature
+        self._top_p[row] = sampling.top_p
+        self._top_k[row] = sampling.top_k
+        self._min_p[row] = sampling.min_p
+        self._seeds[row] = request.seed
+        self._choices[row] = request.choice
+
+    def _columns(self, step: Step, rows: Int32Array) -> SamplingColumns:
+        suppressed = [
+            (sample, token_id)
+            for sample, (_, request) in enumerate(step.samples)
+            if request.sampling.min_tokens
+            for token_id in request.suppressed_ids
+        ]
+        pairs = np.array(suppressed, np.int32).reshape(-1, 2)
+        return SamplingColumns(
+            temperature=self._temperature[rows],
+            top_p=self._top_p[rows],
+            top_k=self._top_k[rows],
+            min_p=self._min_p[rows],
+            seeds=self._seeds[rows],
+            choices=self._choices[rows],
+            suppress_samples=np.ascontiguousarray(pairs[:, 0]),
+            suppress_ids=np.ascontiguousarray(pairs[:, 1]),
+        )

@@ -1,0 +1,82 @@
+"""The loop that turns messages into steps and steps into messages, one step ahead if asked."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minisrv.engine.forward_batch import ForwardEngine
+from minisrv.messages import AbortMsg, DetokenizeMsg, GenerateMsg
+from minisrv.scheduler.batch_builder import BatchBuilder
+from minisrv.scheduler.channel import LocalChannel, ZmqChannel
+from minisrv.scheduler.scheduler import Replies, Scheduler, Step
+
+
+class SchedulerLoop:
+    """Receive, schedule, launch, settle.
+
+    `overlap_depth` steps stay in flight while the next is prepared: 0 where the engine computes in
+    `launch`, 1 where it runs on a device.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        engine: ForwardEngine,
+        channel: ZmqChannel | LocalChannel,
+        overlap_depth: int,
+    ) -> None:
+        self.scheduler = scheduler
+        self.engine = engine
+        self.channel = channel
+        self.overlap_depth = overlap_depth
+        self._builder = BatchBuilder(scheduler.cache.rows.size)
+        self._in_flight: deque[tuple[Step, Any]] = deque()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is open or a step in flight."""
+        return bool(self.scheduler.num_open or self._in_flight)
+
+    def run(self, should_stop: Callable[[], bool]) -> None:
+        """Turn until `should_stop` says so."""
+        while not should_stop():
+            self.turn()
+
+    def turn(self) -> None:
+        """One round: blocks for messages only when there is nothing to do."""
+        self._receive(wait=not self.busy)
+        step = self.scheduler.schedule()
+        if step is not None:
+            self._in_flight.append((step, self.engine.launch(self._builder.build(step))))
+        stuck = step is None and not self._in_flight and self.scheduler.num_open
+        assert not stuck, "requests are open, but no step can be made"
+        depth = self.overlap_depth if step is not None else 0
+        while len(self._in_flight) > depth:
+            settled, handle = self._in_flight.popleft()
+            self.scheduler.settle(settled, self.engine.wait(handle).token_ids.tolist())
+        self._send(self.scheduler.take_replies())
+
+    def _receive(self, wait: bool) -> None:
+        for message in self.channel.receive(wait):
+            if isinstance(message, GenerateMsg):
+                self.scheduler.add(message)
+            elif isinstance(message, AbortMsg):
+                self.scheduler.abort(message.uids)
+
+    def _send(self, replies: Replies) -> None:
+        if not replies:
+            return
+        self.channel.send(
+            DetokenizeMsg(
+                uids=np.array(replies.uids, np.int64),
+                token_ids=np.array(replies.token_ids, np.int32),
+                finishes=np.array(replies.finishes, np.uint8),
+                starts=tuple(replies.starts),
+                failures=tuple(replies.failures),
+                epoch=self.channel.epoch,
+            )
+        )

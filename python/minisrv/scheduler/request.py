@@ -1,0 +1,105 @@
+"""One choice of one request inside the scheduler, and when it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+from minisrv.kvcache.manager import Lease
+from minisrv.messages import Finish, Start
+from minisrv.sampling_params import SamplingParams
+
+Int32Array = npt.NDArray[np.int32]
+
+
+class Status(Enum):
+    """WAITING has no row; RUNNING has one; FINISHED is final."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request's tokens, how far they are computed, and what is still to come.
+
+    `arrival` orders requests for ever, also after a retraction. `prefill_ids` are the tokens that
+    must be in the cache before the next one can be sampled: the prompt, and after a retraction
+    the output so far. `computed` counts the positions computed or in a launched step; `pending`
+    the sampled tokens that have not come back.
+    """
+
+    uid: int
+    arrival: int
+    choice: int
+    seed: int
+    prompt_ids: Int32Array
+    sampling: SamplingParams
+    max_tokens: int
+    eos_ids: frozenset[int]
+    prefill_ids: Int32Array = field(init=False)
+    output_ids: list[int] = field(default_factory=list)
+    status: Status = Status.WAITING
+    lease: Lease | None = None
+    computed: int = 0
+    pending: int = 0
+    cached_tokens: int = 0
+    started: bool = False
+    retracted: bool = False
+    bypassed: int = 0
+
+    def __post_init__(self) -> None:
+        self.prefill_ids = self.prompt_ids
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known: prompt and output."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether tokens are missing in the cache before the next can be sampled."""
+        return self.computed < len(self.prefill_ids)
+
+    @property
+    def wants_decode(self) -> bool:
+        """Whether a decode is useful: the tokens in flight may be the last already."""
+        return not self.prefilling and len(self.output_ids) + self.pending < self.max_tokens
+
+    @property
+    def suppressed_ids(self) -> tuple[int, ...]:
+        """Ids that may not be sampled next, since the output is shorter than min_tokens."""
+        if len(self.output_ids) + self.pending >= self.sampling.min_tokens:
+            return ()
+        eos = () if self.sampling.ignore_eos else tuple(sorted(self.eos_ids))
+        return eos + self.sampling.stop_token_ids
+
+    def all_ids(self) -> Int32Array:
+        """Prompt and output in one array."""
+        return np.concatenate([self.prompt_ids, np.asarray(self.output_ids, np.int32)])
+
+    def append(self, token_id: int) -> Finish:
+        """Take a sampled token; says whether it ends the request."""
+        self.output_ids.append(token_id)
+        if len(self.output_ids) > self.sampling.min_tokens:
+            if token_id in self.eos_ids and not self.sampling.ignore_eos:
+                return Finish.STOP
+            if token_id in self.sampling.stop_token_ids:
+                return Finish.STOP_TOKEN
+        return Finish.LENGTH if len(self.output_ids) >= self.max_tokens else Finish.NONE
+
+    def start(self) -> Start:
+        """What the detokenizer and the frontend need to know of this request."""
+        self.started = True
+        return Start(
+            uid=self.uid,
+            prompt_tokens=len(self.prompt_ids),
+            cached_tokens=self.cached_tokens,
+            min_tokens=self.sampling.min_tokens,
+            stop=self.sampling.stop,
+            skip_special_tokens=self.sampling.skip_special_tokens,
+        )

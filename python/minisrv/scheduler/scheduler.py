@@ -1,0 +1,373 @@
+"""What each step computes, for whom, with which pages: pure policy, without I/O, clock or torch.
+
+One step takes the next token of every request that decodes, then prompt chunks under a token
+budget (chunked prefill as in Sarathi-Serve, Agrawal et al., 2024, arXiv:2403.02310). Pages are
+taken when they are needed. When none is left: evict from the radix tree, wait for pages that a
+step in flight still uses, or retract the newest request, which continues later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from minisrv.errors import InvalidRequestError, MinisrvError
+from minisrv.kvcache.manager import KVCacheManager
+from minisrv.messages import Failure, Finish, GenerateMsg, Start
+from minisrv.scheduler.request import Request, Status
+from minisrv.scheduler.waiting_queue import WaitingQueue
+
+MAX_BYPASSES = 64
+
+
+@dataclass(slots=True)
+class Chunk:
+    """The tokens start .. start + length of a request, computed in one step."""
+
+    request: Request
+    start: int
+    length: int
+
+
+@dataclass(slots=True)
+class Step:
+    """Decodes first, then prefill chunks; `samples` are the requests that get a token, in order."""
+
+    step_id: int
+    decodes: list[Chunk] = field(default_factory=list)
+    prefills: list[Chunk] = field(default_factory=list)
+    samples: list[tuple[int, Request]] = field(default_factory=list)  # (index in chunks, request)
+    page_writes: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """All work of the step, in the order of the batch."""
+        return self.decodes + self.prefills
+
+
+@dataclass(slots=True)
+class Replies:
+    """What has to be told: one row a token or end, `starts` for new requests, refusals."""
+
+    uids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finishes: list[Finish] = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+    def add(self, request: Request, token_id: int, finish: Finish) -> None:
+        """Tell of one token, or with ABORT of an end without one."""
+        if not request.started:
+            self.starts.append(request.start())
+        self.uids.append(request.uid)
+        self.token_ids.append(token_id)
+        self.finishes.append(finish)
+
+    def __bool__(self) -> bool:
+        return bool(self.uids or self.failures)
+
+
+class Scheduler:
+    """Owner of all requests between `add` and their one final reply.
+
+    The caller alternates `schedule` and `settle` in step order, with at most two steps between;
+    `take_replies` gives what has come of add, abort and settle. `new_seed` gives the seed of a
+    request that names none.
+    """
+
+    def __init__(
+        self,
+        cache: KVCacheManager,
+        *,
+        max_seq_len: int,
+        max_prefill_tokens: int,
+        eos_ids: Iterable[int],
+        new_seed: Callable[[], int],
+    ) -> None:
+        self.cache = cache
+        self.max_seq_len = max_seq_len
+        self.max_prefill_tokens = max_prefill_tokens
+        self.running: list[Request] = []
+        self.waiting = WaitingQueue()
+        self.num_retractions = 0
+        self._eos_ids = frozenset(eos_ids)
+        self._new_seed = new_seed
+        self._requests: dict[int, Request] = {}
+        self._replies = Replies()
+        self._arrivals = 0
+        self._step_id = 0
+        self._in_step: set[int] = set()
+        self._retracted = False
+
+    @property
+    def num_open(self) -> int:
+        """Requests without their final reply."""
+        return len(self._requests)
+
+    def add(self, message: GenerateMsg) -> None:
+        """Queue the choices of a request, or refuse it with a failure for each."""
+        try:
+            max_tokens = self._output_limit(message)
+        except MinisrvError as error:
+            for choice in range(message.sampling.n):
+                self._replies.failures.append(Failure.from_error(message.uid + choice, error))
+            return
+        seed = message.sampling.seed
+        seed = self._new_seed() if seed is None else seed
+        for choice in range(message.sampling.n):
+            self._arrivals += 1
+            request = Request(
+                uid=message.uid + choice,
+                arrival=self._arrivals,
+                choice=choice,
+                seed=seed,
+                prompt_ids=message.prompt_ids,
+                sampling=message.sampling,
+                max_tokens=max_tokens,
+                eos_ids=self._eos_ids,
+            )
+            self._requests[request.uid] = request
+            self.waiting.add(request)
+
+    def abort(self, uids: Iterable[int]) -> None:
+        """End requests in any state; their computed pages stay in the cache."""
+        for uid in uids:
+            request = self._requests.get(uid)
+            if request is not None:
+                self._finish(request, -1, Finish.ABORT)
+
+    def schedule(self) -> Step | None:
+        """The next step, or None when nothing can be computed now."""
+        step = Step(self._step_id + 1)
+        self._in_step = set()
+        self._retracted = False
+        self._schedule_decodes(step)
+        self._schedule_prefills(step)
+        if not step.decodes and not step.prefills:
+            return None
+        self._step_id = step.step_id
+        for index, chunk in enumerate(step.chunks):
+            self._launch_chunk(step, index, chunk)
+        step.page_writes = self.cache.take_page_writes()
+        return step
+
+    def settle(self, step: Step, token_ids: list[int]) -> None:
+        """Take the tokens of a step that is done; `token_ids` in the order of `step.samples`."""
+        self.cache.settle(step.step_id)
+        for (_, request), token_id in zip(step.samples, token_ids, strict=True):
+            request.pending -= 1
+            if request.status is Status.FINISHED:
+                continue
+            finish = request.append(token_id)
+            if finish is Finish.NONE:
+                self._replies.add(request, token_id, finish)
+            else:
+                self._finish(request, token_id, finish)
+
+    def take_replies(self) -> Replies:
+        """What has come since the last call."""
+        replies, self._replies = self._replies, Replies()
+        return replies
+
+    def check(self) -> None:
+        """Assert that requests, leases and pages agree; for tests, after each step."""
+        running = {id(request) for request in self.running}
+        waiting = {id(request) for request in self.waiting}
+        assert running.isdisjoint(waiting)
+        assert running | waiting == {id(request) for request in self._requests.values()}
+        leases = []
+        for request in self.running:
+            assert request.status is Status.RUNNING
+            assert request.lease is not None
+            assert len(request.lease.pages) >= self.cache.pages_for(request.computed)
+            leases.append(request.lease)
+        for request in self.waiting:
+            assert request.status is Status.WAITING
+            assert request.lease is None
+        assert [r.arrival for r in self.running] == sorted(r.arrival for r in self.running)
+        self.cache.check(leases)
+
+    def _output_limit(self, message: GenerateMsg) -> int:
+        """max_tokens of a request. Raises InvalidRequestError when it is over the context."""
+        prompt = len(message.prompt_ids)
+        asked = message.sampling.max_tokens
+        if prompt and prompt + (asked or 1) <= self.max_seq_len:
+            return asked or self.max_seq_len - prompt
+        if not prompt:
+            raise InvalidRequestError("the prompt has no tokens", param="prompt")
+        raise InvalidRequestError(
+            f"This model's maximum context length is {self.max_seq_len} tokens. However, you "
+            f"requested {prompt + (asked or 1)} tokens ({prompt} in the messages, {asked or 1} in "
+            "the completion). Please reduce the length of the messages or completion.",
+            code="context_length_exceeded",
+        )
+
+    def _schedule_decodes(self, step: Step) -> None:
+        for request in self.running[:]:
+            if request.status is not Status.RUNNING or not request.wants_decode:
+                continue
+            if self._reserve(request, request.computed + 1) > request.computed:
+                step.decodes.append(Chunk(request, request.computed, 1))
+                self._in_step.add(request.uid)
+
+    def _schedule_prefills(self, step: Step) -> None:
+        """Fill the budget, oldest first; the oldest leaves a quarter of it to the next."""
+        budget = self.max_prefill_tokens
+        candidates = self._prefill_candidates(step.step_id)
+        first = next(candidates, None)
+        if first is None:
+            return
+        reserve = min(budget // 4, self._others_need(first))
+        budget -= self._schedule_chunk(step, first, budget - reserve)
+        while budget > 0 and (request := next(candidates, None)) is not None:
+            budget -= self._schedule_chunk(step, request, budget)
+        if budget > 0 and step.prefills and step.prefills[0].request is first:
+            self._extend_chunk(step, step.prefills[0], budget)
+
+    def _prefill_candidates(self, step_id: int) -> Iterator[Request]:
+        """Requests that may prefill now, each with a lease and what the cache has for it.
+
+        Nobody is admitted in a step that had to retract. A waiter that has no room is passed by at
+        most MAX_BYPASSES younger ones.
+        """
+        for request in self.running[:]:
+            running = request.status is Status.RUNNING and request.prefilling
+            if running and self._match(request, step_id):
+                yield request
+        passed: list[Request] = []
+        for request in self.waiting:
+            full = not self.cache.rows.num_free or len(passed) >= MAX_BYPASSES
+            if full or self._retracted:
+                return
+            if request.pending == 0 and self._admit(request, step_id):
+                for older in passed:
+                    older.bypassed += 1
+                yield request
+                continue
+            passed.append(request)
+            if request.bypassed >= MAX_BYPASSES:
+                return
+
+    def _others_need(self, first: Request) -> int:
+        """Tokens that requests after `first` want to prefill, as far as it matters."""
+        for request in self.running:
+            if request is not first and request.prefilling:
+                return len(request.prefill_ids) - request.computed
+        head = next(iter(self.waiting), None)
+        return 0 if head is None else len(head.prefill_ids)
+
+    def _admit(self, request: Request, step_id: int) -> bool:
+        """Give a waiting request a row and its cached pages, if its prompt has room."""
+        ids = request.all_ids() if request.output_ids else request.prompt_ids
+        cached, evictable, pending = self.cache.peek(ids, step_id)
+        promised = sum(
+            self.cache.pages_for(len(r.prefill_ids)) - len(r.lease.pages)
+            for r in self.running
+            if r.lease is not None and r.prefilling
+        )
+        need = self.cache.pages_for(len(ids)) - cached + promised + len(self.running)
+        if pending or need > self.cache.num_available - evictable:
+            return False
+        self.waiting.remove(request)
+        request.prefill_ids, request.computed = ids, 0
+        request.lease = self.cache.open()
+        request.status = Status.RUNNING
+        request.bypassed = 0
+        at = next((i for i, r in enumerate(self.running) if r.arrival > request.arrival), None)
+        self.running.insert(len(self.running) if at is None else at, request)
+        return self._match(request, step_id)
+
+    def _match(self, request: Request, step_id: int) -> bool:
+        """Take what the cache has; False when the rest is being computed in this very step."""
+        assert request.lease is not None
+        before = request.computed
+        computed = self.cache.extend_match(
+            request.lease, request.prefill_ids, request.computed, step_id
+        )
+        if computed is None:
+            return False
+        request.computed = computed
+        if not request.retracted:
+            request.cached_tokens += computed - before
+        return True
+
+    def _schedule_chunk(self, step: Step, request: Request, budget: int) -> int:
+        """Add up to `budget` prompt tokens of a request; returns how many."""
+        start = request.computed
+        end = min(len(request.prefill_ids), start + budget)
+        if end <= start:
+            return 0
+        length = self._reserve(request, end) - start
+        if length <= 0:
+            return 0
+        chunk = Chunk(request, start, 0)
+        step.prefills.append(chunk)
+        self._in_step.add(request.uid)
+        self._lengthen(step, chunk, length)
+        return length
+
+    def _extend_chunk(self, step: Step, chunk: Chunk, budget: int) -> None:
+        """Give the first chunk what the others left of the budget."""
+        end = chunk.start + chunk.length
+        request = chunk.request
+        assert request.lease is not None
+        fits = self.cache.grow(request.lease, min(len(request.prefill_ids), end + budget))
+        self._lengthen(step, chunk, max(0, fits - end))
+
+    def _lengthen(self, step: Step, chunk: Chunk, length: int) -> None:
+        request = chunk.request
+        assert request.lease is not None
+        chunk.length += length
+        request.computed += length
+        request.lease.last_step = step.step_id
+        self.cache.share(request.lease, request.prefill_ids, request.computed, step.step_id)
+
+    def _launch_chunk(self, step: Step, index: int, chunk: Chunk) -> None:
+        """Count a chunk as computed, since steps run in order."""
+        request = chunk.request
+        assert request.lease is not None
+        if index < len(step.decodes):
+            request.computed += 1
+            request.lease.last_step = step.step_id
+        if not request.prefilling:
+            request.pending += 1
+            step.samples.append((index, request))
+
+    def _reserve(self, request: Request, num_tokens: int) -> int:
+        """Pages for up to `num_tokens`; returns how many fit.
+
+        Retracts newer requests, but none that is in this step already.
+        """
+        assert request.lease is not None
+        while True:
+            fits = self.cache.grow(request.lease, num_tokens)
+            if fits > request.computed or self.cache.num_returning:
+                return fits
+            victim = self.running[-1]
+            if victim.arrival <= request.arrival or victim.uid in self._in_step:
+                return fits
+            self._retract(victim)
+
+    def _retract(self, request: Request) -> None:
+        """Take a running request's pages; it waits at its old place with the same text."""
+        self._release(request)
+        request.status = Status.WAITING
+        self.waiting.add(request)
+        request.retracted = self._retracted = True
+        self.num_retractions += 1
+
+    def _finish(self, request: Request, token_id: int, finish: Finish) -> None:
+        if request.status is Status.WAITING:
+            self.waiting.remove(request)
+        else:
+            self._release(request)
+        request.status = Status.FINISHED
+        del self._requests[request.uid]
+        self._replies.add(request, token_id, finish)
+
+    def _release(self, request: Request) -> None:
+        assert request.lease is not None
+        known = min(request.computed, request.num_tokens)
+        self.cache.close(request.lease, request.all_ids(), known)
+        request.lease = None
+        self.running.remove(request)

@@ -1,0 +1,151 @@
+"""Apply ten cache bugs to a copy of the package, one at a time, and name the test that fails.
+
+Ends with status 1 when a bug passes the tests. Run: python scripts/seeded_bugs.py [NUMBER ...]
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TESTS = ["tests/kvcache", "tests/scheduler"]
+
+
+@dataclass(frozen=True)
+class Bug:
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+BUGS = [
+    Bug(
+        "a pin is not released",
+        "kvcache/manager.py",
+        "        self.tree.unpin(lease.node, lease.last_step)\n        unused",
+        "        unused",
+    ),
+    Bug(
+        "a node is pinned after the allocation",
+        "kvcache/manager.py",
+        "        node = self.tree.end_of(found)\n        self.tree.pin(node)\n",
+        "        node = self.tree.end_of(found)\n"
+        "        self.evict(self.pages_for(len(token_ids)) - end - self.pages.num_free)\n"
+        "        self.tree.pin(node)\n",
+    ),
+    Bug(
+        "a split is off by one",
+        "kvcache/radix_tree.py",
+        "self._split(node, inside)",
+        "self._split(node, max(1, inside - 1))",
+    ),
+    Bug(
+        "duplicate pages are freed without remapping the row",
+        "kvcache/manager.py",
+        "            self._page_writes[lease.row, column] = page\n        lease.pages[shared:end]",
+        "            if column >= len(lease.pages):\n"
+        "                self._page_writes[lease.row, column] = page\n"
+        "        lease.pages[shared:end]",
+    ),
+    Bug(
+        "pages are freed before their step settles",
+        "kvcache/manager.py",
+        "self.pages.release(unused, lease.last_step)",
+        "self.pages.release(unused, 0)",
+    ),
+    Bug(
+        "a pinned node is evicted",
+        "kvcache/radix_tree.py",
+        "            if node.refs or node.children or",
+        "            if node.children or",
+    ),
+    Bug(
+        "a partial page is inserted",
+        "kvcache/manager.py",
+        "start, end = lease.num_shared, computed // self.page_size",
+        "start, end = lease.num_shared, self.pages_for(computed)",
+    ),
+    Bug(
+        "a row is stale after reuse",
+        "kvcache/manager.py",
+        "            for column, page in enumerate(taken, len(lease.pages)):\n"
+        "                self._page_writes[lease.row, column] = page\n",
+        "            for column, page in enumerate(taken, len(lease.pages)):\n"
+        "                if column or not self.pages.settled_step:\n"
+        "                    self._page_writes[lease.row, column] = page\n",
+    ),
+    Bug(
+        "a retraction keeps a page that is not computed",
+        "scheduler/scheduler.py",
+        "        known = min(request.computed, request.num_tokens)\n",
+        "        known = request.num_tokens\n",
+    ),
+    Bug(
+        "a scheduled page is read before its step",
+        "kvcache/radix_tree.py",
+        "            if child.fill_step == step:",
+        "            if child.fill_step == -1:",
+    ),
+    Bug(
+        "evicted pages are freed before their step settles",
+        "kvcache/manager.py",
+        "            self.pages.release(pages, last_step)",
+        "            self.pages.release(pages, 0)",
+    ),
+    Bug(
+        "a token in flight at a retraction is lost",
+        "scheduler/scheduler.py",
+        "            if request.status is Status.FINISHED:\n                continue\n",
+        "            if request.status is not Status.RUNNING:\n                continue\n",
+    ),
+]
+
+
+def run(bug: Bug) -> str | None:
+    """The first failing test with the bug in, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "minisrv"
+        shutil.copytree(ROOT / "python" / "minisrv", package)
+        source = (package / bug.file).read_text()
+        assert source.count(bug.old) == 1, f"{bug.file} does not hold the place of: {bug.name}"
+        (package / bug.file).write_text(source.replace(bug.old, bug.new))
+        # pythonpath of pyproject.toml would put the true package first
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={folder} tests"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *TESTS],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": folder,
+                "HYPOTHESIS_STORAGE_DIRECTORY": folder,
+                "NO_SHRINK": "1",
+            },
+        )
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)(.*)", done.stdout, re.MULTILINE)
+    assert done.returncode == (1 if failed else 0), done.stdout[-2000:]
+    return failed and failed[1] + failed[2][:110]
+
+
+def main() -> int:
+    wanted = {int(number) for number in sys.argv[1:]} or set(range(1, len(BUGS) + 1))
+    missed = 0
+    for number, bug in enumerate(BUGS, 1):
+        if number in wanted:
+            failed = run(bug)
+            missed += failed is None
+            print(f"{number:2} {bug.name}: {failed or 'NOT CAUGHT'}", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

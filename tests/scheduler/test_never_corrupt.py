@@ -1,0 +1,139 @@
+"""Any order of requests, steps, aborts, evictions and retractions gives the text of the oracle."""
+
+import os
+from collections import defaultdict
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from builders import generate_msg, hash_loop
+from hash_engine import expected_output
+from minisrv.messages import AbortMsg, Finish
+
+VOCAB = 30
+EOS = 7
+DISTURBANCES = ["abort", "disconnect", "retract", "retract", "evict"]
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Drives the real loop on the hash engine, one operation a rule."""
+
+    @initialize(
+        num_pages=st.integers(8, 28),
+        page_size=st.sampled_from([1, 2, 4, 8]),
+        num_rows=st.integers(1, 6),
+        budget=st.sampled_from([2, 4, 5, 6, 7, 8, 16]),
+        depth=st.integers(0, 1),
+        radix_cache=st.sampled_from([True, True, True, False]),
+    )
+    def start(self, **options: Any) -> None:
+        self.loop = hash_loop(vocab_size=VOCAB, eos_ids=[EOS], **options)
+        self.scheduler, self.cache = self.loop.scheduler, self.loop.scheduler.cache
+        self.prompts: dict[int, list[int]] = {}
+        self.limits: dict[int, int] = {}
+        self.outputs: dict[int, list[int]] = defaultdict(list)
+        self.ends: dict[int, Finish] = {}
+        self.aborted: set[int] = set()
+        self.next_uid = 0
+
+    @precondition(lambda self: len(self.open_uids()) < 8)
+    @rule(
+        stem=st.sampled_from([(), (1,) * 5, (1,) * 9, (1, 1) + (2,) * 15]),
+        tails=st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=1, max_size=4),
+        max_tokens=st.integers(2, 12),
+        choices=st.sampled_from([1, 1, 1, 2]),
+    )
+    def add(
+        self, stem: tuple[int, ...], tails: list[list[int]], max_tokens: int, choices: int
+    ) -> None:
+        for tail in tails:
+            self.add_one([*stem, *tail], max_tokens, choices)
+
+    @rule(turns=st.integers(1, 5))
+    def step(self, turns: int) -> None:
+        for _ in range(turns):
+            self.turn()
+            self.scheduler.check()
+
+    @precondition(lambda self: self.open_uids())
+    @rule(data=st.data(), what=st.sampled_from(DISTURBANCES))
+    def disturb(self, data: Any, what: str) -> None:
+        if what == "evict":
+            self.cache.evict(data.draw(st.integers(1, 6)))
+        elif what != "retract":
+            uids = self.open_uids()
+            self.abort(uids if what == "disconnect" else [data.draw(st.sampled_from(uids))])
+        elif self.scheduler.running:
+            self.scheduler._retract(data.draw(st.sampled_from(self.scheduler.running)))
+
+    def abort(self, uids: list[int]) -> None:
+        self.aborted.update(uids)
+        self.loop.channel.inbox.append(AbortMsg(uids=(*uids, 10**6)))
+
+    def add_one(self, prompt: list[int], max_tokens: int, choices: int) -> None:
+        fits = prompt and len(prompt) + max_tokens <= self.scheduler.max_seq_len
+        message = generate_msg(self.next_uid, prompt, max_tokens=max_tokens, n=choices)
+        self.loop.channel.inbox.append(message)
+        for _ in range(choices):
+            if fits:
+                self.prompts[self.next_uid] = prompt
+                self.limits[self.next_uid] = max_tokens
+            self.next_uid += 1
+
+    @invariant()
+    def every_page_has_one_owner(self) -> None:
+        if hasattr(self, "loop"):
+            self.scheduler.check()
+
+    def open_uids(self) -> list[int]:
+        return [uid for uid in self.prompts if uid not in self.ends]
+
+    def turn(self) -> None:
+        self.loop.turn()
+        outbox = self.loop.channel.outbox
+        while outbox:
+            message = outbox.popleft()
+            for uid, token, finish in zip(
+                message.uids.tolist(), message.token_ids.tolist(), message.finishes, strict=True
+            ):
+                assert uid not in self.ends, "a token after the end"
+                if finish == Finish.ABORT:
+                    assert uid in self.aborted
+                else:
+                    self.outputs[uid].append(token)
+                if finish:
+                    self.ends[uid] = Finish(finish)
+                self.compare(uid)
+
+    def compare(self, uid: int) -> None:
+        expected = expected_output(self.prompts[uid], self.limits[uid], VOCAB, [EOS])
+        output = self.outputs[uid]
+        assert output == expected[: len(output)], f"request {uid} has a wrong text"
+        if self.ends.get(uid) in (Finish.STOP, Finish.LENGTH):
+            assert output == expected
+            assert (self.ends[uid] is Finish.STOP) == (output[-1] == EOS)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "loop"):
+            return
+        for _ in range(3000):
+            if not self.loop.busy and not self.loop.channel.inbox:
+                break
+            self.turn()
+            self.scheduler.check()
+        assert not self.open_uids(), "requests without an end"
+        self.cache.evict(10**6)
+        assert self.cache.pages.num_free == self.cache.pages.size
+        assert self.cache.rows.num_free == self.cache.rows.size
+
+
+TestNeverCorrupt = CacheMachine.TestCase
+TestNeverCorrupt.settings = settings(
+    max_examples=500,
+    stateful_step_count=100,
+    deadline=None,
+    phases=[p for p in Phase if p is not Phase.shrink or "NO_SHRINK" not in os.environ],
+    suppress_health_check=list(HealthCheck),
+)
