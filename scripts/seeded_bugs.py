@@ -1,4 +1,4 @@
-"""Apply ten cache bugs to a copy of the package, one at a time, and name the test that fails.
+"""Apply eleven cache bugs to a copy of the package, one at a time, and name the test that fails.
 
 Ends with status 1 when a bug passes the tests. Run: python scripts/seeded_bugs.py [NUMBER ...]
 """
@@ -99,12 +99,6 @@ BUGS = [
         "kvcache/manager.py",
         "            self.pages.release(pages, last_step)",
         "            self.pages.release(pages, 0)",
-    ),
-    Bug(
-        "a token in flight at a retraction is lost",
-        "scheduler/scheduler.py",
-        "            if request.status is Status.FINISHED:\n                continue\n",
-        "            if request.status is not Status.RUNNING:\n                continue\n",
     ),
 ]
 

@@ -218,18 +218,17 @@ class RadixTree:
         assert parent is not None
         del parent.children[self._key(node.tokens, 0)]
         node.pages = []
-        if parent is not self.root and parent.refs == 0:
+        if parent is not self.root:
             self._offer(parent)
 
     def _touch(self, node: Node) -> None:
         self._clock += 1
         node.last_used = self._clock
-        if node.refs == 0:
-            self._offer(node)
+        self._offer(node)
 
     def _offer(self, node: Node) -> None:
         """Make a leaf a candidate for eviction."""
-        if node.refs == 0 and not node.children:
+        if not node.children:
             self._pushes += 1
             heapq.heappush(self._heap, (node.last_used, self._pushes, node))
             if len(self._heap) > 2 * self.num_pages + 64:
