@@ -1,0 +1,3 @@
+from minisrv.frontend.process import main
+
+main()

@@ -1,0 +1,133 @@
+"""POST /v1/chat/completions: from fields to a Generation with messages for the template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minisrv.errors import InvalidRequestError
+from minisrv.frontend.generation import (
+    Generation,
+    check_model,
+    read_sampling,
+    read_stream,
+    read_token_ids,
+)
+from minisrv.frontend.http_body import parse_json
+from minisrv.frontend.model_info import ModelInfo
+
+# What the server gives the template itself.
+_RESERVED_VARIABLES = (
+    "messages",
+    "tools",
+    "documents",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+)
+
+
+def read_chat(fields: dict[str, Any], model: ModelInfo) -> Generation:
+    """Check the fields of a chat completion. Raises InvalidRequestError."""
+    check_model(fields, model)
+    sampling = read_sampling(fields, model, None)
+    stream = read_stream(fields)
+    template_kwargs = _read_template_kwargs(fields.get("chat_template_kwargs", {}))
+    if "prompt" not in fields:
+        return Generation(
+            messages=_read_messages(fields.get("messages")),
+            template_kwargs=template_kwargs,
+            sampling=sampling,
+            stream=stream,
+        )
+    for name in ("messages", "chat_template_kwargs"):
+        if name in fields:
+            raise InvalidRequestError(f"send {name} or prompt, not both", param=name)
+    prompt = fields["prompt"]
+    return Generation(
+        prompts=(prompt if isinstance(prompt, str) else read_token_ids(prompt, model, "prompt"),),
+        sampling=sampling,
+        stream=stream,
+    )
+
+
+def _read_template_kwargs(variables: dict[str, Any]) -> dict[str, Any]:
+    for name in _RESERVED_VARIABLES:
+        if name in variables:
+            raise InvalidRequestError(
+                f"chat_template_kwargs may not set {name}", param=f"chat_template_kwargs.{name}"
+            )
+    return variables
+
+
+def _read_messages(messages: list[dict[str, Any]] | None) -> tuple[dict[str, Any], ...]:
+    if not messages:
+        state = "missing" if messages is None else "empty"
+        raise InvalidRequestError(
+            f"messages is {state}; it must hold at least one message", param="messages"
+        )
+    return tuple(_read_message(message, f"messages.{i}") for i, message in enumerate(messages))
+
+
+def _read_message(message: dict[str, Any], path: str) -> dict[str, Any]:
+    """The message as templates know it: text content, tool arguments as objects, no nulls."""
+    read = {name: value for name, value in message.items() if value is not None}
+    if "reasoning" in read:
+        read.setdefault("reasoning_content", read["reasoning"])
+    if "tool_calls" in read:
+        read["tool_calls"] = [
+            _read_tool_call(call, f"{path}.tool_calls.{i}")
+            for i, call in enumerate(read["tool_calls"])
+        ]
+    if "content" in read:
+        read["content"] = _read_content(read["content"], f"{path}.content")
+    elif read["role"] == "assistant" and (read.get("tool_calls") or "function_call" in read):
+        read["content"] = None
+    else:
+        raise InvalidRequestError(
+            f"{path}.content is missing; only an assistant that calls tools may leave it out",
+            param=f"{path}.content",
+        )
+    return read
+
+
+def _read_content(content: str | list[dict[str, Any]], path: str) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(_read_part(part, f"{path}.{i}") for i, part in enumerate(content))
+
+
+def _read_part(part: dict[str, Any], path: str) -> str:
+    kind = part.get("type")
+    if kind not in ("text", "refusal"):
+        named = f"of type {kind[:40]!r}" if isinstance(kind, str) else "without a type"
+        raise InvalidRequestError(
+            f"{path} is a part {named}; this server takes text parts only",
+            param=f"{path}.type",
+            code="unsupported_parameter",
+        )
+    text = part.get(kind)
+    if not isinstance(text, str):
+        raise InvalidRequestError(f"{path}.{kind} must be a string", param=f"{path}.{kind}")
+    return text
+
+
+def _read_tool_call(call: dict[str, Any], path: str) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InvalidRequestError(
+            f"{path}.function must be an object with a name", param=f"{path}.function"
+        )
+    return {**call, "function": {**function, "arguments": _read_arguments(function)}}
+
+
+def _read_arguments(function: dict[str, Any]) -> Any:
+    """Templates print arguments as an object; what is none stays the text that the model wrote."""
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return {} if arguments is None else arguments
+    try:
+        value = parse_json(arguments.encode()) if arguments.strip() else {}
+    except InvalidRequestError:
+        return arguments
+    return value if isinstance(value, dict) else arguments

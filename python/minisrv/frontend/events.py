@@ -1,0 +1,53 @@
+"""What comes back for one uid, gathered until its reader takes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from minisrv.errors import RequestFailedError
+from minisrv.messages import Failure, Finish, Start
+
+
+@dataclass(slots=True)
+class Event:
+    """All that came for `uid` since the last event: a reader that is late gets fewer, longer ones.
+
+    index: the choice of the request, its uid less the request's first.
+    output_tokens: the count so far. `start` is set in the first event that follows the prompt.
+    The last event of a uid has a `finish` other than NONE, or a `failure`.
+    """
+
+    uid: int
+    index: int
+    deltas: list[str] = field(default_factory=list)
+    output_tokens: int = 0
+    finish: Finish = Finish.NONE
+    stop_reason: str | int | None = None
+    start: Start | None = None
+    failure: Failure | None = None
+
+    @property
+    def text(self) -> str:
+        """The text that came since the last event."""
+        return "".join(self.deltas)
+
+    @property
+    def final(self) -> bool:
+        """Nothing follows for this uid."""
+        return self.finish is not Finish.NONE or self.failure is not None
+
+    def raise_failure(self) -> None:
+        """Raise RequestFailedError if the uid has failed."""
+        if self.failure is not None:
+            raise failure_error(self.failure)
+
+
+def failure_error(failure: Failure) -> RequestFailedError:
+    """The exception that carries `failure` to the client."""
+    return RequestFailedError(
+        failure.message,
+        status=failure.status,
+        error_type=failure.error_type,
+        code=failure.code,
+        param=failure.param,
+    )

@@ -1,0 +1,158 @@
+"""A checked request: what goes to the tokenizer and how the reply is to look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from minisrv.errors import InvalidRequestError, ModelNotFoundError
+from minisrv.frontend.model_info import ModelInfo
+from minisrv.frontend.stream import StreamOptions
+from minisrv.messages import TokenizeMsg
+from minisrv.sampling_params import SamplingParams
+
+Prompt = str | tuple[int, ...]
+Messages = tuple[dict[str, Any], ...]
+
+_MAX_TOKEN_ID = 2**31 - 1
+_SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "n",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "skip_special_tokens",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One client request. It has `prompts`, or `messages` as its single prompt.
+
+    stream: None for a whole reply.
+    """
+
+    prompts: tuple[Prompt, ...] = ()
+    messages: Messages | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    sampling: SamplingParams
+    stream: StreamOptions | None
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts, each with `sampling.n` choices."""
+        return len(self.prompts) or 1
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of the reply; the uids of the request."""
+        return self.num_prompts * self.sampling.n
+
+    def check_fits(self, max_open_requests: int) -> None:
+        """Raise InvalidRequestError if even an idle server could not take so many choices."""
+        if self.num_choices > max_open_requests:
+            raise InvalidRequestError(
+                f"the request asks for {self.num_choices} choices ({self.num_prompts} prompts, "
+                f"n={self.sampling.n}); the server takes at most {max_open_requests}",
+                param="prompt" if self.num_prompts > 1 else "n",
+            )
+
+    def tokenize_messages(self, base: int, epoch: int) -> list[TokenizeMsg]:
+        """One message a prompt; choice i of the reply answers under uid `base + i`."""
+        if self.messages is not None:
+            return [
+                TokenizeMsg(
+                    uid=base,
+                    messages=self.messages,
+                    template_kwargs=self.template_kwargs,
+                    sampling=self.sampling,
+                    epoch=epoch,
+                )
+            ]
+        return [
+            TokenizeMsg(
+                uid=base + i * self.sampling.n, prompt=prompt, sampling=self.sampling, epoch=epoch
+            )
+            for i, prompt in enumerate(self.prompts)
+        ]
+
+
+def check_model(fields: dict[str, Any], model: ModelInfo) -> None:
+    """Raise ModelNotFoundError unless the request means the served model."""
+    name = fields.get("model")
+    if name and name != model.name:
+        raise model_not_found(name, model)
+
+
+def model_not_found(name: str, model: ModelInfo) -> ModelNotFoundError:
+    """The error that says what is served."""
+    shown = name if len(name) <= 200 else name[:200] + "..."
+    return ModelNotFoundError(
+        f"the model {shown!r} does not exist here; served: {model.name!r}", param="model"
+    )
+
+
+def read_sampling(
+    fields: dict[str, Any], model: ModelInfo, default_max_tokens: int | None
+) -> SamplingParams:
+    """The request's sampling over the model's defaults. Raises InvalidRequestError."""
+    max_tokens = _read_max_tokens(fields)
+    given = {name: fields[name] for name in _SAMPLING_FIELDS if name in fields}
+    try:
+        sampling = SamplingParams(
+            max_tokens=default_max_tokens if max_tokens is None else max_tokens, **given
+        )
+    except InvalidRequestError as error:
+        if error.param == "max_tokens" and "max_tokens" not in fields:
+            error.param = "max_completion_tokens"
+        raise
+    for token_id in sampling.stop_token_ids:
+        if token_id >= model.vocab_size:
+            raise InvalidRequestError(
+                f"stop_token_ids holds {token_id}; the vocabulary has {model.vocab_size} tokens",
+                param="stop_token_ids",
+            )
+    return sampling.with_defaults(model.defaults)
+
+
+def read_stream(fields: dict[str, Any]) -> StreamOptions | None:
+    """How to stream, None for a whole reply. Raises InvalidRequestError."""
+    options = fields.get("stream_options", {})
+    if not fields.get("stream", False):
+        if options:
+            raise InvalidRequestError(
+                "stream_options needs stream to be true", param="stream_options"
+            )
+        return None
+    return StreamOptions(
+        include_usage=bool(options.get("include_usage")),
+        continuous_usage=bool(options.get("continuous_usage_stats")),
+    )
+
+
+def read_token_ids(ids: list[int], model: ModelInfo, path: str) -> tuple[int, ...]:
+    """A prompt of token ids, at least one, all in the vocabulary. Raises InvalidRequestError."""
+    if not ids:
+        raise InvalidRequestError(f"{path} is empty; it must hold at least one token", param=path)
+    if min(ids) < 0 or max(ids) >= min(model.vocab_size, _MAX_TOKEN_ID):
+        wrong = next(i for i in ids if not 0 <= i < model.vocab_size)
+        raise InvalidRequestError(
+            f"{path} holds {wrong}; token ids go from 0 to {model.vocab_size - 1}", param=path
+        )
+    return tuple(ids)
+
+
+def _read_max_tokens(fields: dict[str, Any]) -> int | None:
+    old: int | None = fields.get("max_tokens")
+    new: int | None = fields.get("max_completion_tokens")
+    if old is not None and new is not None and old != new:
+        raise InvalidRequestError(
+            f"max_tokens is {old} and max_completion_tokens {new}; send one of them",
+            param="max_tokens",
+        )
+    return old if new is None else new

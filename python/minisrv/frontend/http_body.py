@@ -1,0 +1,140 @@
+"""Reads a request's JSON: bounded in size, depth and time, and nothing but JSON.
+
+Numbers must fit 64 bits (or be finite doubles), names in an object must be unique, strings must be
+Unicode: whatever passes can be printed as JSON or packed for another process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from minisrv.errors import InvalidRequestError, RequestTooLargeError
+
+MAX_DEPTH = 64
+BODY_TIMEOUT_S = 60.0
+_MAX_INTEGER = 2**63 - 1
+
+
+async def read_json(request: Request, max_bytes: int) -> Any:
+    """The body's value. Raises InvalidRequestError, RequestTooLargeError or ClientDisconnect."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        error = InvalidRequestError("the body must come with Content-Type: application/json")
+        error.http_status = 415
+        raise error
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            body = await _read_body(request, max_bytes)
+    except TimeoutError:
+        error = InvalidRequestError(f"the body did not come within {BODY_TIMEOUT_S:g} s")
+        error.http_status = 408
+        raise error from None
+    return parse_json(body)
+
+
+def parse_json(body: bytes) -> Any:
+    """The value of a JSON text in UTF-8. Raises InvalidRequestError."""
+    try:
+        value = json.loads(
+            body.decode("utf-8"),
+            parse_constant=_refuse_constant,
+            parse_int=_parse_integer,
+            parse_float=_parse_float,
+            object_pairs_hook=_parse_object,
+        )
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"the body is not UTF-8: {error.reason}") from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}"
+        raise InvalidRequestError(f"the body is not JSON: {error.msg}, {place}") from None
+    except RecursionError:
+        raise _too_deep() from None
+    _check_text_and_depth(value)
+    return value
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    chunks: list[bytes] = []
+    num_bytes = 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunks.append(message.get("body", b""))
+        num_bytes += len(chunks[-1])
+        if num_bytes > max_bytes:
+            raise RequestTooLargeError(
+                f"the body has more than {max_bytes} bytes, the limit; send less or raise "
+                "--max-body-bytes"
+            )
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise InvalidRequestError(f"the body is not JSON: {name} is no JSON number")
+
+
+def _parse_integer(digits: str) -> int:
+    value = int(digits) if len(digits) <= 20 else _MAX_INTEGER + 1
+    if abs(value) > _MAX_INTEGER:
+        raise InvalidRequestError("the body holds an integer that does not fit 64 bits")
+    return value
+
+
+def _parse_float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise InvalidRequestError("the body holds a number that no double can hold")
+    return value
+
+
+def _parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise InvalidRequestError(f"the body names {twice[:40]!a} twice in one object")
+    return value
+
+
+def _check_text_and_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [child for item in level for child in _children(item)]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _children(item: Any) -> Iterator[Any]:
+    """The parts of `item` that can hold text."""
+    if isinstance(item, str):
+        _check_text(item)
+    elif isinstance(item, dict):
+        for name in item:
+            _check_text(name)
+        yield from item.values()
+    elif isinstance(item, list):
+        yield from (part for part in item if isinstance(part, str | dict | list))
+
+
+def _check_text(text: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidRequestError(
+            "the body holds a lone surrogate (\\ud800 to \\udfff), which is no character"
+        ) from None
+
+
+def _too_deep() -> InvalidRequestError:
+    return InvalidRequestError(f"the body is nested deeper than {MAX_DEPTH} levels")

@@ -1,0 +1,22 @@
+"""What the HTTP side knows of the model, once it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minisrv.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """The served model.
+
+    name: what clients write in `model`. created: Unix seconds of the start.
+    max_model_len: tokens of prompt and output together. defaults: the model's own sampling.
+    """
+
+    name: str
+    created: int
+    max_model_len: int
+    vocab_size: int
+    defaults: SamplingParams

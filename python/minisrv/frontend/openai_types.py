@@ -1,0 +1,241 @@
+"""The fields of a request, once: what is done with each, its check and its place in /docs.
+
+A field is honoured, harmless (accepted; changes nothing here) or unsupported: refused by name
+unless its value is null or asks for nothing. Names that no table holds are reported, not dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+from minisrv.errors import InvalidRequestError
+from minisrv.frontend.schema import (
+    ANY,
+    BOOLEAN,
+    INTEGER,
+    INTEGERS,
+    NUMBER,
+    OBJECT,
+    STRING,
+    Schema,
+    any_of,
+    array_of,
+    check_value,
+    describe,
+    one_of,
+)
+
+ROLES = ("developer", "system", "user", "assistant", "tool", "function")
+
+
+class Treatment(Enum):
+    """What the server does with a field."""
+
+    HONOURED = auto()
+    HARMLESS = auto()
+    UNSUPPORTED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One field of a request; `neutral` are the values of an unsupported field that pass."""
+
+    treatment: Treatment
+    schema: Schema
+    neutral: tuple[Any, ...] = ()
+
+
+def _honoured(schema: Schema, description: str) -> Field:
+    return Field(Treatment.HONOURED, {**schema, "description": description})
+
+
+def _harmless() -> Field:
+    return Field(Treatment.HARMLESS, {**ANY, "description": "Accepted; it changes nothing here."})
+
+
+def _unsupported(*neutral: Any) -> Field:
+    return Field(Treatment.UNSUPPORTED, ANY, neutral)
+
+
+_STREAM_OPTIONS: Schema = {
+    "type": "object",
+    "properties": {
+        "include_usage": BOOLEAN,
+        "continuous_usage_stats": BOOLEAN,
+        "include_obfuscation": BOOLEAN,
+    },
+}
+_MESSAGE: Schema = {
+    "type": "object",
+    "required": ["role"],
+    "properties": {
+        "role": one_of(*ROLES),
+        "content": any_of(STRING, array_of(OBJECT)),
+        "name": STRING,
+        "tool_call_id": STRING,
+        "tool_calls": array_of(OBJECT),
+        "reasoning_content": STRING,
+        "reasoning": STRING,
+    },
+}
+
+_GENERATION_FIELDS: dict[str, Field] = {
+    "model": _honoured(STRING, "The served model; missing or empty is the same."),
+    "max_tokens": _honoured(INTEGER, "Most output tokens, at least 1."),
+    "temperature": _honoured(NUMBER, "0 to 2; 0 is greedy. Default: the model's, else 1."),
+    "top_p": _honoured(NUMBER, "Above 0, up to 1. Default: the model's, else 1."),
+    "top_k": _honoured(INTEGER, "0 or -1 keeps all tokens. Default: the model's, else 0."),
+    "min_p": _honoured(NUMBER, "0 to 1. Default: the model's, else 0."),
+    "seed": _honoured(INTEGER, "With it, the same request gives the same text."),
+    "stop": _honoured(any_of(STRING, array_of(STRING)), "The text ends before these."),
+    "stop_token_ids": _honoured(INTEGERS, "The text ends at these tokens."),
+    "ignore_eos": _honoured(BOOLEAN, "Go on past the model's end of text."),
+    "min_tokens": _honoured(INTEGER, "No end of text before so many output tokens."),
+    "n": _honoured(INTEGER, "Choices, 1 to 128."),
+    "stream": _honoured(BOOLEAN, "Answer with server-sent events."),
+    "stream_options": _honoured(_STREAM_OPTIONS, "Only with stream."),
+    "skip_special_tokens": _honoured(BOOLEAN, "Leave special tokens out of the text."),
+    "user": _harmless(),
+    "metadata": _harmless(),
+    "store": _harmless(),
+    "service_tier": _harmless(),
+    "safety_identifier": _harmless(),
+    "prompt_cache_key": _harmless(),
+    "prompt_cache_options": _harmless(),
+    "prompt_cache_retention": _harmless(),
+    "verbosity": _harmless(),
+    "prediction": _harmless(),
+    "presence_penalty": _unsupported(0),
+    "frequency_penalty": _unsupported(0),
+    "repetition_penalty": _unsupported(1),
+    "repeat_penalty": _unsupported(1),
+    "logit_bias": _unsupported({}),
+    "top_logprobs": _unsupported(0),
+    "response_format": _unsupported({"type": "text"}),
+    "structured_outputs": _unsupported(),
+    "guided_json": _unsupported(),
+    "guided_regex": _unsupported(),
+    "guided_choice": _unsupported(),
+    "guided_grammar": _unsupported(),
+    "regex": _unsupported(),
+    "ebnf": _unsupported(),
+    "grammar": _unsupported(),
+    "json_schema": _unsupported(),
+    "stop_regex": _unsupported([]),
+    "include_stop_str_in_output": _unsupported(False),
+    "no_stop_trim": _unsupported(False),
+    "spaces_between_special_tokens": _unsupported(True),
+    "sampling_seed": _unsupported(),
+    "priority": _unsupported(0),
+    "cache_salt": _unsupported(),
+    "return_token_ids": _unsupported(False),
+    "return_tokens": _unsupported(False),
+    "return_prompt": _unsupported(False),
+    "truncate_prompt_tokens": _unsupported(),
+    "thinking_token_budget": _unsupported(),
+    "request_id": _unsupported(),
+    "rid": _unsupported(),
+    "timings": _unsupported(False),
+    "timings_per_token": _unsupported(False),
+    "return_progress": _unsupported(False),
+    "bad_words": _unsupported([]),
+    "allowed_token_ids": _unsupported(),
+    "logprob_token_ids": _unsupported([]),
+    "prompt_logprobs": _unsupported(),
+}
+
+CHAT_FIELDS: dict[str, Field] = {
+    "messages": _honoured(array_of(_MESSAGE), "The conversation; required unless prompt is given."),
+    "prompt": _honoured(
+        any_of(STRING, INTEGERS), "Text or token ids instead of messages; no template is applied."
+    ),
+    **_GENERATION_FIELDS,
+    "max_completion_tokens": _honoured(
+        INTEGER, "Most output tokens. Default: the rest of the context."
+    ),
+    "chat_template_kwargs": _honoured(OBJECT, "Variables for the chat template."),
+    "logprobs": _unsupported(False),
+    "tools": _unsupported([]),
+    "tool_choice": _unsupported("none", "auto"),
+    "parallel_tool_calls": _unsupported(True, False),
+    "functions": _unsupported([]),
+    "function_call": _unsupported("none", "auto"),
+    "reasoning_effort": _unsupported(),
+    "chat_template": _unsupported(),
+    "add_generation_prompt": _unsupported(True),
+    "continue_final_message": _unsupported(False),
+    "modalities": _unsupported(["text"]),
+    "audio": _unsupported(),
+    "web_search_options": _unsupported(),
+    "moderation": _unsupported(),
+}
+
+COMPLETION_FIELDS: dict[str, Field] = {
+    "prompt": _honoured(
+        any_of(STRING, array_of(STRING), INTEGERS, array_of(INTEGERS)),
+        "Text, token ids, or a list of either.",
+    ),
+    **_GENERATION_FIELDS,
+    "best_of": _honoured(INTEGER, "1 or n: each choice that is generated is returned."),
+    "echo": _unsupported(False),
+    "suffix": _unsupported(""),
+    "logprobs": _unsupported(False),
+    "messages": _unsupported(),
+}
+
+
+def read_fields(body: Any, table: Mapping[str, Field]) -> tuple[dict[str, Any], list[str]]:
+    """The honoured fields that are not null, checked; and the names that `table` does not hold.
+
+    Raises InvalidRequestError naming the field.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequestError(f"the body is {describe(body)}; it must be an object")
+    honoured: dict[str, Any] = {}
+    unknown: list[str] = []
+    for name, value in body.items():
+        field = table.get(name)
+        if field is None:
+            unknown.append(name)
+        elif value is None or field.treatment is Treatment.HARMLESS:
+            continue
+        elif field.treatment is Treatment.UNSUPPORTED:
+            _check_neutral(name, value, field)
+        else:
+            check_value(value, field.schema, name)
+            honoured[name] = value
+            unknown += _unknown_properties(name, value, field.schema)
+    return honoured, unknown
+
+
+def _unknown_properties(name: str, value: Any, schema: Schema) -> list[str]:
+    if "properties" not in schema:
+        return []
+    return [f"{name}.{part}" for part in value if part not in schema["properties"]]
+
+
+def request_schema(table: Mapping[str, Field]) -> dict[str, Any]:
+    """The JSON schema of a body, for /docs; unsupported fields are left out."""
+    return {
+        "type": "object",
+        "properties": {
+            name: field.schema
+            for name, field in table.items()
+            if field.treatment is not Treatment.UNSUPPORTED
+        },
+    }
+
+
+def _check_neutral(name: str, value: Any, field: Field) -> None:
+    for neutral in field.neutral:
+        if value == neutral and isinstance(value, bool) == isinstance(neutral, bool):
+            return
+    passing = ", ".join(describe(neutral) for neutral in (*field.neutral, None))
+    raise InvalidRequestError(
+        f"{name} is not supported by this server; leave it out (accepted: {passing})",
+        param=name,
+        code="unsupported_parameter",
+    )

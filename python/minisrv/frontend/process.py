@@ -1,0 +1,81 @@
+"""The frontend process: HTTP from the first moment, and the supervisor's notices."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from minisrv.child import Child, EngineEnded, EngineReady, Notice, Progress, Ready, run_child
+from minisrv.config import ServerConfig
+from minisrv.errors import EngineDeadError, NotReadyError
+from minisrv.frontend.app import create_app
+from minisrv.frontend.engine_client import EngineClient
+from minisrv.frontend.model_info import ModelInfo
+from minisrv.frontend.request_registry import RequestRegistry
+from minisrv.sampling_params import SamplingParams
+
+# How long open replies may take to reach their clients at the end.
+LAST_WORDS_S = 2
+
+
+def take_notice(registry: RequestRegistry, config: ServerConfig, notice: Notice) -> None:
+    """Bring what the supervisor said to the registry."""
+    match notice:
+        case Progress(phase, fraction):
+            registry.set_progress(phase, fraction)
+        case EngineReady(facts):
+            registry.set_ready(_model_info(config, facts))
+        case EngineEnded(sentence, stopping=True):
+            registry.fail_all(NotReadyError(sentence, code="server_stopping"))
+        case EngineEnded(sentence):
+            registry.fail_all(EngineDeadError(sentence))
+
+
+def main() -> None:
+    """Be the frontend process."""
+    run_child("frontend", lambda child: uvloop.run(_serve(child)))
+
+
+async def _serve(child: Child) -> None:
+    registry = RequestRegistry(child.config, child.boot.epoch)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(child.config, registry),
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=LAST_WORDS_S,
+        )
+    )
+    loop = asyncio.get_running_loop()
+    take = functools.partial(_take_notice, child, registry, server)
+    async with EngineClient(Path(child.boot.run_dir), registry, child.config.num_tokenizers):
+        child.listen(lambda notice: loop.call_soon_threadsafe(take, notice))
+        await server.serve([socket.socket(fileno=child.boot.fds["listener"])])
+
+
+def _take_notice(
+    child: Child, registry: RequestRegistry, server: uvicorn.Server, notice: Notice
+) -> None:
+    take_notice(registry, child.config, notice)
+    if isinstance(notice, EngineReady):
+        child.report(Ready())
+    elif isinstance(notice, EngineEnded):
+        server.should_exit = True
+
+
+def _model_info(config: ServerConfig, facts: dict[str, Any]) -> ModelInfo:
+    return ModelInfo(
+        name=config.served_name,
+        created=int(time.time()),
+        max_model_len=facts["max_seq_len"],
+        vocab_size=facts["vocab_size"],
+        defaults=SamplingParams(**facts["sampling_defaults"]),
+    )

@@ -1,0 +1,310 @@
+"""The owner of the promise to clients: every request that was accepted gets a final event.
+
+A request holds consecutive uids, one a choice. A uid counts as open from `open` until its final
+(a finish code or a failure) has come from behind, also when the client has long gone: so the
+limit on open requests is a limit on the work behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+
+from minisrv.config import ServerConfig
+from minisrv.errors import MinisrvError, NotReadyError, OverloadedError
+from minisrv.frontend.events import Event, failure_error
+from minisrv.frontend.model_info import ModelInfo
+from minisrv.messages import AbortMsg, Failure, Finish, TokenizeMsg, UserReply
+
+logger = logging.getLogger("minisrv.frontend")
+
+Send = Callable[[int, TokenizeMsg | AbortMsg], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Starting:
+    """The model is being loaded; `fraction` of `phase` is done, 0 to 1."""
+
+    phase: str
+    fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Requests are served."""
+
+    model: ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """Nothing will be served any more, and why."""
+
+    error: MinisrvError
+
+
+State = Starting | Ready | Dead
+
+
+class RequestAborted(Exception):
+    """The request was aborted while its reader waited."""
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """live: uids without a final. tokenizers: which one each sent uid went to."""
+
+    base: int
+    live: set[int]
+    tokenizers: dict[int, int] = field(default_factory=dict)
+    pending: dict[int, Event] = field(default_factory=dict)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    wants_deltas: bool = True
+    failed: bool = False
+    aborted: bool = False
+
+    def event(self, uid: int) -> Event:
+        event = self.pending.get(uid)
+        if event is None:
+            event = self.pending[uid] = Event(uid, uid - self.base)
+        return event
+
+    @property
+    def settled(self) -> bool:
+        """Nothing more will come that a reader of whole texts waits for."""
+        return self.aborted or self.failed or not self.live
+
+    def wake_reader(self) -> None:
+        if self.wants_deltas or self.settled:
+            self.changed.set()
+
+    def take(self) -> list[Event]:
+        if self.aborted:
+            raise RequestAborted
+        self.changed.clear()
+        events = list(self.pending.values())
+        self.pending.clear()
+        return events
+
+
+class RequestRegistry:
+    """Routes replies to the requests they belong to. All methods belong to one event loop."""
+
+    def __init__(self, config: ServerConfig, epoch: int) -> None:
+        self.epoch = epoch
+        self.state: State = Starting("start", 0.0)
+        self._max_open = config.max_open_requests
+        self._num_tokenizers = config.num_tokenizers
+        self._next_uid = 1
+        self._next_tokenizer = 0
+        self._send: Send | None = None
+        self._requests: dict[int, _Request] = {}
+        self._owners: dict[int, _Request] = {}
+
+    def connect(self, send: Send) -> None:
+        """Send messages by `send(tokenizer_index, message)` from now on."""
+        self._send = send
+
+    def set_progress(self, phase: str, fraction: float) -> None:
+        """Show how far the start is."""
+        if isinstance(self.state, Starting):
+            self.state = Starting(phase, fraction)
+
+    def set_ready(self, model: ModelInfo) -> None:
+        """Accept requests from now on."""
+        assert self._send is not None, "connect comes before set_ready"
+        if isinstance(self.state, Starting):
+            self.state = Ready(model)
+
+    @property
+    def model(self) -> ModelInfo:
+        """The served model. Raises NotReadyError while starting, RequestFailedError when dead."""
+        match self.state:
+            case Ready(model):
+                return model
+            case Starting(phase, fraction):
+                raise NotReadyError(f"the server is starting: {phase}, {fraction:.0%}")
+            case Dead(error):
+                raise failure_error(Failure.from_error(0, error))
+
+    @property
+    def num_open(self) -> int:
+        """Uids whose final has not come."""
+        return len(self._owners)
+
+    def open(self, n: int = 1) -> int:
+        """Take `n` consecutive uids and return the first, the request's base.
+
+        Raises OverloadedError when that many do not fit under the limit, and as `model` does.
+        """
+        assert n >= 1
+        _ = self.model
+        if self.num_open + n > self._max_open:
+            raise OverloadedError(
+                f"the server has {self.num_open} open requests of {self._max_open}, "
+                f"and this one counts {n}; try again later"
+            )
+        base = self._next_uid
+        self._next_uid += n
+        request = _Request(base, live=set(range(base, base + n)))
+        self._requests[base] = request
+        self._owners.update(dict.fromkeys(request.live, request))
+        return base
+
+    def send(self, message: TokenizeMsg) -> None:
+        """Pass a message with open uids to the next tokenizer in turn."""
+        assert self._send is not None
+        request = self._owners.get(message.uid)
+        if request is None or request.aborted:
+            raise RequestAborted
+        index = self._next_tokenizer
+        self._next_tokenizer = (index + 1) % self._num_tokenizers
+        self._send(index, message)
+        uids = range(message.uid, message.uid + message.sampling.n)
+        request.tokenizers.update(dict.fromkeys(uids, index))
+
+    def deliver(self, reply: UserReply) -> None:
+        """Give every column of `reply` to its request; what belongs to no open uid is dropped."""
+        touched: dict[int, _Request] = {}
+        for start in reply.starts:
+            if (request := self._owners.get(start.uid)) is not None:
+                request.event(start.uid).start = start
+                touched[request.base] = request
+        self._deliver_columns(reply, touched)
+        for failure in reply.failures:
+            if (request := self._owners.get(failure.uid)) is not None:
+                self._fail(request, failure)
+                touched[request.base] = request
+        for request in touched.values():
+            _settle(request)
+
+    def fail_all(self, error: MinisrvError) -> None:
+        """Fail every open request with `error`, and every later one. The first error stays."""
+        if isinstance(self.state, Dead):
+            return
+        self.state = Dead(error)
+        for uid, request in list(self._owners.items()):
+            self._fail(request, Failure.from_error(uid, error))
+        for request in self._requests.values():
+            request.wake_reader()
+
+    def is_open(self, base: int) -> bool:
+        """Whether `next_events` has something to wait for or to give."""
+        request = self._requests.get(base)
+        return request is not None and bool(request.live or request.pending)
+
+    async def next_events(self, base: int, timeout_s: float | None = None) -> list[Event]:
+        """What has come for an open request, at most one event a uid; waits for the first.
+
+        Empty when `timeout_s` has passed in silence. Raises RequestAborted after `abort`.
+        """
+        request = self._reading(base, wants_deltas=True)
+        if timeout_s is None:
+            await request.changed.wait()
+        else:
+            timer = asyncio.get_running_loop().call_later(timeout_s, request.changed.set)
+            await request.changed.wait()
+            timer.cancel()
+        return request.take()
+
+    async def all_events(self, base: int) -> list[Event]:
+        """One event a uid with its whole text; returns early when one of them has failed.
+
+        Raises RequestAborted after `abort`.
+        """
+        request = self._reading(base, wants_deltas=False)
+        while not request.settled:
+            request.changed.clear()
+            await request.changed.wait()
+        return request.take()
+
+    async def events(self, base: int) -> AsyncGenerator[Event, None]:
+        """Events until each uid has had its final, or until `abort`; leaving early aborts."""
+        try:
+            while self.is_open(base):
+                for event in await self.next_events(base):
+                    yield event
+        except RequestAborted:
+            return
+        finally:
+            self.abort(base)
+
+    def abort(self, base: int) -> bool:
+        """Forget a request; what still runs is told to stop. Whether anything still ran.
+
+        Right in every state, and a second time: finished, unsent and unknown requests included.
+        """
+        request = self._requests.pop(base, None)
+        if request is None:
+            return False
+        running = bool(request.live)
+        request.aborted = True
+        request.pending.clear()
+        request.changed.set()
+        by_tokenizer = defaultdict(list)
+        for uid in sorted(request.live):
+            if uid in request.tokenizers:
+                by_tokenizer[request.tokenizers[uid]].append(uid)
+            else:
+                self._release(request, uid)
+        assert self._send is not None
+        for index, uids in by_tokenizer.items():
+            self._send(index, AbortMsg(uids=tuple(uids), epoch=self.epoch))
+        return running
+
+    def _deliver_columns(self, reply: UserReply, touched: dict[int, _Request]) -> None:
+        columns = zip(
+            reply.uids.tolist(),
+            reply.texts,
+            reply.output_tokens.tolist(),
+            reply.finishes.tolist(),
+            reply.stop_reasons,
+            strict=True,
+        )
+        for uid, text, output_tokens, finish, stop_reason in columns:
+            if (request := self._owners.get(uid)) is None:
+                continue
+            event = request.event(uid)
+            event.deltas.append(text)
+            event.output_tokens = output_tokens
+            if finish:
+                self._finish(request, event, Finish(finish), stop_reason)
+            touched[request.base] = request
+
+    def _finish(
+        self, request: _Request, event: Event, finish: Finish, stop_reason: str | int | None
+    ) -> None:
+        if finish is Finish.ABORT:
+            error = MinisrvError("the request was aborted by the server", code="request_aborted")
+            self._fail(request, Failure.from_error(event.uid, error))
+            return
+        event.finish = finish
+        event.stop_reason = stop_reason
+        self._release(request, event.uid)
+
+    def _fail(self, request: _Request, failure: Failure) -> None:
+        request.event(failure.uid).failure = failure
+        request.failed = True
+        self._release(request, failure.uid)
+
+    def _release(self, request: _Request, uid: int) -> None:
+        request.live.discard(uid)
+        del self._owners[uid]
+
+    def _reading(self, base: int, *, wants_deltas: bool) -> _Request:
+        request = self._requests.get(base)
+        if request is None:
+            raise RequestAborted
+        request.wants_deltas = wants_deltas
+        return request
+
+
+def _settle(request: _Request) -> None:
+    """After a delivery: nobody reads an aborted request, a waiting reader gets its turn."""
+    if request.aborted:
+        request.pending.clear()
+    else:
+        request.wake_reader()

@@ -1,0 +1,185 @@
+"""From events to OpenAI's replies: server-sent chunks, or one whole object.
+
+The order on the wire, for each choice: a chunk with the role (chat), chunks with text, an empty
+chunk with the finish reason; then, if asked for, one chunk with the usage; then [DONE].
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from minisrv.frontend.events import Event
+from minisrv.messages import Finish
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+
+_FINISH_REASONS = {
+    Finish.STOP: "stop",
+    Finish.STOP_TOKEN: "stop",
+    Finish.LENGTH: "length",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamOptions:
+    """include_usage: a last chunk with the usage. continuous_usage: the usage so far in each."""
+
+    include_usage: bool
+    continuous_usage: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplyHeader:
+    """What all chunks of a reply share."""
+
+    id: str
+    chat: bool
+    created: int
+    model: str
+    system_fingerprint: str
+    choices_per_prompt: int
+
+    def reply(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """A chunk or a whole reply, without usage."""
+        return {
+            "id": self.id,
+            "object": object_name,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+            "choices": choices,
+        }
+
+
+class Usage:
+    """Counts a request's tokens: a prompt once, however many choices it has."""
+
+    def __init__(self, header: ReplyHeader) -> None:
+        self._header = header
+        self._prompts: dict[int, tuple[int, int]] = {}
+        self._outputs: dict[int, int] = {}
+
+    def add(self, event: Event) -> None:
+        """Take over the counts of an event."""
+        if event.start is not None and event.index % self._header.choices_per_prompt == 0:
+            self._prompts[event.index] = (event.start.prompt_tokens, event.start.cached_tokens)
+        if event.deltas:
+            self._outputs[event.index] = event.output_tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(prompt for prompt, _ in self._prompts.values())
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that the cache held."""
+        return sum(cached for _, cached in self._prompts.values())
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens of all choices."""
+        return sum(self._outputs.values())
+
+    def body(self) -> dict[str, Any]:
+        """The `usage` object."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.output_tokens,
+            "total_tokens": self.prompt_tokens + self.output_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": 0},
+        }
+
+
+class StreamReply:
+    """Turns events into the bytes of a stream."""
+
+    def __init__(self, header: ReplyHeader, usage: Usage, options: StreamOptions) -> None:
+        self._header = header
+        self._usage = usage
+        self._options = options
+        self._object = "chat.completion.chunk" if header.chat else "text_completion"
+        self._begun: set[int] = set()
+
+    def chunks(self, event: Event) -> bytes:
+        """The chunks of one event without a failure."""
+        self._usage.add(event)
+        chunks = []
+        if self._header.chat and event.index not in self._begun:
+            self._begun.add(event.index)
+            chunks.append(self._chunk(event.index, {"role": "assistant", "content": ""}))
+        text = event.text
+        if text:
+            chunks.append(
+                self._chunk(event.index, {"content": text} if self._header.chat else text)
+            )
+        if event.final:
+            empty: dict[str, str] | str = {} if self._header.chat else ""
+            chunks.append(self._chunk(event.index, empty, event))
+        return b"".join(chunks)
+
+    def end(self) -> bytes:
+        """What follows the last choice."""
+        if not self._options.include_usage:
+            return DONE
+        last = self._header.reply(self._object, [])
+        return sse({**last, "usage": self._usage.body()}) + DONE
+
+    def _chunk(
+        self, index: int, delta: dict[str, str] | str, finished: Event | None = None
+    ) -> bytes:
+        choice: dict[str, Any] = {
+            "index": index,
+            "delta" if self._header.chat else "text": delta,
+            "logprobs": None,
+            "finish_reason": None,
+        }
+        if finished is not None:
+            choice.update(_ending(finished))
+        chunk = self._header.reply(self._object, [choice])
+        if self._options.continuous_usage:
+            chunk["usage"] = self._usage.body()
+        elif self._options.include_usage:
+            chunk["usage"] = None
+        return sse(chunk)
+
+
+def whole_reply(header: ReplyHeader, events: list[Event], usage: Usage) -> dict[str, Any]:
+    """The reply to a request without `stream`: each choice has had its final, none a failure."""
+    choices = []
+    for event in sorted(events, key=lambda event: event.index):
+        usage.add(event)
+        text: dict[str, Any] = (
+            {"message": {"role": "assistant", "content": event.text, "refusal": None}}
+            if header.chat
+            else {"text": event.text}
+        )
+        choice = {"index": event.index, **text, "logprobs": None, **_ending(event)}
+        choices.append(choice)
+    object_name = "chat.completion" if header.chat else "text_completion"
+    return {**header.reply(object_name, choices), "usage": usage.body()}
+
+
+def sse(value: dict[str, Any]) -> bytes:
+    """A server-sent event with a JSON value."""
+    return b"data: " + json_bytes(value) + b"\n\n"
+
+
+def json_bytes(value: dict[str, Any]) -> bytes:
+    """Compact JSON in UTF-8."""
+    return _encode(value).encode()
+
+
+# One encoder for all chunks: json.dumps with options would build one a call.
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+def _ending(event: Event) -> dict[str, Any]:
+    return {
+        "finish_reason": _FINISH_REASONS[event.finish],
+        "stop_reason": event.stop_reason,
+    }

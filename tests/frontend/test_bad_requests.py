@@ -1,0 +1,285 @@
+"""Malformed requests get a 4xx in OpenAI's form that names the field; the server goes on."""
+
+import json
+from typing import Any
+
+import openai
+import pytest
+from http_server import HttpServer, serve
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted_backend import TEXT
+
+from minisrv.frontend.http_errors import ERROR_SCHEMA
+from minisrv.frontend.openai_types import CHAT_FIELDS, COMPLETION_FIELDS, ROLES
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+HI = [{"role": "user", "content": "hi"}]
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "hi", **fields}]}
+
+
+def error_of(response: Any) -> dict[str, Any]:
+    """The error object, with its four keys and nothing beside it."""
+    body = response.json()
+    assert list(body) == ["error"], body
+    assert sorted(body["error"]) == ["code", "message", "param", "type"]
+    assert isinstance(body["error"]["message"], str)
+    assert body["error"]["message"]
+    assert response.headers["content-type"] == "application/json"
+    return body["error"]
+
+
+CHAT_CASES: list[tuple[dict[str, Any], str | None]] = [
+    ({}, "messages"),
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": {"role": "user"}}, "messages"),
+    ({"messages": ["hi"]}, "messages.0"),
+    ({"messages": [{"content": "hi"}]}, "messages.0.role"),
+    (message(role="robot"), "messages.0.role"),
+    (message(role=1), "messages.0.role"),
+    (message(content=5), "messages.0.content"),
+    (message(content=None), "messages.0.content"),
+    (message(content=["hi"]), "messages.0.content.0"),
+    (message(content=[{"text": "hi"}]), "messages.0.content.0.type"),
+    (message(content=[{"type": "text"}]), "messages.0.content.0.text"),
+    (
+        message(content=[{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]),
+        "messages.0.content.1.type",
+    ),
+    (message(tool_calls=[{"id": "1"}]), "messages.0.tool_calls.0.function"),
+    (message(tool_calls=5), "messages.0.tool_calls"),
+    (message(extra=2**63), None),
+    (message(extra={"deep": [-(2**70)]}), None),
+    ({"messages": HI, "chat_template_kwargs": {"seed": 2**64}}, None),
+    ({"messages": HI, "prompt": "hi"}, "messages"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": ["a", "b"]}, "prompt.0"),
+    ({"prompt": 5}, "prompt"),
+]
+FIELD_CASES: list[tuple[str, Any]] = [
+    ("model", 5),
+    ("temperature", "1"),
+    ("temperature", True),
+    ("temperature", -0.1),
+    ("temperature", 2.5),
+    ("top_p", 0),
+    ("top_p", 1.1),
+    ("top_k", -2),
+    ("top_k", 1.5),
+    ("top_k", 2**40),
+    ("min_p", -1),
+    ("seed", "1"),
+    ("seed", 1.0),
+    ("max_tokens", 0),
+    ("max_tokens", -1),
+    ("max_tokens", "5"),
+    ("max_tokens", True),
+    ("max_tokens", 2**62),
+    ("min_tokens", -1),
+    ("n", 0),
+    ("n", 129),
+    ("n", "2"),
+    ("stop", ""),
+    ("stop", ["a", ""]),
+    ("stop", 5),
+    ("stop", ["x"] * 17),
+    ("stop", "x" * 300),
+    ("stop_token_ids", [1, 1000]),
+    ("stop_token_ids", [-1]),
+    ("stop_token_ids", 5),
+    ("stream", "true"),
+    ("stream", 1),
+    ("stream_options", {"include_usage": True}),
+    ("stream_options", True),
+    ("ignore_eos", 1),
+    ("skip_special_tokens", "no"),
+]
+BODIES = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b'"hi"',
+    b"5",
+    b'{"prompt": "a", }',
+    b'{"prompt": "a"} x',
+    b'{"prompt": "a", "temperature": NaN}',
+    b'{"prompt": "a", "user": NaN}',
+    b'{"prompt": "a", "user": [-Infinity]}',
+    b'{"prompt": "a", "user": 1e999}',
+    b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+    b'{"prompt": "a", "seed": 9223372036854775808}',
+    b'{"prompt": "a", "prompt": "b"}',
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": "a\\udc00b"}',
+    b'{"prompt": "a", "\\ud800": 1}',
+    b'{"prompt": "\xed\xa0\x80"}',
+    b'{"prompt": "\xff"}',
+    '{"prompt": "a"}'.encode("utf-16"),
+    b'\xef\xbb\xbf{"prompt": "a"}',
+    b'{"prompt": "a\x00"}',
+    b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    b'{"prompt": "a", "x": ' + b"[" * 100 + b"]" * 100 + b"}",
+    b'{"prompt": "a", "x": ' + b'{"a":' * 100 + b"1" + b"}" * 100 + b"}",
+]
+
+
+def still_answers(server: HttpServer) -> None:
+    assert server.chat().json()["choices"][0]["message"]["content"] == TEXT
+
+
+@pytest.mark.parametrize(("body", "param"), CHAT_CASES, ids=str)
+def test_a_malformed_chat_names_the_field(
+    server: HttpServer, body: dict[str, Any], param: str | None
+) -> None:
+    response = server.http.post(CHAT, json=body)
+    assert response.status_code == 400
+    assert error_of(response)["param"] == param
+    still_answers(server)
+
+
+@pytest.mark.parametrize(("name", "value"), FIELD_CASES, ids=str)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_wrong_value_names_the_field(
+    server: HttpServer, path: str, name: str, value: Any
+) -> None:
+    body = {"prompt": "a", name: value}
+    response = server.http.post(path, content=json.dumps(body), headers=JSON)
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["type"] == "invalid_request_error"
+    assert error["param"].split(".")[0] == name
+    still_answers(server)
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: repr(body[:40]))
+def test_a_body_that_is_no_json_object_is_refused(server: HttpServer, body: bytes) -> None:
+    response = server.http.post(COMPLETIONS, content=body, headers=JSON)
+    assert response.status_code == 400
+    error_of(response)
+    still_answers(server)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param"),
+    [
+        ([], "prompt"),
+        ([[]], "prompt.0"),
+        ([1, "a"], "prompt.0"),
+        ([[1], "a"], "prompt.0"),
+        ([-1], "prompt"),
+        ([1000], "prompt"),
+        ([[1], [2**40]], "prompt.1"),
+        ([True], "prompt.0"),
+        ({"text": "a"}, "prompt"),
+        (None, "prompt"),
+    ],
+    ids=str,
+)
+def test_a_malformed_prompt_is_named(server: HttpServer, prompt: Any, param: str) -> None:
+    response = server.http.post(COMPLETIONS, json={"prompt": prompt})
+    assert response.status_code == 400
+    assert error_of(response)["param"] == param
+    still_answers(server)
+
+
+def test_an_unknown_model_is_404_and_lists_the_served_one(server: HttpServer) -> None:
+    with pytest.raises(openai.NotFoundError, match="org/tiny") as raised:
+        server.openai.chat.completions.create(model="gpt-4", messages=HI)
+    assert raised.value.code == "model_not_found"
+    assert raised.value.param == "model"
+    for model in ("", None):
+        assert server.chat(model=model).json()["model"] == "org/tiny"
+
+
+def test_a_body_over_the_limit_is_413(server: HttpServer) -> None:
+    response = server.http.post(COMPLETIONS, json={"prompt": "x" * 10_000_000})
+    assert response.status_code == 413
+    assert error_of(response)["code"] == "request_too_large"
+    still_answers(server)
+
+
+def test_a_body_of_unknown_length_is_cut_off_at_the_limit() -> None:
+    with serve(max_body_bytes=2000) as server:
+        chunks = (b"x" * 500 for _ in range(20))
+        response = server.http.post(COMPLETIONS, content=chunks, headers=JSON)
+        assert response.status_code == 413
+        still_answers(server)
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_only_json_is_read(server: HttpServer, kind: str) -> None:
+    response = server.http.post(
+        COMPLETIONS, content=b'{"prompt": "a"}', headers={"Content-Type": kind}
+    )
+    assert response.status_code == 415
+    error_of(response)
+
+
+def test_the_two_names_of_max_tokens_must_agree(server: HttpServer) -> None:
+    response = server.chat(max_tokens=5, max_completion_tokens=6)
+    assert response.status_code == 400
+    assert server.chat(max_tokens=5, max_completion_tokens=5).status_code == 200
+    response = server.chat(max_completion_tokens=0)
+    assert error_of(response)["param"] == "max_completion_tokens"
+
+
+def test_more_choices_than_the_server_may_ever_hold_are_refused() -> None:
+    with serve(max_open_requests=8) as server:
+        response = server.http.post(COMPLETIONS, json={"prompt": ["a", "b", "c"], "n": 3})
+        assert response.status_code == 400
+        assert error_of(response)["param"] == "prompt"
+        assert server.http.post(COMPLETIONS, json={"prompt": "a", "n": 8}).status_code == 200
+
+
+def test_the_error_schema_of_the_docs_names_the_four_keys() -> None:
+    required = ERROR_SCHEMA["properties"]["error"]["required"]
+    assert sorted(required) == ["code", "message", "param", "type"]
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(st.characters(), max_size=8)
+    | st.sampled_from(["hi", "user", "text", *ROLES]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text"]), inner, max_size=4)
+        | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+NAMES = st.sampled_from(sorted(CHAT_FIELDS.keys() | COMPLETION_FIELDS.keys())) | st.text(max_size=6)
+
+
+@given(
+    path=st.sampled_from([CHAT, COMPLETIONS]),
+    base=st.sampled_from([{}, {"prompt": "hi"}, {"messages": HI}]),
+    body=VALUES | st.dictionaries(NAMES, VALUES, max_size=5),
+)
+@settings(max_examples=400, deadline=None)
+def test_any_json_gets_a_2xx_or_a_4xx(
+    server: HttpServer, path: str, base: dict[str, Any], body: Any
+) -> None:
+    if isinstance(body, dict):
+        body = {**base, **body}
+    response = server.http.post(path, content=json.dumps(body), headers=JSON)
+    assert 200 <= response.status_code < 300 or 400 <= response.status_code < 500, response.text
+    if response.status_code >= 400:
+        error_of(response)
+
+
+@given(body=st.binary(max_size=100))
+@settings(max_examples=100, deadline=None)
+def test_any_bytes_get_a_4xx(server: HttpServer, body: bytes) -> None:
+    assert server.http.post(CHAT, content=body, headers=JSON).status_code == 400
