@@ -7,15 +7,16 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from minisrv.scheduler.build import build_loop
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from minisrv.config import ServerConfig
 from minisrv.messages import Finish, GenerateMsg
 from minisrv.sampling_params import SamplingParams
+from minisrv.scheduler.build import build_loop
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.loop import SchedulerLoop
 
@@ -41,6 +42,36 @@ class Way:
         sizes = f"page{self.page_size}-budget{self.budget}-{self.at_once}"
         return f"{radix}-{sizes}-depth{self.overlap_depth}"
 
+
+def _rope(rope_type: str, **fields: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **fields}}
+
+
+CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"max_shard_size": "100KB"}),
+    "llama-llama3-tied": (
+        "llama",
+        {
+            "tie_word_embeddings": True,
+            **_rope(
+                "llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=256,
+            ),
+        },
+    ),
+    "llama-linear": ("llama", _rope("linear", factor=2.0)),
+    "mistral": ("mistral", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-yarn": (
+        "qwen3",
+        _rope("yarn", factor=4.0, original_max_position_embeddings=512),
+    ),
+    "qwen3-moe": ("qwen3_moe", {"max_shard_size": "100KB"}),
+}
 
 RADIX, PAGES, BUDGETS, TOGETHER, DEPTHS = [True, False], [1, 16], [16, 64, 1024], [1, 32], [0, 1]
 EVERY_WAY = [Way(*values) for values in itertools.product(RADIX, PAGES, BUDGETS, TOGETHER, DEPTHS)]

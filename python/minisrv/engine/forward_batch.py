@@ -71,10 +71,6 @@ class ForwardEngine(Protocol):
     Steps run in the order of `launch`; a page written by one step may be read by the next.
     """
 
-    num_pages: int
-    page_size: int
-    max_seq_len: int
-
     def launch(self, batch: ForwardBatch) -> Any:
         """Start a step and return a handle; at most two steps are in flight."""
 

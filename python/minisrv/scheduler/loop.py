@@ -49,6 +49,11 @@ class SchedulerLoop:
     def turn(self) -> None:
         """One round: blocks for messages only when there is nothing to do."""
         self._receive(wait=not self.busy)
+        self.advance()
+        self._send(self.scheduler.take_replies())
+
+    def advance(self) -> None:
+        """Launch the next step, and settle what must be settled."""
         step = self.scheduler.schedule()
         if step is not None:
             self._in_flight.append((step, self.engine.launch(self._builder.build(step))))
@@ -58,7 +63,6 @@ class SchedulerLoop:
         while len(self._in_flight) > depth:
             settled, handle = self._in_flight.popleft()
             self.scheduler.settle(settled, self.engine.wait(handle).token_ids.tolist())
-        self._send(self.scheduler.take_replies())
 
     def _receive(self, wait: bool) -> None:
         for message in self.channel.receive(wait):

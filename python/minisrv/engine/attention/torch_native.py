@@ -1,0 +1,170 @@
+"""Attention in plain torch: the backend on CPU, and the reference for the others.
+
+Decodes are computed together: the pages of each sequence are gathered, padded to the longest and
+masked. The query heads that share a key head are rows of one product, which on a CPU is several
+times faster than to repeat keys and values. Sequences of very different lengths go in groups, so
+that padding at most doubles the work. Prefill chunks are computed one after the other.
+"""
+
+# Shapes: T tokens in the step, B sequences, H query heads, K key-value heads, G = H / K, D head
+# size, C cached tokens, padded to whole pages.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minisrv.engine.forward_batch import ForwardBatch, Int32Array
+from minisrv.engine.kv_pool import KVPool
+from minisrv.engine.page_table import PageTable, token_positions
+
+_GROUP_SLACK_PAGES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodeGroup:
+    tokens: Tensor | None  # [B] indices into the step's tokens; None is all of them
+    pages: Tensor  # [B * pages a sequence]
+    num_sequences: int
+    mask: Tensor | None  # [B, 1, 1, C] added to the scores
+
+
+@dataclass(frozen=True, slots=True)
+class _PrefillChunk:
+    first: int
+    end: int  # tokens of the step: first to end
+    pages: Tensor | None  # [pages]; None where the chunk begins its sequence
+    kv_len: int
+    mask: Tensor | None  # [end - first, kv_len] added to the scores
+
+
+class TorchNativeAttention:
+    """See AttentionBackend."""
+
+    def __init__(self, pool: KVPool, dtype: torch.dtype, device: torch.device) -> None:
+        self._pool, self._dtype, self._device = pool, dtype, device
+        self._decodes: list[_DecodeGroup] = []
+        self._prefills: list[_PrefillChunk] = []
+        self._slots_T = torch.empty(0)
+
+    def plan(self, batch: ForwardBatch, page_table: PageTable) -> None:
+        """See AttentionBackend."""
+        self._slots_T = self._to_device(page_table.slots(batch, token_positions(batch)))
+        kv_lens = batch.start_positions + batch.query_lens
+        n = batch.num_decodes
+        whole = batch.rows.size == n
+        self._decodes = [
+            self._decode_group(
+                None if whole and len(group) == n else group, batch, kv_lens, page_table
+            )
+            for group in _groups_of_like_length(kv_lens[:n], page_table.page_size)
+        ]
+        ends = np.cumsum(batch.query_lens).tolist()
+        self._prefills = [
+            self._prefill_chunk(i, ends[i], batch, int(kv_lens[i]), page_table)
+            for i in range(n, batch.rows.size)
+        ]
+
+    def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer_id: int) -> Tensor:
+        """See AttentionBackend."""
+        key_slots, value_slots = self._pool.slots[layer_id]
+        key_slots.index_copy_(0, self._slots_T, k_TKD)
+        value_slots.index_copy_(0, self._slots_T, v_TKD)
+        if len(self._decodes) == 1 and self._decodes[0].tokens is None:
+            return self._decode(q_THD, self._decodes[0], layer_id)
+        out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+        for group in self._decodes:
+            tokens = slice(None) if group.tokens is None else group.tokens
+            out_THD[tokens] = self._decode(q_THD[tokens], group, layer_id)
+        for chunk in self._prefills:
+            part = slice(chunk.first, chunk.end)
+            out_THD[part] = self._prefill(q_THD[part], k_TKD[part], v_TKD[part], chunk, layer_id)
+        return out_THD
+
+    def _decode(self, q_BHD: Tensor, group: _DecodeGroup, layer_id: int) -> Tensor:
+        keys, values = self._gather(group.pages, group.num_sequences, layer_id)
+        size, num_heads, head_dim = q_BHD.shape
+        q_BKGD = q_BHD.view(size, keys.shape[1], -1, head_dim)
+        out_BKGD = F.scaled_dot_product_attention(q_BKGD, keys, values, attn_mask=group.mask)
+        return out_BKGD.reshape(size, num_heads, head_dim)
+
+    def _prefill(
+        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, chunk: _PrefillChunk, layer_id: int
+    ) -> Tensor:
+        if chunk.pages is None:
+            keys, values = k_TKD.transpose(0, 1)[None], v_TKD.transpose(0, 1)[None]
+        else:
+            keys, values = self._gather(chunk.pages, 1, layer_id)
+            keys, values = keys[:, :, : chunk.kv_len], values[:, :, : chunk.kv_len]
+        out_1HTD = F.scaled_dot_product_attention(
+            q_THD.transpose(0, 1)[None],
+            keys,
+            values,
+            attn_mask=chunk.mask,
+            is_causal=chunk.mask is None,
+            enable_gqa=True,
+        )
+        return out_1HTD[0].transpose(0, 1)
+
+    def _gather(self, pages: Tensor, num_sequences: int, layer_id: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole pages, each [B, K, C, D]."""
+        keys, values = (part.index_select(0, pages) for part in self._pool.pages[layer_id])
+        shape = (num_sequences, -1, *keys.shape[2:])
+        return keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)
+
+    def _decode_group(
+        self,
+        group: Int32Array | None,
+        batch: ForwardBatch,
+        kv_lens: Int32Array,
+        page_table: PageTable,
+    ) -> _DecodeGroup:
+        chosen = slice(None) if group is None else group
+        lens = kv_lens[chosen]
+        pages = page_table.pages_of(batch.rows[chosen], lens)
+        return _DecodeGroup(
+            tokens=None if group is None else self._to_device(group),
+            pages=self._to_device(pages.reshape(-1)),
+            num_sequences=lens.size,
+            mask=self._mask(lens, pages.shape[1] * page_table.page_size)[:, None, None],
+        )
+
+    def _prefill_chunk(
+        self, index: int, end: int, batch: ForwardBatch, kv_len: int, page_table: PageTable
+    ) -> _PrefillChunk:
+        length = int(batch.query_lens[index])
+        if length == kv_len:
+            return _PrefillChunk(end - length, end, None, kv_len, None)
+        pages = page_table.pages_of(batch.rows[index : index + 1], np.array([kv_len], np.int32))
+        visible = np.arange(kv_len - length + 1, kv_len + 1, dtype=np.int32)
+        return _PrefillChunk(
+            end - length, end, self._to_device(pages[0]), kv_len, self._mask(visible, kv_len)
+        )
+
+    def _mask(self, visible: Int32Array, length: int) -> Tensor:
+        """0 for the first `visible[i]` of `length` places, minus infinity after, [any, length]."""
+        hidden = np.arange(length, dtype=np.int32) >= visible[:, None]
+        zeros = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
+        return zeros.masked_fill_(self._to_device(hidden), -torch.inf)
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+def _groups_of_like_length(kv_lens: Int32Array, page_size: int) -> list[Int32Array]:
+    """Indices into `kv_lens` in groups whose longest is at most about twice the shortest."""
+    if not kv_lens.size:
+        return []
+    slack = _GROUP_SLACK_PAGES * page_size
+    if kv_lens.max() <= 2 * kv_lens.min() + slack:
+        return [np.arange(kv_lens.size, dtype=np.int32)]
+    order = np.argsort(kv_lens, kind="stable").astype(np.int32)
+    lens, firsts = kv_lens[order], [0]
+    for i, length in enumerate(lens.tolist()):
+        if length > 2 * lens[firsts[-1]] + slack:
+            firsts.append(i)
+    return np.split(order, firsts[1:])

@@ -1,0 +1,59 @@
+"""What a step takes on a GPU, found by running the largest one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from minisrv.config import ServerConfig
+from minisrv.engine.forward_batch import ForwardBatch, SamplingColumns
+
+
+def largest_batch(num_sequences: int, num_tokens: int, page_size: int) -> ForwardBatch:
+    """Fresh prompts of equal length in pages 0, 1, 2...; all of them sample with every filter."""
+    length = max(1, num_tokens // num_sequences)
+    columns = -(-length // page_size)
+    rows = np.arange(num_sequences, dtype=np.int32)
+    every = np.ones(num_sequences, np.float32)
+    return ForwardBatch(
+        step_id=0,
+        num_decodes=0,
+        rows=rows,
+        query_lens=np.full(num_sequences, length, np.int32),
+        start_positions=np.zeros(num_sequences, np.int32),
+        prefill_ids=np.zeros(num_sequences * length, np.int32),
+        page_rows=rows.repeat(columns),
+        page_columns=np.tile(np.arange(columns, dtype=np.int32), num_sequences),
+        page_ids=np.arange(num_sequences * columns, dtype=np.int32),
+        sample_indices=rows,
+        sampling=SamplingColumns(
+            temperature=every,
+            top_p=np.full(num_sequences, 0.5, np.float32),
+            top_k=np.full(num_sequences, 50, np.int32),
+            min_p=np.full(num_sequences, 0.01, np.float32),
+            seeds=np.zeros(num_sequences, np.int64),
+            choices=np.zeros(num_sequences, np.int32),
+            suppress_samples=np.empty(0, np.int32),
+            suppress_ids=np.empty(0, np.int32),
+        ),
+    )
+
+
+def measure_workspace(run: Callable[[], object]) -> int:
+    """Bytes that `run` takes beyond what is allocated now."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def cuda_cache_bytes(config: ServerConfig, workspace: int) -> tuple[int, str]:
+    """What --memory-fraction leaves for the KV cache, and why it is so much."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    left = free - int(total * (1 - config.memory_fraction)) - workspace
+    return left, f"--memory-fraction {config.memory_fraction} less weights and workspace"

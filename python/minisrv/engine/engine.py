@@ -1,0 +1,215 @@
+"""The engine: builds the model from a checkpoint, then turns each ForwardBatch into tokens."""
+
+# Shapes: T tokens in the step, R sequences, S sequences that sample.
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisrv.config import ServerConfig
+from minisrv.engine.attention.torch_native import TorchNativeAttention
+from minisrv.engine.cuda_memory import cuda_cache_bytes, largest_batch, measure_workspace
+from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput
+from minisrv.engine.kv_pool import KVPool
+from minisrv.engine.layers.decoder import BuildContext, Decoder
+from minisrv.engine.layers.embedding import HEAD_NAME
+from minisrv.engine.layers.rope import RotaryEmbedding
+from minisrv.engine.memory import MemoryPlan, choose_num_pages, cpu_cache_bytes
+from minisrv.engine.models.registry import BLOCKS
+from minisrv.engine.page_table import PageTable, token_positions
+from minisrv.engine.sampling.sampler import sample
+from minisrv.engine.weights import CheckpointWeights, DummyWeights, Progress, Weights
+from minisrv.errors import ConfigError
+from minisrv.model_config import ModelConfig
+
+_MAX_PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
+_OVERLAP_DEPTH = {"cpu": 0, "cuda": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class StepHandle:
+    """A launched step: its tokens in host memory, there once `done` has happened."""
+
+    token_ids_S: Tensor
+    done: torch.cuda.Event | None
+
+
+class Engine:
+    """A model with its weights, its KV cache and one row of state for each running request.
+
+    Implements ForwardEngine. `max_prefill_tokens` and `overlap_depth` are the options as given, or
+    what suits the device. Raises ConfigError for a checkpoint or a memory that does not do.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        model_dir: Path,
+        model_config: ModelConfig,
+        progress: Progress = lambda stage, fraction: None,
+    ) -> None:
+        self._device = _resolve_device(config.device)
+        kind = self._device.type
+        if kind == "cpu":
+            torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+        self.page_size, self.max_seq_len = config.page_size, model_config.max_seq_len
+        self.max_prefill_tokens = config.max_prefill_tokens or _MAX_PREFILL_TOKENS[kind]
+        depth = config.overlap_depth
+        self.overlap_depth = _OVERLAP_DEPTH[kind] if depth is None else depth
+        self._page_table = PageTable(
+            config.max_running_requests, self.max_seq_len, config.page_size
+        )
+        self._last_token = torch.zeros(
+            config.max_running_requests, dtype=torch.int64, device=self._device
+        )
+        weights = _open_weights(config, model_dir, model_config, self._device, progress)
+        self.placement = f"{str(weights.dtype).removeprefix('torch.')} on {kind}"
+        self._pool = KVPool(model_config, config.page_size, weights.dtype, self._device)
+        self._attention = TorchNativeAttention(self._pool, weights.dtype, self._device)
+        self._model = _build_model(model_config, weights, self._attention)
+        self._plan = self._plan_memory(config, weights.num_bytes)
+        self._pool.allocate(self._plan.num_pages)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the KV cache."""
+        return self._pool.num_pages
+
+    def describe(self) -> str:
+        """The memory plan in plain words."""
+        return self._plan.describe()
+
+    def launch(self, batch: ForwardBatch) -> StepHandle:
+        """See ForwardEngine. On a CPU the step is done when this returns."""
+        with torch.inference_mode():
+            self._page_table.apply(batch)
+            return self._to_host(self._forward(batch))
+
+    def wait(self, handle: StepHandle) -> ForwardOutput:
+        """See ForwardEngine."""
+        if handle.done is not None:
+            handle.done.synchronize()
+        return ForwardOutput(handle.token_ids_S.numpy())
+
+    def compute_logits(self, batch: ForwardBatch) -> Tensor:
+        """As `launch` without drawing: the logits [S, V] of the sequences that sample."""
+        with torch.inference_mode():
+            self._page_table.apply(batch)
+            return self._logits(batch, token_positions(batch))
+
+    def _forward(self, batch: ForwardBatch) -> Tensor:
+        positions = token_positions(batch)
+        logits_SV = self._logits(batch, positions)
+        if not batch.sample_indices.size:
+            return torch.empty(0, dtype=torch.int64, device=self._device)
+        ends = batch.start_positions + batch.query_lens
+        new_positions = ends[batch.sample_indices].astype(np.int64)
+        token_ids_S = sample(logits_SV, batch.sampling, new_positions)
+        rows = self._to_device(batch.rows[batch.sample_indices].astype(np.int64))
+        self._last_token.index_copy_(0, rows, token_ids_S)
+        return token_ids_S
+
+    def _logits(self, batch: ForwardBatch, positions: np.ndarray) -> Tensor:
+        self._attention.plan(batch, self._page_table)
+        x_TC = self._model.forward(self._input_ids(batch), self._to_device(positions))
+        last_tokens = (np.cumsum(batch.query_lens) - 1)[batch.sample_indices]
+        return self._model.logits(x_TC, self._to_device(last_tokens))
+
+    def _input_ids(self, batch: ForwardBatch) -> Tensor:
+        decode_rows = batch.rows[: batch.num_decodes].astype(np.int64)
+        decode_ids = self._last_token.index_select(0, self._to_device(decode_rows))
+        if not batch.prefill_ids.size:
+            return decode_ids
+        return torch.cat([decode_ids, self._to_device(batch.prefill_ids.astype(np.int64))])
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def _to_host(self, token_ids_S: Tensor) -> StepHandle:
+        if self._device.type == "cpu":
+            return StepHandle(token_ids_S.int(), None)
+        host = torch.empty(token_ids_S.shape, dtype=torch.int32, pin_memory=True)
+        host.copy_(token_ids_S, non_blocking=True)
+        done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return StepHandle(host, done)
+
+    def _plan_memory(self, config: ServerConfig, weight_bytes: int) -> MemoryPlan:
+        workspace = 0
+        if self._device.type == "cpu":
+            free_bytes, why = cpu_cache_bytes(config)
+        else:
+            workspace = measure_workspace(self._run_largest_step(config))
+            free_bytes, why = cuda_cache_bytes(config, workspace)
+        page_bytes = self._pool.bytes_per_page
+        return MemoryPlan(
+            weights=weight_bytes,
+            workspace=workspace,
+            num_pages=choose_num_pages(
+                config,
+                page_bytes=page_bytes,
+                max_seq_len=self.max_seq_len,
+                free_bytes=free_bytes,
+                why=why,
+            ),
+            page_bytes=page_bytes,
+            page_size=self.page_size,
+            max_seq_len=self.max_seq_len,
+        )
+
+    def _run_largest_step(self, config: ServerConfig) -> Callable[[], object]:
+        num_sequences = min(config.max_running_requests, self.max_prefill_tokens)
+        batch = largest_batch(num_sequences, self.max_prefill_tokens, self.page_size)
+        self._pool.allocate(batch.page_ids.size)
+        return lambda: self.wait(self.launch(batch))
+
+
+def _resolve_device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("--device is cuda; torch finds no GPU here; run with --device cpu")
+    return torch.device("cuda" if name != "cpu" and available else "cpu")
+
+
+def _open_weights(
+    config: ServerConfig,
+    model_dir: Path,
+    model_config: ModelConfig,
+    device: torch.device,
+    progress: Progress,
+) -> Weights:
+    name = model_config.dtype if config.dtype == "auto" else config.dtype
+    dtype = None if name is None else getattr(torch, name)
+    if config.load_format == "dummy":
+        return DummyWeights(dtype=dtype, device=device)
+    ignored = [HEAD_NAME] if model_config.tie_word_embeddings else []
+    return CheckpointWeights(
+        model_dir, dtype=dtype, device=device, ignored=ignored, progress=progress
+    )
+
+
+def _build_model(
+    model_config: ModelConfig, weights: Weights, attention: TorchNativeAttention
+) -> Decoder:
+    rope = RotaryEmbedding(
+        model_config.rope,
+        model_config.head_dim,
+        model_config.max_seq_len,
+        weights.dtype,
+        weights.device,
+    )
+    build = BuildContext(model_config, weights, rope, attention)
+    with torch.inference_mode():
+        model = Decoder(build, BLOCKS[model_config.architecture])
+    weights.finish()
+    return model

@@ -1,0 +1,46 @@
+"""The memory of keys and values. Which page belongs to whom is not known here."""
+
+# Shapes: L layers, N pages, P page size, K key-value heads, D head size.
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisrv.model_config import ModelConfig
+
+
+class KVPool:
+    """Keys and values, a pair of views a layer: `pages` each [N, P, K, D], `slots` [N * P, K, D]."""
+
+    def __init__(
+        self, config: ModelConfig, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._page_shape = (page_size, config.num_kv_heads, config.head_dim)
+        self._num_layers, self._dtype, self._device = config.num_layers, dtype, device
+        self.page_size, self.num_pages = page_size, 0
+        self.pages: list[tuple[Tensor, Tensor]] = []
+        self.slots: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def bytes_per_page(self) -> int:
+        """What one page takes over all layers."""
+        return 2 * self._num_layers * math.prod(self._page_shape) * self._dtype.itemsize
+
+    def allocate(self, num_pages: int) -> None:
+        """Take the memory; what an earlier call took is dropped."""
+        self.num_pages = num_pages
+        self.pages, self.slots = [], []
+        self.pages = list(zip(self._zeros(), self._zeros(), strict=True))
+        self.slots = [(keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in self.pages]
+
+    def _zeros(self) -> Tensor:
+        """Zeros, so that a masked slot never holds a NaN; on CPU touched only when used."""
+        shape = (self._num_layers, self.num_pages, *self._page_shape)
+        if self._device.type != "cpu":
+            return torch.zeros(shape, dtype=self._dtype, device=self._device)
+        raw = np.zeros(math.prod(shape) * self._dtype.itemsize, np.uint8)
+        return torch.from_numpy(raw).view(self._dtype).view(shape)

@@ -1,0 +1,80 @@
+"""The decoder that all our models share: embedding, residual blocks, norm, head."""
+
+# Shapes: T tokens in the step, S tokens that sample, C hidden size, V vocabulary.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from minisrv.engine.attention.base import AttentionBackend
+from minisrv.engine.layers.attention import SelfAttention
+from minisrv.engine.layers.embedding import load_embedding_and_head
+from minisrv.engine.layers.norm import RMSNorm
+from minisrv.engine.layers.rope import RotaryEmbedding
+from minisrv.engine.weights import Weights
+from minisrv.model_config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class BuildContext:
+    """What the layers of a model under construction are made from."""
+
+    config: ModelConfig
+    weights: Weights
+    rope: RotaryEmbedding
+    backend: AttentionBackend
+
+
+class Block:
+    """One layer: attention, then feed-forward, each normed before and added to its input."""
+
+    def __init__(
+        self,
+        build: BuildContext,
+        name: str,
+        attention: SelfAttention,
+        feed_forward: Callable[[Tensor], Tensor],
+    ) -> None:
+        size, eps = build.config.hidden_size, build.config.norm_eps
+        self._input_norm = RMSNorm(build.weights, f"{name}.input_layernorm", size, eps)
+        self._post_norm = RMSNorm(build.weights, f"{name}.post_attention_layernorm", size, eps)
+        self._attention, self._feed_forward = attention, feed_forward
+
+    def __call__(self, x_TC: Tensor, rope_rows: tuple[Tensor, Tensor]) -> Tensor:
+        """`x_TC` itself, changed in place."""
+        x_TC += self._attention(self._input_norm(x_TC), rope_rows)
+        x_TC += self._feed_forward(self._post_norm(x_TC))
+        return x_TC
+
+
+class Decoder:
+    """Token ids to hidden states, and those of the tokens that sample to logits.
+
+    `block(build, name, layer_id)` makes one layer: there the models differ.
+    """
+
+    def __init__(
+        self, build: BuildContext, block: Callable[[BuildContext, str, int], Block]
+    ) -> None:
+        config = build.config
+        self._rope, self._vocab_size = build.rope, config.vocab_size
+        self._embedding, self._head = load_embedding_and_head(build.weights, config)
+        self._blocks = [block(build, f"model.layers.{i}", i) for i in range(config.num_layers)]
+        self._norm = RMSNorm(build.weights, "model.norm", config.hidden_size, config.norm_eps)
+
+    def forward(self, ids_T: Tensor, positions_T: Tensor) -> Tensor:
+        """Hidden states [T, C] after the last layer, before the last norm."""
+        x_TC = self._embedding(ids_T)
+        rope_rows = self._rope.rows(positions_T)
+        for block in self._blocks:
+            x_TC = block(x_TC, rope_rows)
+        return x_TC
+
+    def logits(self, x_TC: Tensor, sample_tokens_S: Tensor) -> Tensor:
+        """Logits [S, V] in the model's dtype of the tokens at indices `sample_tokens_S`."""
+        if not sample_tokens_S.numel():
+            return x_TC.new_empty(0, self._vocab_size)
+        return self._head(self._norm(x_TC.index_select(0, sample_tokens_S)))

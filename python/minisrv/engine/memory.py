@@ -1,0 +1,75 @@
+"""How many pages the KV cache gets, and the plan in plain words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from minisrv.config import ServerConfig, flag, parse_size
+from minisrv.errors import ConfigError
+
+_CPU_SHARE = 0.25
+_CPU_LIMIT = 4 * 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Sizes in bytes. `workspace` is what the largest step takes, 0 where it is not measured."""
+
+    weights: int
+    workspace: int
+    num_pages: int
+    page_bytes: int
+    page_size: int
+    max_seq_len: int
+
+    def describe(self) -> str:
+        """One line: weights, workspace, cache, and how many full-context requests that holds."""
+        tokens = self.num_pages * self.page_size
+        workspace = f"workspace {format_size(self.workspace)}, " if self.workspace else ""
+        return (
+            f"weights {format_size(self.weights)}, {workspace}"
+            f"KV cache {format_size(self.num_pages * self.page_bytes)}: {self.num_pages} pages of "
+            f"{self.page_size} tokens, {tokens} tokens, room for {tokens / self.max_seq_len:.1f} "
+            f"requests of the full context of {self.max_seq_len}"
+        )
+
+
+def format_size(size: int) -> str:
+    """Bytes in the largest unit that leaves at least 1, such as 1.5 GiB."""
+    value, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.4g} {unit}"
+
+
+def choose_num_pages(
+    config: ServerConfig, *, page_bytes: int, max_seq_len: int, free_bytes: int, why: str
+) -> int:
+    """--num-pages as given, else what fits in `free_bytes` but no more than can ever be used.
+
+    `why` says where `free_bytes` comes from. Raises ConfigError when not even one page fits.
+    """
+    if config.num_pages is not None:
+        return config.num_pages
+    useful = config.max_running_requests * -(-max_seq_len // config.page_size)
+    num_pages = min(free_bytes // page_bytes, useful)
+    if num_pages < 1:
+        option = "kv_memory" if config.device != "cuda" else "memory_fraction"
+        raise ConfigError(
+            f"a page of {config.page_size} tokens takes {format_size(page_bytes)}; the KV cache "
+            f"has {format_size(max(0, free_bytes))} ({why}); give {flag(option)} more, or a "
+            f"smaller {flag('page_size')}"
+        )
+    return num_pages
+
+
+def cpu_cache_bytes(config: ServerConfig) -> tuple[int, str]:
+    """The memory of the KV cache on a CPU and why it is so much."""
+    if config.kv_memory is not None:
+        return parse_size(config.kv_memory), f"{flag('kv_memory')} {config.kv_memory}"
+    free = psutil.virtual_memory().available
+    return min(_CPU_LIMIT, int(free * _CPU_SHARE)), "a quarter of the free memory, at most 4 GiB"

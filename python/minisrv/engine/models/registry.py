@@ -1,0 +1,18 @@
+"""Architecture names as checkpoints write them, and what one layer of each is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from minisrv.engine.layers.decoder import Block, BuildContext
+from minisrv.engine.models.llama import llama_block
+from minisrv.engine.models.qwen3 import qwen3_block
+
+# Qwen2 is the plain decoder with a bias on queries, keys and values: `qkv_bias` says so.
+BLOCKS: dict[str, Callable[[BuildContext, str, int], Block]] = {
+    "LlamaForCausalLM": llama_block,
+    "MistralForCausalLM": llama_block,
+    "Qwen2ForCausalLM": llama_block,
+    "Qwen3ForCausalLM": qwen3_block,
+    "Qwen3MoeForCausalLM": qwen3_block,
+}

@@ -1,0 +1,164 @@
+"""The tensors of a checkpoint, taken by name while the model is built.
+
+Layers ask for what they need (`take`), one tensor is read at a time, and `finish` checks names both
+ways: nothing asked for may be missing, nothing in the files may be left over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from minisrv.errors import ConfigError
+
+Progress = Callable[[str, float], None]
+
+_NAMES_SHOWN = 5
+_INDEX = "model.safetensors.index.json"
+_NOT_PARAMETERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class Weights(Protocol):
+    """Where a model under construction takes its parameters from."""
+
+    dtype: torch.dtype
+    device: torch.device
+    num_bytes: int  # taken so far
+
+    def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """The tensor `name` of `shape` in `dtype` on `device`."""
+
+    def finish(self) -> None:
+        """Called when the model is built."""
+
+
+class CheckpointWeights:
+    """The safetensors files of a directory, one or sharded with an index.
+
+    `ignored` are names that may be in the files though the model does not ask for them. Raises
+    ConfigError for files that are missing or broken, a wrong shape, and names that do not agree.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        ignored: Sequence[str] = (),
+        progress: Progress = lambda stage, fraction: None,
+    ) -> None:
+        self.device, self.num_bytes = device, 0
+        self._file_of: dict[str, Any] = {
+            name: file
+            for file in _open_files(directory)
+            for name in file.keys()  # noqa: SIM118
+        }
+        self.dtype = dtype or self._stored_dtype()
+        self._left = {name for name in self._file_of if not _NOT_PARAMETERS.search(name)}
+        self._left -= set(ignored)
+        self._num_tensors = max(1, len(self._left))
+        self._missing: list[str] = []
+        self._progress = progress
+
+    def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """See Weights. A missing tensor is reported by `finish`, together with the others."""
+        file = self._file_of.get(name)
+        if file is None:
+            self._missing.append(name)
+            return torch.zeros(tuple(shape), dtype=self.dtype, device=self.device)
+        stored = tuple(file.get_slice(name).get_shape())
+        if stored != tuple(shape):
+            raise ConfigError(
+                f"the checkpoint's {name} has shape {list(stored)}; "
+                f"config.json makes it {list(shape)}"
+            )
+        tensor: torch.Tensor = file.get_tensor(name)
+        if not tensor.is_floating_point():
+            raise ConfigError(f"the checkpoint's {name} holds {tensor.dtype}, no plain weights")
+        self._left.discard(name)
+        self._progress("load weights", 1 - len(self._left) / self._num_tensors)
+        self.num_bytes += tensor.numel() * self.dtype.itemsize
+        return tensor.to(device=self.device, dtype=self.dtype, copy=True)
+
+    def finish(self) -> None:
+        """Raise ConfigError unless the model took every tensor and found every one it needs."""
+        problems = [
+            f"{what} {_listing(names)}"
+            for what, names in (("lacks", self._missing), ("has unexpected", sorted(self._left)))
+            if names
+        ]
+        if problems:
+            raise ConfigError(f"the checkpoint {' and '.join(problems)}")
+        self._file_of.clear()
+
+    def _stored_dtype(self) -> torch.dtype:
+        name = next(iter(self._file_of))
+        stored = self._file_of[name].get_slice(name).get_dtype()
+        if stored not in _DTYPES:
+            raise ConfigError(
+                f"config.json has no dtype and the checkpoint holds {stored}; give --dtype"
+            )
+        return _DTYPES[stored]
+
+
+class DummyWeights:
+    """Random weights of any shape, the same ones each time, for benchmarks."""
+
+    def __init__(self, *, dtype: torch.dtype | None, device: torch.device) -> None:
+        self.dtype, self.device, self.num_bytes = dtype or torch.bfloat16, device, 0
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """Norms are ones, the rest normal with a standard deviation of 0.02."""
+        self.num_bytes += math.prod(shape) * self.dtype.itemsize
+        if name.endswith("norm.weight"):
+            return torch.ones(tuple(shape), dtype=self.dtype, device=self.device)
+        tensor = torch.empty(tuple(shape), dtype=self.dtype, device=self.device)
+        return tensor.normal_(0, 0.02, generator=self._generator)
+
+    def finish(self) -> None:
+        """Nothing to check."""
+
+
+def _open_files(directory: Path) -> list[Any]:
+    index = directory / _INDEX
+    names = ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{index} cannot be read as a safetensors index: {error!r}") from None
+    files = []
+    for name in names:
+        path = directory / name
+        if Path(name).name != name:
+            raise ConfigError(f"{index} names {name!r}, which is not in the checkpoint's directory")
+        if not path.is_file():
+            raise ConfigError(_no_weights(directory, path))
+        try:
+            files.append(safe_open(path, framework="pt", device="cpu"))
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path} is not a whole safetensors file: {error}") from None
+    return files
+
+
+def _no_weights(directory: Path, path: Path) -> str:
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
+        return (
+            f"{directory} has weights in pickle files alone (.bin, .pt); minisrv reads safetensors"
+        )
+    return f"{path} does not exist; minisrv reads weights from safetensors files"
+
+
+def _listing(names: Sequence[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

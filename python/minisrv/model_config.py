@@ -1,0 +1,400 @@
+"""What a checkpoint's config.json and generation_config.json say, checked and in our terms.
+
+What changes the maths of a model and is not implemented is refused by name: a checkpoint that loads
+is computed as its authors computed it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from minisrv.errors import ConfigError, InvalidRequestError, UnsupportedModelError
+from minisrv.sampling_params import SamplingParams
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+RopeType = Literal["default", "linear", "llama3", "yarn"]
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding. Fields after `factor` are read by llama3 and yarn as their names say."""
+
+    rope_type: RopeType = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeConfig:
+    """Sparse feed-forward layers: which, and how a token picks its experts."""
+
+    num_experts: int
+    num_experts_per_token: int
+    intermediate_size: int
+    norm_topk_prob: bool
+    sparse_layers: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """One checkpoint. `max_position` is the model's context, `max_seq_len` the one to serve.
+
+    dtype is None when the checkpoint does not say it. eos_token_ids: each of them ends a text.
+    unapplied_defaults: entries of generation_config.json that no option of ours can follow.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    max_seq_len: int
+    norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    moe: MoeConfig | None = None
+    dtype: Dtype | None = None
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
+    unapplied_defaults: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What the config class of an architecture in transformers takes for granted."""
+
+    tie: bool = False
+    qkv_bias: bool | None = None  # None: `attention_bias` says it, for the output projection too
+    reads_mlp_bias: bool = False
+    head_dim: int | None = None
+    sliding_window: Callable[[Json], int | None] = lambda raw: None
+    moe: bool = False
+
+
+def _mistral_window(raw: Json) -> int | None:
+    return cast("int | None", raw.get("sliding_window", 4096))
+
+
+def _qwen_window(raw: Json) -> int | None:
+    if not raw.get("use_sliding_window", False):
+        return None
+    layers = raw["num_hidden_layers"]
+    types = raw.get("layer_types")
+    if types is None:
+        sliding = raw.get("max_window_layers", 28) < layers
+    else:
+        sliding = "sliding_attention" in types
+    return cast("int | None", raw.get("sliding_window", 4096)) if sliding else None
+
+
+def _qwen_moe_window(raw: Json) -> int | None:
+    used = raw.get("use_sliding_window", False)
+    return cast("int | None", raw.get("sliding_window", 4096)) if used else None
+
+
+_FAMILIES = {
+    "LlamaForCausalLM": _Family(reads_mlp_bias=True),
+    "MistralForCausalLM": _Family(qkv_bias=False, sliding_window=_mistral_window),
+    "Qwen2ForCausalLM": _Family(qkv_bias=True, sliding_window=_qwen_window),
+    "Qwen3ForCausalLM": _Family(head_dim=128, sliding_window=_qwen_window),
+    "Qwen3MoeForCausalLM": _Family(moe=True, sliding_window=_qwen_moe_window),
+}
+SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
+
+# Keys that change the result where they hold anything but null, and that no family reads.
+_REFUSED_KEYS = (
+    "quantization_config",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "query_pre_attn_scalar",
+    "attention_multiplier",
+    "attention_chunk_size",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "logit_scale",
+    "clip_qkv",
+)
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast"),
+        *("beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "dynamic": ("factor", "original_max_position_embeddings"),
+}
+_GENERATION_NEUTRAL = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "penalty_alpha": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": None,
+}
+
+
+def load_model_config(path: str | Path, max_seq_len: int | None = None) -> ModelConfig:
+    """Read a checkpoint directory. `max_seq_len` is the context to serve; None is the model's.
+
+    Raises ConfigError for a file that is missing or wrong and for a context beyond the model's,
+    UnsupportedModelError for a model that needs what minisrv does not implement.
+    """
+    directory = Path(path)
+    raw = _read_json(directory / "config.json", required=True)
+    generation = _read_json(directory / "generation_config.json", required=False)
+    architecture, family = _family(raw)
+    _refuse_keys(raw)
+    heads = _positive(raw, "num_attention_heads")
+    max_position, rope = _rope(raw, max_seq_len)
+    context = _context(max_position, max_seq_len)
+    _check_window(family.sliding_window(raw), context)
+    attention_bias = bool(raw.get("attention_bias", False))
+    config = ModelConfig(
+        architecture=architecture,
+        vocab_size=_positive(raw, "vocab_size"),
+        hidden_size=_positive(raw, "hidden_size"),
+        intermediate_size=_positive(raw, "intermediate_size"),
+        num_layers=_positive(raw, "num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=_positive(raw, "num_key_value_heads", heads),
+        head_dim=_positive(raw, "head_dim", family.head_dim or raw["hidden_size"] // heads),
+        max_position=max_position,
+        max_seq_len=context,
+        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope=rope,
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
+        o_bias=attention_bias and family.qkv_bias is None,
+        mlp_bias=family.reads_mlp_bias and bool(raw.get("mlp_bias", False)),
+        moe=_moe(raw) if family.moe else None,
+        dtype=_dtype(raw),
+        bos_token_id=_token_id(_first_set("bos_token_id", generation, raw)),
+        eos_token_ids=_token_ids(_first_set("eos_token_id", generation, raw)),
+        sampling_defaults=_sampling_defaults(generation),
+        unapplied_defaults=_unapplied(generation),
+    )
+    _check_heads(config)
+    return config
+
+
+def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+    if not path.is_file():
+        if required:
+            raise ConfigError(f"{path} does not exist; a checkpoint directory must have it")
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return value
+
+
+def _family(raw: Json) -> tuple[str, _Family]:
+    names = raw.get("architectures") or ["(none)"]
+    if len(names) != 1 or names[0] not in _FAMILIES:
+        raise UnsupportedModelError(
+            f"the checkpoint's architecture is {', '.join(map(str, names))}; "
+            f"minisrv runs {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    return names[0], _FAMILIES[names[0]]
+
+
+def _refuse_keys(raw: Json) -> None:
+    for key in _REFUSED_KEYS:
+        if raw.get(key) is not None:
+            way_out = "; use an unquantized checkpoint" if key == "quantization_config" else ""
+            raise UnsupportedModelError(
+                f"config.json has {key}, which minisrv does not implement{way_out}"
+            )
+    act = raw.get("hidden_act", "silu")
+    if act not in ("silu", "swish"):
+        raise UnsupportedModelError(f"config.json has hidden_act {act!r}; minisrv has silu alone")
+    unknown = set(raw.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise UnsupportedModelError(f"config.json has layers of type {', '.join(sorted(unknown))}")
+
+
+def _positive(raw: Json, key: str, default: int | None = None) -> int:
+    value = raw.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise ConfigError(f"config.json lacks {key}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"config.json has {key} {value!r}; it must be a positive integer")
+    return value
+
+
+def _rope(raw: Json, max_seq_len: int | None) -> tuple[int, RopeConfig]:
+    """The model's context after scaling, and the rotary parameters.
+
+    transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`.
+    """
+    given = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope_type = given.pop("rope_type", None) or given.pop("type", None) or "default"
+    given.pop("type", None)
+    theta = given.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    partial = given.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor")
+    if partial not in (None, 1.0):
+        raise UnsupportedModelError(
+            f"config.json has partial_rotary_factor {partial}; minisrv rotates whole heads alone"
+        )
+    if rope_type not in _ROPE_KEYS:
+        raise UnsupportedModelError(
+            f"config.json has rope_type {rope_type!r}; minisrv has {', '.join(_ROPE_KEYS)}"
+        )
+    unknown = set(given) - {key for keys in _ROPE_KEYS.values() for key in keys}
+    if unknown:
+        raise UnsupportedModelError(
+            f"config.json has rope parameters unknown to minisrv: {', '.join(sorted(unknown))}"
+        )
+    return _scaled_rope(raw, rope_type, float(theta), given, max_seq_len)
+
+
+def _scaled_rope(
+    raw: Json, rope_type: str, theta: float, given: dict[str, Any], max_seq_len: int | None
+) -> tuple[int, RopeConfig]:
+    position = _positive(raw, "max_position_embeddings", 2048)
+    read = {key: given[key] for key in _ROPE_KEYS[rope_type] if given.get(key) is not None}
+    original = int(read.pop("original_max_position_embeddings", position))
+    if rope_type == "dynamic":
+        if max_seq_len is None or max_seq_len > original:
+            raise UnsupportedModelError(
+                "config.json has rope_type 'dynamic', which minisrv has only up to the original "
+                f"context; run with --max-seq-len {original} or less"
+            )
+        return original, RopeConfig(theta=theta)
+    missing = {"llama3": _ROPE_KEYS["llama3"], "linear": ("factor",)}.get(rope_type, ())
+    for key in missing:
+        if given.get(key) is None:
+            raise ConfigError(f"config.json has rope_type {rope_type!r} but lacks its {key}")
+    if rope_type == "yarn":
+        read.setdefault("factor", position / original)
+        position = int(original * read["factor"])
+    return position, RopeConfig(
+        rope_type=cast("RopeType", rope_type), theta=theta, original_max_position=original, **read
+    )
+
+
+def _context(max_position: int, max_seq_len: int | None) -> int:
+    if max_seq_len is not None and max_seq_len > max_position:
+        raise ConfigError(
+            f"--max-seq-len is {max_seq_len}; the model's context is {max_position} tokens"
+        )
+    return max_seq_len or max_position
+
+
+def _check_window(window: int | None, context: int) -> None:
+    if window is not None and window < context:
+        raise UnsupportedModelError(
+            f"the model attends to a sliding window of {window} tokens, shorter than the context "
+            f"of {context}; run with --max-seq-len {window} or less"
+        )
+
+
+def _check_heads(config: ModelConfig) -> None:
+    if config.num_heads % config.num_kv_heads:
+        raise ConfigError(
+            f"config.json has {config.num_heads} attention heads, which "
+            f"{config.num_kv_heads} key-value heads do not divide"
+        )
+    if config.head_dim % 2:
+        raise ConfigError(f"config.json has head_dim {config.head_dim}; it must be even")
+
+
+def _moe(raw: Json) -> MoeConfig:
+    num_experts = _positive(raw, "num_experts", raw.get("num_local_experts"))
+    per_token = _positive(raw, "num_experts_per_tok")
+    if per_token > num_experts:
+        raise ConfigError(f"config.json picks {per_token} experts a token of {num_experts}")
+    step = _positive(raw, "decoder_sparse_step", 1)
+    dense = set(raw.get("mlp_only_layers") or ())
+    return MoeConfig(
+        num_experts=num_experts,
+        num_experts_per_token=per_token,
+        intermediate_size=_positive(raw, "moe_intermediate_size"),
+        norm_topk_prob=bool(raw.get("norm_topk_prob", False)),
+        sparse_layers=frozenset(
+            layer
+            for layer in range(_positive(raw, "num_hidden_layers"))
+            if layer not in dense and (layer + 1) % step == 0
+        ),
+    )
+
+
+def _dtype(raw: Json) -> Dtype | None:
+    name = raw.get("dtype") or raw.get("torch_dtype")
+    if name not in (None, "bfloat16", "float16", "float32"):
+        raise UnsupportedModelError(
+            f"config.json has dtype {name!r}; minisrv has bfloat16, float16 and float32"
+        )
+    return cast("Dtype | None", name)
+
+
+def _first_set(key: str, *sources: Json) -> Any:
+    return next((source[key] for source in sources if source.get(key) is not None), None)
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ConfigError(f"the checkpoint's eos_token_id or bos_token_id is {value!r}")
+    return tuple(dict.fromkeys(ids))
+
+
+def _token_id(value: Any) -> int | None:
+    return next(iter(_token_ids(value)), None)
+
+
+def _sampling_defaults(generation: Json) -> SamplingParams:
+    fields = ("temperature", "top_p", "top_k", "min_p")
+    values = {name: generation[name] for name in fields if generation.get(name) is not None}
+    if generation.get("do_sample") is False:
+        values["temperature"] = 0.0
+    try:
+        return SamplingParams(**values)
+    except InvalidRequestError as error:
+        raise ConfigError(f"generation_config.json: {error.message}") from None
+
+
+def _unapplied(generation: Json) -> tuple[str, ...]:
+    return tuple(
+        f"{key}={generation[key]}"
+        for key, neutral in _GENERATION_NEUTRAL.items()
+        if generation.get(key) is not None and generation[key] != neutral
+    )

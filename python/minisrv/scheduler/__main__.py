@@ -1,0 +1,3 @@
+from minisrv.scheduler.process import main
+
+main()

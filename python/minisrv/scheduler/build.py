@@ -1,0 +1,80 @@
+"""Put engine, cache, scheduler and loop together, the same for a server and for offline use."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from minisrv.config import ServerConfig
+from minisrv.engine.engine import Engine
+from minisrv.kvcache.manager import KVCacheManager
+from minisrv.messages import GenerateMsg
+from minisrv.model_config import load_model_config
+from minisrv.sampling_params import SamplingParams
+from minisrv.scheduler.channel import LocalChannel, ZmqChannel
+from minisrv.scheduler.loop import SchedulerLoop
+from minisrv.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger("minisrv.scheduler")
+
+WARM_UP = SamplingParams(
+    temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, max_tokens=2, ignore_eos=True
+)
+
+
+def build_loop(
+    config: ServerConfig,
+    model_dir: Path,
+    channel: ZmqChannel | LocalChannel,
+    progress: Callable[[str, float], None],
+) -> SchedulerLoop:
+    """Load the model and make a loop that is ready to turn; `progress` gets (phase, fraction).
+
+    The context is the model's or --max-seq-len, and no more than the cache holds.
+    Raises ConfigError for a checkpoint, an option or a memory that does not do.
+    """
+    model_config = load_model_config(model_dir, config.max_seq_len)
+    engine = Engine(config, model_dir, model_config, progress)
+    capacity = engine.num_pages * config.page_size
+    if capacity < engine.max_seq_len:
+        logger.warning(
+            "the cache holds %d tokens, less than the context of %d: longer requests are refused; "
+            "raise --kv-memory or --num-pages",
+            capacity,
+            engine.max_seq_len,
+        )
+    cache = KVCacheManager(
+        engine.num_pages,
+        config.max_running_requests,
+        config.page_size,
+        radix_cache=config.radix_cache,
+    )
+    scheduler = Scheduler(
+        cache,
+        max_seq_len=min(engine.max_seq_len, capacity),
+        max_prefill_tokens=engine.max_prefill_tokens,
+        eos_ids=model_config.eos_token_ids,
+        new_seed=lambda: secrets.randbits(63),
+    )
+    loop = SchedulerLoop(scheduler, engine, channel, engine.overlap_depth)
+    progress("warm-up", 0.0)
+    _warm_up(loop)
+    progress("warm-up", 1.0)
+    return loop
+
+
+def _warm_up(loop: SchedulerLoop) -> None:
+    """Serve one short request, so that the first user does not pay for first calls."""
+    length = min(32, loop.scheduler.max_seq_len - 2)
+    if length < 1:
+        return
+    prompt = np.zeros(length, np.int32)
+    loop.scheduler.add(GenerateMsg(uid=-1, prompt_ids=prompt, sampling=WARM_UP))
+    while loop.busy:
+        loop.advance()
+    loop.scheduler.take_replies()
+    loop.scheduler.cache.evict(loop.scheduler.cache.pages.size)

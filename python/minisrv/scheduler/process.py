@@ -1,0 +1,43 @@
+"""The scheduler process: the engine inside, and the loop that feeds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minisrv.child import Child, Ready, run_child
+from minisrv.model_config import ModelConfig, load_model_config
+from minisrv.scheduler.channel import ZmqChannel
+
+
+def main() -> None:
+    """Be the scheduler process."""
+    run_child("scheduler", _serve)
+
+
+def _serve(child: Child) -> None:
+    model_dir = Path(child.boot.model_dir)
+    model = load_model_config(model_dir, child.config.max_seq_len)
+    channel = ZmqChannel(Path(child.boot.run_dir), child.boot.epoch)
+    child.progress("import torch", 0.0)
+    # It takes seconds: by now the lifeline holds, and a wrong config.json has been refused.
+    from minisrv.engine.engine import Engine
+    from minisrv.scheduler.build import build_loop
+
+    loop = build_loop(child.config, model_dir, channel, child.progress)
+    assert isinstance(loop.engine, Engine)
+    facts = {"placement": loop.engine.placement, "memory_plan": loop.engine.describe()}
+    child.report(Ready({**facts, **_model_facts(model, loop.scheduler.max_seq_len)}))
+    loop.run(lambda: False)
+
+
+def _model_facts(model: ModelConfig, max_seq_len: int) -> dict[str, Any]:
+    defaults = model.sampling_defaults
+    return {
+        "max_seq_len": max_seq_len,
+        "vocab_size": model.vocab_size,
+        "sampling_defaults": {
+            name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k", "min_p")
+        },
+        "unapplied_defaults": model.unapplied_defaults,
+    }
