@@ -1,0 +1,3 @@
+from minisrv.detokenizer.process import main
+
+main()

@@ -1,0 +1,33 @@
+"""The detokenizer process: tokens of a step to text, and stop strings back to the scheduler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minisrv.child import Child, Ready, run_child
+from minisrv.detokenizer.worker import DetokenizerWorker
+from minisrv.hf_tokenizer import load_tokenizer
+from minisrv.ipc import Inbox, Outbox
+from minisrv.messages import DETOKENIZER_INBOX, DetokenizeMsg
+
+
+def main() -> None:
+    """Be the detokenizer process."""
+    run_child("detokenizer", _serve)
+
+
+def _serve(child: Child) -> None:
+    boot, run_dir = child.boot, Path(child.boot.run_dir)
+    inbox = Inbox(run_dir, "detokenizer", DETOKENIZER_INBOX, boot.epoch)
+    scheduler, frontend = Outbox(run_dir, "scheduler"), Outbox(run_dir, "frontend")
+    tokenizer = load_tokenizer(Path(boot.tokenizer_dir), child.config.chat_template)
+    worker = DetokenizerWorker(tokenizer, boot.epoch)
+    child.report(Ready())
+    while inbox.wait():
+        for message in inbox.drain():
+            assert isinstance(message, DetokenizeMsg)
+            reply, abort = worker.handle(message)
+            if reply is not None:
+                frontend.send(reply)
+            if abort is not None:
+                scheduler.send(abort)

@@ -1,0 +1,80 @@
+"""Stop strings in a text that comes in pieces.
+
+Each stop string is followed by its Knuth-Morris-Pratt automaton, whose state is the length of the
+longest end of the text that begins the string: so many characters must be held back. A text of n
+characters costs O(n) for each string, however it is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+
+class StopMatcher:
+    """Passes text on until the first stop string is complete; keeps that and all after it.
+
+    First is the one whose last character comes first; of two that end together, the longer. So
+    what a text gives does not depend on how it was cut.
+    """
+
+    __slots__ = ("_failures", "_held", "_states", "_stops")
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        """`stops` are not empty strings."""
+        self._stops = tuple(stops)
+        self._failures = [_failure_function(stop) for stop in self._stops]
+        self._states = [0] * len(self._stops)
+        self._held = ""
+
+    def push(self, delta: str) -> tuple[str, str | None]:
+        """The text that is safe to show, and the stop string when `delta` completes one."""
+        first: tuple[int, int] | None = None  # (end in delta, which stop string)
+        for i, stop in enumerate(self._stops):
+            end = self._advance(i, delta)
+            if end is None:
+                continue
+            if first is None or (end, -len(stop)) < (first[0], -len(self._stops[first[1]])):
+                first = (end, i)
+        text, num_held = self._held + delta, len(self._held)
+        if first is not None:
+            self._held = ""
+            stop = self._stops[first[1]]
+            return text[: num_held + first[0] - len(stop)], stop
+        num_shown = len(text) - max(self._states, default=0)
+        self._held = text[num_shown:]
+        return text[:num_shown], None
+
+    def flush(self) -> str:
+        """The held text, when no more will come."""
+        held, self._held = self._held, ""
+        return held
+
+    def _advance(self, i: int, delta: str) -> int | None:
+        """Characters of `delta` up to the end of the stop string, None if it is not complete."""
+        stop, failure, state = self._stops[i], self._failures[i], self._states[i]
+        if state == 0 and stop[0] not in delta:
+            return None
+        for end, char in enumerate(delta, 1):
+            while state and stop[state] != char:
+                state = failure[state - 1]
+            if stop[state] == char:
+                state += 1
+                if state == len(stop):
+                    return end
+        self._states[i] = state
+        return None
+
+
+@lru_cache(maxsize=1024)
+def _failure_function(pattern: str) -> tuple[int, ...]:
+    """For each prefix of `pattern`, the length of its longest proper border."""
+    borders = [0] * len(pattern)
+    length = 0
+    for i in range(1, len(pattern)):
+        while length and pattern[i] != pattern[length]:
+            length = borders[length - 1]
+        if pattern[i] == pattern[length]:
+            length += 1
+        borders[i] = length
+    return tuple(borders)

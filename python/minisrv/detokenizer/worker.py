@@ -1,0 +1,204 @@
+"""What a detokenizer process does with a step: token columns to text columns. No sockets here."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from minisrv.detokenizer.incremental import TextDecoder, TextStream
+from minisrv.detokenizer.stop_strings import StopMatcher
+from minisrv.errors import MinisrvError
+from minisrv.hf_tokenizer import HFTokenizer
+from minisrv.messages import AbortMsg, DetokenizeMsg, Failure, Finish, Start, UserReply
+
+logger = logging.getLogger("minisrv.detokenizer")
+
+_NONE, _STOP, _LENGTH, _STOP_TOKEN, _ABORT = map(int, Finish)
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """start: kept until it has been forwarded. matcher: None without stop strings."""
+
+    uid: int
+    stream: TextStream
+    matcher: StopMatcher | None
+    min_tokens: int
+    start: Start | None
+    num_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Columns:
+    """The reply of one step while it is made."""
+
+    uids: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    output_tokens: list[int] = field(default_factory=list)
+    finishes: list[int] = field(default_factory=list)
+    stop_reasons: list[str | int | None] = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    aborts: list[int] = field(default_factory=list)
+
+    def add(self, uid: int, text: str, count: int, finish: int, reason: str | int | None) -> None:
+        self.uids.append(uid)
+        self.texts.append(text)
+        self.output_tokens.append(count)
+        self.finishes.append(finish)
+        self.stop_reasons.append(reason)
+
+    def reply(self, epoch: int) -> UserReply | None:
+        if not self.uids and not self.failures:
+            return None
+        return UserReply(
+            uids=np.array(self.uids, np.int64),
+            texts=tuple(self.texts),
+            output_tokens=np.array(self.output_tokens, np.int32),
+            finishes=np.array(self.finishes, np.uint8),
+            stop_reasons=tuple(self.stop_reasons),
+            starts=tuple(self.starts),
+            failures=tuple(self.failures),
+            epoch=epoch,
+        )
+
+
+class DetokenizerWorker:
+    """Turns each step's tokens into text, and ends requests whose text has a stop string.
+
+    A request ended here stays in `_ended` until the scheduler's own final for it comes, so that
+    the tokens still on their way are dropped and the frontend gets exactly one final.
+    """
+
+    def __init__(self, tokenizer: HFTokenizer, epoch: int) -> None:
+        """Raises UnsupportedModelError for a tokenizer whose text cannot be streamed."""
+        self._decoder = TextDecoder(tokenizer)
+        self._epoch = epoch
+        self._requests: dict[int, _Request] = {}
+        self._ended: set[int] = set()
+
+    @property
+    def num_requests(self) -> int:
+        """Requests whose final from the scheduler has not come."""
+        return len(self._requests) + len(self._ended)
+
+    def handle(self, message: DetokenizeMsg) -> tuple[UserReply | None, AbortMsg | None]:
+        """The reply to the frontend, and the uids that the scheduler need not continue."""
+        columns = _Columns()
+        for start in message.starts:
+            self._requests[start.uid] = self._open(start)
+        entries = zip(
+            message.uids.tolist(),
+            message.token_ids.tolist(),
+            message.finishes.tolist(),
+            strict=True,
+        )
+        for uid, token_id, finish in entries:
+            try:
+                self._take(uid, token_id, finish, columns)
+            except Exception:
+                logger.exception("request uid=%d cannot be detokenized", uid)
+                self._fail(uid, finish, columns)
+        for failure in message.failures:
+            self._pass_on(failure, columns)
+        aborts = AbortMsg(uids=tuple(columns.aborts), epoch=self._epoch) if columns.aborts else None
+        return columns.reply(self._epoch), aborts
+
+    def _open(self, start: Start) -> _Request:
+        return _Request(
+            uid=start.uid,
+            stream=self._decoder.stream(start.skip_special_tokens),
+            matcher=StopMatcher(start.stop) if start.stop else None,
+            min_tokens=start.min_tokens,
+            start=start,
+        )
+
+    def _take(self, uid: int, token_id: int, finish: int, columns: _Columns) -> None:
+        request = self._requests.get(uid)
+        if request is None:
+            self._take_unknown(uid, finish, columns)
+            return
+        if finish == _ABORT:
+            self._close(request, columns, "", finish, None)
+            return
+        request.num_tokens += 1
+        text, stop = _next_text(request, token_id, finish)
+        if stop is not None:
+            self._end(request, finish, columns, text, stop)
+        elif finish:
+            reason = token_id if finish == _STOP_TOKEN else None
+            self._close(request, columns, text, finish, reason)
+        elif text or request.start is not None:
+            self._add(request, columns, text, finish, None)
+
+    def _add(
+        self,
+        request: _Request,
+        columns: _Columns,
+        text: str,
+        finish: int,
+        reason: str | int | None,
+    ) -> None:
+        columns.add(request.uid, text, request.num_tokens, finish, reason)
+        if request.start is not None:
+            columns.starts.append(request.start)
+            request.start = None
+
+    def _close(
+        self,
+        request: _Request,
+        columns: _Columns,
+        text: str,
+        finish: int,
+        reason: str | int | None,
+    ) -> None:
+        self._add(request, columns, text, finish, reason)
+        del self._requests[request.uid]
+
+    def _end(self, request: _Request, finish: int, columns: _Columns, text: str, stop: str) -> None:
+        """End a request at its stop string; `finish` is what the scheduler says of it."""
+        self._close(request, columns, text, _STOP, stop)
+        if not finish:
+            self._ended.add(request.uid)
+            columns.aborts.append(request.uid)
+
+    def _take_unknown(self, uid: int, finish: int, columns: _Columns) -> None:
+        if uid in self._ended:
+            if finish:
+                self._ended.remove(uid)
+            return
+        # The scheduler aborts a request that waits before it has a Start.
+        assert finish == _ABORT, f"uid {uid} has a token and no Start"
+        columns.add(uid, "", 0, finish, None)
+
+    def _fail(self, uid: int, finish: int, columns: _Columns) -> None:
+        self._requests.pop(uid, None)
+        error = MinisrvError("the text of this request could not be made")
+        columns.failures.append(Failure.from_error(uid, error))
+        if not finish:
+            self._ended.add(uid)
+            columns.aborts.append(uid)
+
+    def _pass_on(self, failure: Failure, columns: _Columns) -> None:
+        self._requests.pop(failure.uid, None)
+        if failure.uid in self._ended:
+            self._ended.remove(failure.uid)
+        else:
+            columns.failures.append(failure)
+
+
+def _next_text(request: _Request, token_id: int, finish: int) -> tuple[str, str | None]:
+    """What the entry adds to the text, and the stop string that ends it there."""
+    is_text = finish in (_NONE, _LENGTH)
+    text = request.stream.push(token_id) if is_text else ""
+    if finish:
+        text += request.stream.flush()
+    num_text_tokens = request.num_tokens if is_text else request.num_tokens - 1
+    if request.matcher is None or num_text_tokens <= request.min_tokens:
+        return text, None
+    text, stop = request.matcher.push(text)
+    if finish and stop is None:
+        text += request.matcher.flush()
+    return text, stop

@@ -1,0 +1,3 @@
+from minisrv.tokenizer.process import main
+
+main()

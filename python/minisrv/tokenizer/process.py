@@ -1,0 +1,41 @@
+"""A tokenizer process: requests on their way to the scheduler, refusals on their way back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minisrv.child import Child, Ready, run_child
+from minisrv.hf_tokenizer import load_tokenizer
+from minisrv.ipc import Inbox, Outbox
+from minisrv.messages import TOKENIZER_INBOX, AbortMsg, TokenizeMsg, UserReply
+from minisrv.model_config import load_model_config
+from minisrv.tokenizer.chat_template import ChatTemplate
+from minisrv.tokenizer.worker import TokenizerWorker
+
+
+def main() -> None:
+    """Be a tokenizer process."""
+    run_child("tokenizer", _serve)
+
+
+def _serve(child: Child) -> None:
+    boot, run_dir = child.boot, Path(child.boot.run_dir)
+    inbox = Inbox(run_dir, f"tokenizer-{boot.index}", TOKENIZER_INBOX, boot.epoch)
+    scheduler, frontend = Outbox(run_dir, "scheduler"), Outbox(run_dir, "frontend")
+    worker = _build_worker(child)
+    child.report(Ready())
+    while inbox.wait():
+        for message in inbox.drain():
+            assert isinstance(message, TokenizeMsg | AbortMsg)
+            for outgoing in worker.handle(message):
+                receiver = frontend if isinstance(outgoing, UserReply) else scheduler
+                receiver.send(outgoing)
+
+
+def _build_worker(child: Child) -> TokenizerWorker:
+    model = load_model_config(child.boot.model_dir, child.config.max_seq_len)
+    tokenizer = load_tokenizer(Path(child.boot.tokenizer_dir), child.config.chat_template)
+    template = ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens)
+    return TokenizerWorker(
+        tokenizer, template, model.max_seq_len, model.vocab_size, child.boot.epoch
+    )

@@ -1,0 +1,115 @@
+"""What a tokenizer process does with a message: render, encode, check. No sockets here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from minisrv.errors import InvalidRequestError, MinisrvError
+from minisrv.hf_tokenizer import HFTokenizer
+from minisrv.messages import (
+    AbortMsg,
+    Failure,
+    GenerateMsg,
+    TokenizeMsg,
+    UserReply,
+    failure_reply,
+)
+from minisrv.tokenizer.chat_template import ChatTemplate
+
+logger = logging.getLogger("minisrv.tokenizer")
+
+Outgoing = GenerateMsg | AbortMsg | UserReply
+
+
+class TokenizerWorker:
+    """Turns requests into checked token ids.
+
+    max_seq_len: most tokens of prompt and output together. vocab_size: ids that the model knows.
+    """
+
+    def __init__(
+        self,
+        tokenizer: HFTokenizer,
+        template: ChatTemplate,
+        max_seq_len: int,
+        vocab_size: int,
+        epoch: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._max_seq_len = max_seq_len
+        self._vocab_size = vocab_size
+        self._epoch = epoch
+
+    def handle(self, message: TokenizeMsg | AbortMsg) -> list[Outgoing]:
+        """What to send on: a UserReply goes to the frontend, all else to the scheduler.
+
+        A request that cannot be served fails alone, under each of its uids.
+        """
+        if isinstance(message, AbortMsg):
+            return [message]
+        try:
+            prompt_ids = self._prompt_ids(message)
+            self._check(prompt_ids, message)
+            return [
+                GenerateMsg(
+                    uid=message.uid,
+                    prompt_ids=np.asarray(prompt_ids, np.int32),
+                    sampling=message.sampling,
+                    epoch=self._epoch,
+                )
+            ]
+        except MinisrvError as error:
+            return [self._failure(message, error)]
+        except Exception:
+            logger.exception("request uid=%d cannot be tokenized", message.uid)
+            return [self._failure(message, MinisrvError("the prompt could not be tokenized"))]
+
+    def _prompt_ids(self, message: TokenizeMsg) -> Sequence[int]:
+        if message.messages is not None:
+            text = self._template.render(message.messages, message.template_kwargs)
+            # The template writes the special tokens itself: a second BOS would be wrong.
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        if isinstance(message.prompt, str):
+            ids = self._tokenizer.encode(message.prompt)
+            if not ids and self._tokenizer.bos_id is not None:
+                return [self._tokenizer.bos_id]
+            return ids
+        assert message.prompt is not None, "a TokenizeMsg has a prompt or messages"
+        return message.prompt
+
+    def _check(self, prompt_ids: Sequence[int], message: TokenizeMsg) -> None:
+        param = "prompt" if message.messages is None else "messages"
+        if not prompt_ids:
+            raise InvalidRequestError(
+                f"{param} gives no token; it must give at least one", param=param
+            )
+        self._check_length(len(prompt_ids), message.sampling.max_tokens, param)
+        if min(prompt_ids) < 0 or max(prompt_ids) >= self._vocab_size:
+            wrong = next(id for id in prompt_ids if not 0 <= id < self._vocab_size)
+            raise InvalidRequestError(
+                f"{param} holds token id {wrong}; the model's ids go from 0 to "
+                f"{self._vocab_size - 1}",
+                param=param,
+            )
+
+    def _check_length(self, num_prompt: int, max_tokens: int | None, param: str) -> None:
+        # The prompt alone must leave room for one token of output.
+        num_output = 1 if max_tokens is None else max_tokens
+        if num_prompt + num_output <= self._max_seq_len:
+            return
+        raise InvalidRequestError(
+            f"This model's maximum context length is {self._max_seq_len} tokens. However, you "
+            f"requested {num_prompt + num_output} tokens ({num_prompt} in the {param}, "
+            f"{num_output} in the completion). Please reduce the length of the {param} or "
+            "completion.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+    def _failure(self, message: TokenizeMsg, error: MinisrvError) -> UserReply:
+        uids = range(message.uid, message.uid + message.sampling.n)
+        return failure_reply([Failure.from_error(uid, error) for uid in uids], self._epoch)

@@ -1,0 +1,162 @@
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+import own_tokenizers
+from minisrv.errors import MinisrvError
+from minisrv.hf_tokenizer import HFTokenizer
+from minisrv.messages import (
+    FRONTEND_INBOX,
+    SCHEDULER_INBOX,
+    AbortMsg,
+    Failure,
+    GenerateMsg,
+    TokenizeMsg,
+    UserReply,
+    decode,
+    encode,
+)
+from minisrv.sampling_params import SamplingParams
+from minisrv.tokenizer.chat_template import ChatTemplate
+from minisrv.tokenizer.worker import TokenizerWorker
+
+SOURCE = (
+    "{{ bos_token }}{% for m in messages %}{{ raise_exception('no jokes') if m.content == 'joke' "
+    "}}[{{ m.role }}]{{ m.content }}{% endfor %}{% if loud %}!{% endif %}[assistant]"
+)
+
+
+def make_tokenizer(name: str = "llama_like", **config: Any) -> HFTokenizer:
+    backend = Tokenizer.from_str(own_tokenizers.MAKERS[name]().to_str())
+    return HFTokenizer(backend, {**own_tokenizers.NAMED, **config}, {})
+
+
+def make_worker(tokenizer: HFTokenizer | None = None, **options: Any) -> TokenizerWorker:
+    tokenizer = tokenizer or make_tokenizer()
+    template = ChatTemplate({"default": SOURCE}, tokenizer.special_tokens)
+    settings = {"max_seq_len": 100, "vocab_size": tokenizer.vocab_size, "epoch": 7, **options}
+    return TokenizerWorker(tokenizer, template, **settings)
+
+
+def message(n: int = 1, max_tokens: int | None = None, **fields: Any) -> TokenizeMsg:
+    return TokenizeMsg(uid=40, sampling=SamplingParams(n=n, max_tokens=max_tokens), **fields)
+
+
+def generated(worker: TokenizerWorker, **fields: Any) -> list[int]:
+    (out,) = worker.handle(message(**fields))
+    assert isinstance(out, GenerateMsg), out
+    assert decode(encode(out), SCHEDULER_INBOX).uid == out.uid == 40
+    assert out.epoch == 7
+    return out.prompt_ids.tolist()
+
+
+def failed(worker: TokenizerWorker, **fields: Any) -> Failure:
+    (out,) = worker.handle(message(**fields))
+    assert isinstance(out, UserReply), out
+    assert decode(encode(out), FRONTEND_INBOX).failures == out.failures
+    assert out.epoch == 7
+    assert len(out.uids) == 0
+    assert [failure.uid for failure in out.failures] == list(range(40, 40 + fields.get("n", 1)))
+    return out.failures[0]
+
+
+def test_a_prompt_is_encoded_with_one_bos() -> None:
+    tokenizer = make_tokenizer()
+    ids = generated(make_worker(tokenizer), prompt="the quick")
+    assert ids == tokenizer.encode("the quick")
+    assert ids.count(tokenizer.bos_id) == 1
+
+
+def test_messages_are_rendered_and_get_no_second_bos() -> None:
+    tokenizer = make_tokenizer()
+    chat = ({"role": "user", "content": "hi"},)
+    ids = generated(make_worker(tokenizer), messages=chat, template_kwargs={"loud": True})
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<s> [user]hi![assistant]"
+    assert ids.count(tokenizer.bos_id) == 1
+
+
+def test_token_ids_pass_unchanged() -> None:
+    assert generated(make_worker(), prompt=(5, 3, 5)) == [5, 3, 5]
+
+
+def test_an_empty_prompt_is_the_bos_or_an_invalid_request() -> None:
+    assert generated(make_worker(), prompt="") == [1]
+    assert generated(make_worker(make_tokenizer("byte_level_bpe")), prompt="") == [1]
+    without = make_worker(make_tokenizer("byte_level_bpe", bos_token=None))
+    assert failed(without, prompt="").status == 400
+    assert failed(make_worker(), prompt=()).status == 400
+
+
+@pytest.mark.parametrize("ids", [(-1,), (3, 5000)])
+def test_an_id_outside_the_vocabulary_is_an_invalid_request(ids: tuple[int, ...]) -> None:
+    failure = failed(make_worker(vocab_size=300), prompt=ids)
+    assert (failure.status, failure.param) == (400, "prompt")
+    assert str(ids[-1]) in failure.message
+
+
+def test_a_tokenizer_larger_than_the_model_cannot_send_its_ids() -> None:
+    failure = failed(make_worker(vocab_size=10), prompt="the quick")
+    assert failure.status == 400
+    assert "from 0 to 9" in failure.message
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "fits"),
+    [(99, None, True), (100, None, False), (60, 40, True), (60, 41, False), (500, None, False)],
+)
+def test_the_context_holds_prompt_and_completion(
+    prompt: int, max_tokens: int | None, fits: bool
+) -> None:
+    fields: dict[str, Any] = {"prompt": (5,) * prompt, "max_tokens": max_tokens}
+    if fits:
+        assert len(generated(make_worker(), **fields)) == prompt
+        return
+    failure = failed(make_worker(), **fields)
+    asked = max_tokens or 1
+    assert (failure.status, failure.code) == (400, "context_length_exceeded")
+    assert failure.message == (
+        "This model's maximum context length is 100 tokens. However, you requested "
+        f"{prompt + asked} tokens ({prompt} in the prompt, {asked} in the completion). "
+        "Please reduce the length of the prompt or completion."
+    )
+
+
+def test_too_long_messages_are_named_as_such() -> None:
+    failure = failed(make_worker(), messages=({"role": "user", "content": "x" * 500},))
+    assert (failure.code, failure.param) == ("context_length_exceeded", "messages")
+    assert failure.message.endswith("Please reduce the length of the messages or completion.")
+
+
+def test_a_failure_goes_to_every_choice() -> None:
+    failure = failed(make_worker(), n=3, messages=({"role": "user", "content": "joke"},))
+    assert (failure.status, failure.error_type) == (400, "invalid_request_error")
+    assert "no jokes" in failure.message
+
+
+def test_a_lone_surrogate_fails_its_request_alone() -> None:
+    worker = make_worker()
+    assert failed(worker, prompt="\ud83d").status == 400
+    assert failed(worker, messages=({"role": "user", "content": "\ud83d"},)).status == 400
+    assert generated(worker, prompt="x")
+
+
+class BrokenTokenizer(HFTokenizer):
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if text == "break":
+            raise RuntimeError("secret detail")
+        return super().encode(text, add_special_tokens)
+
+
+def test_an_unexpected_error_is_a_500_for_its_request_alone() -> None:
+    backend = Tokenizer.from_str(own_tokenizers.llama_like().to_str())
+    worker = make_worker(BrokenTokenizer(backend, own_tokenizers.NAMED, {}))
+    failure = failed(worker, n=2, prompt="break")
+    assert (failure.status, failure.error_type) == (500, MinisrvError.error_type)
+    assert "secret" not in failure.message
+    assert generated(worker, prompt="fine")
+
+
+def test_an_abort_is_forwarded() -> None:
+    abort = AbortMsg(uids=(4, 5), epoch=7)
+    assert make_worker().handle(abort) == [abort]
