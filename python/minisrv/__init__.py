@@ -1,0 +1,33 @@
+"""A compact LLM server. The names below are loaded when they are first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minisrv.config import ServerConfig
+    from minisrv.frontend_manager import FrontendManager
+    from minisrv.llm import LLM
+    from minisrv.sampling_params import SamplingParams
+
+    __version__: str
+
+__all__ = ["LLM", "FrontendManager", "SamplingParams", "ServerConfig", "__version__"]
+
+_HOMES = {
+    "LLM": "minisrv.llm",
+    "FrontendManager": "minisrv.frontend_manager",
+    "SamplingParams": "minisrv.sampling_params",
+    "ServerConfig": "minisrv.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("minisrv")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'minisrv' has no attribute {name!r}")

@@ -1,0 +1,5 @@
+import sys
+
+from minisrv.cli import main
+
+sys.exit(main())

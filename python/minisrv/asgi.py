@@ -1,0 +1,33 @@
+"""`uvicorn minisrv.asgi:app`: the whole engine in the lifespan of an application.
+
+The options come from the environment. HTTP is open while the model is loaded, /ready tells when
+it serves. Run it with one worker: each would start an engine of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from minisrv import log
+from minisrv.config import ServerConfig
+from minisrv.frontend.app import create_app
+from minisrv.frontend_manager import FrontendManager
+
+
+@asynccontextmanager
+async def _engine(app: FastAPI) -> AsyncIterator[None]:
+    await _manager.launch()
+    try:
+        yield
+    finally:
+        await _manager.aclose()
+
+
+_config = ServerConfig.from_environment()
+log.setup("frontend", _config.log_level)
+_manager = FrontendManager(_config)
+app = create_app(_config, _manager.registry)
+app.router.lifespan_context = _engine

@@ -1,0 +1,138 @@
+"""`python -m minisrv.launch_server --model X`: one command from a checkpoint to a server."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from minisrv import log
+from minisrv.config import ServerConfig, parse_command_line
+from minisrv.errors import ConfigError, MinisrvError
+
+if TYPE_CHECKING:
+    from minisrv.child import Notice
+    from minisrv.supervisor import Supervisor
+
+BACKLOG = 2048
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Serve until a signal or a death; the exit status: 0 stopped, 1 failed, 2 wrong option."""
+    parser = argparse.ArgumentParser(
+        prog=prog or "python -m minisrv.launch_server",
+        description="Serve a model over an OpenAI-compatible API.",
+        epilog="Every option also reads the environment: --max-seq-len is MINISRV_MAX_SEQ_LEN.",
+    )
+    config = parse_command_line(parser, argv)
+    try:
+        serve(config)
+    except MinisrvError as error:
+        print(f"minisrv: {error.message}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def serve(config: ServerConfig) -> None:
+    """Run the server until SIGINT or SIGTERM. Raises MinisrvError when it cannot go on.
+
+    The first signal ends open requests with an error and stops; the second kills.
+    """
+    log.setup("supervisor", config.log_level)
+    listener = listen(config.host, config.port)
+    console = Console(config, listener.getsockname()[1])
+    # Imported late, so that --help and a taken port are answered at once.
+    from minisrv.supervisor import Supervisor
+
+    supervisor = Supervisor(config, listener=listener, on_notice=console.show)
+    with _signals_stop(supervisor):
+        supervisor.run()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections on `host`:`port` from now on. Raises MinisrvError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise MinisrvError(
+            f"cannot listen on {host} port {port}: {error.strerror}; "
+            "choose another --port (0 takes a free one) or --host"
+        ) from error
+
+
+@contextlib.contextmanager
+def _signals_stop(supervisor: Supervisor) -> Iterator[None]:
+    """Every SIGINT and SIGTERM wakes the supervisor, wherever its thread is."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda *_: None) for number in signals}
+    wake_fd = signal.set_wakeup_fd(supervisor.wake_fd)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wake_fd)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class Console:
+    """Tells the person at the terminal how far the start is, and then what runs."""
+
+    def __init__(self, config: ServerConfig, port: int) -> None:
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        self._url = f"http://{host}:{port}"
+        self._config = config
+        self._started = time.monotonic()
+        self._shown = ("", 0.0)
+        self._print(f"minisrv {version('minisrv')} listens on {self._url}, model {config.model}")
+
+    def show(self, notice: Notice) -> None:
+        """Print a notice; progress in steps of a quarter."""
+        from minisrv.child import EngineReady, Progress
+
+        match notice:
+            case Progress(phase, fraction):
+                shown_phase, shown_fraction = self._shown
+                if phase != shown_phase or fraction >= min(1.0, shown_fraction + 0.25):
+                    self._shown = (phase, fraction)
+                    self._print(f"{self._seconds:6.1f} s  {phase} {fraction:.0%}")
+            case EngineReady(facts):
+                self._print(banner(self._config, self._url, facts, self._seconds))
+
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def _print(self, text: str) -> None:
+        # The person may have closed the terminal; that is no reason to end.
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
+
+
+def banner(config: ServerConfig, url: str, facts: dict[str, Any], seconds: float) -> str:
+    """What is served, where, and with what."""
+    defaults = {k: v for k, v in facts["sampling_defaults"].items() if v is not None}
+    lines = [
+        f"ready after {seconds:.1f} s",
+        f"  URL       {url}/v1",
+        f"  model     {config.served_name}, {facts['placement']}",
+        f"  context   {facts['max_seq_len']} tokens",
+        f"  memory    {facts['memory_plan']}",
+        "  sampling  "
+        + (", ".join(f"{k} {v}" for k, v in defaults.items()) or "OpenAI's defaults"),
+    ]
+    if defaults:
+        lines[-1] += " (generation_config.json)"
+    if facts["unapplied_defaults"]:
+        lines.append(f"  not used  {', '.join(facts['unapplied_defaults'])}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Embedding: the engine's processes behind the caller's own event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from nbclient import NotebookClient
+from server_process import VOCAB_SIZE, environment
+
+from hash_engine import expected_output
+from minisrv import FrontendManager, SamplingParams, ServerConfig, supervisor
+from minisrv.errors import ConfigError, InvalidRequestError, NotReadyError, RequestFailedError
+from minisrv.frontend_manager import Ack
+from minisrv.messages import TokenizeMsg
+
+PROMPT = (5, 6, 7)
+SETUP = """
+from minisrv import FrontendManager, SamplingParams, supervisor
+from minisrv.messages import TokenizeMsg
+supervisor.MODULES["scheduler"] = "hash_scheduler"
+
+async def answer():
+    async with FrontendManager(model={model!r}) as manager:
+        uid = manager.new_user()
+        sampling = SamplingParams(max_tokens=12, ignore_eos=True)
+        await manager.send_one(TokenizeMsg(uid=uid, prompt=(5, 6, 7), sampling=sampling))
+        return [ack.output_tokens async for ack in manager.wait_for_ack(uid)][-1]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _hash_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(supervisor.MODULES, "scheduler", "hash_scheduler")
+
+
+def message(uid: int, **sampling: object) -> TokenizeMsg:
+    params = SamplingParams(**{"max_tokens": 12, "ignore_eos": True, **sampling})  # type: ignore[arg-type]
+    return TokenizeMsg(uid=uid, prompt=PROMPT, sampling=params)
+
+
+def with_manager(model_dir: Path, use: Callable[[FrontendManager], Awaitable[None]]) -> None:
+    async def run() -> None:
+        async with FrontendManager(model=str(model_dir)) as manager:
+            await use(manager)
+            assert manager.registry.num_open == 0
+
+    asyncio.run(run())
+    assert not psutil.Process().children()
+
+
+def expected_text(count: int) -> str:
+    """What the byte-level tokenizer of the test makes of the oracle's ids."""
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    byte_of = {letter: byte for byte, letter in _letters().items()}
+    ids = expected_output(PROMPT, count, VOCAB_SIZE)
+    return bytes(byte_of[alphabet[i]] for i in ids if i < 256).decode(errors="replace")
+
+
+def _letters() -> dict[int, str]:
+    """The printable letter of each byte, as GPT-2 defined it (Radford et al., 2019)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def test_acks_and_text_equal_the_oracle(model_dir: Path) -> None:
+    async def use(manager: FrontendManager) -> None:
+        uid = manager.new_user()
+        await manager.send_one(message(uid))
+        acks = [ack async for ack in manager.wait_for_ack(uid)]
+        assert [ack.finished for ack in acks] == [False] * (len(acks) - 1) + [True]
+        assert "".join(ack.incremental_output for ack in acks) == expected_text(12)
+        assert acks[-1] == Ack(
+            uid=uid,
+            incremental_output=acks[-1].incremental_output,
+            finished=True,
+            finish_reason="length",
+            stop_reason=None,
+            prompt_tokens=3,
+            cached_tokens=0,
+            output_tokens=12,
+        )
+        streamed = manager.new_user()
+        manager.send_one(message(streamed))  # it is sent whether awaited or not
+        text = "".join([piece async for piece in manager.stream_generate(streamed)])
+        assert text == expected_text(12)
+
+    with_manager(model_dir, use)
+
+
+def test_each_choice_has_a_uid_of_its_own(model_dir: Path) -> None:
+    async def use(manager: FrontendManager) -> None:
+        uid = manager.new_user(n=3)
+        await manager.send_one(message(uid, n=3))
+        last = {ack.uid: ack async for ack in manager.wait_for_ack(uid)}
+        assert set(last) == {uid, uid + 1, uid + 2}
+        assert all(ack.finished and ack.output_tokens == 12 for ack in last.values())
+        assert manager.new_user() == uid + 3
+        manager.abort(uid + 3)
+
+    with_manager(model_dir, use)
+
+
+def test_leaving_a_stream_early_frees_the_request(model_dir: Path) -> None:
+    async def use(manager: FrontendManager) -> None:
+        uid = manager.new_user()
+        await manager.send_one(message(uid, max_tokens=2000))
+        acks = manager.wait_for_ack(uid)
+        await anext(acks)
+        await acks.aclose()
+        while manager.registry.num_open:
+            await asyncio.sleep(0.01)
+
+    with_manager(model_dir, use)
+
+
+def test_a_refused_request_raises_what_http_would_answer(model_dir: Path) -> None:
+    async def use(manager: FrontendManager) -> None:
+        uid = manager.new_user()
+        await manager.send_one(message(uid, max_tokens=10**6))
+        with pytest.raises(RequestFailedError, match="maximum context length") as caught:
+            [ack async for ack in manager.wait_for_ack(uid)]
+        assert caught.value.http_status == 400
+        assert caught.value.code == "context_length_exceeded"
+
+    with_manager(model_dir, use)
+
+
+def test_a_message_must_fit_its_uid(model_dir: Path) -> None:
+    async def use(manager: FrontendManager) -> None:
+        uid = manager.new_user()
+        with pytest.raises(InvalidRequestError, match="n=2"):
+            manager.send_one(message(uid, n=2))
+        manager.abort(uid)
+        with pytest.raises(InvalidRequestError, match=f"uid {uid}"):
+            manager.send_one(message(uid))
+
+    with_manager(model_dir, use)
+
+
+def test_a_death_raises_in_every_open_stream(model_dir: Path) -> None:
+    async def run() -> None:
+        manager = FrontendManager(model=str(model_dir))
+        await manager.start()
+        uid = manager.new_user()
+        await manager.send_one(message(uid, max_tokens=2000))
+        (process,) = [p for p in psutil.Process().children() if p.cmdline()[-1] == "hash_scheduler"]
+
+        async def kill_at_first_ack() -> None:
+            async for _ in manager.wait_for_ack(uid):
+                os.kill(process.pid, signal.SIGKILL)
+
+        with pytest.raises(RequestFailedError, match="the scheduler process has died"):
+            await kill_at_first_ack()
+        with pytest.raises(RequestFailedError, match="the scheduler process has died"):
+            manager.new_user()
+        await manager.aclose()
+
+    asyncio.run(run())
+    assert not psutil.Process().children()
+
+
+def test_before_its_start_the_manager_says_what_to_do(model_dir: Path) -> None:
+    with pytest.raises(NotReadyError, match="start"):
+        FrontendManager(model=str(model_dir)).new_user()
+
+
+def test_a_model_that_cannot_be_used_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="tokenizer"):
+        asyncio.run(FrontendManager(model=str(tmp_path)).start())
+    with pytest.raises(ConfigError, match="no such directory"):
+        asyncio.run(FrontendManager(ServerConfig(model="/no/such/model")).start())
+    assert not psutil.Process().children()
+
+
+def test_close_works_without_an_event_loop(model_dir: Path) -> None:
+    manager = FrontendManager(model=str(model_dir))
+    asyncio.run(manager.start())
+    assert len(psutil.Process().children()) == 3
+    manager.close()
+    assert not psutil.Process().children()
+
+
+@pytest.mark.parametrize("how", ["script", "stdin"])
+def test_it_needs_no_main_guard(how: str, model_dir: Path, tmp_path: Path) -> None:
+    program = SETUP.format(model=str(model_dir)) + "import asyncio; print(asyncio.run(answer()))"
+    script = tmp_path / "script.py"
+    script.write_text(program)
+    done = subprocess.run(
+        [sys.executable, str(script) if how == "script" else "-"],
+        input=program if how == "stdin" else "",
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "12\n", done.stderr
+
+
+def test_a_program_that_forgets_to_close_it_ends_and_leaves_nothing(
+    model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    program = SETUP.format(model=str(model_dir)) + (
+        "import asyncio, psutil\n"
+        "async def main():\n"
+        f"    manager = FrontendManager(model={str(model_dir)!r})\n"
+        "    await manager.start()\n"
+        "    print(*(p.pid for p in psutil.Process().children()))\n"
+        "asyncio.run(main())\n"
+    )
+    tmp_dir = tmp_path_factory.mktemp("s")
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=program,
+        env=environment(TMPDIR=str(tmp_dir)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 3
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert not list(tmp_dir.iterdir())
+
+
+def test_it_works_in_a_notebook(model_dir: Path) -> None:
+    cells = [SETUP.format(model=str(model_dir)), "await answer()", "await answer()"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    NotebookClient(notebook, timeout=60, kernel_name="python3").execute(env=environment())
+    results = [cell.outputs[0].data["text/plain"] for cell in notebook.cells[1:]]
+    assert [json.loads(result) for result in results] == [12, 12]

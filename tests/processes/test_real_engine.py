@@ -1,0 +1,128 @@
+"""All real processes with a small checkpoint: they answer, free what was aborted, and end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+from server_process import (
+    ServerProcess,
+    environment,
+    open_requests,
+    running,
+    wait_until,
+)
+
+from checkpoints import make_checkpoint
+
+NUM_PAGES = 140
+PAGE_SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "tiny", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    arguments = ("--model", str(checkpoint), "--num-pages", str(NUM_PAGES), "--num-threads", "1")
+    tmp_dir = tmp_path_factory.mktemp("s") / "t"
+    with running(*arguments, tmp_dir=tmp_dir, hash_engine=False) as server:
+        yield server
+        server.popen.terminate()
+        assert server.wait(5) == 0
+        server.assert_nothing_is_left()
+
+
+def test_a_chat_is_answered_the_same_streamed_and_whole(
+    server: ServerProcess, checkpoint: Path
+) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    request = {
+        "model": str(checkpoint),
+        "messages": [{"role": "user", "content": "tell me something about pages"}],
+        "max_tokens": 40,
+        "temperature": 0,
+    }
+    whole = client.chat.completions.create(**request)  # type: ignore[call-overload]
+    assert whole.choices[0].finish_reason in ("stop", "length")
+    assert whole.choices[0].message.content
+    chunks = list(client.chat.completions.create(**request, stream=True))  # type: ignore[call-overload]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == whole.choices[0].message.content
+    again = client.chat.completions.create(**request)  # type: ignore[call-overload]
+    assert again.choices[0].message.content == text
+    assert again.usage.prompt_tokens_details.cached_tokens > 0
+
+
+def test_forty_aborted_requests_leave_all_pages_free(server: ServerProcess) -> None:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        for i in range(40):
+            body = {"prompt": f"number {i}", "max_tokens": 1900, "ignore_eos": True}
+            with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as reply:
+                next(reply.iter_lines())
+        # This one needs nearly every page of the cache.
+        ids = [i % 250 for i in range(1990)]
+        assert len(ids) + 40 > (NUM_PAGES - 14) * PAGE_SIZE
+        body = {"prompt": ids, "max_tokens": 40, "ignore_eos": True}
+        reply = client.post("/v1/completions", json=body)
+        assert reply.json()["usage"]["completion_tokens"] == 40
+
+
+def test_the_death_of_the_engine_fails_open_requests(checkpoint: Path, socket_dir: Path) -> None:
+    with running("--model", str(checkpoint), tmp_dir=socket_dir, hash_engine=False) as server:
+        requests = open_requests(server.url, num_streams=1, num_whole=1)
+        server.child("scheduler").kill()
+        stream, whole = (request.join() for request in requests)
+        assert stream.events[-1] == "[DONE]"
+        assert '"code":"engine_dead"' in stream.events[-2]
+        assert whole.status == 500
+        assert server.wait(5) == 1
+        server.assert_nothing_is_left()
+
+
+def test_the_app_runs_under_the_users_own_uvicorn(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tmp_dir = tmp_path_factory.mktemp("s")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "uvicorn", "minisrv.asgi:app", "--port", str(port)],
+        env=environment(MINISRV_MODEL_PATH=str(checkpoint), TMPDIR=str(tmp_dir)),
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: _status(f"{url}/health") == 200)
+        assert _status(f"{url}/ready") == 503
+        wait_until(lambda: _status(f"{url}/ready") == 200, timeout_s=60)
+        children = psutil.Process(process.pid).children(recursive=True)
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
+        reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+        assert reply.json()["object"] == "chat.completion"
+        process.send_signal(signal.SIGINT)
+        process.wait(5)
+        _, alive = psutil.wait_procs(children, timeout=2)
+        assert not alive
+        assert not os.listdir(tmp_dir)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _status(url: str) -> int | None:
+    try:
+        return httpx.get(url, timeout=5).status_code
+    except httpx.HTTPError:
+        return None

@@ -1,0 +1,226 @@
+"""The supervisor over children of the test's own: order, deadline, deaths, ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from minisrv import supervisor
+from minisrv.child import EngineEnded, EngineReady, Notice, Progress
+from minisrv.config import ServerConfig
+from minisrv.errors import ConfigError, EngineDeadError, MinisrvError
+from minisrv.supervisor import Supervisor
+
+CHILD = """
+import os, signal, sys, time
+from minisrv.child import Ready, run_child
+from minisrv.errors import ConfigError
+
+def main(child):
+    {body}
+
+run_child("test", main)
+"""
+SERVE = "child.report(Ready({'pid': os.getpid()})); time.sleep(60)"
+
+Children = Callable[..., None]
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.fixture
+def children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Children:
+    """Write what each kind of child does; those not named serve."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(**bodies: str) -> None:
+        for kind in ("scheduler", "detokenizer", "tokenizer", "converter"):
+            module = f"child_{kind}"
+            body = bodies.get(kind, SERVE)
+            (tmp_path / f"{module}.py").write_text(CHILD.format(body=body))
+            monkeypatch.setitem(supervisor.MODULES, kind, module)
+
+    return write
+
+
+class Run:
+    """`Supervisor.run` in a thread."""
+
+    def __init__(self, model_dir: Path, **options: object) -> None:
+        config = ServerConfig(model=str(model_dir), **options)  # type: ignore[arg-type]
+        self.notices: list[Notice] = []
+        self.times: list[float] = []
+        self.error: MinisrvError | None = None
+        self.supervisor = Supervisor(config, on_notice=self._note)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _note(self, notice: Notice) -> None:
+        self.notices.append(notice)
+        self.times.append(time.monotonic())
+
+    def _run(self) -> None:
+        try:
+            self.supervisor.run()
+        except MinisrvError as error:
+            self.error = error
+
+    def wait_for(self, kind: type[Notice]) -> Notice:
+        deadline = time.monotonic() + 20
+        while True:
+            for notice in self.notices:
+                if isinstance(notice, kind):
+                    return notice
+            assert time.monotonic() < deadline, self.notices
+            time.sleep(0.002)
+
+    def join(self) -> Run:
+        """Wait for the end, after which nothing may be left."""
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+        assert not psutil.Process().children()
+        assert not self.supervisor.run_dir.exists()
+        return self
+
+
+def test_it_is_ready_when_all_children_are_and_stops_when_told(
+    children: Children, model_dir: Path
+) -> None:
+    children(scheduler="time.sleep(0.3); child.report(Ready({'num_pages': 7})); time.sleep(60)")
+    run = Run(model_dir, num_tokenizers=2)
+    ready = run.wait_for(EngineReady)
+    assert isinstance(ready, EngineReady)
+    assert ready.facts["num_pages"] == 7
+    assert len(psutil.Process().children()) == 4
+    assert run.supervisor.run_dir.stat().st_mode & 0o777 == 0o700
+    run.supervisor.stop()
+    assert run.join().error is None
+    assert run.notices[-1] == EngineEnded("the server is stopping", stopping=True)
+
+
+def test_progress_is_passed_on_in_steps_of_a_percent(children: Children, model_dir: Path) -> None:
+    children(
+        scheduler="[child.progress('weights', i / 2000) for i in range(2001)]; "
+        "child.progress('warm-up', 0.0); " + SERVE
+    )
+    run = Run(model_dir)
+    run.wait_for(EngineReady)
+    run.supervisor.stop()
+    run.join()
+    progress = [n for n in run.notices if isinstance(n, Progress)]
+    assert progress[0] == Progress("weights", 0.0)
+    assert Progress("weights", 1.0) in progress
+    assert progress[-1] == Progress("warm-up", 0.0)
+    assert len(progress) < 120
+
+
+def test_a_death_is_noticed_within_100_ms(children: Children, model_dir: Path) -> None:
+    children()
+    delays = []
+    for _ in range(3):  # the machine may be busy once
+        run = Run(model_dir)
+        ready = run.wait_for(EngineReady)
+        assert isinstance(ready, EngineReady)
+        killed = time.monotonic()
+        os.kill(ready.facts["pid"], signal.SIGKILL)
+        run.wait_for(EngineEnded)
+        delays.append(run.times[-1] - killed)
+        assert isinstance(run.join().error, EngineDeadError)
+    assert min(delays) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("os._exit(3)", "the scheduler process has died with exit status 3"),
+        ("raise RuntimeError('no room')", "the scheduler process has died: RuntimeError: no room"),
+        ("os.kill(os.getpid(), 9)", "the scheduler process has died: it was killed by SIGKILL"),
+        ("pass", "the scheduler process has died with exit status 0"),
+        (SERVE.replace("60", "0.2"), "the scheduler process has died with exit status 0"),
+    ],
+)
+def test_a_death_ends_all_and_says_why(
+    body: str, sentence: str, children: Children, model_dir: Path
+) -> None:
+    children(scheduler=body)
+    run = Run(model_dir).join()
+    assert isinstance(run.error, EngineDeadError)
+    assert run.error.message.startswith(sentence)
+    assert run.notices[-1] == EngineEnded(run.error.message, stopping=False)
+
+
+def test_a_child_that_refuses_an_option_makes_it_a_config_error(
+    children: Children, model_dir: Path
+) -> None:
+    children(scheduler="raise ConfigError('--num-pages is too small')")
+    run = Run(model_dir).join()
+    assert isinstance(run.error, ConfigError)
+    assert run.error.message == "--num-pages is too small"
+
+
+def test_a_start_that_takes_too_long_names_who_is_late(children: Children, model_dir: Path) -> None:
+    children(scheduler="time.sleep(60)", detokenizer="time.sleep(60)")
+    run = Run(model_dir, start_timeout_s=1).join()
+    assert run.error is not None
+    assert "more than 1 s, waiting for scheduler, detokenizer;" in run.error.message
+    assert "--start-timeout-s" in run.error.message
+
+
+def test_a_stop_during_the_start_ends_all(children: Children, model_dir: Path) -> None:
+    children(scheduler="child.progress('weights', 0.1); time.sleep(60)")
+    run = Run(model_dir)
+    run.wait_for(Progress)
+    run.supervisor.stop()
+    assert run.join().error is None
+
+
+def test_a_stop_before_the_start_and_after_the_end_does_no_harm(
+    children: Children, model_dir: Path
+) -> None:
+    children()
+    early = Supervisor(ServerConfig(model=str(model_dir)))
+    early.stop()
+    early.run()
+    early.stop()
+    assert not psutil.Process().children()
+
+
+def test_a_tokenizer_is_converted_before_the_others_start(
+    children: Children, model_dir: Path
+) -> None:
+    (model_dir / "tokenizer.json").unlink()
+    children(
+        converter="os.mkdir(child.boot.tokenizer_dir); child.report(Ready())",
+        tokenizer="assert os.path.isdir(child.boot.tokenizer_dir); " + SERVE,
+    )
+    run = Run(model_dir)
+    run.wait_for(EngineReady)
+    run.supervisor.stop()
+    assert run.join().error is None
+
+
+def test_a_child_hears_nothing_of_interrupts_and_ends_on_sigterm(
+    children: Children, model_dir: Path
+) -> None:
+    children()
+    run = Run(model_dir)
+    ready = run.wait_for(EngineReady)
+    assert isinstance(ready, EngineReady)
+    os.kill(ready.facts["pid"], signal.SIGINT)
+    time.sleep(0.2)
+    assert len(psutil.Process().children()) == 3
+    os.kill(ready.facts["pid"], signal.SIGTERM)
+    error = run.join().error
+    assert error is not None
+    assert "SIGTERM" in error.message

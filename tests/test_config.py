@@ -1,0 +1,149 @@
+"""Options: flags over the environment over the defaults, each checked with a sentence."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from minisrv.config import ServerConfig, add_flags, flag, parse_command_line, parse_size
+from minisrv.errors import ConfigError
+
+
+def parse(*argv: str) -> ServerConfig:
+    return parse_command_line(argparse.ArgumentParser(prog="test"), argv)
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("MINISRV_"):
+            monkeypatch.delenv(name)
+
+
+def test_every_field_has_a_flag_and_a_help() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    text = " ".join(parser.format_help().split())
+    for field in fields(ServerConfig):
+        assert (field.metadata["negative"] or flag(field.name)) in text
+        assert field.metadata["help"]
+
+
+def test_defaults_are_those_of_the_fields() -> None:
+    assert parse() == ServerConfig()
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        (("--model", "x"), "model", "x"),
+        (("--model-path", "x"), "model", "x"),
+        (("x",), "model", "x"),
+        (("--max-seq-len", "100"), "max_seq_len", 100),
+        (("--tp-size", "1"), "tp", 1),
+        (("--no-radix-cache",), "radix_cache", False),
+        (("--strict-params",), "strict_params", True),
+        (("--memory-fraction", "0.5"), "memory_fraction", 0.5),
+        (("--memory-fraction", "1"), "memory_fraction", 1.0),
+        (("--num-tokenizer", "2"), "num_tokenizers", 2),
+        (("--dtype", "float16"), "dtype", "float16"),
+    ],
+)
+def test_a_flag_sets_its_field(argv: tuple[str, ...], field: str, value: Any) -> None:
+    assert getattr(parse(*argv), field) == value
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "field", "value"),
+    [
+        ("MINISRV_MODEL_PATH", "m", "model", "m"),
+        ("MINISRV_MODEL", "m", "model", "m"),
+        ("MINISRV_MAX_SEQ_LEN", "100", "max_seq_len", 100),
+        ("MINISRV_RADIX_CACHE", "0", "radix_cache", False),
+        ("MINISRV_RADIX_CACHE", "True", "radix_cache", True),
+        ("MINISRV_MEMORY_FRACTION", "0.5", "memory_fraction", 0.5),
+        ("MINISRV_KV_MEMORY", "1GiB", "kv_memory", "1GiB"),
+        ("MINISRV_DEVICE", "cpu", "device", "cpu"),
+    ],
+)
+def test_a_variable_sets_its_field_unless_a_flag_does(
+    variable: str, text: str, field: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, text)
+    assert getattr(parse(), field) == value
+    assert getattr(ServerConfig.from_environment(), field) == value
+    assert parse("--model", "flag", "--max-seq-len", "7").model == "flag"
+    assert parse("--model", "flag", "--max-seq-len", "7").max_seq_len == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"num_pages": 0}, "--num-pages is 0; it must be at least 1"),
+        ({"page_size": 12}, "--page-size is 12; it must be a power of two"),
+        ({"memory_fraction": 0.0}, "--memory-fraction is 0.0; it must be in (0, 1]"),
+        ({"memory_fraction": float("nan")}, "--memory-fraction is nan"),
+        ({"port": 65536}, "--port is 65536; it must be from 0 to 65535"),
+        ({"overlap_depth": 2}, "--overlap-depth is 2; it must be 0 or 1"),
+        ({"tp": 2}, "--tp above 1 is not available yet; run with --tp 1"),
+        ({"attention_backend": "flashinfer"}, "flashinfer is not available yet"),
+        ({"dtype": "int8"}, "--dtype is 'int8'; it must be one of auto, bfloat16"),
+        ({"kv_memory": "lots"}, "'lots' is no size"),
+        ({"num_pages": True}, "--num-pages is True; it must be a int"),
+        ({"num_pages": 1.5}, "--num-pages is 1.5; it must be a int"),
+        ({"model": None}, "--model is None; it must be a str"),
+        ({"radix_cache": 1}, "--radix-cache is 1; it must be a bool"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_flag(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ServerConfig(**options)
+    assert sentence in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [("MINISRV_PORT", "x"), ("MINISRV_STRICT_PARAMS", "maybe"), ("MINISRV_DTYPE", "int8")],
+)
+def test_a_wrong_variable_is_refused(variable: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        ServerConfig.from_environment({variable: text})
+
+
+def test_two_models_that_differ_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse("one", "--model", "one").model == "one"
+    with pytest.raises(SystemExit) as ended:
+        parse("one", "--model", "two")
+    assert ended.value.code == 2
+    assert "two models given: one and two" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1000000", 1000000),
+        ("512MiB", 512 * 2**20),
+        ("4GB", 4 * 2**30),
+        ("1.5g", 3 * 2**29),
+        (" 2 KiB ", 2048),
+        ("1TiB", 2**40),
+    ],
+)
+def test_a_size_is_read_with_its_unit(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1XB", "1 2", "1e9", "nan"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no size"):
+        parse_size(text)
+
+
+def test_a_config_survives_the_way_to_a_child() -> None:
+    config = ServerConfig(model="x", num_pages=3, radix_cache=False, kv_memory="1GiB")
+    assert ServerConfig(**config.to_dict()) == config
