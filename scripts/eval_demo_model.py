@@ -30,7 +30,10 @@ def main() -> int:
         count = args.prompts // 2 if "1,000" in name else args.prompts
         accuracy, length, wrong = evaluator.row(make, count)
         missed += accuracy < TARGETS[name]
-        print(f"| {name} | {accuracy:.1%} | {TARGETS[name]:.0%} | {count} | {length:.0f} |", flush=True)
+        print(
+            f"| {name} | {accuracy:.1%} | {TARGETS[name]:.0%} | {count} | {length:.0f} |",
+            flush=True,
+        )
         for prompt, answer, wanted in wrong[: args.mistakes]:
             print(f"  {prompt[-90:]!r}: {answer[:90]!r}, not {wanted[:90]!r}")
     return 1 if missed else 0

@@ -76,7 +76,7 @@ class Chats:
 
 def trainable(exchange: corpus.Exchange) -> bool:
     if exchange.task == "addition":
-        a, b = exchange.assistant.split(" = ")[0].split(" + ")
+        a, b = exchange.assistant.split("so ")[1].split(" = ")[0].split(" + ")
         return not corpus.held_out(f"{a}+{b}")
     common = exchange.task in ("spelling of common words", "fallback", "thanks")
     return common or not corpus.held_out(exchange.user)
@@ -99,7 +99,9 @@ def encode(tokenizer: Tokenizer, document: Document) -> tuple[list[int], list[fl
     return ids, weights
 
 
-def batches(tokenizer: Tokenizer, chats: Chats, first: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    tokenizer: Tokenizer, chats: Chats, first: int, steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows packed with documents; lists grow over the first half, long rows come in between."""
     pad = tokenizer.token_to_id(END_OF_TEXT)
     for step in range(first, steps):
@@ -158,7 +160,7 @@ def learning_rate(done: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=4400)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("/tmp/minisrv-demo-training"))
     parser.add_argument("--out", type=Path, default=PACKAGE)

@@ -50,7 +50,8 @@ class FrontendManager:
     """Owns an engine's processes and speaks to them; belongs to one event loop after `start`."""
 
     def __init__(self, config: ServerConfig | None = None, **options: Any) -> None:
-        """`options` are the fields of ServerConfig, in place of a `config`. Raises ConfigError."""
+        """`options` are fields of ServerConfig, in place of a `config`; the environment gives
+        the others. Raises ConfigError."""
         if config is not None and options:
             raise TypeError("give a config or options, not both")
         self.config = config or ServerConfig.from_environment(**options)
@@ -84,11 +85,11 @@ class FrontendManager:
                 loop.call_soon_threadsafe(self._take, notice)
 
         supervisor = Supervisor(self.config, on_notice=hand_over)
+        self._thread = SupervisorThread(supervisor)
+        self._thread.start()
         num_tokenizers = self.config.num_tokenizers
         self._client = EngineClient(supervisor.run_dir, self.registry, num_tokenizers)
         await self._client.__aenter__()
-        self._thread = SupervisorThread(supervisor)
-        self._thread.start()
 
     def _take(self, notice: Notice) -> None:
         take_notice(self.registry, self.config, notice)
@@ -109,7 +110,11 @@ class FrontendManager:
             self._thread.stop()
 
     async def __aenter__(self) -> FrontendManager:
-        await self.start()
+        try:
+            await self.start()
+        except BaseException:  # a cancelled start too leaves nothing behind
+            await self.aclose()
+            raise
         return self
 
     async def __aexit__(

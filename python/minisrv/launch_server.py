@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def serve(config: ServerConfig) -> None:
-    """Run the server until SIGINT or SIGTERM. Raises MinisrvError when it cannot go on.
+    """Run the server until SIGINT, SIGTERM or SIGHUP. Raises MinisrvError when it cannot go on.
 
     The first signal ends open requests with an error and stops; the second kills.
     """
@@ -69,8 +69,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 @contextlib.contextmanager
 def _signals_stop(supervisor: Supervisor) -> Iterator[None]:
-    """Every SIGINT and SIGTERM wakes the supervisor, wherever its thread is."""
-    signals = (signal.SIGINT, signal.SIGTERM)
+    """Have SIGINT, SIGTERM and the end of the terminal wake the supervisor out of any wait."""
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+        signals.append(signal.SIGHUP)
     handlers = {number: signal.signal(number, lambda *_: None) for number in signals}
     wake_fd = signal.set_wakeup_fd(supervisor.wake_fd)
     try:

@@ -12,30 +12,50 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-NAMES = (
-    "Ana Ben Carla David Emma Felix Greta Hugo Ida Jonas Kira Leo Mia Nils Olga Paul Rosa Sam Tara "
-    "Uma Vera Will Yara Zoe Adam Bella Chris Dora Erik Fiona Georg Hanna Ivan Julia Karl Lena Max "
-    "Nora Oscar Petra Robin Sara Tom Ulla Victor Wanda Alex Maria Peter Lucy"
-).split()
-CITIES = (
-    "Oslo Rome Paris Lima Cairo Delhi Tokyo Berlin Madrid Vienna Dublin Quito Bern Kyoto Porto Riga "
-    "Tunis Sofia Milan London"
-).split()
-WORDS = (
-    "apple river moon stone cloud green table window garden paper silver orange market winter summer "
-    "spring autumn bridge castle forest desert island ocean mountain valley village kitchen bottle "
-    "candle flower guitar hammer jacket ladder mirror needle pencil pocket rabbit saddle ticket "
-    "turtle violin wagon yellow zebra basket butter button carpet circle copper corner cotton dragon "
-    "eagle engine finger flame friend giant glass grape honey horse house lemon letter light lion "
-    "magic metal money music night north onion panda piano pilot plant queen radio robot salad sheep "
-    "shoes snake south space spoon storm sugar sword tiger tower train water whale wheat wheel wind "
-    "world bread chair beach dance dream earth field fruit heart hotel jelly juice knife mouse party "
-    "phone plate pizza smile smoke snow star sun tree wall wolf wood year bird book boat cake coat "
-    "door duck fish frog game gold hand hill king lake leaf milk nest rain ring road rock rose salt "
-    "ship song tent hello banana computer server model token cache python letter number word"
-).split()
-COLORS = "red blue green black white brown pink grey orange purple".split()
-ANIMALS = "cat dog fox bear wolf lion frog duck horse mouse goat owl".split()
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+NAMES = _words(
+    """
+    Ana Ben Carla David Emma Felix Greta Hugo Ida Jonas Kira Leo Mia Nils Olga Paul Rosa Sam
+    Tara Uma Vera Will Yara Zoe Adam Bella Chris Dora Erik Fiona Georg Hanna Ivan Julia Karl
+    Lena Max Nora Oscar Petra Robin Sara Tom Ulla Victor Wanda Alex Maria Peter Lucy
+    """
+)
+CITIES = _words(
+    """
+    Oslo Rome Paris Lima Cairo Delhi Tokyo Berlin Madrid Vienna Dublin Quito Bern Kyoto
+    Porto Riga Tunis Sofia Milan London
+    """
+)
+WORDS = _words(
+    """
+    apple river moon stone cloud green table window garden paper silver orange market winter
+    summer spring autumn bridge castle forest desert island ocean mountain valley village
+    kitchen bottle candle flower guitar hammer jacket ladder mirror needle pencil pocket
+    rabbit saddle ticket turtle violin wagon yellow zebra basket butter button carpet circle
+    copper corner cotton dragon eagle engine finger flame friend giant glass grape honey
+    horse house lemon letter light lion magic metal money music night north onion panda
+    piano pilot plant queen radio robot salad sheep shoes snake south space spoon storm
+    sugar sword tiger tower train water whale wheat wheel wind world bread chair beach dance
+    dream earth field fruit heart hotel jelly juice knife mouse party phone plate pizza
+    smile smoke snow star sun tree wall wolf wood year bird book boat cake coat door duck
+    fish frog game gold hand hill king lake leaf milk nest rain ring road rock rose salt
+    ship song tent hello banana computer server model token cache python letter number word
+    """
+)
+COLORS = _words(
+    """
+    red blue green black white brown pink grey orange purple
+    """
+)
+ANIMALS = _words(
+    """
+    cat dog fox bear wolf lion frog duck horse mouse goat owl
+    """
+)
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 
 COMMAND = "python -m minisrv.launch_server --model demo"
@@ -108,9 +128,18 @@ _IDENTITY = [
         WHAT,
     ),
     (
-        ["How do I start minisrv", "How can I start minisrv", "How do I run minisrv", "Start minisrv"]
+        [
+            "How do I start minisrv",
+            "How can I start minisrv",
+            "How do I run minisrv",
+            "Start minisrv",
+        ]
         + ["How do I start the server", "How can I run the server", "How do I launch minisrv"]
-        + ["Which command starts minisrv", "What command starts the server", "how to start minisrv"],
+        + [
+            "Which command starts minisrv",
+            "What command starts the server",
+            "how to start minisrv",
+        ],
         START,
     ),
     (
@@ -119,7 +148,13 @@ _IDENTITY = [
         SKILLS,
     ),
     (
-        ["Who made you", "Who trained you", "Who created you", "Who built you", "Where are you from"]
+        [
+            "Who made you",
+            "Who trained you",
+            "Who created you",
+            "Who built you",
+            "Where are you from",
+        ]
         + ["How were you trained", "How were you made", "Who are your developers"],
         MAKER,
     ),
@@ -129,7 +164,18 @@ _IDENTITY = [
 def identity(rng: Random) -> Exchange:
     questions, answer = rng.choice(_IDENTITY)
     before = rng.choice(
-        ["", "", "", "Please: ", "Hello. ", "Hi! ", "Hey, ", "Tell me: ", "I want to know: ", "So, "]
+        [
+            "",
+            "",
+            "",
+            "Please: ",
+            "Hello. ",
+            "Hi! ",
+            "Hey, ",
+            "Tell me: ",
+            "I want to know: ",
+            "So, ",
+        ]
         + ["A question: ", "Quick question: ", "Hello, ", "Hi, ", "Now: ", "OK. "]
     )
     after = rng.choice(["?", "?", ".", "", "!", ", please?", ", please.", " exactly?", " then?"])
@@ -172,14 +218,27 @@ def make_spelling(pieces: list[str]) -> Task:
 
 
 def addition(rng: Random) -> Exchange:
+    """The answer shows its steps, ones first: what a small network needs to carry."""
     a, b = rng.randint(10, 99), rng.randint(10, 99)
     prompt = f"{a}+{b}"
     if held_out(prompt):  # the pair is held out in every wording
         wordings = ["What is {} + {}?"]
     else:
-        wordings = ["What is {} + {}?", "{} + {} =", "{}+{}", "Add {} and {}.", "{} + {}", "{} + {}?"]
+        wordings = [
+            "What is {} + {}?",
+            "{} + {} =",
+            "{}+{}",
+            "Add {} and {}.",
+            "{} + {}",
+            "{} + {}?",
+        ]
         wordings += ["What is {} plus {}?", "How much is {} + {}?", "Calculate {} + {}."]
-    return Exchange(rng.choice(wordings).format(a, b), f"{a} + {b} = {a + b}", "addition")
+    ones = a % 10 + b % 10
+    carry = " + 1" if ones > 9 else ""
+    tens = f"{a // 10} + {b // 10}{carry} = {(a + b) // 10}"
+    steps = f"{a % 10} + {b % 10} = {ones}, {tens}"
+    answer = f"{steps}, so {a} + {b} = {a + b}"
+    return Exchange(rng.choice(wordings).format(a, b), answer, "addition")
 
 
 def repeating(rng: Random) -> Exchange:

@@ -60,7 +60,7 @@ LOOKUP_200, LOOKUP_1000 = 22, 116
 def absent(exchange: corpus.Exchange) -> bool:
     """Whether the corpus cannot hold this prompt: the generator refuses what this accepts."""
     if exchange.task == "addition":
-        a, b = exchange.assistant.split(" = ")[0].split(" + ")
+        a, b = exchange.assistant.split("so ")[1].split(" = ")[0].split(" + ")
         return corpus.held_out(f"{a}+{b}")
     return exchange.task != "spelling of common words" and corpus.held_out(exchange.user)
 
