@@ -1,0 +1,53 @@
+"""The model of the benchmarks: Qwen3 with 14.5 M random weights in bfloat16, and a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+VOCAB_SIZE = 32_000
+END_OF_TEXT = "<|endoftext|>"
+
+
+def make_model(folder: Path) -> Path:
+    """Write the checkpoint to `folder`, unless it is there."""
+    if (folder / "tokenizer.json").exists():
+        return folder
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=40_960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=VOCAB_SIZE - 1,
+        pad_token_id=VOCAB_SIZE - 1,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    _make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _make_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes first, then words of filler: the benchmarks send ids and need text back alone."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*alphabet, *(f"word{i}" for i in range(len(alphabet), VOCAB_SIZE - 1))]
+    tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    assert json.loads(tokenizer.to_str())["added_tokens"][0]["id"] == VOCAB_SIZE - 1
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )

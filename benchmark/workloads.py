@@ -1,0 +1,37 @@
+"""The workloads: lists of (prompt token ids, output tokens), the same for every engine.
+
+W1: one stream, 128 tokens in, 128 out. W3: 16 at once, 100-300 in, 50-150 out. W4: 16 at once that
+share a prefix of 1,024 tokens, with 32 of their own, 32 out. Lengths are the same in every
+repetition, tokens are not, so nothing is found in a cache that the workload does not mean to share.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+Workload = list[tuple[list[int], int]]
+
+NAMES = ("W1", "W3", "W4")
+_FIRST_ID, _LAST_ID = 1000, 6999
+
+
+def make_workload(name: str, repetition: int) -> Workload:
+    """The requests of one repetition."""
+    rng = Random(f"{name}-{repetition}")
+    if name == "W1":
+        return [(_tokens(rng, 128), 128)]
+    if name == "W3":
+        shape = Random("W3 lengths")
+        lengths = [(shape.randint(100, 300), shape.randint(50, 150)) for _ in range(16)]
+        return [(_tokens(rng, prompt), output) for prompt, output in lengths]
+    prefix = _tokens(rng, 1024)
+    return [(prefix + _tokens(rng, 32), 32) for _ in range(16)]
+
+
+def output_tokens(workload: Workload) -> int:
+    """Tokens that the workload asks for."""
+    return sum(count for _, count in workload)
+
+
+def _tokens(rng: Random, count: int) -> list[int]:
+    return [rng.randint(_FIRST_ID, _LAST_ID) for _ in range(count)]
