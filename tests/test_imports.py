@@ -17,8 +17,9 @@ LAYERS = [
     {"kvcache", "structured_output", "engine"},
     {"frontend", "tokenizer", "scheduler", "detokenizer"},
     {"supervisor"},
-    {"launch_server", "frontend_manager", "llm", "batch"},
-    {"asgi", "cli"},
+    {"launch_server", "frontend_manager", "llm"},
+    {"asgi", "batch"},
+    {"cli"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -53,7 +53,7 @@ def test_a_plain_config_is_read(tmp_path: Path) -> None:
     assert config.tie_word_embeddings
     assert config.eos_token_ids == (2,)
     assert config.bos_token_id == 1
-    assert not (config.qkv_bias or config.o_bias or config.mlp_bias)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
 
 
 def test_the_older_and_the_newer_form_of_rope_are_read_alike(tmp_path: Path) -> None:

@@ -149,7 +149,6 @@ _ROPE_KEYS = {
 }
 _GENERATION_NEUTRAL = {
     "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
@@ -160,7 +159,6 @@ _GENERATION_NEUTRAL = {
     "begin_suppress_tokens": None,
     "bad_words_ids": None,
     "sequence_bias": None,
-    "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "exponential_decay_length_penalty": None,
     "guidance_scale": None,

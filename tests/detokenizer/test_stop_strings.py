@@ -2,7 +2,7 @@ import itertools
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minisrv.detokenizer.stop_strings import StopMatcher
@@ -27,6 +27,8 @@ def cut(text: str, cuts: list[int]) -> list[str]:
 
 
 @given(SHORT, STOPS, st.lists(st.integers(0, 100)))
+@example("aaab", ["aab"], [1, 2, 3])
+@example("abababb", ["ababb", "bbb"], [3])
 def test_text_and_stop_equal_a_search_of_the_whole_text(
     text: str, stops: list[str], cuts: list[int]
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,6 @@ from minisrv.engine.engine import Engine
 from minisrv.errors import ConfigError
 
 PROMPT_LEN = 45
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -232,6 +223,27 @@ def test_a_page_of_another_sequence_serves_as_a_prefix(llama: Engine) -> None:
     while len(tokens) < 6:
         tokens += driver.run(decodes=[sharer])
     assert tokens == alone
+
+
+@pytest.mark.parametrize("prefix_len", [32, 256, 512])
+def test_decodes_that_share_a_prefix_have_the_logits_of_transformers(
+    pair: tuple[Engine, PreTrainedModel], prefix_len: int
+) -> None:
+    engine, model = pair
+    driver, prefix = StepDriver(engine, seed=3), prompt(16, prefix_len)
+    texts = [prefix + prompt(20 + i, length) for i, length in enumerate((1, 15, 16, 40))]
+    sequences = [driver.add() for _ in texts]
+    driver.run(prefills=[(sequences[0], prefix)])
+    tokens = []
+    for sequence, text in zip(sequences, texts, strict=True):
+        if sequence is not sequences[0]:
+            sequence.pages = sequences[0].pages[: prefix_len // 16]
+            sequence.num_computed = prefix_len
+            engine._page_table.pages[sequence.row, : prefix_len // 16] = sequence.pages
+        tokens += driver.run(prefills=[(sequence, text[prefix_len:])])
+    ours = driver.logits(decodes=sequences)
+    expected = [oracle_logits(model, [*text, tokens[i]])[-1] for i, text in enumerate(texts)]
+    assert_close(ours, torch.stack(expected))
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 64])

@@ -118,7 +118,7 @@ class ServerProcess:
 
     def wait_until_ready(self) -> ServerProcess:
         url = self.url
-        wait_until(lambda: _status(f"{url}/ready") == 200 or self.popen.poll() is not None)
+        wait_until(lambda: status_of(f"{url}/ready") == 200 or self.popen.poll() is not None)
         assert self.popen.poll() is None, self.output
         self.family = psutil.Process(self.popen.pid).children(recursive=True)
         return self
@@ -187,7 +187,7 @@ class OpenRequest:
         assert self.error is None
 
     def join(self) -> OpenRequest:
-        self._thread.join(15)
+        self._thread.join(30)
         assert not self._thread.is_alive(), "the request hangs"
         return self
 
@@ -207,14 +207,14 @@ def open_requests(url: str, *, num_streams: int, num_whole: int) -> Sequence[Ope
     return [*streams, *whole]
 
 
-def wait_until(condition: Any, timeout_s: float = 20) -> None:
+def wait_until(condition: Any, timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true"
         time.sleep(0.01)
 
 
-def _status(url: str) -> int | None:
+def status_of(url: str) -> int | None:
     try:
         return httpx.get(url, timeout=5).status_code
     except httpx.HTTPError:

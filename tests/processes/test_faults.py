@@ -70,7 +70,7 @@ def test_the_death_of_the_frontend_ends_all(model_dir: Path, socket_dir: Path) -
         server.assert_nothing_is_left()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_fails_open_requests_and_ends_all_in_time(
     number: signal.Signals, model_dir: Path, socket_dir: Path
 ) -> None:

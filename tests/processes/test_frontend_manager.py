@@ -186,6 +186,20 @@ def test_a_model_that_cannot_be_used_is_a_config_error(tmp_path: Path) -> None:
     assert not psutil.Process().children()
 
 
+def test_a_start_that_is_given_up_leaves_nothing(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINISRV_TEST_GATE", str(tmp_path / "never"))
+
+    async def run() -> None:
+        async with asyncio.timeout(1), FrontendManager(model=str(model_dir)):
+            pass
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(run())
+    assert not psutil.Process().children()
+
+
 def test_close_works_without_an_event_loop(model_dir: Path) -> None:
     manager = FrontendManager(model=str(model_dir))
     asyncio.run(manager.start())
@@ -205,7 +219,7 @@ def test_it_needs_no_main_guard(how: str, model_dir: Path, tmp_path: Path) -> No
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.stdout == "12\n", done.stderr
 
@@ -228,7 +242,7 @@ def test_a_program_that_forgets_to_close_it_ends_and_leaves_nothing(
         env=environment(TMPDIR=str(tmp_dir)),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
@@ -240,6 +254,6 @@ def test_a_program_that_forgets_to_close_it_ends_and_leaves_nothing(
 def test_it_works_in_a_notebook(model_dir: Path) -> None:
     cells = [SETUP.format(model=str(model_dir)), "await answer()", "await answer()"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
-    NotebookClient(notebook, timeout=60, kernel_name="python3").execute(env=environment())
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute(env=environment())
     results = [cell.outputs[0].data["text/plain"] for cell in notebook.cells[1:]]
     assert [json.loads(result) for result in results] == [12, 12]

@@ -23,7 +23,7 @@ SERVE = [sys.executable, "-m", "minisrv.launch_server"]
 
 def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, env=environment(**variables), capture_output=True, text=True, timeout=60
+        command, env=environment(**variables), capture_output=True, text=True, timeout=120
     )
 
 

@@ -19,6 +19,7 @@ from server_process import (
     environment,
     open_requests,
     running,
+    status_of,
     wait_until,
 )
 
@@ -79,6 +80,20 @@ def test_forty_aborted_requests_leave_all_pages_free(server: ServerProcess) -> N
         assert reply.json()["usage"]["completion_tokens"] == 40
 
 
+def test_http_is_the_only_thing_that_listens(server: ServerProcess) -> None:
+    listening = {
+        (connection.laddr.ip, connection.laddr.port)
+        for process in [psutil.Process(server.popen.pid), *server.family]
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {("127.0.0.1", int(server.url.rsplit(":", 1)[1]))}
+    (run_dir,) = server.tmp_dir.iterdir()
+    assert run_dir.stat().st_mode & 0o777 == 0o700
+    sockets = {path.name for path in run_dir.iterdir()}
+    assert sockets == {"frontend", "tokenizer-0", "scheduler", "detokenizer"}
+
+
 def test_the_death_of_the_engine_fails_open_requests(checkpoint: Path, socket_dir: Path) -> None:
     with running("--model", str(checkpoint), tmp_dir=socket_dir, hash_engine=False) as server:
         requests = open_requests(server.url, num_streams=1, num_whole=1)
@@ -104,9 +119,9 @@ def test_the_app_runs_under_the_users_own_uvicorn(
     )
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: _status(f"{url}/health") == 200)
-        assert _status(f"{url}/ready") == 503
-        wait_until(lambda: _status(f"{url}/ready") == 200, timeout_s=60)
+        wait_until(lambda: status_of(f"{url}/health") == 200)
+        assert status_of(f"{url}/ready") == 503
+        wait_until(lambda: status_of(f"{url}/ready") == 200)
         children = psutil.Process(process.pid).children(recursive=True)
         body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
         reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
@@ -119,10 +134,3 @@ def test_the_app_runs_under_the_users_own_uvicorn(
     finally:
         process.kill()
         process.wait()
-
-
-def _status(url: str) -> int | None:
-    try:
-        return httpx.get(url, timeout=5).status_code
-    except httpx.HTTPError:
-        return None

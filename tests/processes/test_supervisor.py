@@ -77,7 +77,7 @@ class Run:
             self.error = error
 
     def wait_for(self, kind: type[Notice]) -> Notice:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             for notice in self.notices:
                 if isinstance(notice, kind):
@@ -87,7 +87,7 @@ class Run:
 
     def join(self) -> Run:
         """Wait for the end, after which nothing may be left."""
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive()
         assert not psutil.Process().children()
         assert not self.supervisor.run_dir.exists()

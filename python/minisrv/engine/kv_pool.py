@@ -14,7 +14,10 @@ from minisrv.model_config import ModelConfig
 
 
 class KVPool:
-    """Keys and values, a pair of views a layer: `pages` each [N, P, K, D], `slots` [N * P, K, D]."""
+    """Keys and values, a pair of tensors a layer.
+
+    `pages` are views [N, P, K, D] and `slots` views [N * P, K, D] of the same memory.
+    """
 
     def __init__(
         self, config: ModelConfig, page_size: int, dtype: torch.dtype, device: torch.device

@@ -130,18 +130,9 @@ class DummyWeights:
 
 
 def _open_files(directory: Path) -> list[Any]:
-    index = directory / _INDEX
-    names = ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConfigError(f"{index} cannot be read as a safetensors index: {error!r}") from None
     files = []
-    for name in names:
+    for name in _file_names(directory):
         path = directory / name
-        if Path(name).name != name:
-            raise ConfigError(f"{index} names {name!r}, which is not in the checkpoint's directory")
         if not path.is_file():
             raise ConfigError(_no_weights(directory, path))
         try:
@@ -149,6 +140,23 @@ def _open_files(directory: Path) -> list[Any]:
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path} is not a whole safetensors file: {error}") from None
     return files
+
+
+def _file_names(directory: Path) -> list[str]:
+    index = directory / _INDEX
+    if not index.is_file():
+        return ["model.safetensors"]
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{index} cannot be read as a safetensors index: {error!r}") from None
+    for name in names or [None]:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ConfigError(
+                f"{index} cannot be read as a safetensors index: it names {name!r}, "
+                "which is no file in the checkpoint's directory"
+            )
+    return sorted(names)
 
 
 def _no_weights(directory: Path, path: Path) -> str:

@@ -3,7 +3,9 @@
 Decodes are computed together: the pages of each sequence are gathered, padded to the longest and
 masked. The query heads that share a key head are rows of one product, which on a CPU is several
 times faster than to repeat keys and values. Sequences of very different lengths go in groups, so
-that padding at most doubles the work. Prefill chunks are computed one after the other.
+that padding at most doubles the work. Where all sequences of a group begin with the same pages, a
+CPU attends to those once for the whole group and merges with each sequence's own part by the sums
+of exponentials (Juravsky et al., Hydragen, 2024). Prefill chunks are computed one after the other.
 """
 
 # Shapes: T tokens in the step, B sequences, H query heads, K key-value heads, G = H / K, D head
@@ -18,18 +20,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisrv.engine.forward_batch import ForwardBatch, Int32Array
+from minisrv.engine.forward_batch import ForwardBatch, Int32Array, Int64Array
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.page_table import PageTable, token_positions
 
 _GROUP_SLACK_PAGES = 8
+_LEAST_TOKENS_SAVED = 512  # by attending to a shared prefix once; below, the merge costs more
+
+
+@dataclass(frozen=True, slots=True)
+class _Gather:
+    """Pages to read, and where to: buffers that the layers of a step use in turn.
+
+    To allocate them for each layer would cost more in page faults than the copy itself.
+    """
+
+    pages: Tensor  # [B * pages a sequence]
+    num_sequences: int
+    keys: Tensor  # [B * pages a sequence, page size, K, D]
+    values: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class _DecodeGroup:
     tokens: Tensor | None  # [B] indices into the step's tokens; None is all of them
-    pages: Tensor  # [B * pages a sequence]
-    num_sequences: int
+    shared: _Gather | None  # read by every sequence before its own pages
+    own: _Gather
     mask: Tensor | None  # [B, 1, 1, C] added to the scores
 
 
@@ -37,7 +53,7 @@ class _DecodeGroup:
 class _PrefillChunk:
     first: int
     end: int  # tokens of the step: first to end
-    pages: Tensor | None  # [pages]; None where the chunk begins its sequence
+    cached: _Gather | None  # None where the chunk begins its sequence
     kv_len: int
     mask: Tensor | None  # [end - first, kv_len] added to the scores
 
@@ -86,19 +102,23 @@ class TorchNativeAttention:
         return out_THD
 
     def _decode(self, q_BHD: Tensor, group: _DecodeGroup, layer_id: int) -> Tensor:
-        keys, values = self._gather(group.pages, group.num_sequences, layer_id)
+        keys, values = self._read(group.own, layer_id)
         size, num_heads, head_dim = q_BHD.shape
         q_BKGD = q_BHD.view(size, keys.shape[1], -1, head_dim)
-        out_BKGD = F.scaled_dot_product_attention(q_BKGD, keys, values, attn_mask=group.mask)
+        if group.shared is None:
+            out_BKGD = F.scaled_dot_product_attention(q_BKGD, keys, values, attn_mask=group.mask)
+        else:
+            shared = self._read(group.shared, layer_id)
+            out_BKGD = _attend_in_two_parts(q_BKGD, shared, (keys, values), group.mask)
         return out_BKGD.reshape(size, num_heads, head_dim)
 
     def _prefill(
         self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, chunk: _PrefillChunk, layer_id: int
     ) -> Tensor:
-        if chunk.pages is None:
+        if chunk.cached is None:
             keys, values = k_TKD.transpose(0, 1)[None], v_TKD.transpose(0, 1)[None]
         else:
-            keys, values = self._gather(chunk.pages, 1, layer_id)
+            keys, values = self._read(chunk.cached, layer_id)
             keys, values = keys[:, :, : chunk.kv_len], values[:, :, : chunk.kv_len]
         out_1HTD = F.scaled_dot_product_attention(
             q_THD.transpose(0, 1)[None],
@@ -110,11 +130,23 @@ class TorchNativeAttention:
         )
         return out_1HTD[0].transpose(0, 1)
 
-    def _gather(self, pages: Tensor, num_sequences: int, layer_id: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of whole pages, each [B, K, C, D]."""
-        keys, values = (part.index_select(0, pages) for part in self._pool.pages[layer_id])
-        shape = (num_sequences, -1, *keys.shape[2:])
-        return keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)
+    def _read(self, gather: _Gather, layer_id: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole pages, each [B, K, C, D], good until the next read."""
+        keys, values = self._pool.pages[layer_id]
+        torch.index_select(keys, 0, gather.pages, out=gather.keys)
+        torch.index_select(values, 0, gather.pages, out=gather.values)
+        shape = (gather.num_sequences, -1, *keys.shape[2:])
+        return gather.keys.view(shape).transpose(1, 2), gather.values.view(shape).transpose(1, 2)
+
+    def _gather(self, pages: Int64Array) -> _Gather:
+        keys, values = self._pool.pages[0]
+        shape = (pages.size, *keys.shape[1:])
+        return _Gather(
+            self._to_device(pages.reshape(-1)),
+            len(pages),
+            keys.new_empty(shape),
+            values.new_empty(shape),
+        )
 
     def _decode_group(
         self,
@@ -125,13 +157,29 @@ class TorchNativeAttention:
     ) -> _DecodeGroup:
         chosen = slice(None) if group is None else group
         lens = kv_lens[chosen]
+        page_size = page_table.page_size
         pages = page_table.pages_of(batch.rows[chosen], lens)
+        num_shared = self._num_shared_pages(pages, lens, page_size)
+        own = pages[:, num_shared:]
+        mask = self._mask(lens - num_shared * page_size, own.shape[1] * page_size)
         return _DecodeGroup(
             tokens=None if group is None else self._to_device(group),
-            pages=self._to_device(pages.reshape(-1)),
-            num_sequences=lens.size,
-            mask=self._mask(lens, pages.shape[1] * page_table.page_size)[:, None, None],
+            shared=self._gather(pages[:1, :num_shared]) if num_shared else None,
+            own=self._gather(own),
+            mask=mask[:, None, None],
         )
+
+    def _num_shared_pages(self, pages: Int64Array, kv_lens: Int32Array, page_size: int) -> int:
+        """Leading pages that all sequences have in common, or 0 where it does not pay.
+
+        The last token of each sequence is left to its own part, which is then never empty.
+        """
+        if len(pages) == 1 or self._device.type != "cpu":
+            return 0
+        same = (pages == pages[0]).all(0)[: (int(kv_lens.min()) - 1) // page_size]
+        num_shared = int(same.argmin()) if not same.all() else same.size
+        saved = num_shared * page_size * (len(pages) - 1)
+        return num_shared if saved >= _LEAST_TOKENS_SAVED else 0
 
     def _prefill_chunk(
         self, index: int, end: int, batch: ForwardBatch, kv_len: int, page_table: PageTable
@@ -142,7 +190,7 @@ class TorchNativeAttention:
         pages = page_table.pages_of(batch.rows[index : index + 1], np.array([kv_len], np.int32))
         visible = np.arange(kv_len - length + 1, kv_len + 1, dtype=np.int32)
         return _PrefillChunk(
-            end - length, end, self._to_device(pages[0]), kv_len, self._mask(visible, kv_len)
+            end - length, end, self._gather(pages), kv_len, self._mask(visible, kv_len)
         )
 
     def _mask(self, visible: Int32Array, length: int) -> Tensor:
@@ -153,6 +201,22 @@ class TorchNativeAttention:
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def _attend_in_two_parts(
+    q_BKGD: Tensor, shared: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], mask: Tensor | None
+) -> Tensor:
+    """Attention over the shared keys [1, K, C, D], then each sequence's own [B, K, C, D]."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    size, num_kv_heads, group_size, head_dim = q_BKGD.shape
+    every_q = q_BKGD.transpose(0, 1).reshape(1, num_kv_heads, -1, head_dim)
+    shared_out, shared_lse = attend(every_q, *shared)
+    out_BKGD, lse_BKG = attend(q_BKGD, *own, attn_mask=mask)
+    shape = (num_kv_heads, size, group_size)
+    shared_weight = torch.sigmoid(shared_lse.view(shape).transpose(0, 1) - lse_BKG).unsqueeze(-1)
+    shared_BKGD = shared_out.view(*shape, head_dim).transpose(0, 1)
+    merged: Tensor = out_BKGD.float().lerp_(shared_BKGD.float(), shared_weight)
+    return merged.to(q_BKGD.dtype)
 
 
 def _groups_of_like_length(kv_lens: Int32Array, page_size: int) -> list[Int32Array]:
