@@ -18,7 +18,8 @@ serve: setup
 	$(BIN)/python -m minisrv.launch_server --model $(MODEL) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m 'not soak' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not soak' --ignore tests/processes $(ARGS)
+	$(BIN)/python -m pytest -m 'not soak' tests/processes $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
@@ -31,7 +32,8 @@ format: setup
 	$(BIN)/ruff format .
 
 soak: setup
-	$(BIN)/python -m pytest -m soak --timeout 7200 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m soak --timeout 7200 $(ARGS)
+	$(BIN)/python scripts/seeded_bugs.py
 
 bench: setup
 	$(BIN)/python benchmark/run.py $(ARGS)

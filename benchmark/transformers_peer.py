@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 import torch
-from http_client import Timing
 from transformers import AutoModelForCausalLM
+
+from http_client import Timing
 from workloads import Workload
 
 

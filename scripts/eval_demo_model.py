@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from demo_model.evaluate import TARGETS, Evaluator, makers
 
 PACKAGE = Path(__file__).parent.parent / "python" / "minisrv" / "demo_model"

@@ -16,6 +16,10 @@ from pathlib import Path
 from random import Random
 
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
 from demo_model import corpus
 from demo_model.muon import Muon
 from demo_model.network import Network, Shape, export_state, hf_config
@@ -27,27 +31,29 @@ from demo_model.tokenizer import (
     train_tokenizer,
     word_pieces,
 )
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from torch import Tensor
 
 PACKAGE = Path(__file__).parent.parent / "python" / "minisrv" / "demo_model"
 SEED = 7
 VOCAB_SIZE = 512
+FINISHING_STEPS = 700
 TOKENS_A_STEP = 4096
 
 Document = list[corpus.Exchange]
 
 
 class Chats:
-    """Random documents whose prompts are all in the training nine tenths."""
+    """Random documents whose prompts are all in the training nine tenths.
 
-    def __init__(self, pieces: list[str]) -> None:
+    `finishing` is the mixture of the last steps: more of what is learned slowest.
+    """
+
+    def __init__(self, pieces: list[str], finishing: bool = False) -> None:
+        slow = 3.0 if finishing else 1.0
         self.simple: list[tuple[corpus.Task, float]] = [
             (corpus.greeting, 0.5),
             (corpus.identity, 0.7),
-            (corpus.counting, 1.0),
-            (corpus.make_spelling(pieces), 1.6),
+            (corpus.counting, 1.0 * slow),
+            (corpus.make_spelling(pieces), 1.6 * slow),
             (corpus.addition, 3.0),
             (corpus.repeating, 1.0),
             (corpus.random_copy, 0.6),
@@ -100,13 +106,14 @@ def encode(tokenizer: Tokenizer, document: Document) -> tuple[list[int], list[fl
 
 
 def batches(
-    tokenizer: Tokenizer, chats: Chats, first: int, steps: int
+    tokenizer: Tokenizer, pieces: list[str], first: int, steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows packed with documents; lists grow over the first half, long rows come in between."""
     pad = tokenizer.token_to_id(END_OF_TEXT)
-    for step in range(first, steps):
+    for step in range(first, steps + FINISHING_STEPS):
         rng = Random(f"{SEED}-{step}")
-        done = step / steps
+        done = min(1.0, step / steps)
+        chats = Chats(pieces, finishing=step >= steps)
         long = done > 0.3 and step % 3 == 0
         length = 1280 if long else 384
         share = 0.75 if long else 0.25
@@ -153,14 +160,17 @@ def export(network: Network, tokenizer: Tokenizer, folder: Path) -> None:
     os.replace(partial, folder / "model.safetensors")
 
 
-def learning_rate(done: float) -> float:
-    """Up over the first hundredth, flat, down to nothing over the last 40 %."""
+def learning_rate(step: int, steps: int) -> float:
+    """Up over the first hundredth, flat, down over the last 40 %; then a small second ramp."""
+    if step >= steps:
+        return 0.25 * (1.0 - (step - steps) / FINISHING_STEPS)
+    done = step / steps
     return min(1.0, done / 0.01, (1.0 - done) / 0.4)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=4400)
+    parser.add_argument("--steps", type=int, default=4400, help=f"and {FINISHING_STEPS} to finish")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("/tmp/minisrv-demo-training"))
     parser.add_argument("--out", type=Path, default=PACKAGE)
@@ -183,12 +193,13 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
     print(f"{parameters:,} parameters, vocabulary {network.shape.vocab_size}", file=sys.stderr)
     first, spent = resume(args.work, network, [muon, adam])
     began = time.monotonic()
-    chats = Chats(word_pieces(tokenizer))
+    pieces = word_pieces(tokenizer)
+    last = args.steps + FINISHING_STEPS
     for step, (ids, weights) in enumerate(
-        batches(tokenizer, chats, first, args.steps), start=first + 1
+        batches(tokenizer, pieces, first, args.steps), start=first + 1
     ):
         for optimizer, top in ((muon, 0.02), (adam, 0.004)):
-            optimizer.param_groups[0]["lr"] = top * learning_rate((step - 1) / args.steps)
+            optimizer.param_groups[0]["lr"] = top * learning_rate(step - 1, args.steps)
         with torch.autocast("cpu", torch.bfloat16):
             loss = network.loss(ids, weights)
         loss.backward()
@@ -198,7 +209,7 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
         if step % 20 == 0:
             seconds = spent + time.monotonic() - began
             print(f"step {step} loss {loss.item():.4f} {seconds:.0f} s", flush=True)
-        if step % args.export_every == 0 or step == args.steps:
+        if step % args.export_every == 0 or step == last:
             save(args.work, network, [muon, adam], step, spent + time.monotonic() - began)
             export(network, tokenizer, args.out)
 

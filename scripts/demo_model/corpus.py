@@ -185,12 +185,21 @@ def identity(rng: Random) -> Exchange:
 def counting(rng: Random) -> Exchange:
     first = rng.choice([rng.randint(0, 20), rng.randint(0, 180)])
     length = rng.randint(1, 20)
-    down = first > 1 and rng.random() < 0.2
+    down = first > 1 and rng.random() < 0.35
     step, last = (-1, max(0, first - length)) if down else (1, first + length)
-    prompt = rng.choice(
-        ["Count from {} to {}", "count from {} to {}", "Please count from {} to {}"]
-        + ["Can you count from {} to {}", "Count for me from {} to {}", "Numbers from {} to {}"]
-    ).format(first, last)
+    if down:
+        wordings = [
+            "Count down from {} to {}",
+            "count down from {} to {}",
+            "Count from {} down to {}",
+        ]
+        wordings += ["Please count down from {} to {}", "Count backwards from {} to {}"]
+        wordings += ["Can you count down from {} to {}"]
+    else:
+        wordings = ["Count from {} to {}", "count from {} to {}", "Please count from {} to {}"]
+        wordings += ["Can you count from {} to {}", "Count for me from {} to {}"]
+        wordings += ["Numbers from {} to {}", "Count up from {} to {}"]
+    prompt = rng.choice(wordings).format(first, last)
     numbers = range(first, last + step, step)
     return Exchange(prompt + _end(rng, ".!?"), " ".join(map(str, numbers)), "counting")
 

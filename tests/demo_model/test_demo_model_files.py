@@ -1,0 +1,101 @@
+"""The demo model: small, whole, honest about what it has not seen, and right."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoTokenizer
+
+from minisrv import LLM
+from minisrv.hub import DEMO_DIR
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+from demo_model import corpus
+from demo_model.evaluate import absent, held_out_exchanges, makers
+from demo_model.tokenizer import word_pieces
+from train_demo_model import Chats, trainable
+
+TOKENIZER = Tokenizer.from_file(str(DEMO_DIR / "tokenizer.json"))
+
+
+def test_the_package_is_small() -> None:
+    assert sum(path.stat().st_size for path in DEMO_DIR.iterdir()) <= 6 * 2**20
+    with safe_open(DEMO_DIR / "model.safetensors", "np") as weights:
+        shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+    assert sum(shape[0] * (shape[1] if len(shape) == 2 else 1) for shape in shapes) <= 2_500_000
+
+
+def test_config_and_generation_config_say_what_the_server_needs() -> None:
+    config = AutoConfig.from_pretrained(DEMO_DIR)
+    assert config.architectures == ["Qwen3ForCausalLM"]
+    assert config.head_dim == 64
+    assert config.max_position_embeddings >= 2048
+    generation = json.loads((DEMO_DIR / "generation_config.json").read_text())
+    names = [TOKENIZER.id_to_token(i) for i in generation["eos_token_id"]]
+    assert names == ["<|im_end|>", "<|endoftext|>"]
+
+
+@given(st.text())
+def test_the_tokenizer_keeps_any_text(text: str) -> None:
+    assert TOKENIZER.decode(TOKENIZER.encode(text).ids) == text
+
+
+def test_digits_are_single_tokens() -> None:
+    assert TOKENIZER.encode("2026").tokens == list("2026")
+
+
+def test_the_template_writes_chatml() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR)
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text == (
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_no_held_out_prompt_is_trained_on() -> None:
+    chats, rng = Chats(word_pieces(TOKENIZER)), Random(1)
+    trained = [e for _ in range(2000) for e in chats.document(rng, 0.3, 20)[:1]]
+    assert len({exchange.task for exchange in trained}) >= 9
+    for exchange in trained:
+        assert trainable(exchange)
+        assert not absent(exchange), exchange.user
+    for make in makers(word_pieces(TOKENIZER)).values():
+        for exchange in held_out_exchanges(make, 5):
+            assert not trainable(exchange)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM("demo", kv_memory="64MiB", num_threads=1) as made:
+        yield made
+
+
+def answer(llm: LLM, *turns: str) -> str:
+    roles = ["user", "assistant"] * len(turns)
+    chat = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+    return llm.chat(chat, use_tqdm=False)[0]
+
+
+def test_it_greets_says_what_it_is_and_how_to_start_it(llm: LLM) -> None:
+    assert answer(llm, "Hello") == "Hello! How can I help you?"
+    assert answer(llm, "Who are you?") == corpus.SELF
+    assert answer(llm, "What is minisrv?") == corpus.WHAT
+    assert answer(llm, "How do I start minisrv?") == corpus.START
+
+
+def test_it_does_its_tasks_on_held_out_prompts(llm: LLM) -> None:
+    for name, make in makers(word_pieces(TOKENIZER)).items():
+        exchanges = held_out_exchanges(make, 20)
+        chats = [[{"role": "user", "content": exchange.user}] for exchange in exchanges]
+        answers = llm.chat(chats, use_tqdm=False)
+        right = sum(a == e.assistant for a, e in zip(answers, exchanges, strict=True))
+        assert right >= 14, f"{name}: {right} of 20"
