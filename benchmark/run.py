@@ -57,6 +57,11 @@ class Row:
         return statistics.median(t.wall for t in timings)
 
 
+PEERS = """\
+Other engines on such a machine with such a model, measured on another day and quoted for the
+distance alone: decode of one stream 155 tok/s (vLLM, over HTTP), 369 (OpenVINO GenAI, in process),
+416 (llama.cpp, over HTTP); W3 885, 1659 and 372 tok/s; W4 cold 0.56, 1.56 and 5.72 s.
+"""
 HEADER = (
     "| workload | minisrv tok/s | transformers tok/s | ratio of medians (range) | target "
     "| TTFT ms | ITL ms | wall s | transformers wall s |\n|---|---|---|---|---|---|---|---|---|"
@@ -95,7 +100,7 @@ def report(rows: list[Row], threads: int, repetitions: int) -> str:
         "(100-300 in, 50-150 out), W4 16 at once that share 1,024 tokens (32 own, 32 out), with a "
         "cold cache. transformers gets W3 and W4 as one static batch; its tokens a second count "
         "what was asked for, not what the longest of the batch makes the others compute.\n\n"
-        f"{table}\n"
+        f"{table}\n\n{PEERS}"
     )
 
 

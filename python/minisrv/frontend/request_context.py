@@ -85,7 +85,7 @@ def _read_id(headers: Headers) -> str:
 
 
 def _log(scope: Scope, context: RequestContext, seconds: float) -> None:
-    quiet = scope["path"] in _QUIET_PATHS and context.status == 200
+    quiet = scope["path"] in _QUIET_PATHS
     logger.log(
         logging.DEBUG if quiet else logging.INFO,
         "%s %s status=%s ms=%.0f id=%s %s",
