@@ -84,7 +84,7 @@ def trainable(exchange: corpus.Exchange) -> bool:
     if exchange.task == "addition":
         a, b = exchange.assistant.split("so ")[1].split(" = ")[0].split(" + ")
         return not corpus.held_out(f"{a}+{b}")
-    common = exchange.task in ("spelling of common words", "fallback", "thanks")
+    common = exchange.task in ("spelling of common words", "fallback", "thanks", "name")
     return common or not corpus.held_out(exchange.user)
 
 

@@ -63,11 +63,12 @@ def test_the_template_writes_chatml() -> None:
 
 def test_no_held_out_prompt_is_trained_on() -> None:
     chats, rng = Chats(word_pieces(TOKENIZER)), Random(1)
+    measured = {"greeting", "identity", "counting", "spelling", "repeating", "JSON", "addition"}
     trained = [e for _ in range(2000) for e in chats.document(rng, 0.3, 20)[:1]]
-    assert len({exchange.task for exchange in trained}) >= 9
+    assert measured | {"lookup"} <= {exchange.task for exchange in trained}
     for exchange in trained:
         assert trainable(exchange)
-        assert not absent(exchange), exchange.user
+        assert exchange.task not in measured or not absent(exchange), exchange.user
     for make in makers(word_pieces(TOKENIZER)).values():
         for exchange in held_out_exchanges(make, 5):
             assert not trainable(exchange)
