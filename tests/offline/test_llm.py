@@ -107,6 +107,14 @@ def test_an_unknown_option_or_field_names_its_neighbours(llm: LLM, model_dir: Pa
         LLM("./nowhere")
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored under xdist
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_an_interrupt_leaves_it_usable(llm: LLM) -> None:
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()

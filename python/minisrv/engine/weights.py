@@ -161,9 +161,7 @@ def _file_names(directory: Path) -> list[str]:
 
 def _no_weights(directory: Path, path: Path) -> str:
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
-        return (
-            f"{directory} has weights in pickle files alone (.bin, .pt); minisrv reads safetensors"
-        )
+        return f"{directory} has weights in .bin or .pt files alone; minisrv reads safetensors"
     return f"{path} does not exist; minisrv reads weights from safetensors files"
 
 
