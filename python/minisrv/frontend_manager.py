@@ -85,10 +85,11 @@ class FrontendManager:
                 loop.call_soon_threadsafe(self._take, notice)
 
         supervisor = Supervisor(self.config, on_notice=hand_over)
-        self._thread = SupervisorThread(supervisor)
-        self._thread.start()
+        # It binds in the run directory, which a supervisor that fails takes with it.
         num_tokenizers = self.config.num_tokenizers
         self._client = EngineClient(supervisor.run_dir, self.registry, num_tokenizers)
+        self._thread = SupervisorThread(supervisor)
+        self._thread.start()
         await self._client.__aenter__()
 
     def _take(self, notice: Notice) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -93,6 +94,8 @@ class ServerProcess:
                 TMPDIR=str(tmp_dir),
             ),
             start_new_session=True,
+            # nohup would have it ignored, and the children of whom it starts inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read)
