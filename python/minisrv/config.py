@@ -44,6 +44,10 @@ class ServerConfig:
     attention_backend: Literal["auto", "torch_native", "flashinfer"] = option(
         "auto", "attention implementation"
     )
+    kernels: Literal["auto", "torch"] = option(
+        "auto",
+        "small operators: auto compiles them at the first start on a CPU, torch uses torch's",
+    )
     tp: int = option(1, "tensor-parallel ranks", "--tp-size", "--tensor-parallel-size")
     load_format: Literal["auto", "dummy"] = option(
         "auto", "dummy takes random weights: for benchmarks, needs config.json alone"

@@ -243,7 +243,8 @@ def test_decodes_that_share_a_prefix_have_the_logits_of_transformers(
         tokens += driver.run(prefills=[(sequence, text[prefix_len:])])
     ours = driver.logits(decodes=sequences)
     expected = [oracle_logits(model, [*text, tokens[i]])[-1] for i, text in enumerate(texts)]
-    assert_close(ours, torch.stack(expected))
+    # These models enlarge rounding: after 250 tokens both are up to 1e-4 from float64.
+    assert_close(ours, torch.stack(expected), 1e-4 if prefix_len < 250 else 3e-4)
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 64])

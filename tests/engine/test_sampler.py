@@ -14,7 +14,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from minisrv.engine.sampling.sampler import _probabilities, sample
+from minisrv.engine.forward_batch import Int64Array, SamplingColumns
+from minisrv.engine.kernels.torch_native import TorchKernels
+from minisrv.engine.sampling import sampler
+from minisrv.engine.sampling.sampler import _probabilities
 from minisrv.engine.sampling.uniform import uniforms
 
 VOCAB = 50
@@ -33,6 +36,10 @@ CASES = [
 
 def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def sample(logits: torch.Tensor, columns: SamplingColumns, positions: Int64Array) -> torch.Tensor:
+    return sampler.sample(logits, columns, positions, TorchKernels())
 
 
 def transformers_probabilities(logits: torch.Tensor, case: dict[str, float]) -> torch.Tensor:

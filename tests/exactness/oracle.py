@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,11 +36,12 @@ class Way:
     budget: int
     at_once: int
     overlap_depth: int
+    kernels: Literal["auto", "torch"]
 
     def __str__(self) -> str:
         radix = "radix" if self.radix_cache else "no-radix"
         sizes = f"page{self.page_size}-budget{self.budget}-{self.at_once}"
-        return f"{radix}-{sizes}-depth{self.overlap_depth}"
+        return f"{radix}-{sizes}-depth{self.overlap_depth}-{self.kernels}"
 
 
 def _rope(rope_type: str, **fields: float) -> dict[str, Any]:
@@ -73,16 +74,22 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": ("qwen3_moe", {"max_shard_size": "100KB"}),
 }
 
-RADIX, PAGES, BUDGETS, TOGETHER, DEPTHS = [True, False], [1, 16], [16, 64, 1024], [1, 32], [0, 1]
-EVERY_WAY = [Way(*values) for values in itertools.product(RADIX, PAGES, BUDGETS, TOGETHER, DEPTHS)]
+EVERY_WAY = [
+    Way(*values)
+    for values in itertools.product(
+        [True, False], [1, 16], [16, 64, 1024], [1, 32], [0, 1], ["auto", "torch"]
+    )
+]
 # Every pair of values of two options occurs in one of these rows (asserted in the tests).
 PAIRWISE = [
-    Way(True, 1, 16, 1, 0),
-    Way(False, 16, 16, 32, 1),
-    Way(True, 16, 64, 32, 0),
-    Way(False, 1, 64, 1, 1),
-    Way(True, 1, 1024, 32, 1),
-    Way(False, 16, 1024, 1, 0),
+    Way(True, 1, 16, 1, 0, "auto"),
+    Way(False, 16, 16, 32, 1, "torch"),
+    Way(True, 16, 64, 32, 0, "auto"),
+    Way(False, 1, 64, 1, 1, "torch"),
+    Way(True, 1, 1024, 32, 1, "auto"),
+    Way(False, 16, 1024, 1, 0, "torch"),
+    Way(True, 1, 64, 32, 0, "torch"),
+    Way(False, 16, 1024, 1, 1, "auto"),
 ]
 
 
@@ -136,6 +143,7 @@ def make_loop(model_dir: Path, way: Way) -> SchedulerLoop:
         overlap_depth=way.overlap_depth,
         radix_cache=way.radix_cache,
         num_threads=1,
+        kernels=way.kernels,
     )
     return build_loop(config, model_dir, LocalChannel(), lambda phase, fraction: None)
 

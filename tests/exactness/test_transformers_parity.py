@@ -60,7 +60,7 @@ def test_the_short_list_of_ways_has_every_pair_of_values() -> None:
         return {
             (a, b, astuple(way)[a], astuple(way)[b])
             for way in ways
-            for a, b in itertools.combinations(range(5), 2)
+            for a, b in itertools.combinations(range(6), 2)
         }
 
     assert pairs(PAIRWISE) == pairs(EVERY_WAY)
@@ -94,7 +94,7 @@ def test_tokens_equal_those_of_transformers_in_every_way(name: str, tmp_path: Pa
 def test_two_identical_prompts_that_arrive_together_share_their_pages(case: Case) -> None:
     prompt = max(case.prompts, key=len)[:200]
     expected = reference_tokens(case.model, [prompt])
-    loop = make_loop(case.model_dir, Way(True, 16, 64, 2, 0))
+    loop = make_loop(case.model_dir, Way(True, 16, 64, 2, 0, "auto"))
     outputs, cached = run(loop, [prompt, prompt], 2)
     assert sorted(cached) == [0, 192]
     compare(case.model, [prompt, prompt], expected * 2, outputs)

@@ -14,11 +14,17 @@ import torch
 from torch import Tensor
 
 from minisrv.config import ServerConfig
+from minisrv.engine.attention.base import AttentionBackend
+from minisrv.engine.attention.cpu import CpuAttention
 from minisrv.engine.attention.torch_native import TorchNativeAttention
 from minisrv.engine.cuda_memory import cuda_cache_bytes, largest_batch, measure_workspace
 from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput
+from minisrv.engine.kernels.base import Kernels
+from minisrv.engine.kernels.cpu import ATTENTION_HEAD_DIMS, load_cpu_kernels
+from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
-from minisrv.engine.layers.decoder import BuildContext, Decoder
+from minisrv.engine.layers.build_context import BuildContext
+from minisrv.engine.layers.decoder import Decoder
 from minisrv.engine.layers.embedding import HEAD_NAME
 from minisrv.engine.layers.rope import RotaryEmbedding
 from minisrv.engine.memory import MemoryPlan, choose_num_pages, cpu_cache_bytes
@@ -72,8 +78,8 @@ class Engine:
         weights = _open_weights(config, model_dir, model_config, self._device, progress)
         self.placement = f"{str(weights.dtype).removeprefix('torch.')} on {kind}"
         self._pool = KVPool(model_config, config.page_size, weights.dtype, self._device)
-        self._attention = TorchNativeAttention(self._pool, weights.dtype, self._device)
-        self._model = _build_model(model_config, weights, self._attention)
+        self._kernels, self._attention = _choose_kernels(config, self._pool, weights)
+        self._model = _build_model(model_config, weights, self._kernels, self._attention)
         self._plan = self._plan_memory(config, weights.num_bytes)
         self._pool.allocate(self._plan.num_pages)
 
@@ -111,7 +117,7 @@ class Engine:
             return torch.empty(0, dtype=torch.int64, device=self._device)
         ends = batch.start_positions + batch.query_lens
         new_positions = ends[batch.sample_indices].astype(np.int64)
-        token_ids_S = sample(logits_SV, batch.sampling, new_positions)
+        token_ids_S = sample(logits_SV, batch.sampling, new_positions, self._kernels)
         rows = self._to_device(batch.rows[batch.sample_indices].astype(np.int64))
         self._last_token.index_copy_(0, rows, token_ids_S)
         return token_ids_S
@@ -198,8 +204,21 @@ def _open_weights(
     )
 
 
+def _choose_kernels(
+    config: ServerConfig, pool: KVPool, weights: Weights
+) -> tuple[Kernels, AttentionBackend]:
+    dtype, device = weights.dtype, weights.device
+    compiled = None
+    if device.type == "cpu" and config.kernels == "auto":
+        compiled = load_cpu_kernels(dtype)
+    kernels: Kernels = compiled or TorchKernels()
+    if compiled and config.attention_backend == "auto" and pool.head_dim in ATTENTION_HEAD_DIMS:
+        return kernels, CpuAttention(pool, dtype, device, compiled)
+    return kernels, TorchNativeAttention(pool, dtype, device)
+
+
 def _build_model(
-    model_config: ModelConfig, weights: Weights, attention: TorchNativeAttention
+    model_config: ModelConfig, weights: Weights, kernels: Kernels, attention: AttentionBackend
 ) -> Decoder:
     rope = RotaryEmbedding(
         model_config.rope,
@@ -208,7 +227,7 @@ def _build_model(
         weights.dtype,
         weights.device,
     )
-    build = BuildContext(model_config, weights, rope, attention)
+    build = BuildContext(model_config, weights, rope, kernels, attention)
     with torch.inference_mode():
         model = Decoder(build, BLOCKS[model_config.architecture])
     weights.finish()

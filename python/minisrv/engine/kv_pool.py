@@ -24,7 +24,7 @@ class KVPool:
     ) -> None:
         self._page_shape = (page_size, config.num_kv_heads, config.head_dim)
         self._num_layers, self._dtype, self._device = config.num_layers, dtype, device
-        self.page_size, self.num_pages = page_size, 0
+        self.page_size, self.num_pages, self.head_dim = page_size, 0, config.head_dim
         self.pages: list[tuple[Tensor, Tensor]] = []
         self.slots: list[tuple[Tensor, Tensor]] = []
 

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from minisrv.engine.forward_batch import ForwardBatch
+from minisrv.engine.kernels.base import CacheSlots
 from minisrv.engine.page_table import PageTable
 
 
@@ -18,5 +19,8 @@ class AttentionBackend(Protocol):
     def plan(self, batch: ForwardBatch, page_table: PageTable) -> None:
         """Prepare what the layers of one step share; the batch's page writes are in the table."""
 
+    def cache_slots(self, layer_id: int) -> CacheSlots:
+        """Where the step's keys and values of a layer must be stored before `forward`."""
+
     def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer_id: int) -> Tensor:
-        """Store the step's keys and values, then attend: a new tensor [T, H, D]."""
+        """Attend to the cache and the step's own keys and values: a contiguous [T, H, D]."""

@@ -5,31 +5,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from minisrv.engine.attention.base import AttentionBackend
+from minisrv.engine.kernels.base import RopeRows
 from minisrv.engine.layers.attention import SelfAttention
+from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.embedding import load_embedding_and_head
 from minisrv.engine.layers.norm import RMSNorm
-from minisrv.engine.layers.rope import RotaryEmbedding
-from minisrv.engine.weights import Weights
-from minisrv.model_config import ModelConfig
-
-
-@dataclass(frozen=True, slots=True)
-class BuildContext:
-    """What the layers of a model under construction are made from."""
-
-    config: ModelConfig
-    weights: Weights
-    rope: RotaryEmbedding
-    backend: AttentionBackend
 
 
 class Block:
-    """One layer: attention, then feed-forward, each normed before and added to its input."""
+    """One layer: attention, then feed-forward, each normed before and added to its input.
+
+    The last addition is left to the next layer's norm, which does both at once.
+    """
 
     def __init__(
         self,
@@ -38,16 +28,14 @@ class Block:
         attention: SelfAttention,
         feed_forward: Callable[[Tensor], Tensor],
     ) -> None:
-        size, eps = build.config.hidden_size, build.config.norm_eps
-        self._input_norm = RMSNorm(build.weights, f"{name}.input_layernorm", size, eps)
-        self._post_norm = RMSNorm(build.weights, f"{name}.post_attention_layernorm", size, eps)
+        self._input_norm = RMSNorm(build, f"{name}.input_layernorm")
+        self._post_norm = RMSNorm(build, f"{name}.post_attention_layernorm")
         self._attention, self._feed_forward = attention, feed_forward
 
-    def __call__(self, x_TC: Tensor, rope_rows: tuple[Tensor, Tensor]) -> Tensor:
-        """`x_TC` itself, changed in place."""
-        x_TC += self._attention(self._input_norm(x_TC), rope_rows)
-        x_TC += self._feed_forward(self._post_norm(x_TC))
-        return x_TC
+    def __call__(self, x_TC: Tensor, delta_TC: Tensor | None, rope_rows: RopeRows) -> Tensor:
+        """What is to be added to `x_TC`, to which `delta_TC` and the attention are added here."""
+        attention_TC = self._attention(self._input_norm(x_TC, delta_TC), rope_rows)
+        return self._feed_forward(self._post_norm(x_TC, attention_TC))
 
 
 class Decoder:
@@ -63,15 +51,16 @@ class Decoder:
         self._rope, self._vocab_size = build.rope, config.vocab_size
         self._embedding, self._head = load_embedding_and_head(build.weights, config)
         self._blocks = [block(build, f"model.layers.{i}", i) for i in range(config.num_layers)]
-        self._norm = RMSNorm(build.weights, "model.norm", config.hidden_size, config.norm_eps)
+        self._norm = RMSNorm(build, "model.norm")
 
     def forward(self, ids_T: Tensor, positions_T: Tensor) -> Tensor:
         """Hidden states [T, C] after the last layer, before the last norm."""
         x_TC = self._embedding(ids_T)
         rope_rows = self._rope.rows(positions_T)
+        delta_TC = None
         for block in self._blocks:
-            x_TC = block(x_TC, rope_rows)
-        return x_TC
+            delta_TC = block(x_TC, delta_TC, rope_rows)
+        return x_TC if delta_TC is None else x_TC.add_(delta_TC)
 
     def logits(self, x_TC: Tensor, sample_tokens_S: Tensor) -> Tensor:
         """Logits [S, V] in the model's dtype of the tokens at indices `sample_tokens_S`."""

@@ -7,20 +7,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.linear import load_linear
 from minisrv.engine.layers.mlp import GatedMLP
-from minisrv.engine.weights import Weights
 from minisrv.model_config import MoeConfig
 
 
 class SparseMoe:
     """x_TC -> the weighted sum of N experts' outputs, one expert's tokens at a time."""
 
-    def __init__(self, weights: Weights, name: str, hidden_size: int, moe: MoeConfig) -> None:
+    def __init__(self, build: BuildContext, name: str, moe: MoeConfig) -> None:
         self._moe = moe
-        self._router = load_linear(weights, [f"{name}.gate"], hidden_size, [moe.num_experts])
+        self._router = load_linear(
+            build.weights, [f"{name}.gate"], build.config.hidden_size, [moe.num_experts]
+        )
         self._experts = [
-            GatedMLP(weights, f"{name}.experts.{i}", hidden_size, moe.intermediate_size, bias=False)
+            GatedMLP(build, f"{name}.experts.{i}", moe.intermediate_size)
             for i in range(moe.num_experts)
         ]
 

@@ -34,17 +34,11 @@ class RotaryEmbedding:
         cos, sin = angles_PD.cos() * scale, angles_PD.sin() * scale
         table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
         self._table = table.to(device=device, dtype=dtype)  # [2, P, D]
-        self._half = head_dim // 2
 
     def rows(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the step's tokens, each [T, 1, D]."""
         cos, sin = self._table.index_select(1, positions_T).unsqueeze(2)
         return cos, sin
-
-    def rotate_(self, x_THD: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
-        """Rotate all heads in place."""
-        swapped = x_THD.roll(self._half, -1)
-        return x_THD.mul_(rows[0]).addcmul_(swapped, rows[1])
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

@@ -7,29 +7,20 @@ from collections.abc import Callable
 from torch import Tensor
 
 from minisrv.engine.layers.attention import SelfAttention
-from minisrv.engine.layers.decoder import Block, BuildContext
+from minisrv.engine.layers.build_context import BuildContext
+from minisrv.engine.layers.decoder import Block
 from minisrv.engine.layers.mlp import GatedMLP
 from minisrv.engine.layers.moe import SparseMoe
 
 
 def qwen3_block(build: BuildContext, name: str, layer_id: int) -> Block:
     """Attention with normed heads and a feed-forward layer, dense or sparse."""
-    attention = SelfAttention(
-        build.weights,
-        f"{name}.self_attn",
-        build.config,
-        layer_id,
-        build.rope,
-        build.backend,
-        qk_norm=True,
-    )
+    attention = SelfAttention(build, f"{name}.self_attn", layer_id, qk_norm=True)
     return Block(build, name, attention, _feed_forward(build, f"{name}.mlp", layer_id))
 
 
 def _feed_forward(build: BuildContext, name: str, layer_id: int) -> Callable[[Tensor], Tensor]:
     config = build.config
     if config.moe is not None and layer_id in config.moe.sparse_layers:
-        return SparseMoe(build.weights, name, config.hidden_size, config.moe)
-    return GatedMLP(
-        build.weights, name, config.hidden_size, config.intermediate_size, config.mlp_bias
-    )
+        return SparseMoe(build, name, config.moe)
+    return GatedMLP(build, name, config.intermediate_size, config.mlp_bias)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from minisrv.engine.layers.decoder import Block, BuildContext
+from minisrv.engine.layers.build_context import BuildContext
+from minisrv.engine.layers.decoder import Block
 from minisrv.engine.models.llama import llama_block
 from minisrv.engine.models.qwen3 import qwen3_block
 

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from minisrv.engine.forward_batch import Int64Array, SamplingColumns
+from minisrv.engine.kernels.base import Kernels
 from minisrv.engine.sampling.uniform import uniforms
 
 
-def sample(logits_SV: Tensor, columns: SamplingColumns, positions_S: Int64Array) -> Tensor:
+def sample(
+    logits_SV: Tensor, columns: SamplingColumns, positions_S: Int64Array, kernels: Kernels
+) -> Tensor:
     """Token ids [S], int64, on the device of the logits, whose suppressed entries are overwritten.
 
     positions_S: the position that each new token will have.
@@ -26,7 +29,7 @@ def sample(logits_SV: Tensor, columns: SamplingColumns, positions_S: Int64Array)
     if columns.suppress_ids.size:
         samples, ids = _to(columns.suppress_samples, device), _to(columns.suppress_ids, device)
         logits_SV[samples.long(), ids.long()] = -torch.inf
-    best_S = logits_SV.max(-1).indices
+    best_S = kernels.argmax(logits_SV)
     drawing = np.flatnonzero(columns.temperature > 0)
     if not drawing.size:
         return best_S

@@ -1,0 +1,60 @@
+"""The small operators of the layers: what is neither a matrix product nor attention."""
+
+# Shapes: T tokens in the step, S samples, C hidden size, F intermediate size, V vocabulary, H query
+# heads, K key-value heads, A = H + 2 K, D head size, N cache slots.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class QKNormWeights:
+    """Scales of a normalised query head and of a normalised key head."""
+
+    q_D: Tensor
+    k_D: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSlots:
+    """Where a layer keeps the step's keys and values."""
+
+    slots_T: Tensor  # int64
+    keys_NKD: Tensor
+    values_NKD: Tensor
+
+
+RopeRows = tuple[Tensor, Tensor]  # cosines and sines of the step's tokens, each [T, 1, D]
+
+
+class Kernels(Protocol):
+    """One implementation a device; `torch_native` is the reference for the others."""
+
+    def add_rms_norm_(
+        self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
+    ) -> Tensor:
+        """Add `delta_TC` to `x_TC` in place, then normalise into a new tensor scaled by `w_C`."""
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """[T, 2 F] -> a new [T, F]: silu of the first half times the second."""
+
+    def norm_rotate_store_(
+        self,
+        qkv_TAD: Tensor,
+        num_heads: int,
+        norm: QKNormWeights | None,
+        rope_rows: RopeRows,
+        cache: CacheSlots,
+    ) -> None:
+        """Normalise and rotate queries and keys in place; store keys and values in the cache.
+
+        Heads are H of queries, K of keys, K of values. See RotaryEmbedding for the rotation.
+        """
+
+    def argmax(self, logits_SV: Tensor) -> Tensor:
+        """The first of the greatest of each row, int64 [S]; the first NaN where there is one."""

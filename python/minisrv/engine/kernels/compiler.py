@@ -1,0 +1,90 @@
+"""Compile a C++ file for this very machine, once, and load it."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+_FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC"
+_SECONDS = 120
+logger = logging.getLogger("minisrv.engine")
+
+
+def load_library(source: Path) -> ctypes.CDLL | None:
+    """The functions of `source`, or None with one warning where they cannot be compiled.
+
+    The compiler is $CXX or the first of c++, g++ and clang++. The result is kept in
+    $XDG_CACHE_HOME/minisrv, named by source, compiler and processor.
+    """
+    compiler = _find_compiler()
+    if compiler is None:
+        logger.warning(
+            "no C++ compiler found; the plain torch operators are used, which are slower"
+        )
+        return None
+    library = _cache_folder() / f"{source.stem}-{_fingerprint(source, compiler)}.so"
+    try:
+        if not library.exists():
+            _compile(compiler, source, library)
+        return ctypes.CDLL(str(library))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        logger.warning(
+            "%s could not be compiled with %s; the plain torch operators are used, which are "
+            "slower: %s",
+            source.name,
+            compiler,
+            reason.strip()[:500],
+        )
+        return None
+
+
+def _find_compiler() -> str | None:
+    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def _cache_folder() -> Path:
+    """The user's cache, or a fresh folder where that cannot be written."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "minisrv"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="minisrv-"))
+
+
+def _fingerprint(source: Path, compiler: str) -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    processor = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    found = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    parts = [source.read_text(), _FLAGS, compiler, found.stdout, platform.machine()]
+    return hashlib.sha256("\0".join([*parts, *sorted(processor)]).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: str, source: Path, library: Path) -> None:
+    """Write under another name first: several processes may do the same at once."""
+    handle, partial = tempfile.mkstemp(dir=library.parent, suffix=".so")
+    os.close(handle)
+    try:
+        subprocess.run(
+            [compiler, *_FLAGS.split(), "-o", partial, str(source)],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+        )
+        os.replace(partial, library)
+    finally:
+        Path(partial).unlink(missing_ok=True)

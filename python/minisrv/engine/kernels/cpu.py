@@ -1,0 +1,156 @@
+"""The operators in C++ (`cpu.cpp`), compiled at the first start on a machine.
+
+Most of a small model's decode step is the cost of calling operators, not their work: these do in
+one call what takes torch up to seven.
+"""
+
+# Shapes: as in base.py; B decodes of one token, N pages of P tokens.
+
+from __future__ import annotations
+
+from ctypes import CDLL, c_float, c_int, c_long, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisrv.engine.kernels.base import CacheSlots, QKNormWeights, RopeRows
+from minisrv.engine.kernels.compiler import load_library
+
+DTYPES = (torch.float32, torch.bfloat16)
+ATTENTION_HEAD_DIMS = (16, 32, 64, 80, 96, 128)
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+_ARGUMENTS: dict[str, list[Any]] = {
+    "add_rms_norm": [c_void_p] * 4 + [c_long] * 2 + [c_float],
+    "silu_and_mul": [c_void_p] * 2 + [c_long] * 2,
+    "norm_rotate_store": [c_void_p] * 8 + [c_long] * 4 + [c_float],
+    "argmax": [c_void_p] * 2 + [c_long] * 2,
+    "decode_attention": (
+        [c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long]
+        + [c_void_p]
+        + [c_long] * 5
+        + [c_float]
+    ),
+}
+
+
+def load_cpu_kernels(dtype: torch.dtype) -> CpuKernels | None:
+    """The compiled operators for `dtype`, or None where there are none (compiler.py says why)."""
+    if dtype not in DTYPES:
+        return None
+    library = load_library(_SOURCE)
+    return None if library is None else CpuKernels(library, dtype, torch.get_num_threads())
+
+
+class CpuKernels:
+    """See Kernels; and attention over pages for decodes."""
+
+    def __init__(self, library: CDLL, dtype: torch.dtype, num_threads: int) -> None:
+        suffix = str(dtype).removeprefix("torch.")
+        self._num_threads = num_threads
+        functions = []
+        for name, arguments in _ARGUMENTS.items():
+            function = library[f"{name}_{suffix}"]
+            function.argtypes, function.restype = [*arguments, c_int], None
+            functions.append(function)
+        self._add_rms_norm, self._silu_and_mul, self._norm_rotate_store = functions[:3]
+        self._argmax, self._decode_attention = functions[3:]
+
+    def add_rms_norm_(
+        self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
+    ) -> Tensor:
+        """See Kernels."""
+        assert x_TC.is_contiguous()
+        assert delta_TC is None or delta_TC.is_contiguous()
+        out_TC = torch.empty_like(x_TC)
+        delta = None if delta_TC is None else delta_TC.data_ptr()
+        pointers = (x_TC.data_ptr(), delta, w_C.data_ptr(), out_TC.data_ptr())
+        self._add_rms_norm(*pointers, *x_TC.shape, eps, self._num_threads)
+        return out_TC
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """See Kernels."""
+        assert gate_up.is_contiguous()
+        num_tokens, size = gate_up.shape
+        out_TF = gate_up.new_empty(num_tokens, size // 2)
+        pointers = (gate_up.data_ptr(), out_TF.data_ptr())
+        self._silu_and_mul(*pointers, num_tokens, size // 2, self._num_threads)
+        return out_TF
+
+    def norm_rotate_store_(
+        self,
+        qkv_TAD: Tensor,
+        num_heads: int,
+        norm: QKNormWeights | None,
+        rope_rows: RopeRows,
+        cache: CacheSlots,
+    ) -> None:
+        """See Kernels."""
+        assert qkv_TAD.is_contiguous()
+        num_tokens, num_all_heads, head_dim = qkv_TAD.shape
+        cos, sin = rope_rows
+        self._norm_rotate_store(
+            qkv_TAD.data_ptr(),
+            None if norm is None else norm.q_D.data_ptr(),
+            None if norm is None else norm.k_D.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cache.slots_T.data_ptr(),
+            cache.keys_NKD.data_ptr(),
+            cache.values_NKD.data_ptr(),
+            num_tokens,
+            num_heads,
+            (num_all_heads - num_heads) // 2,
+            head_dim,
+            0.0 if norm is None else norm.eps,
+            self._num_threads,
+        )
+
+    def argmax(self, logits_SV: Tensor) -> Tensor:
+        """See Kernels."""
+        assert logits_SV.is_contiguous()
+        out_S = torch.empty(logits_SV.shape[0], dtype=torch.int64)
+        self._argmax(logits_SV.data_ptr(), out_S.data_ptr(), *logits_SV.shape, self._num_threads)
+        return out_S
+
+    def decode_attention(
+        self,
+        q_BHD: Tensor,
+        pages: tuple[Tensor, Tensor],
+        page_table: Tensor,
+        rows_B: Tensor,
+        kv_lens_B: Tensor,
+        shared_len: int = 0,
+    ) -> Tensor:
+        """Attention of one token a sequence over its cached positions, a new tensor [B, H, D].
+
+        pages: keys and values [N, P, K, D]. page_table int32 [any, any]: a row of pages for each
+        index in `rows_B` (int32). kv_lens_B: int32, at least 1. shared_len: positions at the
+        beginning that lie on the same pages for all, a multiple of P and less than any kv_len.
+        """
+        keys, values = pages
+        size, num_heads, head_dim = q_BHD.shape
+        assert head_dim in ATTENTION_HEAD_DIMS
+        assert q_BHD.stride()[1:] == (head_dim, 1)
+        out_BHD = q_BHD.new_empty(size, num_heads, head_dim)
+        self._decode_attention(
+            q_BHD.data_ptr(),
+            q_BHD.stride(0),
+            keys.data_ptr(),
+            values.data_ptr(),
+            page_table.data_ptr(),
+            page_table.shape[1],
+            rows_B.data_ptr(),
+            kv_lens_B.data_ptr(),
+            shared_len,
+            out_BHD.data_ptr(),
+            size,
+            num_heads,
+            keys.shape[2],
+            head_dim,
+            keys.shape[1],
+            head_dim**-0.5,
+            self._num_threads,
+        )
+        return out_BHD

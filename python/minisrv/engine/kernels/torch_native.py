@@ -1,0 +1,52 @@
+"""The operators in plain torch: for any device, and the reference for the others."""
+
+# Shapes: as in base.py.
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from minisrv.engine.kernels.base import CacheSlots, QKNormWeights, RopeRows
+
+
+class TorchKernels:
+    """See Kernels."""
+
+    def add_rms_norm_(
+        self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
+    ) -> Tensor:
+        """See Kernels."""
+        if delta_TC is not None:
+            x_TC += delta_TC
+        return F.rms_norm(x_TC, w_C.shape, w_C, eps)
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """See Kernels."""
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    def norm_rotate_store_(
+        self,
+        qkv_TAD: Tensor,
+        num_heads: int,
+        norm: QKNormWeights | None,
+        rope_rows: RopeRows,
+        cache: CacheSlots,
+    ) -> None:
+        """See Kernels."""
+        num_kv_heads = (qkv_TAD.shape[1] - num_heads) // 2
+        q_THD, k_TKD, v_TKD = qkv_TAD.split_with_sizes([num_heads, num_kv_heads, num_kv_heads], 1)
+        if norm is not None:
+            q_THD.copy_(F.rms_norm(q_THD, norm.q_D.shape, norm.q_D, norm.eps))
+            k_TKD.copy_(F.rms_norm(k_TKD, norm.k_D.shape, norm.k_D, norm.eps))
+        qk = qkv_TAD[:, : num_heads + num_kv_heads]
+        cos, sin = rope_rows
+        swapped = qk.roll(qk.shape[-1] // 2, -1)
+        qk.mul_(cos).addcmul_(swapped, sin)
+        cache.keys_NKD.index_copy_(0, cache.slots_T, k_TKD)
+        cache.values_NKD.index_copy_(0, cache.slots_T, v_TKD)
+
+    def argmax(self, logits_SV: Tensor) -> Tensor:
+        """See Kernels."""
+        return logits_SV.max(-1).indices

@@ -1,0 +1,22 @@
+"""What the layers of a model under construction are made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minisrv.engine.attention.base import AttentionBackend
+from minisrv.engine.kernels.base import Kernels
+from minisrv.engine.layers.rope import RotaryEmbedding
+from minisrv.engine.weights import Weights
+from minisrv.model_config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class BuildContext:
+    """The checkpoint, and the implementations that suit the device."""
+
+    config: ModelConfig
+    weights: Weights
+    rope: RotaryEmbedding
+    kernels: Kernels
+    backend: AttentionBackend
