@@ -142,10 +142,41 @@ def test_decode_attention(
         slots = torch.arange(length)
         used[table[row][slots // page_size].long(), slots % page_size] = True
     keys[~used] = values[~used] = torch.nan
-    ours = kernels.decode_attention(
-        q, (keys, values), table, rows, torch.tensor(kv_lens, dtype=torch.int32), shared_len
-    )
+    ours = torch.empty(len(kv_lens), num_heads, head_dim, dtype=dtype)
+    lens = torch.tensor(kv_lens, dtype=torch.int32)
+    kernels.decode_attention(q, (keys, values), table, rows, lens, shared_len, ours)
     assert_close(ours, torch.stack(expected))
+
+
+@pytest.mark.parametrize("head_dim", ATTENTION_HEAD_DIMS)
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 77), (16, 3), (100, 33), (2000, 150)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (12, 2), (72, 1)])
+def test_prefill_attention(
+    kernels: CpuKernels,
+    dtype: torch.dtype,
+    head_dim: int,
+    page_size: int,
+    start: int,
+    length: int,
+    num_heads: int,
+    num_kv_heads: int,
+) -> None:
+    end = start + length
+    num_pages = -(-end // page_size)
+    keys, values = torch.randn(2, num_pages, page_size, num_kv_heads, head_dim).to(dtype)
+    page_row = torch.randperm(num_pages).int()
+    q = torch.randn(length, num_heads + 3, head_dim).to(dtype)[:, :num_heads]
+    k, v = (x[page_row.long()].flatten(0, 1)[:end].transpose(0, 1) for x in (keys, values))
+    visible = torch.arange(end) <= torch.arange(start, end)[:, None]
+    expected = F.scaled_dot_product_attention(
+        q.transpose(0, 1).float(), k.float(), v.float(), attn_mask=visible, enable_gqa=True
+    ).transpose(0, 1)
+    last_used = (end - 1) % page_size + 1
+    keys[page_row[-1], last_used:] = values[page_row[-1], last_used:] = torch.nan
+    ours = torch.empty(length, num_heads, head_dim, dtype=dtype)
+    kernels.prefill_attention(q, (keys, values), page_row, start, ours)
+    assert_close(ours, expected)
 
 
 def test_without_a_compiler_there_is_one_warning_and_no_library(

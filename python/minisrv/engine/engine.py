@@ -213,7 +213,7 @@ def _choose_kernels(
         compiled = load_cpu_kernels(dtype)
     kernels: Kernels = compiled or TorchKernels()
     if compiled and config.attention_backend == "auto" and pool.head_dim in ATTENTION_HEAD_DIMS:
-        return kernels, CpuAttention(pool, dtype, device, compiled)
+        return kernels, CpuAttention(pool, compiled)
     return kernels, TorchNativeAttention(pool, dtype, device)
 
 

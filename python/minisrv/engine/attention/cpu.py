@@ -1,11 +1,11 @@
-"""Attention on CPU with compiled decodes, which read the pages where they are.
+"""Attention on CPU by compiled operators that read the pages where they are.
 
-What several sequences share at their beginning is attended to once for all of them, then each one's
-own rest, and both are merged by the sums of exponentials (Juravsky et al., Hydragen, 2024). Prefill
-chunks are computed as in torch_native.
+What several decoding sequences share at their beginning is attended to once for all of them, then
+each one's own rest, and both are merged by the sums of exponentials (Juravsky et al., Hydragen,
+2024). Prefill chunks are computed one after the other.
 """
 
-# Shapes: B decodes of one token, H query heads, D head size.
+# Shapes: T tokens in the step, B decodes, H query heads, K key-value heads, D head size.
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisrv.engine.attention.torch_native import TorchNativeAttention
-from minisrv.engine.forward_batch import Int32Array, Int64Array
+from minisrv.engine.forward_batch import ForwardBatch, Int32Array, Int64Array
+from minisrv.engine.kernels.base import CacheSlots
 from minisrv.engine.kernels.cpu import CpuKernels
 from minisrv.engine.kv_pool import KVPool
-from minisrv.engine.page_table import PageTable
+from minisrv.engine.page_table import PageTable, token_positions
 
 _LEAST_TOKENS_SAVED = 512  # by sharing; below, the second pass and the merge cost more
 
@@ -32,47 +32,88 @@ class _DecodeGroup:
     shared_len: int  # positions at the beginning that are the same for all of the group
 
 
-class CpuAttention(TorchNativeAttention):
+@dataclass(frozen=True, slots=True)
+class _PrefillChunk:
+    tokens: slice  # of the step
+    row: int
+    start: int  # position of the first token
+
+
+class CpuAttention:
     """See AttentionBackend."""
 
-    def __init__(
-        self, pool: KVPool, dtype: torch.dtype, device: torch.device, kernels: CpuKernels
-    ) -> None:
-        super().__init__(pool, dtype, device)
-        self._kernels = kernels
+    def __init__(self, pool: KVPool, kernels: CpuKernels) -> None:
+        self._pool, self._kernels = pool, kernels
         self._groups: list[_DecodeGroup] = []
+        self._chunks: list[_PrefillChunk] = []
+        self._num_decodes = 0
         self._page_table = torch.empty(0)
+        self._slots_T = torch.empty(0)
 
-    def _plan_decodes(self, rows: Int32Array, kv_lens: Int32Array, page_table: PageTable) -> None:
+    def plan(self, batch: ForwardBatch, page_table: PageTable) -> None:
+        """See AttentionBackend."""
         self._page_table = torch.from_numpy(page_table.pages)
-        clusters = _clusters(rows, kv_lens, page_table)
-        self._groups = [
-            _DecodeGroup(
-                tokens=None if len(members) == rows.size else torch.from_numpy(members),
-                rows=torch.from_numpy(rows[members]),
-                kv_lens=torch.from_numpy(kv_lens[members]),
-                shared_len=shared_len,
+        self._slots_T = torch.from_numpy(page_table.slots(batch, token_positions(batch)))
+        n = self._num_decodes = batch.num_decodes
+        self._groups = _decode_groups(batch.rows[:n], batch.start_positions[:n] + 1, page_table)
+        ends = np.cumsum(batch.query_lens)[n:].tolist()
+        self._chunks = [
+            _PrefillChunk(slice(end - length, end), row, start)
+            for end, length, row, start in zip(
+                ends,
+                batch.query_lens[n:].tolist(),
+                batch.rows[n:].tolist(),
+                batch.start_positions[n:].tolist(),
+                strict=True,
             )
-            for members, shared_len in clusters
         ]
 
-    def _decode(self, q_BHD: Tensor, layer_id: int) -> Tensor:
-        if len(self._groups) == 1:
-            return self._attend(q_BHD, self._groups[0], layer_id)
-        out_BHD = torch.empty_like(q_BHD, memory_format=torch.contiguous_format)
-        for group in self._groups:
-            out_BHD[group.tokens] = self._attend(q_BHD[group.tokens], group, layer_id)
-        return out_BHD
+    def cache_slots(self, layer_id: int) -> CacheSlots:
+        """See AttentionBackend."""
+        return CacheSlots(self._slots_T, *self._pool.slots[layer_id])
 
-    def _attend(self, q_BHD: Tensor, group: _DecodeGroup, layer_id: int) -> Tensor:
-        return self._kernels.decode_attention(
-            q_BHD,
-            self._pool.pages[layer_id],
-            self._page_table,
-            group.rows,
-            group.kv_lens,
-            group.shared_len,
+    def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer_id: int) -> Tensor:
+        """See AttentionBackend."""
+        out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+        pages = self._pool.pages[layer_id]
+        for group in self._groups:
+            self._decode(q_THD, pages, group, out_THD)
+        for chunk in self._chunks:
+            self._kernels.prefill_attention(
+                q_THD[chunk.tokens],
+                pages,
+                self._page_table[chunk.row],
+                chunk.start,
+                out_THD[chunk.tokens],
+            )
+        return out_THD
+
+    def _decode(
+        self, q_THD: Tensor, pages: tuple[Tensor, Tensor], group: _DecodeGroup, out_THD: Tensor
+    ) -> None:
+        plan = (self._page_table, group.rows, group.kv_lens, group.shared_len)
+        if group.tokens is None:
+            n = self._num_decodes
+            self._kernels.decode_attention(q_THD[:n], pages, *plan, out_THD[:n])
+            return
+        q_BHD = q_THD[group.tokens]
+        out_BHD = torch.empty_like(q_BHD)
+        self._kernels.decode_attention(q_BHD, pages, *plan, out_BHD)
+        out_THD[group.tokens] = out_BHD
+
+
+def _decode_groups(
+    rows: Int32Array, kv_lens: Int32Array, page_table: PageTable
+) -> list[_DecodeGroup]:
+    return [
+        _DecodeGroup(
+            tokens=None if len(members) == rows.size else torch.from_numpy(members),
+            rows=torch.from_numpy(rows[members]),
+            kv_lens=torch.from_numpy(kv_lens[members]),
+            shared_len=shared_len,
         )
+        for members, shared_len in _clusters(rows, kv_lens, page_table)
+    ]
 
 
 def _clusters(

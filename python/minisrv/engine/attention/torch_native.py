@@ -27,7 +27,7 @@ _GROUP_SLACK_PAGES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Gather:
+class _Gather:
     """Pages to read, and where to: buffers that the layers of a step use in turn.
 
     To allocate them for each layer would cost more in page faults than the copy itself.
@@ -42,7 +42,7 @@ class Gather:
 @dataclass(frozen=True, slots=True)
 class _DecodeGroup:
     tokens: Tensor | None  # [B] indices into the step's tokens; None is all of them
-    cached: Gather
+    cached: _Gather
     mask: Tensor | None  # [B, 1, 1, C] added to the scores
 
 
@@ -50,7 +50,7 @@ class _DecodeGroup:
 class _PrefillChunk:
     first: int
     end: int  # tokens of the step: first to end
-    cached: Gather | None  # None where the chunk begins its sequence
+    cached: _Gather | None  # None where the chunk begins its sequence
     kv_len: int
     mask: Tensor | None  # [end - first, kv_len] added to the scores
 
@@ -134,7 +134,7 @@ class TorchNativeAttention:
         )
         return out_1HTD[0].transpose(0, 1)
 
-    def _read(self, gather: Gather, layer_id: int) -> tuple[Tensor, Tensor]:
+    def _read(self, gather: _Gather, layer_id: int) -> tuple[Tensor, Tensor]:
         """Keys and values of whole pages, each [B, K, C, D], good until the next read."""
         keys, values = self._pool.pages[layer_id]
         torch.index_select(keys, 0, gather.pages, out=gather.keys)
@@ -142,10 +142,10 @@ class TorchNativeAttention:
         shape = (gather.num_sequences, -1, *keys.shape[2:])
         return gather.keys.view(shape).transpose(1, 2), gather.values.view(shape).transpose(1, 2)
 
-    def _gather(self, pages: Int64Array) -> Gather:
+    def _gather(self, pages: Int64Array) -> _Gather:
         keys, values = self._pool.pages[0]
         shape = (pages.size, *keys.shape[1:])
-        return Gather(
+        return _Gather(
             self._to_device(pages.reshape(-1)),
             len(pages),
             keys.new_empty(shape),

@@ -231,28 +231,62 @@ void read_tile(const T* base, const Cache<T>& cache, const int32_t* pages, long 
   }
 }
 
-// Query rows that read the same key head of the same pages, over positions begin .. end.
-// q and out: [rows, D]; lse: [rows]; scores: room for `rows` times the positions rounded up to 16.
+// scores[r][t] = q[r] . tile[t], for a few rows: the sixteen products of a row are summed at once.
+template <int CHUNKS>
+void score_few(const float* q, long rows, const Lanes tile[kLanes][CHUNKS], float scale,
+               float* scores, long row_size) {
+  for (long r = 0; r < rows; ++r) {
+    const float* query = q + r * CHUNKS * kLanes;
+    Lanes products[kLanes];
+    for (long t = 0; t < kLanes; ++t) {
+      products[t] = load_lanes(query) * tile[t][0];
+      for (long c = 1; c < CHUNKS; ++c) products[t] += load_lanes(query + c * kLanes) * tile[t][c];
+    }
+    store_lanes(scores + r * row_size, sum_each(products) * scale);
+  }
+}
+
+// The same for many rows: the tile is turned, so that a lane is a key, and four rows go together.
+template <int CHUNKS>
+void score_many(const float* q, long rows, const Lanes tile[kLanes][CHUNKS], float scale,
+                float* scores, long row_size) {
+  constexpr long size = CHUNKS * kLanes, step = 4;
+  Lanes turned[size];
+  for (long d = 0; d < size; ++d)
+    for (long t = 0; t < kLanes; ++t) turned[d][t] = tile[t][d / kLanes][d % kLanes];
+  for (long r = 0; r < rows; r += step) {
+    const float* query[step];
+    for (long i = 0; i < step; ++i) query[i] = q + std::min(r + i, rows - 1) * size;
+    Lanes sums[step] = {};
+    for (long d = 0; d < size; ++d)
+      for (long i = 0; i < step; ++i) sums[i] += query[i][d] * turned[d];
+    for (long i = 0; i < step; ++i)
+      store_lanes(scores + std::min(r + i, rows - 1) * row_size, sums[i] * scale);
+  }
+}
+
+// Query rows that read the same key head of the same pages, over positions begin .. end. Row r sees
+// those before first_end + r / group: the G rows of a query position see one more than those of the
+// position before. q and out: [rows, D]; lse: [rows]; scores: room for `rows` times the positions
+// rounded up to 16.
 template <class T, int CHUNKS>
 void attend(const float* q, const Cache<T>& cache, const int32_t* pages, long kv_head, long rows,
-            long begin, long end, float scale, float* scores, float* out, float* lse) {
+            long group, long begin, long first_end, long end, float scale, float* scores,
+            float* out, float* lse) {
   constexpr long size = CHUNKS * kLanes;
-  const long length = end - begin, row_size = (length + kLanes - 1) / kLanes * kLanes;
+  const long row_size = (end - begin + kLanes - 1) / kLanes * kLanes;
+  const auto first_row = [&](long position) {
+    return std::max(0L, (position + 1 - first_end) * group);
+  };
   Lanes tile[kLanes][CHUNKS];
   for (long first = begin; first < end; first += kLanes) {
     read_tile<T, CHUNKS>(cache.keys, cache, pages, kv_head, first, end, tile);
-    for (long r = 0; r < rows; ++r) {
-      Lanes products[kLanes];
-      for (long t = 0; t < kLanes; ++t) {
-        products[t] = load_lanes(q + r * size) * tile[t][0];
-        for (long c = 1; c < CHUNKS; ++c)
-          products[t] += load_lanes(q + r * size + c * kLanes) * tile[t][c];
-      }
-      const Lanes sums = sum_each(products) * scale;
-      std::memcpy(scores + r * row_size + first - begin, &sums, sizeof sums);
-    }
+    const long r = first_row(first);
+    const auto score = rows - r < 8 ? score_few<CHUNKS> : score_many<CHUNKS>;
+    score(q + r * size, rows - r, tile, scale, scores + r * row_size + first - begin, row_size);
   }
   for (long r = 0; r < rows; ++r) {
+    const long length = std::min(end, first_end + r / group) - begin;
     float* row = scores + r * row_size;
     float top = row[0], sum = 0;
 #pragma omp simd reduction(max : top)
@@ -264,19 +298,40 @@ void attend(const float* q, const Cache<T>& cache, const int32_t* pages, long kv
 #pragma omp simd
     for (long t = 0; t < length; ++t) row[t] *= share;
     std::fill(row + length, row + row_size, 0.0f);
-    std::fill_n(out + r * size, size, 0.0f);
   }
+  std::fill_n(out, rows * size, 0.0f);
   for (long first = begin; first < end; first += kLanes) {
     read_tile<T, CHUNKS>(cache.values, cache, pages, kv_head, first, end, tile);
-    for (long r = 0; r < rows; ++r) {
+    for (long r = first_row(first); r < rows; ++r) {
       const float* weights = scores + r * row_size + first - begin;
-      Lanes sums[CHUNKS];
-      std::memcpy(sums, out + r * size, sizeof sums);
-      for (long t = 0; t < kLanes; ++t)
-        for (long c = 0; c < CHUNKS; ++c) sums[c] += weights[t] * tile[t][c];
-      std::memcpy(out + r * size, sums, sizeof sums);
+      Lanes even[CHUNKS] = {}, odd[CHUNKS];
+      std::memcpy(odd, out + r * size, sizeof odd);
+      for (long t = 0; t < kLanes; t += 2)
+        for (long c = 0; c < CHUNKS; ++c) {
+          even[c] += weights[t] * tile[t][c];
+          odd[c] += weights[t + 1] * tile[t + 1][c];
+        }
+      for (long c = 0; c < CHUNKS; ++c) store_lanes(out + r * size + c * kLanes, even[c] + odd[c]);
     }
   }
+}
+
+// Merge attention over more positions into `out` and `lse`: weights are the sums of exponentials.
+inline void merge(const float* more_out, const float* more_lse, long rows, long size, float* out,
+                  float* lse) {
+  for (long r = 0; r < rows; ++r) {
+    const float share = 1.0f / (1.0f + std::exp(lse[r] - more_lse[r]));
+    for (long d = r * size; d < (r + 1) * size; ++d) out[d] += share * (more_out[d] - out[d]);
+    const float top = std::max(lse[r], more_lse[r]);
+    lse[r] = top + std::log1p(std::exp(-std::fabs(lse[r] - more_lse[r])));
+  }
+}
+
+// The queries of `count` tokens for one key head as floats, [count, G, D].
+template <class T>
+void read_queries(const T* q, long q_stride, long count, long width, float* to) {
+  for (long i = 0; i < count; ++i)
+    for (long d = 0; d < width; ++d) to[i * width + d] = load(q[i * q_stride + d]);
 }
 
 // Attention of one new token a sequence over its pages: q [B, H, D] with `q_stride` elements from one
@@ -304,32 +359,78 @@ void decode_attention(const T* q, long q_stride, const Cache<T>& cache, const in
     for (long task = 0; task < tasks; ++task) {
       const long first = task / kv_heads * block, kv_head = task % kv_heads;
       const long last = std::min(batch, first + block);
-      for (long b = first; b < last; ++b) {
-        const T* query = q + b * q_stride + kv_head * group * size;
-        float* to = queries.data() + (b - first) * group * size;
-        for (long i = 0; i < group * size; ++i) to[i] = load(query[i]);
-      }
+      read_queries(q + first * q_stride + kv_head * group * size, q_stride, last - first,
+                   group * size, queries.data());
       if (shared)
         attend<T, CHUNKS>(queries.data(), cache, page_table + rows[first] * columns, kv_head,
-                          (last - first) * group, 0, shared, scale, scores.data(),
+                          (last - first) * group, group, 0, shared, shared, scale, scores.data(),
                           sums.data(), lse.data());
       for (long b = first; b < last; ++b) {
         const long row = (b - first) * group;
         attend<T, CHUNKS>(queries.data() + row * size, cache, page_table + rows[b] * columns,
-                          kv_head, group, shared, kv_lens[b], scale, scores.data(),
-                          own_sums.data(), own_lse.data());
+                          kv_head, group, group, shared, kv_lens[b], kv_lens[b], scale,
+                          scores.data(), own_sums.data(), own_lse.data());
+        if (shared)
+          merge(sums.data() + row * size, lse.data() + row, group, size, own_sums.data(),
+                own_lse.data());
         T* to = out + (b * heads + kv_head * group) * size;
-        for (long g = 0; g < group; ++g) {
-          const float share = shared ? 1.0f / (1.0f + std::exp(own_lse[g] - lse[row + g])) : 0.0f;
-          const float* common = sums.data() + (row + g) * size;
-          const float* own = own_sums.data() + g * size;
-          for (long d = 0; d < size; ++d)
-            store(to[g * size + d], shared ? own[d] + share * (common[d] - own[d]) : own[d]);
-        }
+        for (long d = 0; d < group * size; ++d) store(to[d], own_sums[d]);
       }
     }
   }
 }
+
+// Causal attention of a prompt chunk: `tokens` positions from `start` on, whose keys and values are
+// in the pages already. q [tokens, H, D] with `q_stride` elements from one token to the next. Blocks
+// of queries go over the positions in segments, so that the scores stay in the second cache.
+template <class T, int CHUNKS>
+void prefill_attention(const T* q, long q_stride, const Cache<T>& cache, const int32_t* pages,
+                       long start, long tokens, T* out, long heads, float scale, int threads) {
+  constexpr long size = CHUNKS * kLanes, segment = 1024, rows = 64;
+  const long kv_heads = cache.kv_heads, group = heads / kv_heads;
+  const long block = std::max(1L, rows / group), blocks = (tokens + block - 1) / block;
+  const long longest = std::min(start + tokens, segment + block) + kLanes;
+#pragma omp parallel num_threads(threads) if (tokens * (start + tokens) * heads * size > kParallelWork)
+  {
+    const long most = block * group;
+    std::vector<float> queries(most * size), sums(most * size), lse(most), scores(most * longest);
+    std::vector<float> more_sums(most * size), more_lse(most);
+#pragma omp for schedule(dynamic)
+    for (long task = 0; task < blocks * kv_heads; ++task) {
+      // The last blocks see the most: they are the first to be taken.
+      const long first = (blocks - 1 - task / kv_heads) * block, kv_head = task % kv_heads;
+      const long count = std::min(block, tokens - first), first_head = kv_head * group * size;
+      const long all_see = start + first + 1, end = start + first + count;
+      read_queries(q + first * q_stride + first_head, q_stride, count, group * size,
+                   queries.data());
+      for (long begin = 0; begin < end;) {
+        const bool is_last = begin + segment > all_see;
+        const long cut = is_last ? end : begin + segment;
+        attend<T, CHUNKS>(queries.data(), cache, pages, kv_head, count * group, group, begin,
+                          is_last ? all_see : cut, cut, scale, scores.data(),
+                          begin ? more_sums.data() : sums.data(),
+                          begin ? more_lse.data() : lse.data());
+        if (begin)
+          merge(more_sums.data(), more_lse.data(), count * group, size, sums.data(), lse.data());
+        begin = cut;
+      }
+      for (long i = 0; i < count; ++i) {
+        T* to = out + (first + i) * heads * size + first_head;
+        for (long d = 0; d < group * size; ++d) store(to[d], sums[i * group * size + d]);
+      }
+    }
+  }
+}
+
+#define FOR_EACH_SIZE(kernel, ...)                \
+  switch (size) {                                 \
+    case 16: return kernel<T, 1>(__VA_ARGS__);    \
+    case 32: return kernel<T, 2>(__VA_ARGS__);    \
+    case 64: return kernel<T, 4>(__VA_ARGS__);    \
+    case 80: return kernel<T, 5>(__VA_ARGS__);    \
+    case 96: return kernel<T, 6>(__VA_ARGS__);    \
+    case 128: return kernel<T, 8>(__VA_ARGS__);   \
+  }
 
 template <class T>
 void decode_attention_of_size(const T* q, long q_stride, const T* keys, const T* values,
@@ -337,17 +438,18 @@ void decode_attention_of_size(const T* q, long q_stride, const T* keys, const T*
                               const int32_t* kv_lens, long shared, T* out, long batch, long heads,
                               long kv_heads, long size, long page_size, float scale, int threads) {
   const Cache<T> cache{keys, values, __builtin_ctzl(page_size), kv_heads};
-  const auto run = [&](auto kernel) {
-    kernel(q, q_stride, cache, page_table, columns, rows, kv_lens, shared, out, batch, heads, scale, threads);
-  };
-  switch (size) {
-    case 16: return run(decode_attention<T, 1>);
-    case 32: return run(decode_attention<T, 2>);
-    case 64: return run(decode_attention<T, 4>);
-    case 80: return run(decode_attention<T, 5>);
-    case 96: return run(decode_attention<T, 6>);
-    case 128: return run(decode_attention<T, 8>);
-  }
+  FOR_EACH_SIZE(decode_attention, q, q_stride, cache, page_table, columns, rows, kv_lens, shared,
+                out, batch, heads, scale, threads)
+}
+
+template <class T>
+void prefill_attention_of_size(const T* q, long q_stride, const T* keys, const T* values,
+                               const int32_t* pages, long start, long tokens, T* out, long heads,
+                               long kv_heads, long size, long page_size, float scale,
+                               int threads) {
+  const Cache<T> cache{keys, values, __builtin_ctzl(page_size), kv_heads};
+  FOR_EACH_SIZE(prefill_attention, q, q_stride, cache, pages, start, tokens, out, heads, scale,
+                threads)
 }
 
 // The first of the greatest, as index. Of a row with a NaN: the first NaN.
@@ -400,11 +502,18 @@ void argmax(const T* x, int64_t* out, long rows, long size, int threads) {
   }                                                                                               \
   extern "C" void decode_attention_##name(                                                        \
       const T* q, long q_stride, const T* keys, const T* values, const int32_t* page_table,       \
-      long columns, const int32_t* rows, const int32_t* kv_lens, long shared, T* out, long batch, long heads,               \
-      long kv_heads, long size, long page_size, float scale, int threads) {                       \
+      long columns, const int32_t* rows, const int32_t* kv_lens, long shared, T* out, long batch, \
+      long heads, long kv_heads, long size, long page_size, float scale, int threads) {           \
     decode_attention_of_size(q, q_stride, keys, values, page_table, columns, rows, kv_lens,       \
-                             shared, out, batch, heads, kv_heads, size,    \
-                             page_size, scale, threads);                                          \
+                             shared, out, batch, heads, kv_heads, size, page_size, scale,         \
+                             threads);                                                            \
+  }                                                                                               \
+  extern "C" void prefill_attention_##name(                                                       \
+      const T* q, long q_stride, const T* keys, const T* values, const int32_t* pages,            \
+      long start, long tokens, T* out, long heads, long kv_heads, long size, long page_size,      \
+      float scale, int threads) {                                                                 \
+    prefill_attention_of_size(q, q_stride, keys, values, pages, start, tokens, out, heads,        \
+                              kv_heads, size, page_size, scale, threads);                         \
   }                                                                                               \
   extern "C" void argmax_##name(const T* x, int64_t* out, long rows, long size, int threads) {    \
     argmax(x, out, rows, size, threads);                                                          \

@@ -26,6 +26,11 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "silu_and_mul": [c_void_p] * 2 + [c_long] * 2,
     "norm_rotate_store": [c_void_p] * 8 + [c_long] * 4 + [c_float],
     "argmax": [c_void_p] * 2 + [c_long] * 2,
+    "prefill_attention": (
+        [c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_long, c_void_p]
+        + [c_long] * 4
+        + [c_float]
+    ),
     "decode_attention": (
         [c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long]
         + [c_void_p]
@@ -44,7 +49,7 @@ def load_cpu_kernels(dtype: torch.dtype) -> CpuKernels | None:
 
 
 class CpuKernels:
-    """See Kernels; and attention over pages for decodes."""
+    """See Kernels; and attention over the cache's pages."""
 
     def __init__(self, library: CDLL, dtype: torch.dtype, num_threads: int) -> None:
         suffix = str(dtype).removeprefix("torch.")
@@ -55,7 +60,7 @@ class CpuKernels:
             function.argtypes, function.restype = [*arguments, c_int], None
             functions.append(function)
         self._add_rms_norm, self._silu_and_mul, self._norm_rotate_store = functions[:3]
-        self._argmax, self._decode_attention = functions[3:]
+        self._argmax, self._prefill_attention, self._decode_attention = functions[3:]
 
     def add_rms_norm_(
         self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
@@ -121,9 +126,10 @@ class CpuKernels:
         page_table: Tensor,
         rows_B: Tensor,
         kv_lens_B: Tensor,
-        shared_len: int = 0,
-    ) -> Tensor:
-        """Attention of one token a sequence over its cached positions, a new tensor [B, H, D].
+        shared_len: int,
+        out_BHD: Tensor,
+    ) -> None:
+        """Attention of one token a sequence over its cached positions, into `out_BHD`.
 
         pages: keys and values [N, P, K, D]. page_table int32 [any, any]: a row of pages for each
         index in `rows_B` (int32). kv_lens_B: int32, at least 1. shared_len: positions at the
@@ -133,7 +139,7 @@ class CpuKernels:
         size, num_heads, head_dim = q_BHD.shape
         assert head_dim in ATTENTION_HEAD_DIMS
         assert q_BHD.stride()[1:] == (head_dim, 1)
-        out_BHD = q_BHD.new_empty(size, num_heads, head_dim)
+        assert out_BHD.is_contiguous()
         self._decode_attention(
             q_BHD.data_ptr(),
             q_BHD.stride(0),
@@ -153,4 +159,37 @@ class CpuKernels:
             head_dim**-0.5,
             self._num_threads,
         )
-        return out_BHD
+
+    def prefill_attention(
+        self,
+        q_THD: Tensor,
+        pages: tuple[Tensor, Tensor],
+        page_row: Tensor,
+        start: int,
+        out_THD: Tensor,
+    ) -> None:
+        """Causal attention of a chunk, the positions of a sequence from `start` on, into `out_THD`.
+
+        The chunk's own keys and values are in the pages, too. page_row int32: the sequence's pages.
+        """
+        keys, values = pages
+        num_tokens, num_heads, head_dim = q_THD.shape
+        assert head_dim in ATTENTION_HEAD_DIMS
+        assert q_THD.stride()[1:] == (head_dim, 1)
+        assert out_THD.is_contiguous()
+        self._prefill_attention(
+            q_THD.data_ptr(),
+            q_THD.stride(0),
+            keys.data_ptr(),
+            values.data_ptr(),
+            page_row.data_ptr(),
+            start,
+            num_tokens,
+            out_THD.data_ptr(),
+            num_heads,
+            keys.shape[2],
+            head_dim,
+            keys.shape[1],
+            head_dim**-0.5,
+            self._num_threads,
+        )
