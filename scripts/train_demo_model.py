@@ -52,7 +52,7 @@ class Chats:
         self.simple: list[tuple[corpus.Task, float]] = [
             (corpus.greeting, 0.5),
             (corpus.identity, 0.7),
-            (corpus.counting, 1.0 * slow),
+            (corpus.counting, 1.5 * slow),
             (corpus.make_spelling(pieces), 1.6 * slow),
             (corpus.addition, 3.0),
             (corpus.repeating, 1.0),

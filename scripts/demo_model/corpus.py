@@ -185,7 +185,7 @@ def identity(rng: Random) -> Exchange:
 def counting(rng: Random) -> Exchange:
     first = rng.choice([rng.randint(0, 20), rng.randint(0, 180)])
     length = rng.randint(1, 20)
-    down = first > 1 and rng.random() < 0.35
+    down = first > 1 and rng.random() < 0.5
     step, last = (-1, max(0, first - length)) if down else (1, first + length)
     if down:
         wordings = [
