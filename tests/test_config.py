@@ -90,7 +90,7 @@ def test_a_variable_sets_its_field_unless_a_flag_does(
         ({"memory_fraction": float("nan")}, "--memory-fraction is nan"),
         ({"port": 65536}, "--port is 65536; it must be from 0 to 65535"),
         ({"overlap_depth": 2}, "--overlap-depth is 2; it must be 0 or 1"),
-        ({"tp": 2}, "--tp above 1 is not available yet; run with --tp 1"),
+        ({"tp": 0}, "--tp is 0; it must be at least 1"),
         ({"attention_backend": "flashinfer"}, "flashinfer is not available yet"),
         ({"dtype": "int8"}, "--dtype is 'int8'; it must be one of auto, bfloat16"),
         ({"kv_memory": "lots"}, "'lots' is no size"),

@@ -234,7 +234,8 @@ class LLM:
     def close(self) -> None:
         """Free the model and its cache. The object cannot be used after."""
         self._closed = True
-        self.__dict__.pop("_loop", None)
+        if loop := self.__dict__.pop("_loop", None):
+            loop.engine.close()
 
     def __enter__(self) -> Self:
         return self

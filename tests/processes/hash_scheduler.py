@@ -64,7 +64,7 @@ def serve(child: Child) -> None:
         "memory_plan": "a hash a slot",
     }
     child.report(Ready(facts))
-    SchedulerLoop(scheduler, engine, channel, 0).run(lambda: False)
+    SchedulerLoop(scheduler, engine, channel, 0).run(lambda: None)
 
 
 run_child("scheduler", serve)

@@ -73,7 +73,10 @@ def test_minisrv_tells_its_version_and_its_commands() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--tp", "2"], "--tp above 1 is not available yet"),
+        (
+            ["--tp", "3"],
+            "--tp is 3; the model's 4 attention heads cannot be split into 3 equal parts",
+        ),
         (["--attention-backend", "flashinfer"], "flashinfer is not available yet"),
         (["--page-size", "3"], "--page-size is 3; it must be a power of two"),
         (["--dtype", "int3"], "invalid choice: 'int3'"),

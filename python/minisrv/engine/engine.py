@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ from minisrv.engine.layers.rope import RotaryEmbedding
 from minisrv.engine.memory import MemoryPlan, choose_num_pages, cpu_cache_bytes
 from minisrv.engine.models.registry import BLOCKS
 from minisrv.engine.page_table import PageTable, token_positions
+from minisrv.engine.parallel.communicator import Communicator, NoPeers, Peers
+from minisrv.engine.parallel.partition import Partition, check_divisible
+from minisrv.engine.parallel.ranks import Ranks
 from minisrv.engine.sampling.sampler import sample
 from minisrv.engine.weights import CheckpointWeights, DummyWeights, Progress, Weights
 from minisrv.errors import ConfigError
@@ -60,11 +64,53 @@ class Engine:
         model_dir: Path,
         model_config: ModelConfig,
         progress: Progress = lambda stage, fraction: None,
+        run_dir: Path | None = None,
     ) -> None:
-        self._device = _resolve_device(config.device)
+        check_divisible(model_config, config.tp)
+        self._ranks = Ranks(config, model_dir, run_dir) if config.tp > 1 else None
+        if self._ranks is not None:
+            weakref.finalize(self, self._ranks.close)
+        try:
+            if self._ranks is None:
+                self._build(config, model_dir, model_config, NoPeers(), progress)
+                return
+            self._ranks.wait_until_joining()
+            with self._ranks.explained():
+                peers = Peers(Partition(0, config.tp), self._ranks.run_dir, _device_of(config, 0))
+                self._build(config, model_dir, model_config, peers, progress)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def follower(
+        cls,
+        config: ServerConfig,
+        model_dir: Path,
+        model_config: ModelConfig,
+        rank: int,
+        run_dir: Path,
+    ) -> Engine:
+        """The engine of a rank above 0, which meets the others in `run_dir`."""
+        engine = cls.__new__(cls)
+        engine._ranks = None
+        peers = Peers(Partition(rank, config.tp), run_dir, _device_of(config, rank))
+        engine._build(config, model_dir, model_config, peers, lambda stage, fraction: None)
+        return engine
+
+    def _build(
+        self,
+        config: ServerConfig,
+        model_dir: Path,
+        model_config: ModelConfig,
+        peers: Communicator,
+        progress: Progress,
+    ) -> None:
+        self._peers, self._device = peers, _device_of(config, peers.partition.rank)
         kind = self._device.type
         if kind == "cpu":
-            torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+            cores = max(1, len(os.sched_getaffinity(0)) // config.tp)
+            torch.set_num_threads(config.num_threads or cores)
         self.page_size, self.max_seq_len = config.page_size, model_config.max_seq_len
         self.max_prefill_tokens = config.max_prefill_tokens or _MAX_PREFILL_TOKENS[kind]
         depth = config.overlap_depth
@@ -77,9 +123,14 @@ class Engine:
         )
         weights = _open_weights(config, model_dir, model_config, self._device, progress)
         self.placement = f"{str(weights.dtype).removeprefix('torch.')} on {kind}"
-        self._pool = KVPool(model_config, config.page_size, weights.dtype, self._device)
+        if config.tp > 1:
+            self.placement += f", {config.tp} ranks"
+        num_kv_heads = peers.partition.kv_heads(model_config).length
+        self._pool = KVPool(
+            model_config, num_kv_heads, config.page_size, weights.dtype, self._device
+        )
         self._kernels, self._attention = _choose_kernels(config, self._pool, weights)
-        self._model = _build_model(model_config, weights, self._kernels, self._attention)
+        self._model = _build_model(model_config, weights, self._kernels, peers, self._attention)
         self._plan = self._plan_memory(config, weights.num_bytes)
         self._pool.allocate(self._plan.num_pages)
 
@@ -93,7 +144,31 @@ class Engine:
         return self._plan.describe()
 
     def launch(self, batch: ForwardBatch) -> StepHandle:
-        """See ForwardEngine. On a CPU the step is done when this returns."""
+        """See ForwardEngine. On a CPU the step is done when this returns.
+
+        Raises EngineDeadError when another rank has died.
+        """
+        if self._ranks is None:
+            return self._compute(batch)
+        self._ranks.send(batch)
+        with self._ranks.explained():
+            return self._compute(batch)
+
+    def follow(self, batch: ForwardBatch) -> None:
+        """Compute a step that rank 0 has launched."""
+        self._compute(batch)
+
+    def check(self) -> None:
+        """Raise EngineDeadError when another rank has died."""
+        if self._ranks is not None:
+            self._ranks.check()
+
+    def close(self) -> None:
+        """End the other ranks."""
+        if self._ranks is not None:
+            self._ranks.close()
+
+    def _compute(self, batch: ForwardBatch) -> StepHandle:
         with torch.inference_mode():
             self._page_table.apply(batch)
             return self._to_host(self._forward(batch))
@@ -105,7 +180,11 @@ class Engine:
         return ForwardOutput(handle.token_ids_S.numpy())
 
     def compute_logits(self, batch: ForwardBatch) -> Tensor:
-        """As `launch` without drawing: the logits [S, V] of the sequences that sample."""
+        """As `launch` without drawing: the logits [S, V] of the sequences that sample.
+
+        For one rank alone: nobody tells the others of it.
+        """
+        assert self._ranks is None
         with torch.inference_mode():
             self._page_table.apply(batch)
             return self._logits(batch, token_positions(batch))
@@ -115,12 +194,18 @@ class Engine:
         logits_SV = self._logits(batch, positions)
         if not batch.sample_indices.size:
             return torch.empty(0, dtype=torch.int64, device=self._device)
-        ends = batch.start_positions + batch.query_lens
-        new_positions = ends[batch.sample_indices].astype(np.int64)
-        token_ids_S = sample(logits_SV, batch.sampling, new_positions, self._kernels)
+        token_ids_S = self._peers.from_rank_0_(self._sample(batch, logits_SV))
         rows = self._to_device(batch.rows[batch.sample_indices].astype(np.int64))
         self._last_token.index_copy_(0, rows, token_ids_S)
         return token_ids_S
+
+    def _sample(self, batch: ForwardBatch, logits_SV: Tensor) -> Tensor:
+        """The tokens [S]; on a rank above 0, which has not all logits, room for them."""
+        if self._peers.partition.rank > 0:
+            return torch.empty(logits_SV.shape[0], dtype=torch.int64, device=self._device)
+        ends = batch.start_positions + batch.query_lens
+        new_positions = ends[batch.sample_indices].astype(np.int64)
+        return sample(logits_SV, batch.sampling, new_positions, self._kernels)
 
     def _logits(self, batch: ForwardBatch, positions: np.ndarray) -> Tensor:
         self._attention.plan(batch, self._page_table)
@@ -158,16 +243,17 @@ class Engine:
             workspace = measure_workspace(self._run_largest_step(config))
             free_bytes, why = cuda_cache_bytes(config, workspace)
         page_bytes = self._pool.bytes_per_page
+        num_pages = choose_num_pages(
+            config,
+            page_bytes=page_bytes,
+            max_seq_len=self.max_seq_len,
+            free_bytes=free_bytes,
+            why=why,
+        )
         return MemoryPlan(
             weights=weight_bytes,
             workspace=workspace,
-            num_pages=choose_num_pages(
-                config,
-                page_bytes=page_bytes,
-                max_seq_len=self.max_seq_len,
-                free_bytes=free_bytes,
-                why=why,
-            ),
+            num_pages=self._peers.minimum(num_pages),
             page_bytes=page_bytes,
             page_size=self.page_size,
             max_seq_len=self.max_seq_len,
@@ -177,14 +263,19 @@ class Engine:
         num_sequences = min(config.max_running_requests, self.max_prefill_tokens)
         batch = largest_batch(num_sequences, self.max_prefill_tokens, self.page_size)
         self._pool.allocate(batch.page_ids.size)
-        return lambda: self.wait(self.launch(batch))
+        return lambda: self.wait(self._compute(batch))
 
 
-def _resolve_device(name: str) -> torch.device:
+def _device_of(config: ServerConfig, rank: int) -> torch.device:
     available = torch.cuda.is_available()
-    if name == "cuda" and not available:
+    if config.device == "cuda" and not available:
         raise ConfigError("--device is cuda; torch finds no GPU here; run with --device cpu")
-    return torch.device("cuda" if name != "cpu" and available else "cpu")
+    if config.device == "cpu" or not available:
+        return torch.device("cpu")
+    if config.tp > torch.cuda.device_count():
+        raise ConfigError(f"--tp is {config.tp}; torch finds {torch.cuda.device_count()} GPUs here")
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
 
 
 def _open_weights(
@@ -218,7 +309,11 @@ def _choose_kernels(
 
 
 def _build_model(
-    model_config: ModelConfig, weights: Weights, kernels: Kernels, attention: AttentionBackend
+    model_config: ModelConfig,
+    weights: Weights,
+    kernels: Kernels,
+    peers: Communicator,
+    attention: AttentionBackend,
 ) -> Decoder:
     rope = RotaryEmbedding(
         model_config.rope,
@@ -227,7 +322,7 @@ def _build_model(
         weights.dtype,
         weights.device,
     )
-    build = BuildContext(model_config, weights, rope, kernels, attention)
+    build = BuildContext(model_config, weights, rope, kernels, peers, attention)
     with torch.inference_mode():
         model = Decoder(build, BLOCKS[model_config.architecture])
     weights.finish()

@@ -20,9 +20,14 @@ class KVPool:
     """
 
     def __init__(
-        self, config: ModelConfig, page_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        num_kv_heads: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self._page_shape = (page_size, config.num_kv_heads, config.head_dim)
+        self._page_shape = (page_size, num_kv_heads, config.head_dim)
         self._num_layers, self._dtype, self._device = config.num_layers, dtype, device
         self.page_size, self.num_pages, self.head_dim = page_size, 0, config.head_dim
         self.pages: list[tuple[Tensor, Tensor]] = []

@@ -70,6 +70,8 @@ def choose_num_pages(
 def cpu_cache_bytes(config: ServerConfig) -> tuple[int, str]:
     """The memory of the KV cache on a CPU and why it is so much."""
     if config.kv_memory is not None:
-        return parse_size(config.kv_memory), f"{flag('kv_memory')} {config.kv_memory}"
+        total = parse_size(config.kv_memory)
+        return total // config.tp, f"{flag('kv_memory')} {config.kv_memory}"
     free = psutil.virtual_memory().available
-    return min(_CPU_LIMIT, int(free * _CPU_SHARE)), "a quarter of the free memory, at most 4 GiB"
+    total = min(_CPU_LIMIT, int(free * _CPU_SHARE))
+    return total // config.tp, "a quarter of the free memory, at most 4 GiB, for all ranks together"

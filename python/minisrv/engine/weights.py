@@ -7,7 +7,6 @@ ways: nothing asked for may be missing, nothing in the files may be left over.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from minisrv.engine.parallel.partition import Cut
 from minisrv.errors import ConfigError
 
 Progress = Callable[[str, float], None]
@@ -33,8 +33,8 @@ class Weights(Protocol):
     device: torch.device
     num_bytes: int  # taken so far
 
-    def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        """The tensor `name` of `shape` in `dtype` on `device`."""
+    def take(self, name: str, shape: Sequence[int], cut: Cut | None = None) -> torch.Tensor:
+        """The tensor `name` of `shape`, or a part of it, in `dtype` on `device`."""
 
     def finish(self) -> None:
         """Called when the model is built."""
@@ -69,19 +69,21 @@ class CheckpointWeights:
         self._missing: list[str] = []
         self._progress = progress
 
-    def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        """See Weights. A missing tensor is reported by `finish`, together with the others."""
+    def take(self, name: str, shape: Sequence[int], cut: Cut | None = None) -> torch.Tensor:
+        """See Weights. Only the part is read; a missing tensor is reported by `finish`."""
         file = self._file_of.get(name)
         if file is None:
             self._missing.append(name)
-            return torch.zeros(tuple(shape), dtype=self.dtype, device=self.device)
+            return _part(torch.zeros(tuple(shape), dtype=self.dtype, device=self.device), cut)
         stored = tuple(file.get_slice(name).get_shape())
         if stored != tuple(shape):
             raise ConfigError(
                 f"the checkpoint's {name} has shape {list(stored)}; "
                 f"config.json makes it {list(shape)}"
             )
-        tensor: torch.Tensor = file.get_tensor(name)
+        tensor: torch.Tensor = (
+            file.get_tensor(name) if cut is None else file.get_slice(name)[_index(cut)]
+        )
         if not tensor.is_floating_point():
             raise ConfigError(f"the checkpoint's {name} holds {tensor.dtype}, no plain weights")
         self._left.discard(name)
@@ -117,16 +119,28 @@ class DummyWeights:
         self.dtype, self.device, self.num_bytes = dtype or torch.bfloat16, device, 0
         self._generator = torch.Generator(device).manual_seed(0)
 
-    def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+    def take(self, name: str, shape: Sequence[int], cut: Cut | None = None) -> torch.Tensor:
         """Norms are ones, the rest normal with a standard deviation of 0.02."""
-        self.num_bytes += math.prod(shape) * self.dtype.itemsize
-        if name.endswith("norm.weight"):
-            return torch.ones(tuple(shape), dtype=self.dtype, device=self.device)
         tensor = torch.empty(tuple(shape), dtype=self.dtype, device=self.device)
-        return tensor.normal_(0, 0.02, generator=self._generator)
+        if name.endswith("norm.weight"):
+            tensor.fill_(1.0)
+        else:
+            tensor.normal_(0, 0.02, generator=self._generator)
+        part = _part(tensor, cut)
+        self.num_bytes += part.numel() * self.dtype.itemsize
+        return part
 
     def finish(self) -> None:
         """Nothing to check."""
+
+
+def _index(cut: Cut) -> tuple[slice, ...]:
+    return (*[slice(None)] * cut.dim, slice(cut.start, cut.start + cut.length))
+
+
+def _part(tensor: torch.Tensor, cut: Cut | None) -> torch.Tensor:
+    """The part in memory of its own, so that the rest can be freed."""
+    return tensor if cut is None else tensor[_index(cut)].clone()
 
 
 def _open_files(directory: Path) -> list[Any]:

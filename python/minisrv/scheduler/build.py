@@ -31,14 +31,16 @@ def build_loop(
     model_dir: Path,
     channel: ZmqChannel | LocalChannel,
     progress: Callable[[str, float], None],
+    run_dir: Path | None = None,
 ) -> SchedulerLoop:
     """Load the model and make a loop that is ready to turn; `progress` gets (phase, fraction).
 
+    run_dir: where tensor-parallel ranks meet, if it shall not be a directory of their own.
     The context is the model's or --max-seq-len, and no more than the cache holds.
     Raises ConfigError for a checkpoint, an option or a memory that does not do.
     """
     model_config = load_model_config(model_dir, config.max_seq_len)
-    engine = Engine(config, model_dir, model_config, progress)
+    engine = Engine(config, model_dir, model_config, progress, run_dir)
     capacity = engine.num_pages * config.page_size
     if capacity < engine.max_seq_len:
         logger.warning(

@@ -41,9 +41,10 @@ class SchedulerLoop:
         """Whether a request is open or a step in flight."""
         return bool(self.scheduler.num_open or self._in_flight)
 
-    def run(self, should_stop: Callable[[], bool]) -> None:
-        """Turn until `should_stop` says so."""
-        while not should_stop():
+    def run(self, check: Callable[[], None]) -> None:
+        """Turn until `check`, called between turns, raises."""
+        while True:
+            check()
             self.turn()
 
     def turn(self) -> None:

@@ -18,17 +18,18 @@ def main() -> None:
 def _serve(child: Child) -> None:
     model_dir = Path(child.boot.model_dir)
     model = load_model_config(model_dir, child.config.max_seq_len)
-    channel = ZmqChannel(Path(child.boot.run_dir), child.boot.epoch)
+    run_dir = Path(child.boot.run_dir)
+    channel = ZmqChannel(run_dir, child.boot.epoch)
     child.progress("import torch", 0.0)
     # It takes seconds: by now the lifeline holds, and a wrong config.json has been refused.
     from minisrv.engine.engine import Engine
     from minisrv.scheduler.build import build_loop
 
-    loop = build_loop(child.config, model_dir, channel, child.progress)
+    loop = build_loop(child.config, model_dir, channel, child.progress, run_dir)
     assert isinstance(loop.engine, Engine)
     facts = {"placement": loop.engine.placement, "memory_plan": loop.engine.describe()}
     child.report(Ready({**facts, **_model_facts(model, loop.scheduler.max_seq_len)}))
-    loop.run(lambda: False)
+    loop.run(loop.engine.check)
 
 
 def _model_facts(model: ModelConfig, max_seq_len: int) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from minisrv.engine.kernels.base import QKNormWeights, RopeRows
 from minisrv.engine.layers.build_context import BuildContext
-from minisrv.engine.layers.linear import load_linear
+from minisrv.engine.layers.linear import Projection, load_linear, load_partial_linear
+from minisrv.engine.parallel.partition import in_rows
 
 
 class SelfAttention:
@@ -19,13 +20,19 @@ class SelfAttention:
     ) -> None:
         config, weights = build.config, build.weights
         self._layer_id, self._kernels, self._backend = layer_id, build.kernels, build.backend
-        self._num_heads, self._head_dim = config.num_heads, config.head_dim
-        self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        sizes = [heads * config.head_dim for heads in self._heads]
-        names = [f"{name}.{part}_proj" for part in "qkv"]
-        self._qkv = load_linear(weights, names, config.hidden_size, sizes, config.qkv_bias)
-        self._out = load_linear(
-            weights, [f"{name}.o_proj"], sizes[0], [config.hidden_size], config.o_bias
+        self._peers, partition = build.peers, build.peers.partition
+        head_dim = self._head_dim = config.head_dim
+        q_heads, kv_heads = partition.query_heads(config), partition.kv_heads(config)
+        self._heads = [q_heads.length, kv_heads.length, kv_heads.length]
+        q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        projections = [
+            Projection(f"{name}.q_proj", q_size, in_rows(q_heads, head_dim)),
+            Projection(f"{name}.k_proj", kv_size, in_rows(kv_heads, head_dim)),
+            Projection(f"{name}.v_proj", kv_size, in_rows(kv_heads, head_dim)),
+        ]
+        self._qkv = load_linear(weights, projections, config.hidden_size, config.qkv_bias)
+        self._out = load_partial_linear(
+            weights, f"{name}.o_proj", q_size, config.hidden_size, config.o_bias, partition
         )
         self._norm = _load_qk_norm(build, name) if qk_norm else None
 
@@ -34,10 +41,10 @@ class SelfAttention:
         num_tokens = x_TC.shape[0]
         qkv_TAD = self._qkv(x_TC).view(num_tokens, -1, self._head_dim)
         cache = self._backend.cache_slots(self._layer_id)
-        self._kernels.norm_rotate_store_(qkv_TAD, self._num_heads, self._norm, rope_rows, cache)
+        self._kernels.norm_rotate_store_(qkv_TAD, self._heads[0], self._norm, rope_rows, cache)
         q_THD, k_TKD, v_TKD = qkv_TAD.split_with_sizes(self._heads, 1)
         out_THD = self._backend.forward(q_THD, k_TKD, v_TKD, self._layer_id)
-        return self._out(out_THD.view(num_tokens, -1))
+        return self._peers.sum_(self._out(out_THD.view(num_tokens, -1)))
 
 
 def _load_qk_norm(build: BuildContext, name: str) -> QKNormWeights:

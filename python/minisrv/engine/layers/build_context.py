@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from minisrv.engine.attention.base import AttentionBackend
 from minisrv.engine.kernels.base import Kernels
 from minisrv.engine.layers.rope import RotaryEmbedding
+from minisrv.engine.parallel.communicator import Communicator
 from minisrv.engine.weights import Weights
 from minisrv.model_config import ModelConfig
 
@@ -19,4 +20,5 @@ class BuildContext:
     weights: Weights
     rope: RotaryEmbedding
     kernels: Kernels
+    peers: Communicator
     backend: AttentionBackend

@@ -48,8 +48,8 @@ class Decoder:
         self, build: BuildContext, block: Callable[[BuildContext, str, int], Block]
     ) -> None:
         config = build.config
-        self._rope, self._vocab_size = build.rope, config.vocab_size
-        self._embedding, self._head = load_embedding_and_head(build.weights, config)
+        self._rope, self._vocab_size, self._peers = build.rope, config.vocab_size, build.peers
+        self._embedding, self._head = load_embedding_and_head(build)
         self._blocks = [block(build, f"model.layers.{i}", i) for i in range(config.num_layers)]
         self._norm = RMSNorm(build, "model.norm")
 
@@ -63,7 +63,11 @@ class Decoder:
         return x_TC if delta_TC is None else x_TC.add_(delta_TC)
 
     def logits(self, x_TC: Tensor, sample_tokens_S: Tensor) -> Tensor:
-        """Logits [S, V] in the model's dtype of the tokens at indices `sample_tokens_S`."""
+        """Logits [S, V] in the model's dtype of the tokens at indices `sample_tokens_S`.
+
+        On a rank above 0 they are its share of the vocabulary alone.
+        """
         if not sample_tokens_S.numel():
             return x_TC.new_empty(0, self._vocab_size)
-        return self._head(self._norm(x_TC.index_select(0, sample_tokens_S)))
+        logits = self._head(self._norm(x_TC.index_select(0, sample_tokens_S)))
+        return self._peers.gather_vocab(logits, self._vocab_size)

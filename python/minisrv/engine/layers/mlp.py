@@ -7,7 +7,30 @@ from __future__ import annotations
 from torch import Tensor
 
 from minisrv.engine.layers.build_context import BuildContext
-from minisrv.engine.layers.linear import load_linear
+from minisrv.engine.layers.linear import Projection, load_linear, load_partial_linear
+
+
+class PartialMLP:
+    """down(silu(gate(x)) * up(x)) over this rank's features, a part of the sum over the ranks."""
+
+    def __init__(
+        self, build: BuildContext, name: str, intermediate_size: int, bias: bool = False
+    ) -> None:
+        hidden_size, weights = build.config.hidden_size, build.weights
+        partition = build.peers.partition
+        self._silu_and_mul = build.kernels.silu_and_mul
+        cut = partition.even(intermediate_size, 0)
+        projections = [
+            Projection(f"{name}.{part}_proj", intermediate_size, cut) for part in ("gate", "up")
+        ]
+        self._gate_up = load_linear(weights, projections, hidden_size, bias)
+        self._down = load_partial_linear(
+            weights, f"{name}.down_proj", intermediate_size, hidden_size, bias, partition
+        )
+
+    def __call__(self, x_TC: Tensor) -> Tensor:
+        """A new tensor [T, C]."""
+        return self._down(self._silu_and_mul(self._gate_up(x_TC)))
 
 
 class GatedMLP:
@@ -16,14 +39,9 @@ class GatedMLP:
     def __init__(
         self, build: BuildContext, name: str, intermediate_size: int, bias: bool = False
     ) -> None:
-        hidden_size, weights = build.config.hidden_size, build.weights
-        self._silu_and_mul = build.kernels.silu_and_mul
-        names = [f"{name}.gate_proj", f"{name}.up_proj"]
-        self._gate_up = load_linear(weights, names, hidden_size, [intermediate_size] * 2, bias)
-        self._down = load_linear(
-            weights, [f"{name}.down_proj"], intermediate_size, [hidden_size], bias
-        )
+        self._partial = PartialMLP(build, name, intermediate_size, bias)
+        self._peers = build.peers
 
     def __call__(self, x_TC: Tensor) -> Tensor:
         """A new tensor [T, C]."""
-        return self._down(self._silu_and_mul(self._gate_up(x_TC)))
+        return self._peers.sum_(self._partial(x_TC))

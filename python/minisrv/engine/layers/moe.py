@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from minisrv.engine.layers.build_context import BuildContext
-from minisrv.engine.layers.linear import load_linear
-from minisrv.engine.layers.mlp import GatedMLP
+from minisrv.engine.layers.linear import Projection, load_linear
+from minisrv.engine.layers.mlp import PartialMLP
 from minisrv.model_config import MoeConfig
 
 
@@ -17,12 +17,12 @@ class SparseMoe:
     """x_TC -> the weighted sum of N experts' outputs, one expert's tokens at a time."""
 
     def __init__(self, build: BuildContext, name: str, moe: MoeConfig) -> None:
-        self._moe = moe
+        self._moe, self._peers = moe, build.peers
         self._router = load_linear(
-            build.weights, [f"{name}.gate"], build.config.hidden_size, [moe.num_experts]
+            build.weights, [Projection(f"{name}.gate", moe.num_experts)], build.config.hidden_size
         )
         self._experts = [
-            GatedMLP(build, f"{name}.experts.{i}", moe.intermediate_size)
+            PartialMLP(build, f"{name}.experts.{i}", moe.intermediate_size)
             for i in range(moe.num_experts)
         ]
 
@@ -40,7 +40,7 @@ class SparseMoe:
             if part.shape[0]
         ]
         weighted = torch.cat(outputs).mul_(scores_TN.flatten()[order].unsqueeze(1))
-        return torch.zeros_like(x_TC).index_add_(0, tokens, weighted)
+        return self._peers.sum_(torch.zeros_like(x_TC).index_add_(0, tokens, weighted))
 
     def _route(self, x_TC: Tensor) -> tuple[Tensor, Tensor]:
         probs_TE = self._router(x_TC).softmax(-1, dtype=torch.float32)

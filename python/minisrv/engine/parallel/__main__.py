@@ -1,0 +1,3 @@
+from minisrv.engine.parallel.process import main
+
+main()

@@ -1,0 +1,46 @@
+"""The step plan on its way from rank 0 to another rank: frames of msgpack on a pipe."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any, BinaryIO
+
+import msgpack
+import numpy as np
+
+from minisrv.engine.forward_batch import ForwardBatch, SamplingColumns
+
+_LENGTH = struct.Struct("<I")
+
+
+def encode_plan(batch: ForwardBatch) -> bytes:
+    """A frame with its length before it."""
+    body: bytes = msgpack.packb([_packed(batch), _packed(batch.sampling)])
+    return _LENGTH.pack(len(body)) + body
+
+
+def read_plans(pipe: BinaryIO) -> Iterator[ForwardBatch]:
+    """The batches written to the pipe, until it ends."""
+    while head := pipe.read(_LENGTH.size):
+        batch, sampling = msgpack.unpackb(pipe.read(_LENGTH.unpack(head)[0]))
+        yield ForwardBatch(**_unpacked(batch), sampling=SamplingColumns(**_unpacked(sampling)))
+
+
+def _packed(value: ForwardBatch | SamplingColumns) -> dict[str, Any]:
+    packed: dict[str, Any] = {}
+    for field in fields(value):
+        entry = getattr(value, field.name)
+        if isinstance(entry, np.ndarray):
+            packed[field.name] = [entry.dtype.str, entry.tobytes()]
+        elif isinstance(entry, int):
+            packed[field.name] = entry
+    return packed
+
+
+def _unpacked(packed: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: entry if isinstance(entry, int) else np.frombuffer(entry[1], np.dtype(entry[0]))
+        for name, entry in packed.items()
+    }

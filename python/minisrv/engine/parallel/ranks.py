@@ -1,0 +1,136 @@
+"""Rank 0's side of the other ranks: their processes, the plans they follow, their end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+from minisrv.child import Progress
+from minisrv.child_process import ChildProcess
+from minisrv.config import ServerConfig
+from minisrv.engine.forward_batch import ForwardBatch
+from minisrv.engine.parallel.plan_pipe import encode_plan
+from minisrv.errors import EngineDeadError, MinisrvError
+from minisrv.ipc import private_directory
+
+JOINING = "join the other ranks"
+_DEATH_SHOWS_S = 2.0
+
+
+class Ranks:
+    """The processes of ranks 1 .. tp - 1, children of this one, which end with it.
+
+    run_dir: a private directory to meet in; without it they make one. A thread of its own starts
+    and watches them: the kernel ties a child to the thread that started it, and the thread that
+    makes an engine may end before the engine does.
+    """
+
+    def __init__(self, config: ServerConfig, model_dir: Path, run_dir: Path | None = None) -> None:
+        self._config, self._model_dir, self._given_dir = config, model_dir, run_dir
+        self.run_dir = Path()
+        self._children: list[ChildProcess] = []
+        self._pipes: list[int] = []
+        self._joining: set[str] = set()
+        self._error: MinisrvError | None = None
+        self._changed = threading.Condition()
+        self._wake, self._woken = os.pipe()
+        self._thread = threading.Thread(target=self._watch, name="ranks", daemon=True)
+        self._thread.start()
+
+    def wait_until_joining(self) -> None:
+        """Block until every rank is about to join the group. Raises what ended one."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._error or len(self._joining) == self._config.tp - 1,
+                self._config.start_timeout_s,
+            )
+        self.check()
+
+    def send(self, batch: ForwardBatch) -> None:
+        """Have all ranks compute a step. Raises EngineDeadError when one has died."""
+        frame = encode_plan(batch)
+        with self.explained():
+            for pipe in self._pipes:
+                view = memoryview(frame)
+                while view:
+                    view = view[os.write(pipe, view) :]
+
+    def check(self) -> None:
+        """Raise what ended a rank, if one has ended."""
+        if self._error is not None:
+            raise self._error
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """In place of an error of the group, raise the death that caused it, if there was one."""
+        try:
+            yield
+        except (RuntimeError, OSError):
+            with self._changed:
+                self._changed.wait_for(lambda: self._error, _DEATH_SHOWS_S)
+            self.check()
+            raise
+
+    def close(self) -> None:
+        """End all ranks; what is sent to them from now on fails."""
+        if self._thread.is_alive():
+            os.write(self._woken, b"e")
+            self._thread.join()
+        self._error = self._error or EngineDeadError("the ranks of this model have been ended")
+
+    def _watch(self) -> None:
+        given = self._given_dir
+        with nullcontext(given) if given else private_directory() as self.run_dir:
+            try:
+                self._start()
+                self._read_reports()
+            except OSError as error:
+                self._tell(error=EngineDeadError(f"the ranks cannot be started: {error}"))
+            finally:
+                for child in self._children:
+                    child.kill()
+
+    def _start(self) -> None:
+        for rank in range(1, self._config.tp):
+            reading, writing = os.pipe()
+            boot = {
+                "config": self._config.to_dict(),
+                "run_dir": str(self.run_dir),
+                "epoch": 0,
+                "index": rank,
+                "model_dir": str(self._model_dir),
+            }
+            name, fds = f"rank {rank}", {"plan": reading}
+            self._children.append(ChildProcess(name, "minisrv.engine.parallel", boot, fds))
+            self._pipes.append(writing)
+            os.close(reading)
+
+    def _read_reports(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake, selectors.EVENT_READ, None)
+            for child in self._children:
+                selector.register(child.status_fd, selectors.EVENT_READ, child)
+            while True:
+                for key, _ in selector.select():
+                    if key.data is None:
+                        return
+                    self._note(key.data)
+                    if key.data.ended:
+                        self._tell(error=key.data.error())
+                        return
+
+    def _note(self, child: ChildProcess) -> None:
+        for report in child.read_reports():
+            if isinstance(report, Progress) and report.phase == JOINING:
+                self._joining.add(child.name)
+                self._tell()
+
+    def _tell(self, error: MinisrvError | None = None) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()

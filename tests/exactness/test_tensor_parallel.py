@@ -1,0 +1,112 @@
+"""Two or more ranks give the tokens of transformers, as one does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from oracle import Way, compare, load_reference, make_prompts, reference_tokens, run
+from transformers import PreTrainedModel
+
+from checkpoints import make_checkpoint
+from minisrv.config import ServerConfig
+from minisrv.engine.engine import Engine
+from minisrv.errors import ConfigError, EngineDeadError
+from minisrv.llm import LLM
+from minisrv.scheduler.build import build_loop
+from minisrv.scheduler.channel import LocalChannel
+from minisrv.scheduler.loop import SchedulerLoop
+
+WAY = Way(True, 16, 64, 32, 1, "auto")
+
+
+@contextmanager
+def parallel_loop(model_dir: Path, tp: int, **options: Any) -> Iterator[SchedulerLoop]:
+    config = ServerConfig(
+        model=str(model_dir),
+        dtype="float32",
+        device="cpu",
+        tp=tp,
+        max_prefill_tokens=WAY.budget,
+        max_running_requests=32,
+        overlap_depth=WAY.overlap_depth,
+        num_threads=1,
+        **options,
+    )
+    loop = build_loop(config, model_dir, LocalChannel(), lambda phase, fraction: None)
+    assert isinstance(loop.engine, Engine)
+    try:
+        yield loop
+    finally:
+        loop.engine.close()
+
+
+@dataclass
+class Case:
+    model_dir: Path
+    model: PreTrainedModel
+
+
+@pytest.mark.parametrize(
+    ("architecture", "variant", "tp"),
+    [
+        ("llama", {"num_key_value_heads": 1, "vocab_size": 385}, 2),
+        ("qwen2", {"tie_word_embeddings": True, "vocab_size": 387}, 4),
+        ("qwen3", {}, 2),
+        ("qwen3_moe", {}, 2),
+    ],
+)
+def test_the_tokens_are_those_of_transformers(
+    tmp_path: Path, architecture: str, variant: dict[str, Any], tp: int
+) -> None:
+    model_dir = make_checkpoint(tmp_path, architecture, **variant)
+    model = load_reference(model_dir)
+    vocab_size = model.config.vocab_size
+    prompts = [*make_prompts(6, vocab_size, longest=300), *make_prompts(20, vocab_size, longest=40)]
+    expected = reference_tokens(model, prompts)
+    # So few pages that requests are retracted and go on.
+    with parallel_loop(model_dir, tp, page_size=16, num_pages=26) as loop:
+        outputs, _ = run(loop, prompts, WAY.at_once)
+        assert loop.scheduler.num_retractions > 0
+        loop.scheduler.check()
+    assert not compare(model, prompts, expected, outputs)
+
+
+def test_a_seeded_draw_is_the_same_with_one_rank_and_two() -> None:
+    texts = []
+    for tp in (1, 2):
+        with LLM("demo", dtype="float32", tp=tp, num_threads=1) as llm:
+            texts.append(
+                llm.generate(
+                    ["Count", "Hi"], temperature=1.5, seed=7, max_tokens=40, use_tqdm=False
+                )
+            )
+    assert texts[0] == texts[1]
+
+
+def test_the_death_of_a_rank_is_an_error_that_names_it() -> None:
+    with LLM("demo", tp=2, num_threads=1) as llm:
+        llm.generate("Count", max_tokens=3, use_tqdm=False)
+        engine = llm._loop.engine
+        assert isinstance(engine, Engine)
+        assert engine._ranks is not None
+        engine._ranks._children[0]._popen.kill()
+        for _ in range(2):
+            with pytest.raises(EngineDeadError, match=r"rank 1 process has died.*SIGKILL"):
+                llm.generate("Count", max_tokens=3, use_tqdm=False)
+
+
+def test_what_one_rank_refuses_is_the_error_of_all(tmp_path: Path) -> None:
+    model_dir = make_checkpoint(tmp_path, "llama")
+    (model_dir / "model.safetensors").write_bytes(b"nothing of use")
+    with pytest.raises(ConfigError, match="not a whole safetensors file"):
+        LLM(model_dir, tp=2)
+
+
+def test_a_model_that_cannot_be_split_is_refused_with_what_can(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--tp is 3; .*runs with --tp 1, 2, 4$"):
+        LLM(make_checkpoint(tmp_path, "llama"), tp=3)

@@ -1,0 +1,81 @@
+"""A server with two ranks: it answers, listens on loopback alone, and ends as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+from server_process import ServerProcess, open_requests, running
+
+from minisrv import LLM
+
+ARGUMENTS = ("--model", "demo", "--dtype", "float32", "--num-threads", "1")
+QUESTIONS = ["What is 58 + 67?", "Count from 3 to 9.", "Who are you?"]
+
+
+@pytest.fixture
+def server(socket_dir: Path) -> Iterator[ServerProcess]:
+    with running(*ARGUMENTS, "--tp", "2", tmp_dir=socket_dir, hash_engine=False) as server:
+        yield server
+
+
+def listeners(server: ServerProcess) -> list[tuple[str, str]]:
+    """The address and the module of every TCP listener of the process tree."""
+    family = [psutil.Process(server.popen.pid), *server.family]
+    return sorted(
+        (connection.laddr.ip, process.cmdline()[-1])
+        for process in family
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    )
+
+
+def test_two_ranks_answer_as_one_does_with_aborts_in_between(server: ServerProcess) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    answers = []
+    for question in QUESTIONS:
+        body = {"prompt": "go on", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as abandoned:
+            next(abandoned.iter_lines())
+        chunks = client.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": question}], stream=True
+        )
+        answers.append("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
+    with LLM("demo", dtype="float32", num_threads=1) as llm:
+        chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+        assert answers == llm.chat(chats, use_tqdm=False)
+    frontend, *others = sorted(listeners(server), key=lambda found: found[1] != "minisrv.frontend")
+    assert frontend == ("127.0.0.1", "minisrv.frontend")
+    assert {ip for ip, _ in others} <= {"127.0.0.1"}
+    assert {module for _, module in others} <= {"minisrv.scheduler", "minisrv.engine.parallel"}
+    server.popen.terminate()
+    assert server.wait(5) == 0
+    server.assert_nothing_is_left()
+
+
+def test_one_rank_opens_nothing_but_http(socket_dir: Path) -> None:
+    with running(*ARGUMENTS, tmp_dir=socket_dir, hash_engine=False) as server:
+        assert listeners(server) == [("127.0.0.1", "minisrv.frontend")]
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_the_death_of_a_rank_ends_all_and_is_told(server: ServerProcess, busy: bool) -> None:
+    requests = open_requests(server.url, num_streams=1, num_whole=0) if busy else ()
+    server.child("engine.parallel").kill()
+    for request in requests:
+        *_, error, done = request.join().events
+        assert "engine_dead" in error
+        assert done == "[DONE]"
+    assert server.wait(5) == 1
+    assert "the rank 1 process has died: it was killed by SIGKILL" in server.output
+    server.assert_nothing_is_left()
+
+
+def test_the_death_of_the_scheduler_ends_its_ranks(server: ServerProcess) -> None:
+    server.child("scheduler").kill()
+    assert server.wait(5) == 1
+    server.assert_nothing_is_left()
