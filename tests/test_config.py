@@ -91,7 +91,7 @@ def test_a_variable_sets_its_field_unless_a_flag_does(
         ({"port": 65536}, "--port is 65536; it must be from 0 to 65535"),
         ({"overlap_depth": 2}, "--overlap-depth is 2; it must be 0 or 1"),
         ({"tp": 0}, "--tp is 0; it must be at least 1"),
-        ({"attention_backend": "flashinfer"}, "flashinfer is not available yet"),
+        ({"attention_backend": "fast"}, "--attention-backend is 'fast'; it must be one of auto"),
         ({"dtype": "int8"}, "--dtype is 'int8'; it must be one of auto, bfloat16"),
         ({"kv_memory": "lots"}, "'lots' is no size"),
         ({"num_pages": True}, "--num-pages is True; it must be a int"),

@@ -102,10 +102,6 @@ class ServerConfig:
             raise ConfigError(f"--port is {self.port}; it must be from 0 to 65535")
         if self.overlap_depth not in (None, 0, 1):
             raise ConfigError(f"--overlap-depth is {self.overlap_depth}; it must be 0 or 1")
-        if self.attention_backend == "flashinfer":
-            raise ConfigError(
-                "--attention-backend flashinfer is not available yet; use torch_native"
-            )
         if self.kv_memory is not None:
             parse_size(self.kv_memory)
 

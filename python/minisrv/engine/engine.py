@@ -16,13 +16,10 @@ from torch import Tensor
 
 from minisrv.config import ServerConfig
 from minisrv.engine.attention.base import AttentionBackend
-from minisrv.engine.attention.cpu import CpuAttention
-from minisrv.engine.attention.torch_native import TorchNativeAttention
+from minisrv.engine.backends import choose_backends
 from minisrv.engine.cuda_memory import cuda_cache_bytes, largest_batch, measure_workspace
 from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput
 from minisrv.engine.kernels.base import Kernels
-from minisrv.engine.kernels.cpu import ATTENTION_HEAD_DIMS, load_cpu_kernels
-from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.decoder import Decoder
@@ -129,7 +126,8 @@ class Engine:
         self._pool = KVPool(
             model_config, num_kv_heads, config.page_size, weights.dtype, self._device
         )
-        self._kernels, self._attention = _choose_kernels(config, self._pool, weights)
+        num_heads = peers.partition.query_heads(model_config).length
+        self._kernels, self._attention = choose_backends(config, self._pool, num_heads)
         self._model = _build_model(model_config, weights, self._kernels, peers, self._attention)
         self._plan = self._plan_memory(config, weights.num_bytes)
         self._pool.allocate(self._plan.num_pages)
@@ -293,19 +291,6 @@ def _open_weights(
     return CheckpointWeights(
         model_dir, dtype=dtype, device=device, ignored=ignored, progress=progress
     )
-
-
-def _choose_kernels(
-    config: ServerConfig, pool: KVPool, weights: Weights
-) -> tuple[Kernels, AttentionBackend]:
-    dtype, device = weights.dtype, weights.device
-    compiled = None
-    if device.type == "cpu" and config.kernels == "auto":
-        compiled = load_cpu_kernels(dtype)
-    kernels: Kernels = compiled or TorchKernels()
-    if compiled and config.attention_backend == "auto" and pool.head_dim in ATTENTION_HEAD_DIMS:
-        return kernels, CpuAttention(pool, compiled)
-    return kernels, TorchNativeAttention(pool, dtype, device)
 
 
 def _build_model(

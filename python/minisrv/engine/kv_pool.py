@@ -28,15 +28,16 @@ class KVPool:
         device: torch.device,
     ) -> None:
         self._page_shape = (page_size, num_kv_heads, config.head_dim)
-        self._num_layers, self._dtype, self._device = config.num_layers, dtype, device
-        self.page_size, self.num_pages, self.head_dim = page_size, 0, config.head_dim
+        self._num_layers, self.dtype, self.device = config.num_layers, dtype, device
+        self.page_size, self.num_kv_heads, self.head_dim = self._page_shape
+        self.num_pages = 0
         self.pages: list[tuple[Tensor, Tensor]] = []
         self.slots: list[tuple[Tensor, Tensor]] = []
 
     @property
     def bytes_per_page(self) -> int:
         """What one page takes over all layers."""
-        return 2 * self._num_layers * math.prod(self._page_shape) * self._dtype.itemsize
+        return 2 * self._num_layers * math.prod(self._page_shape) * self.dtype.itemsize
 
     def allocate(self, num_pages: int) -> None:
         """Take the memory; what an earlier call took is dropped."""
@@ -48,7 +49,7 @@ class KVPool:
     def _zeros(self) -> Tensor:
         """Zeros, so that a masked slot never holds a NaN; on CPU touched only when used."""
         shape = (self._num_layers, self.num_pages, *self._page_shape)
-        if self._device.type != "cpu":
-            return torch.zeros(shape, dtype=self._dtype, device=self._device)
-        raw = np.zeros(math.prod(shape) * self._dtype.itemsize, np.uint8)
-        return torch.from_numpy(raw).view(self._dtype).view(shape)
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        raw = np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)
+        return torch.from_numpy(raw).view(self.dtype).view(shape)

@@ -58,8 +58,8 @@ class _PrefillChunk:
 class TorchNativeAttention:
     """See AttentionBackend."""
 
-    def __init__(self, pool: KVPool, dtype: torch.dtype, device: torch.device) -> None:
-        self._pool, self._dtype, self._device = pool, dtype, device
+    def __init__(self, pool: KVPool) -> None:
+        self._pool, self._dtype, self._device = pool, pool.dtype, pool.device
         self._decodes: list[_DecodeGroup] = []
         self._prefills: list[_PrefillChunk] = []
         self._num_decodes = 0

@@ -38,7 +38,10 @@ class Kernels(Protocol):
     def add_rms_norm_(
         self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
     ) -> Tensor:
-        """Add `delta_TC` to `x_TC` in place, then normalise into a new tensor scaled by `w_C`."""
+        """Add `delta_TC` to `x_TC` in place, then normalise it, scaled by `w_C`.
+
+        The result is a new tensor, or lies in `delta_TC`.
+        """
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """[T, 2 F] -> a new [T, F]: silu of the first half times the second."""

@@ -1,0 +1,66 @@
+"""Which implementations of operators and attention suit the device, the type and the options."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from minisrv.config import ServerConfig
+from minisrv.engine.attention.base import AttentionBackend
+from minisrv.engine.attention.cpu import CpuAttention
+from minisrv.engine.attention.torch_native import TorchNativeAttention
+from minisrv.engine.kernels.base import Kernels
+from minisrv.engine.kernels.cpu import ATTENTION_HEAD_DIMS, load_cpu_kernels
+from minisrv.engine.kernels.torch_native import TorchKernels
+from minisrv.engine.kv_pool import KVPool
+from minisrv.errors import ConfigError
+
+logger = logging.getLogger("minisrv.engine")
+
+
+def choose_backends(
+    config: ServerConfig, pool: KVPool, num_heads: int
+) -> tuple[Kernels, AttentionBackend]:
+    """The fastest that can be used, with a warning where one is missing.
+
+    num_heads: query heads of this rank. Raises ConfigError for FlashInfer on a CPU.
+    """
+    if pool.device.type == "cuda":
+        return _cuda_kernels(config), _cuda_attention(config, pool, num_heads)
+    if config.attention_backend == "flashinfer":
+        raise ConfigError("--attention-backend flashinfer needs a GPU; the device here is a CPU")
+    compiled = load_cpu_kernels(pool.dtype) if config.kernels == "auto" else None
+    kernels: Kernels = compiled or TorchKernels()
+    if compiled and config.attention_backend == "auto" and pool.head_dim in ATTENTION_HEAD_DIMS:
+        return kernels, CpuAttention(pool, compiled)
+    return kernels, TorchNativeAttention(pool)
+
+
+def _cuda_kernels(config: ServerConfig) -> Kernels:
+    if config.kernels == "auto":
+        try:
+            from minisrv.engine.kernels.cuda import CudaKernels
+
+            return CudaKernels()
+        except ImportError as error:
+            logger.warning("torch's operators are used, which are slower: %s", error)
+    return TorchKernels()
+
+
+def _cuda_attention(config: ServerConfig, pool: KVPool, num_heads: int) -> AttentionBackend:
+    if config.attention_backend != "torch_native":
+        try:
+            from minisrv.engine.attention import flashinfer
+
+            if pool.dtype in flashinfer.DTYPES and pool.head_dim in flashinfer.HEAD_DIMS:
+                return flashinfer.FlashInferAttention(pool, num_heads)
+            lacking = f"FlashInfer has no heads of {pool.head_dim} {_name(pool.dtype)} numbers"
+        except ImportError as error:
+            lacking = str(error)
+        logger.warning("torch's attention is used, which is slower: %s", lacking)
+    return TorchNativeAttention(pool)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,50 @@
+"""The operators on a GPU: FlashInfer's where it has them, Triton's for the rest."""
+
+# Shapes: as in base.py.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minisrv.engine.kernels.base import CacheSlots, QKNormWeights, RopeRows
+from minisrv.engine.kernels.triton_rotate import norm_rotate_store
+
+
+class CudaKernels:
+    """See Kernels. Raises ImportError where flashinfer or triton is not installed."""
+
+    def __init__(self) -> None:
+        import flashinfer
+
+        self._flashinfer = flashinfer
+
+    def add_rms_norm_(
+        self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
+    ) -> Tensor:
+        """See Kernels."""
+        if delta_TC is None:
+            normed: Tensor = self._flashinfer.rmsnorm(x_TC, w_C, eps)
+            return normed
+        self._flashinfer.fused_add_rmsnorm(delta_TC, x_TC, w_C, eps)
+        return delta_TC
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """See Kernels."""
+        out: Tensor = self._flashinfer.silu_and_mul(gate_up)
+        return out
+
+    def norm_rotate_store_(
+        self,
+        qkv_TAD: Tensor,
+        num_heads: int,
+        norm: QKNormWeights | None,
+        rope_rows: RopeRows,
+        cache: CacheSlots,
+    ) -> None:
+        """See Kernels."""
+        norm_rotate_store(qkv_TAD, num_heads, norm, rope_rows, cache)
+
+    def argmax(self, logits_SV: Tensor) -> Tensor:
+        """See Kernels."""
+        return torch.argmax(logits_SV, -1)

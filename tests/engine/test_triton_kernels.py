@@ -1,0 +1,85 @@
+"""The Triton kernels: right in the interpreter, and compiled for the GPUs they are meant for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+# The interpreter is chosen when a kernel is defined: another process, so that no test is moved.
+_COMPARE = """
+import torch
+from minisrv.engine.kernels.base import CacheSlots, QKNormWeights
+from minisrv.engine.kernels.torch_native import TorchKernels
+from minisrv.engine.kernels.triton_rotate import norm_rotate_store
+
+torch.manual_seed(0)
+for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
+    for head_dim in (16, 64, 80, 128):
+        for with_norm in (False, True):
+            num_heads, num_kv_heads, num_tokens, num_slots = 6, 2, 5, 40
+            qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
+            q_D, k_D = torch.rand(2, head_dim)
+            rope = torch.randn(2, num_tokens, 1, head_dim)
+            slots = torch.randperm(num_slots)[:num_tokens]
+            results = []
+            for function, to in (
+                (norm_rotate_store, dtype), (TorchKernels().norm_rotate_store_, torch.float32)
+            ):
+                def at(tensor):
+                    return tensor.to(dtype).to(to, copy=True)
+                norm = QKNormWeights(at(q_D), at(k_D), 1e-6) if with_norm else None
+                keys = torch.zeros(num_slots, num_kv_heads, head_dim, dtype=to)
+                values = torch.zeros_like(keys)
+                given = at(qkv)
+                cache = CacheSlots(slots, keys, values)
+                function(given, num_heads, norm, at(rope).unbind(0), cache)
+                results.append((given, keys, values))
+            for ours, expected in zip(*results, strict=True):
+                torch.testing.assert_close(ours.float(), expected, rtol=tolerance, atol=tolerance)
+print("all alike")
+"""
+
+_COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from minisrv.engine.kernels import triton_rotate
+
+for norm in (False, True):
+    for kind in ("bf16", "fp16"):
+        pointer = "*" + kind
+        names = ("qkv", "q_weight", "k_weight", "cos", "sin", "slots", "keys", "values")
+        signature = {name: pointer for name in names} | {"slots": "*i64", "eps": "fp32"}
+        constants = {"NUM_HEADS": 16, "NUM_KV_HEADS": 8, "HALF": 64, "BLOCK": 64, "NORM": norm}
+        signature |= {name: "constexpr" for name in constants}
+        source = ASTSource(triton_rotate._norm_rotate_store, signature, constants)
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+        assert ".target sm_90" in built.asm["ptx"]
+        assert built.asm["cubin"]
+print("compiled")
+"""
+
+
+def run(code: str, **variables: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_interpreted_kernel_does_what_torch_does() -> None:
+    assert run(_COMPARE, TRITON_INTERPRET="1") == "all alike\n"
+
+
+def test_the_kernel_compiles_for_hopper() -> None:
+    assert run(_COMPILE) == "compiled\n"
