@@ -142,7 +142,7 @@ def test_sparse_layers_follow_the_step_and_the_dense_list(tmp_path: Path) -> Non
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM"),
         ({"architectures": None}, r"\(none\)"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.*unquantized"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.*awq.*unquantized"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope'"),

@@ -49,6 +49,13 @@ class MoeConfig:
     sparse_layers: frozenset[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Fp8Config:
+    """Weights are stored as FP8 with scales. block: rows and columns of one scale, if of blocks."""
+
+    block: tuple[int, int] | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """One checkpoint. `max_position` is the model's context, `max_seq_len` the one to serve.
@@ -74,6 +81,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     moe: MoeConfig | None = None
+    fp8: Fp8Config | None = None
     dtype: Dtype | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -125,7 +133,6 @@ SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
 
 # Keys that change the result where they hold anything but null, and that no family reads.
 _REFUSED_KEYS = (
-    "quantization_config",
     "attn_logit_softcapping",
     "final_logit_softcapping",
     "query_pre_attn_scalar",
@@ -199,6 +206,7 @@ def load_model_config(path: str | Path, max_seq_len: int | None = None) -> Model
         o_bias=attention_bias and family.qkv_bias is None,
         mlp_bias=family.reads_mlp_bias and bool(raw.get("mlp_bias", False)),
         moe=_moe(raw) if family.moe else None,
+        fp8=_fp8(raw.get("quantization_config")),
         dtype=_dtype(raw),
         bos_token_id=_token_id(_first_set("bos_token_id", generation, raw)),
         eos_token_ids=_token_ids(_first_set("eos_token_id", generation, raw)),
@@ -236,16 +244,38 @@ def _family(raw: Json) -> tuple[str, _Family]:
 def _refuse_keys(raw: Json) -> None:
     for key in _REFUSED_KEYS:
         if raw.get(key) is not None:
-            way_out = "; use an unquantized checkpoint" if key == "quantization_config" else ""
-            raise UnsupportedModelError(
-                f"config.json has {key}, which minisrv does not implement{way_out}"
-            )
+            raise UnsupportedModelError(f"config.json has {key}, which minisrv does not implement")
     act = raw.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
         raise UnsupportedModelError(f"config.json has hidden_act {act!r}; minisrv has silu alone")
     unknown = set(raw.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
     if unknown:
         raise UnsupportedModelError(f"config.json has layers of type {', '.join(sorted(unknown))}")
+
+
+def _fp8(quantization: Json | None) -> Fp8Config | None:
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method")
+    block = quantization.get("weight_block_size")
+    known = method in ("fp8", "fbgemm_fp8")
+    if method == "compressed-tensors":
+        weights = [g.get("weights") or {} for g in quantization.get("config_groups", {}).values()]
+        blocks = [tuple(w["block_structure"]) for w in weights if w.get("block_structure")]
+        block = blocks[0] if blocks else None
+        plain = all(w.get("type") == "float" and w.get("num_bits") == 8 for w in weights)
+        known = bool(weights) and plain and len(set(blocks)) <= 1
+    if not known:
+        raise UnsupportedModelError(
+            f"config.json has quantization_config with quant_method {method!r}; minisrv reads FP8 "
+            "weights (fp8, fbgemm_fp8, compressed-tensors with 8-bit floats) and unquantized ones"
+        )
+    if block is None:
+        return Fp8Config()
+    whole = len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)
+    if not whole:
+        raise ConfigError(f"config.json has weight_block_size {block!r}; it must be two sizes")
+    return Fp8Config((block[0], block[1]))
 
 
 def _positive(raw: Json, key: str, default: int | None = None) -> int:

@@ -120,6 +120,8 @@ class Engine:
         )
         weights = _open_weights(config, model_dir, model_config, self._device, progress)
         self.placement = f"{str(weights.dtype).removeprefix('torch.')} on {kind}"
+        if model_config.fp8 is not None:
+            self.placement += ", dequantized from FP8"
         if config.tp > 1:
             self.placement += f", {config.tp} ranks"
         num_kv_heads = peers.partition.kv_heads(model_config).length
@@ -289,7 +291,12 @@ def _open_weights(
         return DummyWeights(dtype=dtype, device=device)
     ignored = [HEAD_NAME] if model_config.tie_word_embeddings else []
     return CheckpointWeights(
-        model_dir, dtype=dtype, device=device, ignored=ignored, progress=progress
+        model_dir,
+        dtype=dtype,
+        device=device,
+        ignored=ignored,
+        fp8=model_config.fp8,
+        progress=progress,
     )
 
 

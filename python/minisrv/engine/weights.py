@@ -15,14 +15,18 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from minisrv.engine.fp8 import DTYPES as FP8_DTYPES
+from minisrv.engine.fp8 import SCALE_SUFFIXES, dequantize
 from minisrv.engine.parallel.partition import Cut
 from minisrv.errors import ConfigError
+from minisrv.model_config import Fp8Config
 
 Progress = Callable[[str, float], None]
 
 _NAMES_SHOWN = 5
 _INDEX = "model.safetensors.index.json"
 _NOT_PARAMETERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
+_ACTIVATION_SCALES = re.compile(r"\.(input|activation|k|v|q)_scale$")
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -43,8 +47,10 @@ class Weights(Protocol):
 class CheckpointWeights:
     """The safetensors files of a directory, one or sharded with an index.
 
-    `ignored` are names that may be in the files though the model does not ask for them. Raises
-    ConfigError for files that are missing or broken, a wrong shape, and names that do not agree.
+    `ignored` are names that may be in the files though the model does not ask for them. FP8 weights
+    are multiplied by their scales; scales of activations, which are not quantized here, are left.
+    Raises ConfigError for files that are missing or broken, a wrong shape, and names that do not
+    agree.
     """
 
     def __init__(
@@ -54,9 +60,10 @@ class CheckpointWeights:
         dtype: torch.dtype | None,
         device: torch.device,
         ignored: Sequence[str] = (),
+        fp8: Fp8Config | None = None,
         progress: Progress = lambda stage, fraction: None,
     ) -> None:
-        self.device, self.num_bytes = device, 0
+        self.device, self.num_bytes, self._fp8 = device, 0, fp8
         self._file_of: dict[str, Any] = {
             name: file
             for file in _open_files(directory)
@@ -65,6 +72,8 @@ class CheckpointWeights:
         self.dtype = dtype or self._stored_dtype()
         self._left = {name for name in self._file_of if not _NOT_PARAMETERS.search(name)}
         self._left -= set(ignored)
+        if fp8 is not None:
+            self._left = {name for name in self._left if not _ACTIVATION_SCALES.search(name)}
         self._num_tensors = max(1, len(self._left))
         self._missing: list[str] = []
         self._progress = progress
@@ -84,6 +93,8 @@ class CheckpointWeights:
         tensor: torch.Tensor = (
             file.get_tensor(name) if cut is None else file.get_slice(name)[_index(cut)]
         )
+        if tensor.dtype in FP8_DTYPES:
+            tensor = self._dequantized(name, tensor, stored, cut)
         if not tensor.is_floating_point():
             raise ConfigError(f"the checkpoint's {name} holds {tensor.dtype}, no plain weights")
         self._left.discard(name)
@@ -102,14 +113,31 @@ class CheckpointWeights:
             raise ConfigError(f"the checkpoint {' and '.join(problems)}")
         self._file_of.clear()
 
-    def _stored_dtype(self) -> torch.dtype:
-        name = next(iter(self._file_of))
-        stored = self._file_of[name].get_slice(name).get_dtype()
-        if stored not in _DTYPES:
+    def _dequantized(
+        self, name: str, weight: torch.Tensor, shape: tuple[int, ...], cut: Cut | None
+    ) -> torch.Tensor:
+        if self._fp8 is None:
             raise ConfigError(
-                f"config.json has no dtype and the checkpoint holds {stored}; give --dtype"
+                f"the checkpoint's {name} holds {weight.dtype}; config.json has no "
+                "quantization_config that says how"
             )
-        return _DTYPES[stored]
+        found = [name + suffix for suffix in SCALE_SUFFIXES if name + suffix in self._file_of]
+        if not found:
+            self._missing.append(name + SCALE_SUFFIXES[-1])
+            return weight.float()
+        self._left.discard(found[0])
+        scale = self._file_of[found[0]].get_tensor(found[0])
+        return dequantize(name, weight, scale, shape, cut, self._fp8)
+
+    def _stored_dtype(self) -> torch.dtype:
+        """The type of the first tensor in one that can be computed in."""
+        kinds = [file.get_slice(name).get_dtype() for name, file in self._file_of.items()]
+        known = [_DTYPES[kind] for kind in kinds if kind in _DTYPES]
+        if not known:
+            raise ConfigError(
+                f"config.json has no dtype and the checkpoint holds {kinds[0]}; give --dtype"
+            )
+        return known[0]
 
 
 class DummyWeights:
