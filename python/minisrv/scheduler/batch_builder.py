@@ -19,22 +19,28 @@ class BatchBuilder:
         self._min_p = np.zeros(num_rows, np.float32)
         self._seeds = np.zeros(num_rows, np.int64)
         self._choices = np.zeros(num_rows, np.int32)
+        self._min_tokens = np.zeros(num_rows, np.int32)
 
     def build(self, step: Step) -> ForwardBatch:
         """The batch of a step; called once for each, in order."""
-        chunks = step.chunks
-        rows = np.array([c.request.lease.row for c in chunks if c.request.lease], np.int32)
-        for chunk, row in zip(step.prefills, rows[len(step.decodes) :], strict=True):
-            self._set_row(int(row), chunk.request)
-        prompts = [c.request.prefill_ids[c.start : c.start + c.length] for c in step.prefills]
-        sample_indices = np.array([index for index, _ in step.samples], np.int32)
+        decodes, prefills = step.decodes, step.prefills
+        requests = decodes + [chunk.request for chunk in prefills]
+        rows = np.array([r.lease.row for r in requests if r.lease], np.int32)
+        for request, row in zip(requests[len(decodes) :], rows[len(decodes) :], strict=True):
+            self._set_row(int(row), request)
+        prompts = [c.request.prefill_ids[c.start : c.start + c.length] for c in prefills]
+        starts = [r.computed - 1 for r in decodes] + [chunk.start for chunk in prefills]
+        query_lens = np.ones(len(requests), np.int32)
+        query_lens[len(decodes) :] = [chunk.length for chunk in prefills]
+        sample_indices = np.arange(len(decodes) + len(step.sampling_prefills), dtype=np.int32)
+        sample_indices[len(decodes) :] = [len(decodes) + i for i in step.sampling_prefills]
         places = np.array(list(step.page_writes), np.int32).reshape(-1, 2)
         return ForwardBatch(
             step_id=step.step_id,
-            num_decodes=len(step.decodes),
+            num_decodes=len(decodes),
             rows=rows,
-            query_lens=np.array([c.length for c in chunks], np.int32),
-            start_positions=np.array([c.start for c in chunks], np.int32),
+            query_lens=query_lens,
+            start_positions=np.array(starts, np.int32),
             prefill_ids=np.concatenate(prompts) if prompts else np.empty(0, np.int32),
             page_rows=np.ascontiguousarray(places[:, 0]),
             page_columns=np.ascontiguousarray(places[:, 1]),
@@ -52,14 +58,16 @@ class BatchBuilder:
         self._min_p[row] = sampling.min_p
         self._seeds[row] = request.seed
         self._choices[row] = request.choice
+        self._min_tokens[row] = sampling.min_tokens
 
     def _columns(self, step: Step, rows: Int32Array) -> SamplingColumns:
-        suppressed = [
-            (sample, token_id)
-            for sample, (_, request) in enumerate(step.samples)
-            if request.sampling.min_tokens
-            for token_id in request.suppressed_ids
-        ]
+        suppressed = []
+        if self._min_tokens[rows].any():
+            suppressed = [
+                (sample, token_id)
+                for sample, request in enumerate(step.samples)
+                for token_id in request.suppressed_ids
+            ]
         pairs = np.array(suppressed, np.int32).reshape(-1, 2)
         return SamplingColumns(
             temperature=self._temperature[rows],

@@ -79,7 +79,7 @@ class SchedulerLoop:
             DetokenizeMsg(
                 uids=np.array(replies.uids, np.int64),
                 token_ids=np.array(replies.token_ids, np.int32),
-                finishes=np.array(replies.finishes, np.uint8),
+                finishes=np.frombuffer(bytes(replies.finishes), np.uint8),
                 starts=tuple(replies.starts),
                 failures=tuple(replies.failures),
                 epoch=self.channel.epoch,

@@ -30,7 +30,7 @@ class Request:
     `arrival` orders requests for ever, also after a retraction. `prefill_ids` are the tokens that
     must be in the cache before the next one can be sampled: the prompt, and after a retraction
     the output so far. `computed` counts the positions computed or in a launched step; `pending`
-    the sampled tokens that have not come back.
+    the sampled tokens that have not come back; `last_step` is the last step that it was in.
     """
 
     uid: int
@@ -51,9 +51,13 @@ class Request:
     started: bool = False
     retracted: bool = False
     bypassed: int = 0
+    last_step: int = 0
+    _ends: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.prefill_ids = self.prompt_ids
+        eos = frozenset[int]() if self.sampling.ignore_eos else self.eos_ids
+        self._ends = eos.union(self.sampling.stop_token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -64,11 +68,6 @@ class Request:
     def prefilling(self) -> bool:
         """Whether tokens are missing in the cache before the next can be sampled."""
         return self.computed < len(self.prefill_ids)
-
-    @property
-    def wants_decode(self) -> bool:
-        """Whether a decode is useful: the tokens in flight may be the last already."""
-        return not self.prefilling and len(self.output_ids) + self.pending < self.max_tokens
 
     @property
     def suppressed_ids(self) -> tuple[int, ...]:
@@ -84,13 +83,12 @@ class Request:
 
     def append(self, token_id: int) -> Finish:
         """Take a sampled token; says whether it ends the request."""
-        self.output_ids.append(token_id)
-        if len(self.output_ids) > self.sampling.min_tokens:
-            if token_id in self.eos_ids and not self.sampling.ignore_eos:
-                return Finish.STOP
-            if token_id in self.sampling.stop_token_ids:
-                return Finish.STOP_TOKEN
-        return Finish.LENGTH if len(self.output_ids) >= self.max_tokens else Finish.NONE
+        output = self.output_ids
+        output.append(token_id)
+        if token_id in self._ends and len(output) > self.sampling.min_tokens:
+            is_eos = token_id in self.eos_ids and not self.sampling.ignore_eos
+            return Finish.STOP if is_eos else Finish.STOP_TOKEN
+        return Finish.LENGTH if len(output) >= self.max_tokens else Finish.NONE
 
     def start(self) -> Start:
         """What the detokenizer and the frontend need to know of this request."""

@@ -31,18 +31,22 @@ class Chunk:
 
 @dataclass(slots=True)
 class Step:
-    """Decodes first, then prefill chunks; `samples` are the requests that get a token, in order."""
+    """Decodes of one token first, each the position before its request's `computed`, then chunks.
+
+    All decodes get a token, and the chunks that end their prompt: `sampling_prefills` are indices
+    into `prefills`.
+    """
 
     step_id: int
-    decodes: list[Chunk] = field(default_factory=list)
+    decodes: list[Request] = field(default_factory=list)
     prefills: list[Chunk] = field(default_factory=list)
-    samples: list[tuple[int, Request]] = field(default_factory=list)  # (index in chunks, request)
+    sampling_prefills: list[int] = field(default_factory=list)
     page_writes: dict[tuple[int, int], int] = field(default_factory=dict)
 
     @property
-    def chunks(self) -> list[Chunk]:
-        """All work of the step, in the order of the batch."""
-        return self.decodes + self.prefills
+    def samples(self) -> list[Request]:
+        """The requests that get a token, in order."""
+        return self.decodes + [self.prefills[i].request for i in self.sampling_prefills]
 
 
 @dataclass(slots=True)
@@ -96,7 +100,6 @@ class Scheduler:
         self._replies = Replies()
         self._arrivals = 0
         self._step_id = 0
-        self._in_step: set[int] = set()
         self._retracted = False
 
     @property
@@ -139,30 +142,38 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step, or None when nothing can be computed now."""
         step = Step(self._step_id + 1)
-        self._in_step = set()
         self._retracted = False
-        self._schedule_decodes(step)
-        self._schedule_prefills(step)
+        prefilling = self._schedule_decodes(step)
+        self._schedule_prefills(step, prefilling)
         if not step.decodes and not step.prefills:
             return None
         self._step_id = step.step_id
-        for index, chunk in enumerate(step.chunks):
-            self._launch_chunk(step, index, chunk)
+        for index, chunk in enumerate(step.prefills):
+            if not chunk.request.prefilling:
+                chunk.request.pending += 1
+                step.sampling_prefills.append(index)
         step.page_writes = self.cache.take_page_writes()
         return step
 
     def settle(self, step: Step, token_ids: list[int]) -> None:
         """Take the tokens of a step that is done; `token_ids` in the order of `step.samples`."""
         self.cache.settle(step.step_id)
-        for (_, request), token_id in zip(step.samples, token_ids, strict=True):
+        replies, finished = self._replies, Status.FINISHED
+        add_uid, add_token = replies.uids.append, replies.token_ids.append
+        add_finish = replies.finishes.append
+        for request, token_id in zip(step.samples, token_ids, strict=True):
             request.pending -= 1
-            if request.status is Status.FINISHED:
+            if request.status is finished:
                 continue
             finish = request.append(token_id)
-            if finish is Finish.NONE:
-                self._replies.add(request, token_id, finish)
-            else:
+            if finish:
                 self._finish(request, token_id, finish)
+            elif not request.started:
+                replies.add(request, token_id, finish)
+            else:
+                add_uid(request.uid)
+                add_token(token_id)
+                add_finish(finish)
 
     def take_replies(self) -> Replies:
         """What has come since the last call."""
@@ -202,18 +213,35 @@ class Scheduler:
             code="context_length_exceeded",
         )
 
-    def _schedule_decodes(self, step: Step) -> None:
-        for request in self.running[:]:
-            if request.status is not Status.RUNNING or not request.wants_decode:
-                continue
-            if self._reserve(request, request.computed + 1) > request.computed:
-                step.decodes.append(Chunk(request, request.computed, 1))
-                self._in_step.add(request.uid)
+    def _schedule_decodes(self, step: Step) -> list[Request]:
+        """Take the next token of all that decode; it counts as computed, for steps run in order.
 
-    def _schedule_prefills(self, step: Step) -> None:
+        Returns the requests that prefill. The one loop over everybody: it is kept lean.
+        """
+        step_id, page_size = step.step_id, self.cache.page_size
+        decodes, prefilling = step.decodes, list[Request]()
+        for request in self.running[:]:
+            lease, position = request.lease, request.computed
+            if lease is None:  # retracted for one before it
+                continue
+            if position < len(request.prefill_ids):
+                prefilling.append(request)
+                continue
+            if len(request.output_ids) + request.pending >= request.max_tokens:
+                continue
+            full = position >= len(lease.pages) * page_size
+            if full and self._reserve(request, position + 1, step_id) <= position:
+                continue
+            request.computed = position + 1
+            request.pending += 1
+            request.last_step = lease.last_step = step_id
+            decodes.append(request)
+        return prefilling
+
+    def _schedule_prefills(self, step: Step, prefilling: list[Request]) -> None:
         """Fill the budget, oldest first; the oldest leaves a quarter of it to the next."""
         budget = self.max_prefill_tokens
-        candidates = self._prefill_candidates(step.step_id)
+        candidates = self._prefill_candidates(step.step_id, prefilling)
         first = next(candidates, None)
         if first is None:
             return
@@ -224,15 +252,14 @@ class Scheduler:
         if budget > 0 and step.prefills and step.prefills[0].request is first:
             self._extend_chunk(step, step.prefills[0], budget)
 
-    def _prefill_candidates(self, step_id: int) -> Iterator[Request]:
+    def _prefill_candidates(self, step_id: int, prefilling: list[Request]) -> Iterator[Request]:
         """Requests that may prefill now, each with a lease and what the cache has for it.
 
         Nobody is admitted in a step that had to retract. A waiter that has no room is passed by at
         most MAX_BYPASSES younger ones.
         """
-        for request in self.running[:]:
-            running = request.status is Status.RUNNING and request.prefilling
-            if running and self._match(request, step_id):
+        for request in prefilling:
+            if request.status is Status.RUNNING and self._match(request, step_id):
                 yield request
         passed: list[Request] = []
         for request in self.waiting:
@@ -297,12 +324,11 @@ class Scheduler:
         end = min(len(request.prefill_ids), start + budget)
         if end <= start:
             return 0
-        length = self._reserve(request, end) - start
+        length = self._reserve(request, end, step.step_id) - start
         if length <= 0:
             return 0
         chunk = Chunk(request, start, 0)
         step.prefills.append(chunk)
-        self._in_step.add(request.uid)
         self._lengthen(step, chunk, length)
         return length
 
@@ -319,21 +345,10 @@ class Scheduler:
         assert request.lease is not None
         chunk.length += length
         request.computed += length
-        request.lease.last_step = step.step_id
+        request.last_step = request.lease.last_step = step.step_id
         self.cache.share(request.lease, request.prefill_ids, request.computed, step.step_id)
 
-    def _launch_chunk(self, step: Step, index: int, chunk: Chunk) -> None:
-        """Count a chunk as computed, since steps run in order."""
-        request = chunk.request
-        assert request.lease is not None
-        if index < len(step.decodes):
-            request.computed += 1
-            request.lease.last_step = step.step_id
-        if not request.prefilling:
-            request.pending += 1
-            step.samples.append((index, request))
-
-    def _reserve(self, request: Request, num_tokens: int) -> int:
+    def _reserve(self, request: Request, num_tokens: int, step_id: int) -> int:
         """Pages for up to `num_tokens`; returns how many fit.
 
         Retracts newer requests, but none that is in this step already.
@@ -344,7 +359,7 @@ class Scheduler:
             if fits > request.computed or self.cache.num_returning:
                 return fits
             victim = self.running[-1]
-            if victim.arrival <= request.arrival or victim.uid in self._in_step:
+            if victim.arrival <= request.arrival or victim.last_step == step_id:
                 return fits
             self._retract(victim)
 

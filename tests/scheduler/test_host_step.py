@@ -1,0 +1,24 @@
+"""The micro-benchmark of the host's time drives real requests to their ends."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+MICRO = Path(__file__).parent.parent.parent / "benchmark" / "micro"
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_the_benchmark_measures_steps_that_serve_requests(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(MICRO))
+    import host_step
+
+    timings, clients = host_step.run(batch, 600)
+    assert len(timings.decodes) == 600
+    assert clients.num_finished > 0  # each has been held to the number of tokens it asked for
+    assert len(clients.wanted) >= batch - 1
+    sys.modules.pop("host_step")
