@@ -150,7 +150,9 @@ def test_decode_attention(
 
 @pytest.mark.parametrize("head_dim", ATTENTION_HEAD_DIMS)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
-@pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 77), (16, 3), (100, 33), (2000, 150)])
+@pytest.mark.parametrize(
+    ("start", "length"), [(0, 1), (0, 77), (16, 3), (100, 33), (1023, 70), (2000, 150)]
+)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (12, 2), (72, 1)])
 def test_prefill_attention(
     kernels: CpuKernels,

@@ -404,7 +404,7 @@ void prefill_attention(const T* q, long q_stride, const Cache<T>& cache, const i
       read_queries(q + first * q_stride + first_head, q_stride, count, group * size,
                    queries.data());
       for (long begin = 0; begin < end;) {
-        const bool is_last = begin + segment > all_see;
+        const bool is_last = begin + segment >= all_see;  // so that every row sees some of it
         const long cut = is_last ? end : begin + segment;
         attend<T, CHUNKS>(queries.data(), cache, pages, kv_head, count * group, group, begin,
                           is_last ? all_see : cut, cut, scale, scores.data(),

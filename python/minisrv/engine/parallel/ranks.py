@@ -45,11 +45,13 @@ class Ranks:
     def wait_until_joining(self) -> None:
         """Block until every rank is about to join the group. Raises what ended one."""
         with self._changed:
-            self._changed.wait_for(
+            joined = self._changed.wait_for(
                 lambda: self._error or len(self._joining) == self._config.tp - 1,
                 self._config.start_timeout_s,
             )
         self.check()
+        if not joined:
+            raise EngineDeadError("the ranks did not start within --start-timeout-s")
 
     def send(self, batch: ForwardBatch) -> None:
         """Have all ranks compute a step. Raises EngineDeadError when one has died."""
@@ -81,6 +83,8 @@ class Ranks:
         if self._thread.is_alive():
             os.write(self._woken, b"e")
             self._thread.join()
+        while self._pipes:
+            os.close(self._pipes.pop())
         self._error = self._error or EngineDeadError("the ranks of this model have been ended")
 
     def _watch(self) -> None:
