@@ -12,6 +12,8 @@ from torch import Tensor
 
 from minisrv.model_config import ModelConfig
 
+_TOUCHED_BYTES = 256 * 2**20
+
 
 class KVPool:
     """Keys and values, a pair of tensors a layer.
@@ -47,9 +49,15 @@ class KVPool:
         self.slots = [(keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in self.pages]
 
     def _zeros(self) -> Tensor:
-        """Zeros, so that a masked slot never holds a NaN; on CPU touched only when used."""
+        """Zeros, so that a masked slot never holds a NaN.
+
+        On CPU the system gives memory at its first use, at some 2 ms a MiB: the pages that are
+        handed out first are touched here, so that no step has to wait for them.
+        """
         shape = (self._num_layers, self.num_pages, *self._page_shape)
         if self.device.type != "cpu":
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
         raw = np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)
-        return torch.from_numpy(raw).view(self.dtype).view(shape)
+        zeros = torch.from_numpy(raw).view(self.dtype).view(shape)
+        zeros[:, : _TOUCHED_BYTES // self.bytes_per_page] = 0
+        return zeros

@@ -9,7 +9,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -37,6 +42,10 @@ inline void store(bf16& to, float value) {
   const uint32_t rounded = word + 0x7fff + ((word >> 16) & 1);
   to.bits = uint16_t((value != value ? 0x7fc00000u : rounded) >> 16);
 }
+
+inline void convert(float& to, float value) { to = value; }
+inline void convert(float& to, bf16 value) { to = load(value); }
+inline void convert(bf16& to, bf16 value) { to = value; }
 
 // 16 floats; the compiler splits them where the machine's registers are smaller.
 typedef float Lanes __attribute__((vector_size(64)));
@@ -265,6 +274,34 @@ void score_many(const float* q, long rows, const Lanes tile[kLanes][CHUNKS], flo
   }
 }
 
+// Softmax in place over the first `length` of `row_size` scores; the others become 0. Returns the
+// logarithm of the sum of the exponentials.
+inline float softmax(float* row, long length, long row_size) {
+  float top = row[0], sum = 0;
+#pragma omp simd reduction(max : top)
+  for (long t = 0; t < length; ++t) top = std::max(top, row[t]);
+#pragma omp simd reduction(+ : sum)
+  for (long t = 0; t < length; ++t) sum += row[t] = exp_negative(row[t] - top);
+  const float share = 1.0f / sum;
+#pragma omp simd
+  for (long t = 0; t < length; ++t) row[t] *= share;
+  std::fill(row + length, row + row_size, 0.0f);
+  return top + std::log(sum);
+}
+
+// out += the rows of the tile, each times its weight.
+template <int CHUNKS>
+void add_values(const float* weights, const Lanes tile[kLanes][CHUNKS], float* out) {
+  Lanes even[CHUNKS] = {}, odd[CHUNKS];
+  std::memcpy(odd, out, sizeof odd);
+  for (long t = 0; t < kLanes; t += 2)
+    for (long c = 0; c < CHUNKS; ++c) {
+      even[c] += weights[t] * tile[t][c];
+      odd[c] += weights[t + 1] * tile[t + 1][c];
+    }
+  for (long c = 0; c < CHUNKS; ++c) store_lanes(out + c * kLanes, even[c] + odd[c]);
+}
+
 // Query rows that read the same key head of the same pages, over positions begin .. end. Row r sees
 // those before first_end + r / group: the G rows of a query position see one more than those of the
 // position before. q and out: [rows, D]; lse: [rows]; scores: room for `rows` times the positions
@@ -287,33 +324,105 @@ void attend(const float* q, const Cache<T>& cache, const int32_t* pages, long kv
   }
   for (long r = 0; r < rows; ++r) {
     const long length = std::min(end, first_end + r / group) - begin;
-    float* row = scores + r * row_size;
-    float top = row[0], sum = 0;
-#pragma omp simd reduction(max : top)
-    for (long t = 0; t < length; ++t) top = std::max(top, row[t]);
-#pragma omp simd reduction(+ : sum)
-    for (long t = 0; t < length; ++t) sum += row[t] = exp_negative(row[t] - top);
-    lse[r] = top + std::log(sum);
-    const float share = 1.0f / sum;
-#pragma omp simd
-    for (long t = 0; t < length; ++t) row[t] *= share;
-    std::fill(row + length, row + row_size, 0.0f);
+    lse[r] = softmax(scores + r * row_size, length, row_size);
   }
   std::fill_n(out, rows * size, 0.0f);
   for (long first = begin; first < end; first += kLanes) {
     read_tile<T, CHUNKS>(cache.values, cache, pages, kv_head, first, end, tile);
-    for (long r = first_row(first); r < rows; ++r) {
-      const float* weights = scores + r * row_size + first - begin;
-      Lanes even[CHUNKS] = {}, odd[CHUNKS];
-      std::memcpy(odd, out + r * size, sizeof odd);
-      for (long t = 0; t < kLanes; t += 2)
-        for (long c = 0; c < CHUNKS; ++c) {
-          even[c] += weights[t] * tile[t][c];
-          odd[c] += weights[t + 1] * tile[t + 1][c];
-        }
-      for (long c = 0; c < CHUNKS; ++c) store_lanes(out + r * size + c * kLanes, even[c] + odd[c]);
-    }
+    for (long r = first_row(first); r < rows; ++r)
+      add_values<CHUNKS>(scores + r * row_size + first - begin, tile, out + r * size);
   }
+}
+
+// Where 16 positions from `first` on lie; from `end` on the last one is repeated.
+template <class T>
+void find_slots(const T* base, const Cache<T>& cache, long slot_size, const int32_t* pages,
+                long first, long end, const T* slots[kLanes]) {
+  const long in_page = (1L << cache.page_bits) - 1;
+  const auto slot_of = [&](long position) {
+    const long page = pages[position >> cache.page_bits];
+    return base + ((page << cache.page_bits) + (position & in_page)) * slot_size;
+  };
+  const bool in_one_page = cache.page_bits >= 4 && first + kLanes <= end;
+  for (long t = 0; t < kLanes; ++t)
+    slots[t] = in_one_page && t ? slots[0] + t * slot_size
+                                : slot_of(std::min(first + t, end - 1));
+}
+
+// products[t] = q . slots[t], not yet summed over the lanes.
+template <int CHUNKS, class T>
+void multiply(const float* q, const T* const slots[kLanes], long offset, Lanes products[kLanes]) {
+  for (long t = 0; t < kLanes; ++t) {
+    const T* row = slots[t] + offset;
+    products[t] = load_lanes(q) * load_lanes(row);
+    for (long c = 1; c < CHUNKS; ++c)
+      products[t] += load_lanes(q + c * kLanes) * load_lanes(row + c * kLanes);
+  }
+}
+
+#ifdef __AVX512BF16__
+// The same in one instruction for 32 elements: products are exact, sums are in float.
+template <int CHUNKS>
+void multiply(const bf16* q, const bf16* const slots[kLanes], long offset,
+              Lanes products[kLanes]) {
+  for (long t = 0; t < kLanes; ++t) {
+    const bf16* row = slots[t] + offset;
+    __m512 sum = _mm512_setzero_ps();
+    for (long d = 0; d < CHUNKS * kLanes; d += 32)
+      sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(q + d),
+                             (__m512bh)_mm512_loadu_si512(row + d));
+    products[t] = (Lanes)sum;
+  }
+}
+template <class T, int CHUNKS>
+using Query = std::conditional_t<std::is_same_v<T, bf16> && CHUNKS % 2 == 0, bf16, float>;
+#else
+template <class T, int CHUNKS>
+using Query = float;
+#endif
+
+// One new token: G query rows for each of the key heads first_head .. first_head + num, over the
+// positions begin .. end. The heads of a slot lie side by side, so pages are read in the order of
+// memory, once, with the next one asked for ahead. q and out: [num, G, D]; lse: [num, G]; scores:
+// room for num * G times the positions rounded up to 16.
+template <class T, int CHUNKS>
+void attend_to_own(const Query<T, CHUNKS>* q, const Cache<T>& cache, const int32_t* pages,
+                   long first_head, long num, long group, long begin, long end, float scale,
+                   float* scores, float* out, float* lse) {
+  constexpr long size = CHUNKS * kLanes, line = 64 / sizeof(T);
+  const long row_size = (end - begin + kLanes - 1) / kLanes * kLanes;
+  const long slot_size = cache.kv_heads * size;
+  const T* slots[kLanes];
+  const T* later[kLanes];
+  const auto read = [&](const T* base, const auto& use) {
+    find_slots(base, cache, slot_size, pages, begin, end, later);
+    for (long first = begin; first < end; first += kLanes) {
+      std::copy_n(later, kLanes, slots);
+      if (first + kLanes < end) {
+        find_slots(base, cache, slot_size, pages, first + kLanes, end, later);
+        for (long t = 0; t < kLanes; ++t)
+          for (long d = 0; d < num * size; d += line) __builtin_prefetch(later[t] + d);
+      }
+      for (long h = 0; h < num; ++h) use(first - begin, h);
+    }
+  };
+  read(cache.keys + first_head * size, [&](long at, long h) {
+    for (long r = h * group; r < (h + 1) * group; ++r) {
+      Lanes products[kLanes];
+      multiply<CHUNKS>(q + r * size, slots, h * size, products);
+      store_lanes(scores + r * row_size + at, sum_each(products) * scale);
+    }
+  });
+  for (long r = 0; r < num * group; ++r)
+    lse[r] = softmax(scores + r * row_size, end - begin, row_size);
+  std::fill_n(out, num * group * size, 0.0f);
+  read(cache.values + first_head * size, [&](long at, long h) {
+    Lanes tile[kLanes][CHUNKS];
+    for (long t = 0; t < kLanes; ++t)
+      for (long c = 0; c < CHUNKS; ++c) tile[t][c] = load_lanes(slots[t] + h * size + c * kLanes);
+    for (long r = h * group; r < (h + 1) * group; ++r)
+      add_values<CHUNKS>(scores + r * row_size + at, tile, out + r * size);
+  });
 }
 
 // Merge attention over more positions into `out` and `lse`: weights are the sums of exponentials.
@@ -334,48 +443,73 @@ void read_queries(const T* q, long q_stride, long count, long width, float* to) 
     for (long d = 0; d < width; ++d) to[i * width + d] = load(q[i * q_stride + d]);
 }
 
+// What decodes share: q [B, H, D] with `q_stride` elements from one token to the next; the first `shared` positions, whole pages, are the same for all sequences:
+// they are read once for 32 query rows. sums: [B, H, D]; lse: [B, H].
+template <class T, int CHUNKS>
+void attend_to_shared(const T* q, long q_stride, const Cache<T>& cache, const int32_t* pages,
+                      long shared, long batch, long heads, float scale, int threads, float* sums,
+                      float* lse) {
+  constexpr long size = CHUNKS * kLanes;
+  const long kv_heads = cache.kv_heads, group = heads / kv_heads;
+  const long block = std::max(1L, 32 / group), blocks = (batch + block - 1) / block;
+  const bool parallel = batch * shared * heads * size > kParallelWork;
+#pragma omp parallel num_threads(threads) if (parallel)
+  {
+    const long most = block * group;
+    std::vector<float> queries(most * size), out(most * size), log_sums(most);
+    std::vector<float> scores(most * (shared + kLanes));
+#pragma omp for schedule(dynamic)
+    for (long task = 0; task < blocks * kv_heads; ++task) {
+      const long first = task / kv_heads * block, head = task % kv_heads * group;
+      const long count = std::min(block, batch - first);
+      read_queries(q + first * q_stride + head * size, q_stride, count, group * size,
+                   queries.data());
+      attend<T, CHUNKS>(queries.data(), cache, pages, head / group, count * group, group, 0,
+                        shared, shared, scale, scores.data(), out.data(), log_sums.data());
+      for (long b = 0; b < count; ++b) {
+        std::copy_n(&out[b * group * size], group * size,
+                    sums + ((first + b) * heads + head) * size);
+        std::copy_n(&log_sums[b * group], group, lse + (first + b) * heads + head);
+      }
+    }
+  }
+}
+
 // Attention of one new token a sequence over its pages: q [B, H, D] with `q_stride` elements from one
 // token to the next; page_table rows of `columns` pages. The first `shared` positions, whole pages,
-// are the same for all sequences: they are read once for 32 query rows.
+// are the same for all sequences.
 template <class T, int CHUNKS>
 void decode_attention(const T* q, long q_stride, const Cache<T>& cache, const int32_t* page_table,
                       long columns, const int32_t* rows, const int32_t* kv_lens, long shared,
                       T* out, long batch, long heads, float scale, int threads) {
   constexpr long size = CHUNKS * kLanes;
   const long kv_heads = cache.kv_heads, group = heads / kv_heads;
-  const long block = shared ? std::max(1L, 32 / group) : 1;
-  const long blocks = (batch + block - 1) / block, tasks = blocks * kv_heads;
+  std::vector<float> shared_sums(shared ? batch * heads * size : 0);
+  std::vector<float> shared_lse(shared ? batch * heads : 0);
+  if (shared)
+    attend_to_shared<T, CHUNKS>(q, q_stride, cache, page_table + rows[0] * columns, shared, batch,
+                                heads, scale, threads, shared_sums.data(), shared_lse.data());
   const long longest = *std::max_element(kv_lens, kv_lens + batch) - shared + kLanes;
-  // The heads of a sequence lie side by side in memory: one thread takes them all, if there is
-  // enough to do for the others.
-  const long chunk = blocks >= 2 * threads ? kv_heads : 1;
+  // One thread takes all heads of a sequence, if there is enough to do for the others.
+  const long num = batch >= 2 * threads ? kv_heads : 1, parts = kv_heads / num;
 #pragma omp parallel num_threads(threads) if (batch * longest * heads * size > kParallelWork)
   {
-    const long most = block * group;
-    std::vector<float> queries(most * size), sums(most * size), lse(most);
-    std::vector<float> own_sums(group * size), own_lse(group);
-    std::vector<float> scores(std::max(most * (shared + kLanes), group * longest));
-#pragma omp for schedule(dynamic, chunk)
-    for (long task = 0; task < tasks; ++task) {
-      const long first = task / kv_heads * block, kv_head = task % kv_heads;
-      const long last = std::min(batch, first + block);
-      read_queries(q + first * q_stride + kv_head * group * size, q_stride, last - first,
-                   group * size, queries.data());
+    const long width = num * group * size;
+    std::vector<Query<T, CHUNKS>> queries(width);
+    std::vector<float> sums(width), lse(num * group), scores(num * group * longest);
+#pragma omp for schedule(dynamic)
+    for (long task = 0; task < batch * parts; ++task) {
+      const long b = task / parts, head = task % parts * num * group;
+      const T* from = q + b * q_stride + head * size;
+      for (long d = 0; d < width; ++d) convert(queries[d], from[d]);
+      attend_to_own<T, CHUNKS>(queries.data(), cache, page_table + rows[b] * columns, head / group,
+                               num, group, shared, kv_lens[b], scale, scores.data(), sums.data(),
+                               lse.data());
+      const long at = b * heads + head;
       if (shared)
-        attend<T, CHUNKS>(queries.data(), cache, page_table + rows[first] * columns, kv_head,
-                          (last - first) * group, group, 0, shared, shared, scale, scores.data(),
-                          sums.data(), lse.data());
-      for (long b = first; b < last; ++b) {
-        const long row = (b - first) * group;
-        attend<T, CHUNKS>(queries.data() + row * size, cache, page_table + rows[b] * columns,
-                          kv_head, group, group, shared, kv_lens[b], kv_lens[b], scale,
-                          scores.data(), own_sums.data(), own_lse.data());
-        if (shared)
-          merge(sums.data() + row * size, lse.data() + row, group, size, own_sums.data(),
-                own_lse.data());
-        T* to = out + (b * heads + kv_head * group) * size;
-        for (long d = 0; d < group * size; ++d) store(to[d], own_sums[d]);
-      }
+        merge(&shared_sums[at * size], &shared_lse[at], num * group, size, sums.data(),
+              lse.data());
+      for (long d = 0; d < width; ++d) store(out[at * size + d], sums[d]);
     }
   }
 }
