@@ -55,13 +55,18 @@ class RequestAborted(Exception):
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """live: uids without a final. tokenizers: which one each sent uid went to."""
+    """live: uids without a final. tokenizers: which one each sent uid went to.
+
+    changed: something waits for the reader. silence: the timer that ends a wait without anything.
+    """
 
     base: int
     live: set[int]
     tokenizers: dict[int, int] = field(default_factory=dict)
     pending: dict[int, Event] = field(default_factory=dict)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: bool = False
+    waiter: asyncio.Future[None] | None = None
+    silence: asyncio.TimerHandle | None = None
     wants_deltas: bool = True
     failed: bool = False
     aborted: bool = False
@@ -79,12 +84,40 @@ class _Request:
 
     def wake_reader(self) -> None:
         if self.wants_deltas or self.settled:
-            self.changed.set()
+            self.change()
+
+    def change(self) -> None:
+        self.changed = True
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Until `change`. A bare future: this is awaited for every token of every stream."""
+        if not self.changed:
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter
+
+    def end_silence(self, after_s: float) -> None:
+        """See to it that a wait ends at most `after_s` from now: one timer for many waits."""
+
+        def end() -> None:
+            self.silence = None
+            self.change()
+
+        if self.silence is None:
+            self.silence = asyncio.get_running_loop().call_later(after_s, end)
+
+    def close(self) -> None:
+        self.aborted = True
+        self.pending.clear()
+        self.change()
+        if self.silence is not None:
+            self.silence.cancel()
 
     def take(self) -> list[Event]:
         if self.aborted:
             raise RequestAborted
-        self.changed.clear()
+        self.changed = False
         events = list(self.pending.values())
         self.pending.clear()
         return events
@@ -199,15 +232,13 @@ class RequestRegistry:
     async def next_events(self, base: int, timeout_s: float | None = None) -> list[Event]:
         """What has come for an open request, at most one event a uid; waits for the first.
 
-        Empty when `timeout_s` has passed in silence. Raises RequestAborted after `abort`.
+        Empty after a silence of `timeout_s`, or a shorter one if an earlier call named a time that
+        ends now. Raises RequestAborted after `abort`.
         """
         request = self._reading(base, wants_deltas=True)
-        if timeout_s is None:
-            await request.changed.wait()
-        else:
-            timer = asyncio.get_running_loop().call_later(timeout_s, request.changed.set)
-            await request.changed.wait()
-            timer.cancel()
+        if timeout_s is not None:
+            request.end_silence(timeout_s)
+        await request.wait()
         return request.take()
 
     async def all_events(self, base: int) -> list[Event]:
@@ -217,8 +248,8 @@ class RequestRegistry:
         """
         request = self._reading(base, wants_deltas=False)
         while not request.settled:
-            request.changed.clear()
-            await request.changed.wait()
+            request.changed = False
+            await request.wait()
         return request.take()
 
     async def events(self, base: int) -> AsyncGenerator[Event, None]:
@@ -241,9 +272,7 @@ class RequestRegistry:
         if request is None:
             return False
         running = bool(request.live)
-        request.aborted = True
-        request.pending.clear()
-        request.changed.set()
+        request.close()
         by_tokenizer = defaultdict(list)
         for uid in sorted(request.live):
             if uid in request.tokenizers:

@@ -1,0 +1,70 @@
+"""The real scheduler process around an engine that costs nothing.
+
+A process under the supervisor in the scheduler's place. Each step lasts the `seed` of its requests
+in microseconds, and each token is the letter a.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from minisrv.child import Child, Ready, run_child
+from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput
+from minisrv.hf_tokenizer import load_tokenizer
+from minisrv.kvcache.manager import KVCacheManager
+from minisrv.model_config import load_model_config
+from minisrv.scheduler.channel import ZmqChannel
+from minisrv.scheduler.loop import SchedulerLoop
+from minisrv.scheduler.scheduler import Scheduler
+
+NUM_PAGES, NUM_ROWS, PAGE_SIZE = 4096, 256, 16
+
+
+class FreeEngine:
+    """Implements ForwardEngine."""
+
+    def __init__(self, token_id: int) -> None:
+        self._token_id = token_id
+        self._due = 0.0
+
+    def launch(self, batch: ForwardBatch) -> ForwardOutput:
+        """See ForwardEngine."""
+        period_s = int(batch.sampling.seeds.max(initial=0)) * 1e-6
+        time.sleep(max(0.0, self._due - time.perf_counter()))
+        self._due = max(self._due + period_s, time.perf_counter())
+        return ForwardOutput(np.full(batch.sample_indices.size, self._token_id, np.int32))
+
+    def wait(self, handle: ForwardOutput) -> ForwardOutput:
+        """See ForwardEngine."""
+        return handle
+
+
+def _serve(child: Child) -> None:
+    model = load_model_config(child.boot.model_dir, child.config.max_seq_len)
+    tokenizer = load_tokenizer(Path(child.boot.tokenizer_dir), None)
+    channel = ZmqChannel(Path(child.boot.run_dir), child.boot.epoch)
+    scheduler = Scheduler(
+        KVCacheManager(NUM_PAGES, NUM_ROWS, PAGE_SIZE, radix_cache=True),
+        max_seq_len=model.max_seq_len,
+        max_prefill_tokens=8192,
+        eos_ids=model.eos_token_ids,
+        new_seed=lambda: 0,
+    )
+    facts = {
+        "max_seq_len": model.max_seq_len,
+        "vocab_size": model.vocab_size,
+        "sampling_defaults": {"temperature": 0.0},
+        "unapplied_defaults": [],
+        "placement": "no model",
+        "memory_plan": "none",
+    }
+    child.report(Ready(facts))
+    engine = FreeEngine(tokenizer.encode("a")[-1])
+    SchedulerLoop(scheduler, engine, channel, 0).run(lambda: None)
+
+
+if __name__ == "__main__":
+    run_child("scheduler", _serve)

@@ -1,0 +1,77 @@
+"""In place of all that lies behind the frontend: answers every request with a token a period.
+
+A process under the supervisor in the tokenizer's place. The period is the request's `seed`, in
+microseconds; all requests of a step go in one UserReply, as the detokenizer sends them.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from minisrv.child import Child, Ready, run_child
+from minisrv.ipc import Inbox, Outbox
+from minisrv.messages import TOKENIZER_INBOX, Finish, Start, TokenizeMsg, UserReply
+
+TEXT = " word"
+
+
+def _serve(child: Child) -> None:
+    boot, run_dir = child.boot, Path(child.boot.run_dir)
+    inbox = Inbox(run_dir, f"tokenizer-{boot.index}", TOKENIZER_INBOX, boot.epoch)
+    frontend = Outbox(run_dir, "frontend")
+    child.report(Ready())
+    left: dict[int, int] = {}
+    counts: dict[int, int] = {}
+    period_s, due = 0.0, 0.0
+    while inbox.wait(0 if left else None) or left:
+        starts = []
+        for message in inbox.drain():
+            if isinstance(message, TokenizeMsg):
+                assert message.sampling.max_tokens
+                assert message.sampling.seed
+                left[message.uid] = counts[message.uid] = message.sampling.max_tokens
+                period_s = message.sampling.seed * 1e-6
+                starts.append(_start(message.uid))
+        time.sleep(max(0.0, due - time.perf_counter()))
+        due = max(due + period_s, time.perf_counter())
+        frontend.send(_next_step(left, counts, tuple(starts), boot.epoch))
+
+
+def _start(uid: int) -> Start:
+    return Start(
+        uid=uid,
+        prompt_tokens=1,
+        cached_tokens=0,
+        min_tokens=0,
+        stop=(),
+        skip_special_tokens=True,
+    )
+
+
+def _next_step(
+    left: dict[int, int], counts: dict[int, int], starts: tuple[Start, ...], epoch: int
+) -> UserReply:
+    uids = list(left)
+    for uid in uids:
+        left[uid] -= 1
+    finishes = [Finish.NONE if left[uid] else Finish.LENGTH for uid in uids]
+    reply = UserReply(
+        uids=np.array(uids, np.int64),
+        texts=(TEXT,) * len(uids),
+        output_tokens=np.array([counts[uid] - left[uid] for uid in uids], np.int32),
+        finishes=np.array(finishes, np.uint8),
+        stop_reasons=(None,) * len(uids),
+        starts=starts,
+        epoch=epoch,
+    )
+    for uid in uids:
+        if not left[uid]:
+            del left[uid], counts[uid]
+    return reply
+
+
+if __name__ == "__main__":
+    run_child("tokenizer", _serve)
