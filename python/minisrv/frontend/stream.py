@@ -104,6 +104,8 @@ class StreamReply:
         self._options = options
         self._object = "chat.completion.chunk" if header.chat else "text_completion"
         self._begun: set[int] = set()
+        self._empty = b'"content":""' if header.chat else b'"text":""'
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     def chunks(self, event: Event) -> bytes:
         """The chunks of one event without a failure."""
@@ -114,9 +116,7 @@ class StreamReply:
             chunks.append(self._chunk(event.index, {"role": "assistant", "content": ""}))
         text = event.text
         if text:
-            chunks.append(
-                self._chunk(event.index, {"content": text} if self._header.chat else text)
-            )
+            chunks.append(self._text_chunk(event.index, text))
         if event.final:
             empty: dict[str, str] | str = {} if self._header.chat else ""
             chunks.append(self._chunk(event.index, empty, event))
@@ -128,6 +128,19 @@ class StreamReply:
             return DONE
         last = self._header.reply(self._object, [])
         return sse({**last, "usage": self._usage.body()}) + DONE
+
+    def _text_chunk(self, index: int, text: str) -> bytes:
+        """All but the text is the same in each such chunk of a choice: it is encoded once."""
+        if self._options.continuous_usage:
+            return self._chunk(index, self._delta(text))
+        frame = self._frames.get(index)
+        if frame is None:
+            before, mark, after = self._chunk(index, self._delta("")).partition(self._empty)
+            frame = self._frames[index] = (before + mark[:-2], after)
+        return frame[0] + _encode(text).encode() + frame[1]
+
+    def _delta(self, text: str) -> dict[str, str] | str:
+        return {"content": text} if self._header.chat else text
 
     def _chunk(
         self, index: int, delta: dict[str, str] | str, finished: Event | None = None
