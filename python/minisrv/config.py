@@ -38,7 +38,7 @@ class ServerConfig:
     port: int = option(8000, "port that HTTP listens on; 0 takes a free one")
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
-        "auto", "type of weights and cache; auto is the checkpoint's"
+        "auto", "type to compute in; auto is the checkpoint's"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model runs")
     attention_backend: Literal["auto", "torch_native", "flashinfer"] = option(
@@ -57,6 +57,9 @@ class ServerConfig:
     chat_template: str | None = option(None, "a Jinja file to use instead of the model's template")
 
     page_size: int = option(16, "tokens in a cache page")
+    kv_cache_dtype: Literal["auto", "fp8"] = option(
+        "auto", "type of the KV cache: the model's, or fp8 (e4m3), which halves that of bfloat16"
+    )
     num_pages: int | None = option(None, "pages in the KV cache (default: as many as fit)")
     kv_memory: str | None = option(
         None,

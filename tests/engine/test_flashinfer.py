@@ -19,6 +19,7 @@ from step_driver import sampling_columns
 from minisrv.engine.attention.page_lists import page_lists
 from minisrv.engine.attention.torch_native import TorchNativeAttention
 from minisrv.engine.forward_batch import ForwardBatch
+from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.page_table import PageTable
 from minisrv.model_config import ModelConfig, RopeConfig
@@ -53,17 +54,23 @@ def documented(real: type, plan: Any) -> type:
             assert shape == (NUM_HEADS, NUM_KV_HEADS)
             head_dim = names.get("head_dim", names.get("head_dim_qk"))
             assert head_dim == HEAD_DIM
-            assert names["q_data_type"] == names["kv_data_type"] == torch.float32
+            assert names["q_data_type"] == torch.float32
+            self.kv_dtype = names["kv_data_type"]
 
         def run(self, *args: Any, **options: Any) -> torch.Tensor:
             names = inspect.signature(real.run).bind(self, *args, **options).arguments  # type: ignore[attr-defined]
             q, (keys, values), out = names["q"], names["paged_kv_cache"], names["out"]
             assert out.is_contiguous()
+            assert q.dtype == out.dtype == torch.float32
+            assert keys.dtype == values.dtype == self.kv_dtype
             assert len(q) == self.query_starts[-1]
             for i, last in enumerate(self.last.tolist()):
                 pages = self.pages[self.starts[i] : self.starts[i + 1]].long()
                 kv_len = (len(pages) - 1) * self.page_size + last
-                k, v = (x[pages].flatten(0, 1)[:kv_len].transpose(0, 1) for x in (keys, values))
+                k, v = (
+                    x[pages].flatten(0, 1)[:kv_len].transpose(0, 1).to(q.dtype)
+                    for x in (keys, values)
+                )
                 part = slice(self.query_starts[i], self.query_starts[i + 1])
                 count = int(part.stop - part.start)
                 # Aligned at the end: the last query sees everything.
@@ -93,7 +100,7 @@ def backend_class(monkeypatch: pytest.MonkeyPatch) -> Any:
     return FlashInferAttention
 
 
-def make_pool(page_size: int) -> KVPool:
+def make_pool(page_size: int, stored_dtype: torch.dtype = torch.float32) -> KVPool:
     config = ModelConfig(
         architecture="Qwen3ForCausalLM",
         vocab_size=10,
@@ -108,11 +115,11 @@ def make_pool(page_size: int) -> KVPool:
         norm_eps=1e-6,
         rope=RopeConfig(),
     )
-    pool = KVPool(config, NUM_KV_HEADS, page_size, torch.float32, torch.device("cpu"))
+    device = torch.device("cpu")
+    pool = KVPool(config, NUM_KV_HEADS, page_size, torch.float32, device, stored_dtype)
     pool.allocate(NUM_ROWS * -(-MAX_LEN // page_size))
-    for keys, values in pool.pages:
-        keys.normal_()
-        values.normal_()
+    for cache in (tensor for pair in pool.pages for tensor in pair):
+        cache.copy_(torch.randn(cache.shape))
     return pool
 
 
@@ -141,12 +148,15 @@ def random_batch(rng: np.random.Generator) -> ForwardBatch:
     )
 
 
+@pytest.mark.parametrize("stored_dtype", [torch.float32, torch.float8_e4m3fn])
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("seed", range(12))
-def test_it_attends_as_torch_does(backend_class: Any, page_size: int, seed: int) -> None:
+def test_it_attends_as_torch_does(
+    backend_class: Any, page_size: int, seed: int, stored_dtype: torch.dtype
+) -> None:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    pool = make_pool(page_size)
+    pool = make_pool(page_size, stored_dtype)
     table = PageTable(NUM_ROWS, MAX_LEN, page_size)
     table.pages[:] = rng.permutation(pool.num_pages).reshape(table.pages.shape)
     ours, reference = backend_class(pool, NUM_HEADS), TorchNativeAttention(pool)
@@ -160,8 +170,8 @@ def test_it_attends_as_torch_does(backend_class: Any, page_size: int, seed: int)
             parts = qkv.split_with_sizes([NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], 1)
             slots = ours.cache_slots(layer_id)
             assert torch.equal(slots.slots_T, reference.cache_slots(layer_id).slots_T)
-            slots.keys_NKD.index_copy_(0, slots.slots_T, parts[1])
-            slots.values_NKD.index_copy_(0, slots.slots_T, parts[2])
+            straight = torch.ones(num_tokens, 1, HEAD_DIM), torch.zeros(num_tokens, 1, HEAD_DIM)
+            TorchKernels().norm_rotate_store_(qkv, NUM_HEADS, None, straight, slots)
             torch.testing.assert_close(
                 ours.forward(*parts, layer_id), reference.forward(*parts, layer_id)
             )
@@ -202,7 +212,6 @@ def test_the_operators_are_called_as_flashinfer_declares_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from minisrv.engine.kernels.cuda import CudaKernels
-    from minisrv.engine.kernels.torch_native import TorchKernels
 
     real = {n: getattr(flashinfer, n) for n in ("rmsnorm", "fused_add_rmsnorm", "silu_and_mul")}
     reference = TorchKernels()

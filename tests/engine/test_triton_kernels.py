@@ -44,6 +44,48 @@ for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
 print("all alike")
 """
 
+# Triton's interpreter rounds to e4m3 wrongly near powers of two: torch's rounding stands in.
+_COMPARE_FP8 = """
+import numpy as np
+import torch
+from triton.runtime import interpreter
+from minisrv.engine.kernels.base import CacheSlots, QKNormWeights
+from minisrv.engine.kernels.torch_native import TorchKernels
+from minisrv.engine.kernels.triton_rotate import norm_rotate_store
+
+convert = interpreter._convert_float
+def rounded(data, given, wanted, mode):
+    if str(wanted) != "fp8e4nv":
+        return convert(data, given, wanted, mode)
+    assert str(given) == "fp32"
+    assert np.abs(data).max() <= 448
+    return torch.from_numpy(data).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+interpreter._convert_float = rounded
+
+torch.manual_seed(0)
+for head_dim in (16, 80, 128):
+    for with_norm in (False, True):
+        qkv = torch.randn(5, 10, head_dim)
+        qkv[0, :, ::3] *= 1e4
+        norm = QKNormWeights(*torch.rand(2, head_dim) * 200, 1e-6) if with_norm else None
+        rope = torch.randn(2, 5, 1, head_dim).unbind(0)
+        slots = torch.randperm(40)[:5]
+        results = []
+        for function in (norm_rotate_store, TorchKernels().norm_rotate_store_):
+            keys, values = torch.zeros(2, 40, 2, head_dim, dtype=torch.float8_e4m3fn)
+            given = qkv.clone()
+            function(given, 6, norm, rope, CacheSlots(slots, keys, values))
+            results.append((given, keys.float(), values.float()))
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours[:, :6], expected[:, :6], rtol=2e-5, atol=2e-3)
+        for ours, expected in zip(results[0][1:], results[1][1:], strict=True):
+            assert expected.abs().max() == 448
+            # A number that lies between two of e4m3 may go to either.
+            assert (ours != expected).float().mean() < 1e-3
+            torch.testing.assert_close(ours, expected, rtol=0.13, atol=2e-3)
+print("all alike")
+"""
+
 _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -51,11 +93,13 @@ from triton.compiler import ASTSource
 from minisrv.engine.kernels import triton_rotate
 
 for norm in (False, True):
-    for kind in ("bf16", "fp16"):
+    for kind, cache in (("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp8e4nv")):
         pointer = "*" + kind
         names = ("qkv", "q_weight", "k_weight", "cos", "sin", "slots", "keys", "values")
         signature = {name: pointer for name in names} | {"slots": "*i64", "eps": "fp32"}
+        signature |= {"keys": "*" + cache, "values": "*" + cache}
         constants = {"NUM_HEADS": 16, "NUM_KV_HEADS": 8, "HALF": 64, "BLOCK": 64, "NORM": norm}
+        constants["LIMIT"] = None if cache == kind else 448.0
         signature |= {name: "constexpr" for name in constants}
         source = ASTSource(triton_rotate._norm_rotate_store, signature, constants)
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
@@ -79,6 +123,10 @@ def run(code: str, **variables: str) -> str:
 
 def test_the_interpreted_kernel_does_what_torch_does() -> None:
     assert run(_COMPARE, TRITON_INTERPRET="1") == "all alike\n"
+
+
+def test_the_interpreted_kernel_stores_fp8_as_torch_does() -> None:
+    assert run(_COMPARE_FP8, TRITON_INTERPRET="1") == "all alike\n"
 
 
 def test_the_kernel_compiles_for_hopper() -> None:

@@ -14,6 +14,7 @@ from minisrv.engine.kernels.base import Kernels
 from minisrv.engine.kernels.cpu import ATTENTION_HEAD_DIMS, load_cpu_kernels
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
+from minisrv.engine.weights import Weights
 from minisrv.errors import ConfigError
 
 logger = logging.getLogger("minisrv.engine")
@@ -27,9 +28,12 @@ def choose_backends(
     num_heads: query heads of this rank. Raises ConfigError for FlashInfer on a CPU.
     """
     if pool.device.type == "cuda":
-        return _cuda_kernels(config), _cuda_attention(config, pool, num_heads)
+        return _cuda_kernels(config, pool), _cuda_attention(config, pool, num_heads)
     if config.attention_backend == "flashinfer":
         raise ConfigError("--attention-backend flashinfer needs a GPU; the device here is a CPU")
+    if pool.stored_dtype is not pool.dtype:
+        logger.warning("with an FP8 cache on a CPU torch's operators are used, which are slower")
+        return TorchKernels(), TorchNativeAttention(pool)
     compiled = load_cpu_kernels(pool.dtype) if config.kernels == "auto" else None
     kernels: Kernels = compiled or TorchKernels()
     if compiled and config.attention_backend == "auto" and pool.head_dim in ATTENTION_HEAD_DIMS:
@@ -37,7 +41,19 @@ def choose_backends(
     return kernels, TorchNativeAttention(pool)
 
 
-def _cuda_kernels(config: ServerConfig) -> Kernels:
+def cache_dtype(config: ServerConfig, weights: Weights) -> torch.dtype:
+    """The type of keys and values in the cache, with a warning where their scales are not used."""
+    if config.kv_cache_dtype == "auto":
+        return weights.dtype
+    if weights.has_cache_scales:
+        logger.warning("the checkpoint's k_scale and v_scale are not used: the FP8 cache has 1")
+    return torch.float8_e4m3fn
+
+
+def _cuda_kernels(config: ServerConfig, pool: KVPool) -> Kernels:
+    if pool.stored_dtype is not pool.dtype and torch.cuda.get_device_capability() < (8, 9):
+        logger.warning("torch's operators are used, which are slower: the GPU has no FP8")
+        return TorchKernels()
     if config.kernels == "auto":
         try:
             from minisrv.engine.kernels.cuda import CudaKernels

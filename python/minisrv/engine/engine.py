@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minisrv.config import ServerConfig
 from minisrv.engine.attention.base import AttentionBackend
-from minisrv.engine.backends import choose_backends
+from minisrv.engine.backends import cache_dtype, choose_backends
 from minisrv.engine.cuda_memory import cuda_cache_bytes, largest_batch, measure_workspace
 from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput
 from minisrv.engine.kernels.base import Kernels
@@ -125,8 +125,9 @@ class Engine:
         if config.tp > 1:
             self.placement += f", {config.tp} ranks"
         num_kv_heads = peers.partition.kv_heads(model_config).length
+        stored_dtype = cache_dtype(config, weights)
         self._pool = KVPool(
-            model_config, num_kv_heads, config.page_size, weights.dtype, self._device
+            model_config, num_kv_heads, config.page_size, weights.dtype, self._device, stored_dtype
         )
         num_heads = peers.partition.query_heads(model_config).length
         self._kernels, self._attention = choose_backends(config, self._pool, num_heads)

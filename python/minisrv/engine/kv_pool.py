@@ -18,6 +18,7 @@ _TOUCHED_BYTES = 256 * 2**20
 class KVPool:
     """Keys and values, a pair of tensors a layer.
 
+    They come in `dtype` and are kept in `stored_dtype`: the same, or FP8 at a scale of 1.
     `pages` are views [N, P, K, D] and `slots` views [N * P, K, D] of the same memory.
     """
 
@@ -28,9 +29,11 @@ class KVPool:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        stored_dtype: torch.dtype | None = None,
     ) -> None:
         self._page_shape = (page_size, num_kv_heads, config.head_dim)
         self._num_layers, self.dtype, self.device = config.num_layers, dtype, device
+        self.stored_dtype = stored_dtype or dtype
         self.page_size, self.num_kv_heads, self.head_dim = self._page_shape
         self.num_pages = 0
         self.pages: list[tuple[Tensor, Tensor]] = []
@@ -39,7 +42,7 @@ class KVPool:
     @property
     def bytes_per_page(self) -> int:
         """What one page takes over all layers."""
-        return 2 * self._num_layers * math.prod(self._page_shape) * self.dtype.itemsize
+        return 2 * self._num_layers * math.prod(self._page_shape) * self.stored_dtype.itemsize
 
     def allocate(self, num_pages: int) -> None:
         """Take the memory; what an earlier call took is dropped."""
@@ -56,8 +59,8 @@ class KVPool:
         """
         shape = (self._num_layers, self.num_pages, *self._page_shape)
         if self.device.type != "cpu":
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
-        raw = np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)
-        zeros = torch.from_numpy(raw).view(self.dtype).view(shape)
+            return torch.zeros(shape, dtype=self.stored_dtype, device=self.device)
+        raw = np.zeros(math.prod(shape) * self.stored_dtype.itemsize, np.uint8)
+        zeros = torch.from_numpy(raw).view(self.stored_dtype).view(shape)
         zeros[:, : _TOUCHED_BYTES // self.bytes_per_page] = 0
         return zeros

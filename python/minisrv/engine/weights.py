@@ -26,6 +26,7 @@ Progress = Callable[[str, float], None]
 _NAMES_SHOWN = 5
 _INDEX = "model.safetensors.index.json"
 _NOT_PARAMETERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
+_CACHE_SCALES = re.compile(r"\.[kv]_scale$")
 _ACTIVATION_SCALES = re.compile(r"\.(input|activation|k|v|q)_scale$")
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -36,6 +37,7 @@ class Weights(Protocol):
     dtype: torch.dtype
     device: torch.device
     num_bytes: int  # taken so far
+    has_cache_scales: bool  # for keys and values in FP8
 
     def take(self, name: str, shape: Sequence[int], cut: Cut | None = None) -> torch.Tensor:
         """The tensor `name` of `shape`, or a part of it, in `dtype` on `device`."""
@@ -69,6 +71,7 @@ class CheckpointWeights:
             for file in _open_files(directory)
             for name in file.keys()  # noqa: SIM118
         }
+        self.has_cache_scales = any(_CACHE_SCALES.search(name) for name in self._file_of)
         self.dtype = dtype or self._stored_dtype()
         self._left = {name for name in self._file_of if not _NOT_PARAMETERS.search(name)}
         self._left -= set(ignored)
@@ -145,6 +148,7 @@ class DummyWeights:
 
     def __init__(self, *, dtype: torch.dtype | None, device: torch.device) -> None:
         self.dtype, self.device, self.num_bytes = dtype or torch.bfloat16, device, 0
+        self.has_cache_scales = False
         self._generator = torch.Generator(device).manual_seed(0)
 
     def take(self, name: str, shape: Sequence[int], cut: Cut | None = None) -> torch.Tensor:

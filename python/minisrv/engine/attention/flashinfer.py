@@ -36,7 +36,7 @@ class FlashInferAttention:
 
         self._pool, self._device = pool, pool.device
         self._heads = (num_heads, pool.num_kv_heads, pool.head_dim, pool.page_size)
-        self._types = {"q_data_type": pool.dtype, "kv_data_type": pool.dtype}
+        self._types = {"q_data_type": pool.dtype, "kv_data_type": pool.stored_dtype}
         workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
         self._decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             workspace, "NHD", use_tensor_cores=True, backend="fa2"

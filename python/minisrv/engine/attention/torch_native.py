@@ -140,7 +140,8 @@ class TorchNativeAttention:
         torch.index_select(keys, 0, gather.pages, out=gather.keys)
         torch.index_select(values, 0, gather.pages, out=gather.values)
         shape = (gather.num_sequences, -1, *keys.shape[2:])
-        return gather.keys.view(shape).transpose(1, 2), gather.values.view(shape).transpose(1, 2)
+        keys, values = gather.keys.to(self._dtype), gather.values.to(self._dtype)
+        return keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)
 
     def _gather(self, pages: Int64Array) -> _Gather:
         keys, values = self._pool.pages[0]
@@ -173,7 +174,9 @@ class TorchNativeAttention:
         self, index: int, end: int, batch: ForwardBatch, kv_len: int, page_table: PageTable
     ) -> _PrefillChunk:
         length = int(batch.query_lens[index])
-        if length == kv_len:
+        # What is cached in FP8 is read back even where it is at hand: a prompt gives the same text
+        # whether its beginning was in the cache or not.
+        if length == kv_len and self._pool.stored_dtype is self._dtype:
             return _PrefillChunk(end - length, end, None, kv_len, None)
         pages = page_table.pages_of(batch.rows[index : index + 1], np.array([kv_len], np.int32))
         visible = np.arange(kv_len - length + 1, kv_len + 1, dtype=np.int32)

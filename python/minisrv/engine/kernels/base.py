@@ -22,7 +22,10 @@ class QKNormWeights:
 
 @dataclass(frozen=True, slots=True)
 class CacheSlots:
-    """Where a layer keeps the step's keys and values."""
+    """Where a layer keeps the step's keys and values, in their type or in FP8.
+
+    What FP8 cannot hold is stored as the largest number that it can.
+    """
 
     slots_T: Tensor  # int64
     keys_NKD: Tensor

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -44,9 +45,19 @@ class TorchKernels:
         cos, sin = rope_rows
         swapped = qk.roll(qk.shape[-1] // 2, -1)
         qk.mul_(cos).addcmul_(swapped, sin)
-        cache.keys_NKD.index_copy_(0, cache.slots_T, k_TKD)
-        cache.values_NKD.index_copy_(0, cache.slots_T, v_TKD)
+        _store_(cache.keys_NKD, cache.slots_T, k_TKD)
+        _store_(cache.values_NKD, cache.slots_T, v_TKD)
 
     def argmax(self, logits_SV: Tensor) -> Tensor:
         """See Kernels."""
         return logits_SV.max(-1).indices
+
+
+def _store_(cache_NKD: Tensor, slots_T: Tensor, x_TKD: Tensor) -> None:
+    if cache_NKD.dtype is x_TKD.dtype:
+        cache_NKD.index_copy_(0, slots_T, x_TKD)
+        return
+    limit = torch.finfo(cache_NKD.dtype).max
+    stored_TKD = x_TKD.clamp(-limit, limit).to(cache_NKD.dtype)
+    # torch has no index_copy_ of FP8.
+    cache_NKD.view(torch.uint8).index_copy_(0, slots_T, stored_TKD.view(torch.uint8))

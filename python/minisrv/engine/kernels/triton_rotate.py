@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,8 +28,12 @@ def _norm_rotate_store(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
+    LIMIT: tl.constexpr,
 ) -> None:
-    """One program a token and head. Halves are loaded apart: each rotates against the other."""
+    """One program a token and head. Halves are loaded apart: each rotates against the other.
+
+    LIMIT: the largest number that the cache holds, None where it holds all that come.
+    """
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     size: tl.constexpr = 2 * HALF
     at = tl.arange(0, BLOCK)
@@ -63,8 +68,11 @@ def _norm_rotate_store(
             cache = values
             kv_head -= NUM_KV_HEADS
         to = cache + (slot * NUM_KV_HEADS + kv_head) * size
-        tl.store(to + at, first.to(qkv.dtype.element_ty), inside)
-        tl.store(to + HALF + at, second.to(qkv.dtype.element_ty), inside)
+        if LIMIT is not None:
+            first = tl.clamp(first, -LIMIT, LIMIT)
+            second = tl.clamp(second, -LIMIT, LIMIT)
+        tl.store(to + at, first.to(keys.dtype.element_ty), inside)
+        tl.store(to + HALF + at, second.to(keys.dtype.element_ty), inside)
 
 
 def norm_rotate_store(
@@ -76,6 +84,7 @@ def norm_rotate_store(
 ) -> None:
     """See Kernels.norm_rotate_store_. All tensors are contiguous, the weights of one type."""
     assert qkv_TAD.is_contiguous()
+    cache_dtype = cache.keys_NKD.dtype
     num_tokens, num_all_heads, head_dim = qkv_TAD.shape
     cos, sin = rope_rows
     weights = (qkv_TAD, qkv_TAD) if norm is None else (norm.q_D, norm.k_D)
@@ -93,5 +102,6 @@ def norm_rotate_store(
         HALF=head_dim // 2,
         BLOCK=triton.next_power_of_2(head_dim // 2),
         NORM=norm is not None,
+        LIMIT=None if cache_dtype is qkv_TAD.dtype else torch.finfo(cache_dtype).max,
         num_warps=1,
     )
