@@ -45,22 +45,26 @@ print("all alike")
 """
 
 # Triton's interpreter rounds to e4m3 wrongly near powers of two: torch's rounding stands in.
-_COMPARE_FP8 = """
+_ROUND_AS_TORCH = """
 import numpy as np
 import torch
 from triton.runtime import interpreter
-from minisrv.engine.kernels.base import CacheSlots, QKNormWeights
-from minisrv.engine.kernels.torch_native import TorchKernels
-from minisrv.engine.kernels.triton_rotate import norm_rotate_store
 
 convert = interpreter._convert_float
 def rounded(data, given, wanted, mode):
-    if str(wanted) != "fp8e4nv":
+    if str(wanted) != "fp8e4nv" or str(given) != "fp32":
         return convert(data, given, wanted, mode)
-    assert str(given) == "fp32"
     assert np.abs(data).max() <= 448
     return torch.from_numpy(data).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 interpreter._convert_float = rounded
+"""
+
+_COMPARE_FP8 = (
+    _ROUND_AS_TORCH
+    + """
+from minisrv.engine.kernels.base import CacheSlots, QKNormWeights
+from minisrv.engine.kernels.torch_native import TorchKernels
+from minisrv.engine.kernels.triton_rotate import norm_rotate_store
 
 torch.manual_seed(0)
 for head_dim in (16, 80, 128):
@@ -85,6 +89,52 @@ for head_dim in (16, 80, 128):
             torch.testing.assert_close(ours, expected, rtol=0.13, atol=2e-3)
 print("all alike")
 """
+)
+
+_COMPARE_PRODUCT = (
+    _ROUND_AS_TORCH
+    + """
+from minisrv.engine import fp8
+from minisrv.engine.kernels import triton_fp8
+from minisrv.engine.layers.fp8_linear import Fp8Linear, can_multiply
+from minisrv.model_config import Fp8Config
+from minisrv.engine.parallel.partition import Cut
+
+torch.manual_seed(0)
+for num_tokens, outputs, inputs, block, cut in (
+    (1, 100, 256, (48, 128), None),
+    (5, 64, 200, (64, 64), None),
+    (40, 100, 384, (128, 128), Cut(1, 192, 192)),
+    (5, 300, 512, (128, 256), Cut(0, 30, 200)),
+    (150, 140, 96, (32, 32), None),
+):
+    stored = torch.randn(outputs, inputs).to(torch.float8_e4m3fn)
+    scale = torch.rand(-(-outputs // block[0]), -(-inputs // block[1])) * 0.01
+    part = stored if cut is None else stored.narrow(cut.dim, cut.start, cut.length).contiguous()
+    matrix = fp8.read_matrix("w", part, scale, stored.shape, cut, Fp8Config(block))
+    assert can_multiply(matrix)
+    matrix = fp8.join([matrix, matrix])
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        x = torch.randn(num_tokens, part.shape[1]).to(dtype)
+        x[0, ::7] *= 1e3
+        x[-1] = 0
+        ours, theirs = (f.quantize(x, matrix.group) for f in (triton_fp8, fp8))
+        assert torch.equal(ours[0].view(torch.uint8), theirs[0].view(torch.uint8))
+        assert torch.equal(ours[1], theirs[1])
+        scales = ours[1].repeat_interleave(matrix.group, 1)[:, : x.shape[1]]
+        expected = (ours[0].double() * scales) @ matrix.dequantized().double().T
+        bias = torch.randn(len(matrix.values_OI)).to(dtype)
+        product = Fp8Linear(matrix, bias)(x)
+        assert product.dtype is dtype
+        expected += bias
+        torch.testing.assert_close(
+            product.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max()
+        )
+        exact = x.double() @ matrix.dequantized().double().T + bias
+        assert (product - exact).norm() / exact.norm() < 0.05
+print("all alike")
+"""
+)
 
 _COMPILE = """
 import triton
@@ -105,6 +155,34 @@ for norm in (False, True):
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
         assert ".target sm_90" in built.asm["ptx"]
         assert built.asm["cubin"]
+
+def build(function, signature, constants, **options):
+    signature = signature | {name: "constexpr" for name in constants}
+    built = triton.compile(
+        ASTSource(function, signature, constants),
+        target=GPUTarget("cuda", 90, 32),
+        options=options,
+    )
+    assert ".target sm_90" in built.asm["ptx"]
+    assert built.asm["cubin"]
+
+from minisrv.engine.kernels import triton_fp8
+
+for inputs, group in ((5120, 5120), (5120, 128)):
+    signature = {"x": "*bf16", "values": "*fp8e4nv", "scales": "*fp32"}
+    constants = {"LIMIT": 448.0, "LEAST": 1e-10, "INPUTS": inputs, "GROUP": group}
+    constants["BLOCK"] = triton.next_power_of_2(group)
+    build(triton_fp8._quantize, signature, constants, num_warps=4)
+for num_tokens in (1, 40, 1000):
+    block_t, block_o, num_warps = triton_fp8.tile(num_tokens)
+    signature = {"x": "*fp8e4nv", "x_scales": "*fp32", "matrix": "*fp8e4nv"}
+    signature |= {"matrix_scales": "*fp32", "out": "*bf16"}
+    signature |= {"num_tokens": "i32", "num_outputs": "i32"}
+    constants = {"INPUTS": 4096, "GROUP": 128, "BLOCK_I": 128}
+    constants |= {"BLOCK_T": block_t, "BLOCK_O": block_o}
+    build(
+        triton_fp8._grouped_product, signature, constants, num_warps=num_warps, num_stages=4
+    )
 print("compiled")
 """
 
@@ -129,5 +207,9 @@ def test_the_interpreted_kernel_stores_fp8_as_torch_does() -> None:
     assert run(_COMPARE_FP8, TRITON_INTERPRET="1") == "all alike\n"
 
 
-def test_the_kernel_compiles_for_hopper() -> None:
+def test_the_interpreted_product_is_that_of_the_rounded_numbers() -> None:
+    assert run(_COMPARE_PRODUCT, TRITON_INTERPRET="1") == "all alike\n"
+
+
+def test_the_kernels_compile_for_hopper() -> None:
     assert run(_COMPILE) == "compiled\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 
 import torch
 
@@ -48,6 +49,17 @@ def cache_dtype(config: ServerConfig, weights: Weights) -> torch.dtype:
     if weights.has_cache_scales:
         logger.warning("the checkpoint's k_scale and v_scale are not used: the FP8 cache has 1")
     return torch.float8_e4m3fn
+
+
+def keeps_fp8(config: ServerConfig, device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Whether FP8 weights are multiplied as they are; else they are dequantized."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 9)
+        and dtype is not torch.float32
+        and config.kernels == "auto"
+        and find_spec("triton") is not None
+    )
 
 
 def _cuda_kernels(config: ServerConfig, pool: KVPool) -> Kernels:

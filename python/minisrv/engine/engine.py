@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minisrv.config import ServerConfig
 from minisrv.engine.attention.base import AttentionBackend
-from minisrv.engine.backends import cache_dtype, choose_backends
+from minisrv.engine.backends import cache_dtype, choose_backends, keeps_fp8
 from minisrv.engine.cuda_memory import cuda_cache_bytes, largest_batch, measure_workspace
 from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput
 from minisrv.engine.kernels.base import Kernels
@@ -121,7 +121,8 @@ class Engine:
         weights = _open_weights(config, model_dir, model_config, self._device, progress)
         self.placement = f"{str(weights.dtype).removeprefix('torch.')} on {kind}"
         if model_config.fp8 is not None:
-            self.placement += ", dequantized from FP8"
+            kept = weights.keeps_fp8
+            self.placement += ", FP8 products" if kept else ", dequantized from FP8"
         if config.tp > 1:
             self.placement += f", {config.tp} ranks"
         num_kv_heads = peers.partition.kv_heads(model_config).length
@@ -297,6 +298,7 @@ def _open_weights(
         device=device,
         ignored=ignored,
         fp8=model_config.fp8,
+        keep_fp8=keeps_fp8(config, device, dtype),
         progress=progress,
     )
 

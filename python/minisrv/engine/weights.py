@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minisrv.engine.fp8 import DTYPES as FP8_DTYPES
-from minisrv.engine.fp8 import SCALE_SUFFIXES, dequantize
+from minisrv.engine.fp8 import SCALE_SUFFIXES, Fp8Matrix, read_matrix
 from minisrv.engine.parallel.partition import Cut
 from minisrv.errors import ConfigError
 from minisrv.model_config import Fp8Config
@@ -38,9 +38,15 @@ class Weights(Protocol):
     device: torch.device
     num_bytes: int  # taken so far
     has_cache_scales: bool  # for keys and values in FP8
+    keeps_fp8: bool  # matrices stay as they are stored
 
     def take(self, name: str, shape: Sequence[int], cut: Cut | None = None) -> torch.Tensor:
         """The tensor `name` of `shape`, or a part of it, in `dtype` on `device`."""
+
+    def take_matrix(
+        self, name: str, shape: Sequence[int], cut: Cut | None = None
+    ) -> torch.Tensor | Fp8Matrix:
+        """As `take`; a matrix in FP8 stays so where `keeps_fp8`."""
 
     def finish(self) -> None:
         """Called when the model is built."""
@@ -50,9 +56,9 @@ class CheckpointWeights:
     """The safetensors files of a directory, one or sharded with an index.
 
     `ignored` are names that may be in the files though the model does not ask for them. FP8 weights
-    are multiplied by their scales; scales of activations, which are not quantized here, are left.
-    Raises ConfigError for files that are missing or broken, a wrong shape, and names that do not
-    agree.
+    are multiplied by their scales, or with `keep_fp8` given together with them; scales of
+    activations, which are found anew in each step where they are needed, are left. Raises
+    ConfigError for files that are missing or broken, a wrong shape, and names that do not agree.
     """
 
     def __init__(
@@ -63,9 +69,11 @@ class CheckpointWeights:
         device: torch.device,
         ignored: Sequence[str] = (),
         fp8: Fp8Config | None = None,
+        keep_fp8: bool = False,
         progress: Progress = lambda stage, fraction: None,
     ) -> None:
-        self.device, self.num_bytes, self._fp8 = device, 0, fp8
+        self.device, self.num_bytes = device, 0
+        self._fp8, self.keeps_fp8 = fp8, keep_fp8
         self._file_of: dict[str, Any] = {
             name: file
             for file in _open_files(directory)
@@ -83,10 +91,30 @@ class CheckpointWeights:
 
     def take(self, name: str, shape: Sequence[int], cut: Cut | None = None) -> torch.Tensor:
         """See Weights. Only the part is read; a missing tensor is reported by `finish`."""
+        tensor = self._read(name, shape, cut)
+        if isinstance(tensor, Fp8Matrix):
+            tensor = tensor.dequantized()
+        self.num_bytes += tensor.numel() * self.dtype.itemsize
+        return tensor.to(device=self.device, dtype=self.dtype, copy=True)
+
+    def take_matrix(
+        self, name: str, shape: Sequence[int], cut: Cut | None = None
+    ) -> torch.Tensor | Fp8Matrix:
+        """See Weights."""
+        if not self.keeps_fp8:
+            return self.take(name, shape, cut)
+        matrix = self._read(name, shape, cut)
+        if isinstance(matrix, torch.Tensor):
+            self.num_bytes += matrix.numel() * self.dtype.itemsize
+            return matrix.to(device=self.device, dtype=self.dtype, copy=True)
+        self.num_bytes += matrix.num_bytes
+        return matrix.to(self.device)
+
+    def _read(self, name: str, shape: Sequence[int], cut: Cut | None) -> torch.Tensor | Fp8Matrix:
         file = self._file_of.get(name)
         if file is None:
             self._missing.append(name)
-            return _part(torch.zeros(tuple(shape), dtype=self.dtype, device=self.device), cut)
+            return _part(torch.zeros(tuple(shape), dtype=self.dtype), cut)
         stored = tuple(file.get_slice(name).get_shape())
         if stored != tuple(shape):
             raise ConfigError(
@@ -96,14 +124,13 @@ class CheckpointWeights:
         tensor: torch.Tensor = (
             file.get_tensor(name) if cut is None else file.get_slice(name)[_index(cut)]
         )
-        if tensor.dtype in FP8_DTYPES:
-            tensor = self._dequantized(name, tensor, stored, cut)
         if not tensor.is_floating_point():
             raise ConfigError(f"the checkpoint's {name} holds {tensor.dtype}, no plain weights")
         self._left.discard(name)
         self._progress("load weights", 1 - len(self._left) / self._num_tensors)
-        self.num_bytes += tensor.numel() * self.dtype.itemsize
-        return tensor.to(device=self.device, dtype=self.dtype, copy=True)
+        if tensor.dtype in FP8_DTYPES:
+            return self._fp8_matrix(name, tensor, stored, cut)
+        return tensor
 
     def finish(self) -> None:
         """Raise ConfigError unless the model took every tensor and found every one it needs."""
@@ -116,9 +143,9 @@ class CheckpointWeights:
             raise ConfigError(f"the checkpoint {' and '.join(problems)}")
         self._file_of.clear()
 
-    def _dequantized(
+    def _fp8_matrix(
         self, name: str, weight: torch.Tensor, shape: tuple[int, ...], cut: Cut | None
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | Fp8Matrix:
         if self._fp8 is None:
             raise ConfigError(
                 f"the checkpoint's {name} holds {weight.dtype}; config.json has no "
@@ -130,7 +157,7 @@ class CheckpointWeights:
             return weight.float()
         self._left.discard(found[0])
         scale = self._file_of[found[0]].get_tensor(found[0])
-        return dequantize(name, weight, scale, shape, cut, self._fp8)
+        return read_matrix(name, weight, scale, shape, cut, self._fp8)
 
     def _stored_dtype(self) -> torch.dtype:
         """The type of the first tensor in one that can be computed in."""
@@ -148,7 +175,7 @@ class DummyWeights:
 
     def __init__(self, *, dtype: torch.dtype | None, device: torch.device) -> None:
         self.dtype, self.device, self.num_bytes = dtype or torch.bfloat16, device, 0
-        self.has_cache_scales = False
+        self.has_cache_scales = self.keeps_fp8 = False
         self._generator = torch.Generator(device).manual_seed(0)
 
     def take(self, name: str, shape: Sequence[int], cut: Cut | None = None) -> torch.Tensor:
@@ -161,6 +188,12 @@ class DummyWeights:
         part = _part(tensor, cut)
         self.num_bytes += part.numel() * self.dtype.itemsize
         return part
+
+    def take_matrix(
+        self, name: str, shape: Sequence[int], cut: Cut | None = None
+    ) -> torch.Tensor | Fp8Matrix:
+        """See Weights."""
+        return self.take(name, shape, cut)
 
     def finish(self) -> None:
         """Nothing to check."""

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisrv.engine.fp8 import Fp8Matrix, join
+from minisrv.engine.layers.fp8_linear import Fp8Linear, can_multiply
 from minisrv.engine.parallel.partition import Cut, Partition
 from minisrv.engine.weights import Weights
 
@@ -58,20 +60,36 @@ class Projection:
 
 def load_linear(
     weights: Weights, projections: Sequence[Projection], inputs: int, bias: bool = False
-) -> Linear:
+) -> Linear | Fp8Linear:
     """Projections of the same input as one, their outputs side by side."""
-    parts = [weights.take(f"{p.name}.weight", (p.outputs, inputs), p.cut) for p in projections]
-    weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if not bias:
-        return Linear(weight)
-    biases = [weights.take(f"{p.name}.bias", (p.outputs,), p.cut) for p in projections]
-    return Linear(weight, torch.cat(biases))
+    parts = [
+        weights.take_matrix(f"{p.name}.weight", (p.outputs, inputs), p.cut) for p in projections
+    ]
+    bias_O = None
+    if bias:
+        biases = [weights.take(f"{p.name}.bias", (p.outputs,), p.cut) for p in projections]
+        bias_O = torch.cat(biases)
+    return _linear(parts, bias_O, weights.dtype)
 
 
 def load_partial_linear(
     weights: Weights, name: str, inputs: int, outputs: int, bias: bool, partition: Partition
-) -> Linear:
+) -> Linear | Fp8Linear:
     """A projection of this rank's part of the inputs; the sum over the ranks is the whole."""
-    weight = weights.take(f"{name}.weight", (outputs, inputs), partition.even(inputs, 1))
+    part = weights.take_matrix(f"{name}.weight", (outputs, inputs), partition.even(inputs, 1))
     bias_O = weights.take(f"{name}.bias", (outputs,)) if bias else None
-    return Linear(weight, bias_O if partition.rank == 0 else None)
+    return _linear([part], bias_O if partition.rank == 0 else None, weights.dtype)
+
+
+def _linear(
+    parts: Sequence[Tensor | Fp8Matrix], bias_O: Tensor | None, dtype: torch.dtype
+) -> Linear | Fp8Linear:
+    """The parts as one matrix, in FP8 where all are and there is a product for it."""
+    stored = [part for part in parts if isinstance(part, Fp8Matrix)]
+    kinds = {(part.group, part.values_OI.dtype) for part in stored}
+    if len(stored) == len(parts) and len(kinds) == 1:
+        matrix = join(stored)
+        if can_multiply(matrix):
+            return Fp8Linear(matrix, bias_O)
+    plain = [p.dequantized().to(dtype) if isinstance(p, Fp8Matrix) else p for p in parts]
+    return Linear(plain[0] if len(plain) == 1 else torch.cat(plain), bias_O)
