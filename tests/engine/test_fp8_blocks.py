@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_fp8 import FP8, SCHEMES, write_pair
-from test_triton_kernels import _ROUND_AS_TORCH, run
+from test_triton_kernels import ROUND_AS_TORCH, run
 from transformers import AutoModelForCausalLM
 
 from minisrv.engine import fp8
@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 IDS = list(range(1, 20))
 _LOGITS = (
-    _ROUND_AS_TORCH
+    ROUND_AS_TORCH
     + """
 import json, sys
 from pathlib import Path

@@ -45,7 +45,7 @@ print("all alike")
 """
 
 # Triton's interpreter rounds to e4m3 wrongly near powers of two: torch's rounding stands in.
-_ROUND_AS_TORCH = """
+ROUND_AS_TORCH = """
 import numpy as np
 import torch
 from triton.runtime import interpreter
@@ -60,7 +60,7 @@ interpreter._convert_float = rounded
 """
 
 _COMPARE_FP8 = (
-    _ROUND_AS_TORCH
+    ROUND_AS_TORCH
     + """
 from minisrv.engine.kernels.base import CacheSlots, QKNormWeights
 from minisrv.engine.kernels.torch_native import TorchKernels
@@ -92,7 +92,7 @@ print("all alike")
 )
 
 _COMPARE_PRODUCT = (
-    _ROUND_AS_TORCH
+    ROUND_AS_TORCH
     + """
 from minisrv.engine import fp8
 from minisrv.engine.kernels import triton_fp8
