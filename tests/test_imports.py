@@ -11,14 +11,14 @@ PACKAGE = Path(__file__).parent.parent / "python" / "minisrv"
 LAYERS = [
     {"errors", "log"},
     {"sampling_params"},
-    {"config", "model_config", "messages"},
+    {"config", "model_config", "messages", "cards"},
     {"child"},
     {"ipc", "metrics", "hf_tokenizer", "hub", "child_process"},
     {"kvcache", "structured_output", "engine"},
     {"frontend", "tokenizer", "scheduler", "detokenizer"},
     {"supervisor"},
     {"launch_server", "frontend_manager", "llm"},
-    {"asgi", "batch"},
+    {"asgi", "batch", "plan"},
     {"cli"},
     {"__main__"},
 ]
@@ -31,6 +31,7 @@ LIGHT = [
     "minisrv.supervisor",
     "minisrv.launch_server",
     "minisrv.asgi",
+    "minisrv.plan",
     "minisrv.scheduler.scheduler",
 ]
 PURE = [

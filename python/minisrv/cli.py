@@ -9,9 +9,11 @@ from importlib.metadata import version
 USAGE = """\
 usage: minisrv serve MODEL [options]   serve a model over an OpenAI-compatible API
        minisrv batch ... [options]     answer the prompts of a file
+       minisrv plan MODEL --card NAME [options]
+                                      what fits on a GPU, from config.json alone
        minisrv --version
 
-`minisrv serve --help` and `minisrv batch --help` list the options."""
+`minisrv serve --help`, `minisrv batch --help` and `minisrv plan --help` list the options."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from minisrv import batch
 
             return batch.main(rest)
+        case "plan":
+            from minisrv import plan
+
+            return plan.main(rest)
         case "--version":
             print(f"minisrv {version('minisrv')}")
             return 0

@@ -14,6 +14,7 @@ from minisrv.errors import ConfigError
 
 ENV_PREFIX = "MINISRV_"
 MODEL_ENV = "MINISRV_MODEL_PATH"
+MAX_PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}  # where --max-prefill-tokens is not given
 _SIZE_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 

@@ -6,7 +6,7 @@ As a child process (`python -m minisrv.hub`) it downloads while the supervisor w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from minisrv.errors import ConfigError
 DEMO = "demo"
 DEMO_DIR = Path(__file__).parent / "demo_model"
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?", re.ASCII)
+CONFIG_FILES = ["config.json", "generation_config.json"]
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 
 ReportProgress = Callable[[str, float], None]
@@ -43,16 +44,17 @@ def find_local_model(name: str) -> Path | None:
     return None
 
 
-def resolve_model(name: str, progress: ReportProgress) -> Path:
+def resolve_model(name: str, progress: ReportProgress, patterns: Sequence[str] = PATTERNS) -> Path:
     """The directory of the model `name`, downloaded into the hub's cache if need be.
 
     `name` is demo, a directory, or org/name[@revision] of a hub. `progress` is called with
-    ("download", fraction of the bytes), in any thread. Raises ConfigError.
+    ("download", fraction of the bytes), in any thread. `patterns` name the files to download.
+    Raises ConfigError.
     """
-    return find_local_model(name) or _download(name, progress)
+    return find_local_model(name) or _download(name, progress, patterns)
 
 
-def _download(name: str, progress: ReportProgress) -> Path:
+def _download(name: str, progress: ReportProgress, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     match = HUB_NAME.fullmatch(name)
@@ -62,7 +64,7 @@ def _download(name: str, progress: ReportProgress) -> Path:
             snapshot_download(
                 match["repo"],
                 revision=match["revision"],
-                allow_patterns=PATTERNS,
+                allow_patterns=list(patterns),
                 tqdm_class=_progress_bar(progress),
             )
         )

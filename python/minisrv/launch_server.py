@@ -125,7 +125,7 @@ def banner(config: ServerConfig, url: str, facts: dict[str, Any], seconds: float
         f"  URL       {url}/v1",
         f"  model     {config.served_name}, {facts['placement']}",
         f"  context   {facts['max_seq_len']} tokens",
-        f"  memory    {facts['memory_plan']}",
+        "  memory    " + facts["memory_plan"].replace("\n", "\n" + " " * 12),
         "  sampling  "
         + (", ".join(f"{k} {v}" for k, v in defaults.items()) or "OpenAI's defaults"),
     ]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisrv.config import ServerConfig
+from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig
 from minisrv.engine.attention.base import AttentionBackend
 from minisrv.engine.backends import cache_dtype, choose_backends, keeps_fp8
 from minisrv.engine.cuda_memory import cuda_cache_bytes, largest_batch, measure_workspace
@@ -36,7 +36,6 @@ from minisrv.engine.weights import CheckpointWeights, DummyWeights, Progress, We
 from minisrv.errors import ConfigError
 from minisrv.model_config import ModelConfig
 
-_MAX_PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
 _OVERLAP_DEPTH = {"cpu": 0, "cuda": 1}
 
 
@@ -109,7 +108,7 @@ class Engine:
             cores = max(1, len(os.sched_getaffinity(0)) // config.tp)
             torch.set_num_threads(config.num_threads or cores)
         self.page_size, self.max_seq_len = config.page_size, model_config.max_seq_len
-        self.max_prefill_tokens = config.max_prefill_tokens or _MAX_PREFILL_TOKENS[kind]
+        self.max_prefill_tokens = config.max_prefill_tokens or MAX_PREFILL_TOKENS[kind]
         depth = config.overlap_depth
         self.overlap_depth = _OVERLAP_DEPTH[kind] if depth is None else depth
         self._page_table = PageTable(
@@ -142,7 +141,7 @@ class Engine:
         return self._pool.num_pages
 
     def describe(self) -> str:
-        """The memory plan in plain words."""
+        """The memory plan as a table."""
         return self._plan.describe()
 
     def launch(self, batch: ForwardBatch) -> StepHandle:

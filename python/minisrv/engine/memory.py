@@ -1,8 +1,9 @@
-"""How many pages the KV cache gets, and the plan in plain words."""
+"""How many pages the KV cache gets, and the plan as a table. Free of torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import psutil
 
@@ -15,7 +16,9 @@ _CPU_LIMIT = 4 * 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Sizes in bytes. `workspace` is what the largest step takes, 0 where it is not measured."""
+    """Sizes in bytes, of one rank. `workspace` is what the largest step takes, `graphs` the CUDA
+    graphs, `context` the driver; 0 where it is not known. `notes` say more of a row, by its name.
+    """
 
     weights: int
     workspace: int
@@ -23,17 +26,36 @@ class MemoryPlan:
     page_bytes: int
     page_size: int
     max_seq_len: int
+    graphs: int = 0
+    context: int = 0
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the pages hold."""
+        return self.num_pages * self.page_size
 
     def describe(self) -> str:
-        """One line: weights, workspace, cache, and how many full-context requests that holds."""
-        tokens = self.num_pages * self.page_size
-        workspace = f"workspace {format_size(self.workspace)}, " if self.workspace else ""
-        return (
-            f"weights {format_size(self.weights)}, {workspace}"
-            f"KV cache {format_size(self.num_pages * self.page_bytes)}: {self.num_pages} pages of "
-            f"{self.page_size} tokens, {tokens} tokens, room for {tokens / self.max_seq_len:.1f} "
-            f"requests of the full context of {self.max_seq_len}"
-        )
+        """A table: a line for each use of memory, and what the cache holds."""
+        sizes = {
+            "weights": self.weights,
+            "workspace": self.workspace,
+            "CUDA graphs": self.graphs,
+            "CUDA context": self.context,
+            "KV cache": self.num_pages * self.page_bytes,
+        }
+        notes = {"KV cache": self._cache_note(), **self.notes}
+        lines = [
+            f"{name:<13}{format_size(size):>10}  {notes.get(name, '')}".rstrip()
+            for name, size in sizes.items()
+            if size or name in ("weights", "KV cache")
+        ]
+        requests = self.num_tokens / self.max_seq_len
+        room = f"room for {requests:.1f} requests of the full context of {self.max_seq_len}"
+        return "\n".join([*lines, f"{'':<25}{room}"])
+
+    def _cache_note(self) -> str:
+        return f"{self.num_pages} pages of {self.page_size} tokens, {self.num_tokens} tokens"
 
 
 def format_size(size: int) -> str:
@@ -55,8 +77,7 @@ def choose_num_pages(
     """
     if config.num_pages is not None:
         return config.num_pages
-    useful = config.max_running_requests * -(-max_seq_len // config.page_size)
-    num_pages = min(free_bytes // page_bytes, useful)
+    num_pages = min(free_bytes // page_bytes, useful_pages(config, max_seq_len))
     if num_pages < 1:
         option = "kv_memory" if config.device != "cuda" else "memory_fraction"
         raise ConfigError(
@@ -65,6 +86,11 @@ def choose_num_pages(
             f"smaller {flag('page_size')}"
         )
     return num_pages
+
+
+def useful_pages(config: ServerConfig, max_seq_len: int) -> int:
+    """What --max-running-requests can fill."""
+    return config.max_running_requests * -(-max_seq_len // config.page_size)
 
 
 def cpu_cache_bytes(config: ServerConfig) -> tuple[int, str]:

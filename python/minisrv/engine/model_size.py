@@ -1,0 +1,114 @@
+"""How large a model is, from its config alone: parameters of a rank, cache, what a step takes."""
+
+# Sizes are in elements unless the name says bytes.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minisrv.engine.parallel.partition import Partition
+from minisrv.model_config import ModelConfig, MoeConfig
+
+ATTENTION_WORKSPACE_BYTES = (128 + 2 * 8) * 2**20  # FlashInfer's floats, and its two plans
+SAMPLER_BYTES = 7 * 8  # a logit, while it is filtered: the sampler's arrays of float64 and int64
+GRAPH_NODE_BYTES, GRAPH_NODES = 8 * 2**10, 10  # of a kernel in a graph; kernels a layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """What a rank holds. `head` is 0 where it is tied; `experts` are those of all sparse layers.
+
+    experts_read: the share of `experts` that one token goes through.
+    """
+
+    embedding: int
+    head: int
+    matrices: int
+    experts: int
+    vectors: int
+    experts_read: float = 0.0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.embedding + self.head + self.matrices + self.experts + self.vectors
+
+    @property
+    def layer_products(self) -> float:
+        """Entries of the matrices that a token is multiplied with, the head aside."""
+        return self.matrices + self.experts * self.experts_read
+
+    @property
+    def head_products(self) -> int:
+        """Entries of the head, whether it is tied or not."""
+        return self.head or self.embedding
+
+    @property
+    def read_for_a_token(self) -> float:
+        """What a decode of one token reads; the one row of an untied embedding is left out."""
+        return self.layer_products + self.head_products + self.vectors
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    matrices: int = 0
+    experts: int = 0
+    vectors: int = 0
+
+
+def count_parameters(config: ModelConfig, partition: Partition = Partition()) -> Parameters:  # noqa: B008
+    """Exactly what the rank `partition` of a model holds."""
+    rows = partition.vocab(config.vocab_size).length
+    sparse = frozenset[int]() if config.moe is None else config.moe.sparse_layers
+    layers = [
+        _feed_forward(config, partition, config.moe if i in sparse else None)
+        for i in range(config.num_layers)
+    ]
+    attention, moe = _attention(config, partition), config.moe
+    norms = (2 * config.num_layers + 1) * config.hidden_size
+    return Parameters(
+        embedding=rows * config.hidden_size,
+        head=0 if config.tie_word_embeddings else rows * config.hidden_size,
+        matrices=config.num_layers * attention.matrices + sum(x.matrices for x in layers),
+        experts=sum(x.experts for x in layers),
+        vectors=config.num_layers * attention.vectors + sum(x.vectors for x in layers) + norms,
+        experts_read=0.0 if moe is None else moe.num_experts_per_token / moe.num_experts,
+    )
+
+
+def kv_bytes_per_token(config: ModelConfig, itemsize: int, partition: Partition) -> int:
+    """Keys and values of one token in all layers of a rank."""
+    heads = partition.kv_heads(config).length
+    return 2 * config.num_layers * heads * config.head_dim * itemsize
+
+
+def widest_layer(config: ModelConfig, tp: int) -> int:
+    """Elements a token that are alive at once where a layer takes the most."""
+    partition = Partition(0, tp)
+    heads, kv_heads = partition.query_heads(config).length, partition.kv_heads(config).length
+    attention = (2 * heads + 2 * kv_heads) * config.head_dim
+    feed_forward = 3 * config.intermediate_size // tp
+    if config.moe is not None:
+        # The tokens' copies for their experts, the outputs of these, and the same joined.
+        feed_forward = 3 * config.moe.num_experts_per_token * config.hidden_size
+    return 2 * config.hidden_size + max(attention, feed_forward)
+
+
+def _attention(config: ModelConfig, partition: Partition) -> _Layer:
+    width = partition.query_heads(config).length * config.head_dim
+    kv_width = partition.kv_heads(config).length * config.head_dim
+    outputs = width + 2 * kv_width
+    biases = outputs * config.qkv_bias + config.hidden_size * config.o_bias
+    head_norms = 2 * config.head_dim if config.architecture.startswith("Qwen3") else 0
+    return _Layer(config.hidden_size * (outputs + width), 0, biases + head_norms)
+
+
+def _feed_forward(config: ModelConfig, partition: Partition, moe: MoeConfig | None) -> _Layer:
+    hidden = config.hidden_size
+    if moe is not None:
+        features = moe.intermediate_size // partition.size
+        router = moe.num_experts * hidden
+        return _Layer(router, moe.num_experts * 3 * hidden * features)
+    features = config.intermediate_size // partition.size
+    biases = (2 * features + hidden) if config.mlp_bias else 0
+    return _Layer(3 * hidden * features, 0, biases)
