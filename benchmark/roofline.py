@@ -1,0 +1,137 @@
+"""What a device could do at best: its measured rates, and the time a workload takes at them.
+
+Everything is computed once and nothing overlaps: prompts first, at the rate of matrix products;
+then one decode step after another, each the longer of reading the weights and multiplying with
+them, plus reading the cache, plus writing and reading what goes from one operator to the next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from minisrv.engine.model_size import count_parameters, kv_bytes_per_token
+from minisrv.engine.parallel.partition import Partition
+from minisrv.model_config import ModelConfig
+
+ITEMSIZE = 2
+_REPETITIONS = 5
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes a second of a copy, read and written; FLOP a second of a bf16 matrix product."""
+
+    bandwidth: float
+    flops: float
+
+    def __str__(self) -> str:
+        return f"copy {self.bandwidth / 1e12:.3g} TB/s, GEMM {self.flops / 1e12:.3g} TFLOP/s"
+
+
+@dataclass(frozen=True)
+class Ideal:
+    """Seconds of a workload's parts, and the tokens that it gives."""
+
+    prefill: float
+    products: float  # the longer of weights and FLOP, of each step
+    cache: float
+    activations: float
+    output_tokens: int
+
+    @property
+    def seconds(self) -> float:
+        """All of them one after the other."""
+        return self.prefill + self.products + self.cache + self.activations
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Output tokens over the whole time."""
+        return self.output_tokens / self.seconds
+
+
+def measure_rates(device: torch.device) -> Rates:
+    """The best of some repetitions, on sizes that caches do not hold."""
+    cuda = device.type == "cuda"
+    size, edge = (2**30, 8192) if cuda else (2**26, 1024)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a = torch.ones(edge, edge, dtype=torch.bfloat16, device=device)
+    out = torch.empty_like(a)
+    return Rates(
+        bandwidth=2 * size / _best(device, lambda: target.copy_(source)),
+        flops=2 * edge**3 / _best(device, lambda: torch.mm(a, a, out=out)),
+    )
+
+
+def ideal(model: ModelConfig, lengths: Sequence[tuple[int, int]], rates: Rates) -> Ideal:
+    """`lengths`: prompt and output tokens of each request, all of which run together."""
+    prompts, outputs = (np.array(column, np.int64) for column in zip(*lengths, strict=True))
+    parts = np.zeros(3)
+    for step in range(1, int(outputs.max())):
+        live = outputs > step
+        parts += decode_step(model, int(live.sum()), int((prompts[live] + step).sum()), rates)
+    products, cache, activations = parts.tolist()
+    return Ideal(
+        prefill=_prefill_flops(model, prompts) / rates.flops,
+        products=products,
+        cache=cache,
+        activations=activations,
+        output_tokens=int(outputs.sum()),
+    )
+
+
+def decode_step(
+    model: ModelConfig, batch: int, cached_tokens: int, rates: Rates
+) -> tuple[float, float, float]:
+    """Seconds of products, cache and activations; `cached_tokens` are those of the whole batch."""
+    parameters = count_parameters(model)
+    touched = 1 - (1 - parameters.experts_read) ** batch  # of the experts, if drawn evenly
+    dense = parameters.matrices + parameters.head_products + parameters.vectors
+    read = (dense + parameters.experts * touched) * ITEMSIZE
+    flops = 2 * (parameters.layer_products + parameters.head_products) * batch
+    cache = cached_tokens * kv_bytes_per_token(model, ITEMSIZE, Partition())
+    return (
+        max(read / rates.bandwidth, flops / rates.flops),
+        cache / rates.bandwidth,
+        batch * _activation_bytes(model) / rates.bandwidth,
+    )
+
+
+def _prefill_flops(model: ModelConfig, prompts: np.ndarray) -> float:
+    """Products of all prompt tokens, and causal attention; the head is left out."""
+    products = 2 * count_parameters(model).layer_products * int(prompts.sum())
+    width = model.num_layers * model.num_heads * model.head_dim
+    return products + 2 * width * int((prompts**2).sum())
+
+
+def _activation_bytes(model: ModelConfig) -> int:
+    """Of a token: each operator's output and the logits, once written and once read."""
+    hidden, heads = model.hidden_size, model.num_heads + 2 * model.num_kv_heads
+    features, experts = model.intermediate_size, 1
+    if model.moe is not None:
+        features, experts = model.moe.intermediate_size, model.moe.num_experts_per_token
+    layer = (heads + model.num_heads) * model.head_dim + hidden + experts * (3 * features + hidden)
+    return 2 * ITEMSIZE * (model.num_layers * layer + model.vocab_size)
+
+
+def _best(device: torch.device, run: Callable[[], object]) -> float:
+    """Seconds of the fastest run, the first aside."""
+    seconds = []
+    for _ in range(_REPETITIONS + 1):
+        synchronize(device)
+        began = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
