@@ -18,6 +18,9 @@ from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.weights import Weights
 from minisrv.errors import ConfigError
 
+FLASHINFER_DTYPES = (torch.bfloat16, torch.float16)
+FLASHINFER_HEAD_DIMS = (64, 128, 256)
+
 logger = logging.getLogger("minisrv.engine")
 
 
@@ -29,7 +32,7 @@ def choose_backends(
     num_heads: query heads of this rank. Raises ConfigError for FlashInfer on a CPU.
     """
     if pool.device.type == "cuda":
-        return _cuda_kernels(config, pool), _cuda_attention(config, pool, num_heads)
+        return _cuda_backends(config, pool, num_heads)
     if config.attention_backend == "flashinfer":
         raise ConfigError("--attention-backend flashinfer needs a GPU; the device here is a CPU")
     if pool.stored_dtype is not pool.dtype:
@@ -62,33 +65,50 @@ def keeps_fp8(config: ServerConfig, device: torch.device, dtype: torch.dtype | N
     )
 
 
-def _cuda_kernels(config: ServerConfig, pool: KVPool) -> Kernels:
-    if pool.stored_dtype is not pool.dtype and torch.cuda.get_device_capability() < (8, 9):
-        logger.warning("torch's operators are used, which are slower: the GPU has no FP8")
-        return TorchKernels()
-    if config.kernels == "auto":
-        try:
-            from minisrv.engine.kernels.cuda import CudaKernels
-
-            return CudaKernels()
-        except ImportError as error:
-            logger.warning("torch's operators are used, which are slower: %s", error)
-    return TorchKernels()
-
-
-def _cuda_attention(config: ServerConfig, pool: KVPool, num_heads: int) -> AttentionBackend:
+def _cuda_backends(
+    config: ServerConfig, pool: KVPool, num_heads: int
+) -> tuple[Kernels, AttentionBackend]:
+    """FlashInfer's, or torch's where it lacks the type or the heads: one warning says which."""
+    kernels, no_kernels = _cuda_kernels(pool) if config.kernels == "auto" else (None, None)
+    attention, no_attention = None, None
     if config.attention_backend != "torch_native":
-        try:
-            from minisrv.engine.attention import flashinfer
-
-            if pool.dtype in flashinfer.DTYPES and pool.head_dim in flashinfer.HEAD_DIMS:
-                return flashinfer.FlashInferAttention(pool, num_heads)
-            lacking = f"FlashInfer has no heads of {pool.head_dim} {_name(pool.dtype)} numbers"
-        except ImportError as error:
-            lacking = str(error)
-        logger.warning("torch's attention is used, which is slower: %s", lacking)
-    return TorchNativeAttention(pool)
+        attention, no_attention = _cuda_attention(pool, num_heads)
+    lacking = list(dict.fromkeys(reason for reason in (no_kernels, no_attention) if reason))
+    if lacking:
+        parts = ["attention"] * bool(no_attention) + ["operators"] * bool(no_kernels)
+        logger.warning(
+            "torch's %s are used, which are slower: %s", " and ".join(parts), "; ".join(lacking)
+        )
+    return kernels or TorchKernels(), attention or TorchNativeAttention(pool)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _cuda_kernels(pool: KVPool) -> tuple[Kernels | None, str | None]:
+    """The operators, or why there are none."""
+    if pool.dtype not in FLASHINFER_DTYPES:
+        return None, _no_dtype(pool)
+    if pool.stored_dtype is not pool.dtype and torch.cuda.get_device_capability() < (8, 9):
+        return None, "the GPU has no FP8"
+    try:
+        from minisrv.engine.kernels.cuda import CudaKernels
+
+        return CudaKernels(), None
+    except ImportError as error:
+        return None, str(error)
+
+
+def _cuda_attention(pool: KVPool, num_heads: int) -> tuple[AttentionBackend | None, str | None]:
+    """The attention, or why there is none."""
+    if pool.dtype not in FLASHINFER_DTYPES:
+        return None, _no_dtype(pool)
+    if pool.head_dim not in FLASHINFER_HEAD_DIMS:
+        return None, f"FlashInfer has no heads of {pool.head_dim} numbers"
+    try:
+        from minisrv.engine.attention.flashinfer import FlashInferAttention
+
+        return FlashInferAttention(pool, num_heads), None
+    except ImportError as error:
+        return None, str(error)
+
+
+def _no_dtype(pool: KVPool) -> str:
+    return f"FlashInfer has no {str(pool.dtype).removeprefix('torch.')}"

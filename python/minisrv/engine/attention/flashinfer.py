@@ -22,8 +22,6 @@ from minisrv.engine.kernels.base import CacheSlots
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.page_table import PageTable, token_positions
 
-HEAD_DIMS = (64, 128, 256)
-DTYPES = (torch.bfloat16, torch.float16)
 _WORKSPACE_BYTES = 128 * 2**20
 _PLANS_IN_FLIGHT = 3
 

@@ -1,0 +1,80 @@
+"""Which operators and which attention a GPU gets, without one: nothing is allocated yet."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+
+import pytest
+import torch
+
+from minisrv.config import ServerConfig
+from minisrv.engine.attention.torch_native import TorchNativeAttention
+from minisrv.engine.backends import choose_backends
+from minisrv.engine.kernels.torch_native import TorchKernels
+from minisrv.engine.kv_pool import KVPool
+from minisrv.model_config import ModelConfig, RopeConfig
+
+pytest.importorskip("flashinfer")
+
+
+def cuda_pool(dtype: torch.dtype, head_dim: int) -> KVPool:
+    config = ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=10,
+        hidden_size=64,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=head_dim,
+        max_position=128,
+        max_seq_len=128,
+        norm_eps=1e-6,
+        rope=RopeConfig(),
+    )
+    return KVPool(config, 2, 16, dtype, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "torch_kernels", "reason"),
+    [
+        (torch.float32, 64, True, "torch's attention and operators .* has no float32$"),
+        (torch.float32, 80, True, "torch's attention and operators .* has no float32$"),
+        (torch.bfloat16, 80, False, "torch's attention .* has no heads of 80 numbers$"),
+    ],
+)
+def test_what_flashinfer_lacks_falls_back_to_torch_with_one_warning(
+    dtype: torch.dtype,
+    head_dim: int,
+    torch_kernels: bool,
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pytest.importorskip("triton")
+    with caplog.at_level(logging.WARNING):
+        kernels, attention = choose_backends(ServerConfig(), cuda_pool(dtype, head_dim), 4)
+    assert isinstance(attention, TorchNativeAttention)
+    assert isinstance(kernels, TorchKernels) == torch_kernels
+    assert len(caplog.messages) == 1
+    assert re.search(reason, caplog.messages[0])
+
+
+def test_without_flashinfer_torch_does_all_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    kernels, attention = choose_backends(ServerConfig(), cuda_pool(torch.bfloat16, 64), 4)
+    assert isinstance(attention, TorchNativeAttention)
+    assert isinstance(kernels, TorchKernels)
+    assert len(caplog.messages) == 1
+    assert "attention and operators" in caplog.messages[0]
+
+
+def test_torch_by_choice_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
+    config = ServerConfig(attention_backend="torch_native", kernels="torch")
+    kernels, attention = choose_backends(config, cuda_pool(torch.float32, 80), 4)
+    assert isinstance(attention, TorchNativeAttention)
+    assert isinstance(kernels, TorchKernels)
+    assert not caplog.messages
