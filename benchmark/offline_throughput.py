@@ -16,9 +16,10 @@ import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -235,15 +236,13 @@ def bench_model(directory: Path, device: torch.device, rates: Rates, args: Names
 def report(results: Sequence[Result], device: torch.device, rates: Rates) -> str:
     """The page: two tables and what was measured how."""
     requests = results[0].requests
-    packages = ("minisrv", "torch", "transformers", "numpy")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     rows = [HEADER, *(result.line() for result in results)]
     decodes = [DECODE_HEADER, *(line for result in results for line in result.decode_lines())]
     return "\n".join(
         [
             f"# Offline throughput, {date.today()}\n",
             f"`python benchmark/offline_throughput.py {' '.join(sys.argv[1:])}`\n",
-            f"{_device_name(device)} ({rates}). Python {platform.python_version()}, {versions}.\n",
+            f"{_device_name(device)} ({rates}). {_versions()}.\n",
             f"{len(requests)} requests, {sum(len(p) for p, _ in requests):,} tokens in, "
             f"{results[0].output_tokens:,} out, temperature 0.6, random weights in bfloat16. "
             f"{HOW}\n",
@@ -258,6 +257,15 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"{torch.get_num_threads()} threads of a CPU"
+
+
+def _versions() -> str:
+    """Of what is installed: a GPU box may run from the source tree."""
+    found = [f"Python {platform.python_version()}"]
+    for name in ("minisrv", "torch", "transformers", "numpy", "flashinfer-python", "triton"):
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
 
 
 def _share(times: StepTimes) -> str:

@@ -1,0 +1,161 @@
+"""Checkpoints in bfloat16 on a GPU, held against transformers in float32 on the same weights."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from checkpoints import make_checkpoint
+from engine.step_driver import StepDriver, open_engine
+from exactness.oracle import NEW_TOKENS, make_prompts, run
+from minisrv.config import ServerConfig
+from minisrv.engine.attention.torch_native import TorchNativeAttention
+from minisrv.engine.engine import Engine
+from minisrv.scheduler.build import build_loop
+from minisrv.scheduler.channel import LocalChannel
+from minisrv.scheduler.loop import SchedulerLoop
+
+DEVICE = "cuda"
+CLEAR_MARGIN = 0.1  # of the best logit over the second; below it bfloat16 may choose either
+HAS_GRAPHS = "cuda_graph_max_bs" in {f.name for f in fields(ServerConfig)}
+CASES = [("llama", 64), ("llama", 128), ("qwen3", 64), ("qwen3", 128), ("qwen2", 64)]
+
+
+@dataclass
+class Case:
+    """A checkpoint in bfloat16, and transformers' greedy tokens with it in float32."""
+
+    path: Path
+    model: PreTrainedModel
+    prompts: list[list[int]]
+    expected: list[list[int]]
+
+
+def load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(DEVICE).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    """Of every position, [T, V]."""
+    return model(torch.tensor([ids], device=DEVICE)).logits[0].float()  # type: ignore[no-any-return]
+
+
+def greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+    ids = torch.tensor([prompt], device=DEVICE)
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
+    )
+    return made[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    arch, head_dim = request.param
+    path = tmp_path_factory.mktemp("checkpoint")
+    make_checkpoint(path, arch, dtype=torch.bfloat16, head_dim=head_dim)
+    model = load(path, torch.float32)
+    prompts = make_prompts(20, model.config.vocab_size)
+    return Case(path, model, prompts, [greedy(model, prompt) for prompt in prompts])
+
+
+def make_loop(path: Path, **options: Any) -> SchedulerLoop:
+    config = ServerConfig(
+        **{
+            "model": str(path),
+            "device": DEVICE,
+            "num_pages": 4000,
+            "max_prefill_tokens": 256,
+            "max_running_requests": 32,
+            **options,
+        }
+    )
+    return build_loop(config, path, LocalChannel(), lambda phase, fraction: None)
+
+
+def assert_agree(case: Case, outputs: list[list[int]]) -> None:
+    """Equal up to the first place where the margin in float32 is not clear."""
+    num_compared = 0
+    for prompt, want, got in zip(case.prompts, case.expected, outputs, strict=True):
+        best = logits(case.model, prompt + want)[len(prompt) - 1 : -1].topk(2).values
+        unclear = ((best[:, 0] - best[:, 1]) < CLEAR_MARGIN).nonzero().flatten().tolist()
+        clear = unclear[0] if unclear else len(want)
+        assert got[:clear] == want[:clear]
+        num_compared += clear
+    assert num_compared > 5 * len(outputs)
+
+
+def test_logits_are_as_near_to_float32_as_those_of_transformers(case: Case) -> None:
+    """The prompt goes in chunks; wherever one ends, its logits are compared."""
+    half = load(case.path, torch.bfloat16)
+    driver = StepDriver(open_engine(case.path, device=DEVICE, num_pages=400))
+    errors: list[tuple[float, float]] = []
+    rng = random.Random(0)
+    for prompt in case.prompts:
+        exact, theirs = logits(case.model, prompt), logits(half, prompt)
+        sequence, done = driver.add(), 0
+        while done < len(prompt):
+            chunk = prompt[done : done + rng.choice([1, 7, 100])]
+            done += len(chunk)
+            ours = driver.logits(prefills=[(sequence, chunk)])[0].to(DEVICE)
+            errors.append(
+                (
+                    float((ours - exact[done - 1]).square().mean()),
+                    float((theirs[done - 1] - exact[done - 1]).square().mean()),
+                )
+            )
+        driver.release(sequence)
+    our_error, their_error = np.sqrt(np.mean(errors, axis=0))
+    assert our_error <= 2 * their_error, f"rms {our_error:.4f}, transformers {their_error:.4f}"
+
+
+@pytest.mark.parametrize("overlap_depth", [0, 1])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_greedy_tokens_cold_and_warm(case: Case, page_size: int, overlap_depth: int) -> None:
+    loop = make_loop(case.path, page_size=page_size, overlap_depth=overlap_depth)
+    cold, _ = run(loop, case.prompts, 32)
+    assert_agree(case, cold)
+    warm, cached = run(loop, case.prompts, 32)
+    assert sum(cached) > 0
+    assert_agree(case, warm)
+    loop.scheduler.check()
+
+
+@pytest.mark.skipif(not HAS_GRAPHS, reason="this version has no --cuda-graph-max-bs")
+@pytest.mark.parametrize("at_once", [1, 3, 20])
+def test_graphs_give_the_tokens_of_eager_steps(case: Case, at_once: int) -> None:
+    """With as many at once as a graph has, with padding, and more than the largest graph takes."""
+    eager, _ = run(make_loop(case.path, cuda_graph_max_bs=0), case.prompts, at_once)
+    graphs, _ = run(make_loop(case.path, cuda_graph_max_bs=16), case.prompts, at_once)
+    assert_agree(case, eager)
+    assert_agree(case, graphs)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "lacking"),
+    [(64, "float32", "has no float32"), (80, "bfloat16", "has no heads of 80 numbers")],
+)
+def test_what_flashinfer_lacks_is_served_by_torch_with_one_warning(
+    tmp_path: Path, head_dim: int, dtype: str, lacking: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_checkpoint(tmp_path, "qwen3", dtype=torch.bfloat16, head_dim=head_dim)
+    with caplog.at_level(logging.WARNING, logger="minisrv"):
+        loop = make_loop(path, dtype=dtype)
+    assert [lacking in message for message in caplog.messages] == [True]
+    assert isinstance(loop.engine, Engine)
+    assert isinstance(loop.engine._attention, TorchNativeAttention)
+    model = load(path, torch.float32)
+    prompts = make_prompts(8, model.config.vocab_size, longest=200)
+    expected = [greedy(model, prompt) for prompt in prompts]
+    assert_agree(Case(path, model, prompts, expected), run(loop, prompts, 8)[0])
