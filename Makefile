@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL ?= demo
 STAMP := .venv/.installed
 
-.PHONY: setup serve test check format soak bench demo-eval
+.PHONY: setup serve test check format soak bench demo-eval gpu-check
 
 setup: $(STAMP)
 
@@ -42,3 +42,7 @@ bench: setup
 
 demo-eval: setup
 	$(BIN)/python scripts/eval_demo_model.py $(ARGS)
+
+# On a machine with a GPU, with the Python that has its torch; no set-up, no network.
+gpu-check:
+	PYTHON=$(PYTHON) scripts/gpu_check.sh $(ARGS)
