@@ -100,8 +100,9 @@ for stage; do
         [ $code -eq 0 ] || result="failed ($code)"
         [ $code -ne 124 ] || result='cut off'
     fi
-    [ "$result" = ok ] || status=1
     last=$(tail -n 1 "$log" | tr '|' ' ' | cut -c 1-100)
+    [[ $last =~ ^[0-9]+\ skipped ]] && result=skipped
+    [ "$result" = ok ] || status=1
     echo "| $stage | $result | $((SECONDS - began)) | $last |" >> "$page"
 done
 cat "$page"

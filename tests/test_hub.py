@@ -146,3 +146,16 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     with pytest.raises(ConfigError, match="is a file"):
         find_local_model(str(tmp_path / "model.gguf"))
+
+
+def test_a_plan_downloads_the_config_alone(tmp_path: Path) -> None:
+    config = PACKAGES.parent / "benchmark" / "models" / "Qwen3-0.6B" / "config.json"
+    with serve_hub({**FILES, "config.json": config.read_bytes()}) as hub:
+        env = {**os.environ, "PYTHONPATH": str(PACKAGES), "HF_ENDPOINT": hub.url}
+        command = [sys.executable, "-m", "minisrv", "plan", REPOSITORY, "--card", "H100"]
+        done = subprocess.run(
+            command, env={**env, "HF_HOME": str(tmp_path)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "596,049,920 parameters" in done.stdout
+        assert hub.fetched == ["config.json"]
