@@ -115,7 +115,8 @@ def make_plan(request: Request) -> MemoryPlan:
     weights = request.parameters.total * itemsize
     workspace, workspace_note = _workspace(request)
     graphs, graphs_note = _graphs(request)
-    page_bytes = config.page_size * kv_bytes_per_token(model, itemsize, request.partition)
+    cache_itemsize = 1 if config.kv_cache_dtype == "fp8" else itemsize
+    page_bytes = config.page_size * kv_bytes_per_token(model, cache_itemsize, request.partition)
     free = int(request.memory * config.memory_fraction)
     free -= CONTEXT_BYTES + weights + workspace + graphs
     num_pages = max(0, min(free // page_bytes, useful_pages(config, model.max_seq_len)))
@@ -208,7 +209,8 @@ def _weights_note(request: Request) -> str:
     if request.model.tie_word_embeddings:
         note += ", head tied"
     if request.model.fp8 is not None:
-        note += f", FP8 in the checkpoint, {request.dtype} once loaded"
+        # A GPU with FP8 keeps those matrices as they are; which they are, config.json does not say.
+        note += f", FP8 in the checkpoint, counted as {request.dtype}: a GPU with FP8 takes less"
     return note
 
 

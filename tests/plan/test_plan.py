@@ -146,7 +146,7 @@ def test_pages_that_are_asked_for_must_fit(capsys: pytest.CaptureFixture[str]) -
     assert plan(f"{command} {value[1]}", capsys)[0] == 0
 
 
-def test_fp8_checkpoints_are_planned_in_the_type_that_they_are_computed_in(
+def test_fp8_checkpoints_are_planned_at_the_most_that_they_can_take(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = json.loads((MODELS[1] / "config.json").read_text())
@@ -154,8 +154,16 @@ def test_fp8_checkpoints_are_planned_in_the_type_that_they_are_computed_in(
     (tmp_path / "config.json").write_text(json.dumps(raw))
     status, text = plan(f"{tmp_path} --card h200", capsys)
     assert status == 0
-    assert "8,190,735,360 parameters, FP8 in the checkpoint, bfloat16 once loaded" in text
+    assert "8,190,735,360 parameters, FP8 in the checkpoint, counted as bfloat16" in text
     assert "weights       15.26 GiB" in text
+
+
+def test_an_fp8_cache_holds_twice_the_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    plain, halved = (
+        plan(f"{MODELS[1]} --card l40s --kv-cache-dtype {name}", capsys) for name in ("auto", "fp8")
+    )
+    pages = [int(re.search(r"(\d+) pages", text)[1]) for _, text in (plain, halved)]  # type: ignore[index]
+    assert abs(pages[1] - 2 * pages[0]) <= 1
 
 
 @pytest.mark.parametrize(
