@@ -1,14 +1,18 @@
 """The small operators of the layers: what is neither a matrix product nor attention."""
 
 # Shapes: T tokens in the step, S samples, C hidden size, F intermediate size, V vocabulary, H query
-# heads, K key-value heads, A = H + 2 K, D head size, N cache slots.
+# heads, K key-value heads, A = H + 2 K, D head size, N cache slots; with experts: E in all, N a
+# token, G = 2 F.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from minisrv.engine.forward_batch import Int64Array, SamplingColumns
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +36,28 @@ class CacheSlots:
     values_NKD: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """The gated feed-forward layers of all experts, this rank's features."""
+
+    gate_up_EGC: Tensor  # gate's F rows, then up's
+    down_ECF: Tensor
+
+
 RopeRows = tuple[Tensor, Tensor]  # cosines and sines of the step's tokens, each [T, 1, D]
+# All that `sampler.sample` does, in kernels of the device.
+SampleRows = Callable[[Tensor, SamplingColumns, Int64Array], Tensor]
+# x_TC, weights, scores_TN, experts_TN (int64) -> a new [T, C]: for each token the sum of its
+# experts' outputs, times their scores.
+RunExperts = Callable[[Tensor, ExpertWeights, Tensor, Tensor], Tensor]
 
 
 class Kernels(Protocol):
     """One implementation a device; `torch_native` is the reference for the others."""
+
+    # What a device has or has not; where it is None, sampler.py or the layer does without.
+    sample: SampleRows | None
+    run_experts: RunExperts | None
 
     def add_rms_norm_(
         self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisrv.engine.kernels.base import CacheSlots, QKNormWeights, RopeRows
+from minisrv.engine.kernels.base import (
+    CacheSlots,
+    QKNormWeights,
+    RopeRows,
+    RunExperts,
+    SampleRows,
+)
 from minisrv.engine.kernels.compiler import load_library
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -50,6 +56,9 @@ def load_cpu_kernels(dtype: torch.dtype) -> CpuKernels | None:
 
 class CpuKernels:
     """See Kernels; and attention over the cache's pages."""
+
+    sample: SampleRows | None = None
+    run_experts: RunExperts | None = None
 
     def __init__(self, library: CDLL, dtype: torch.dtype, num_threads: int) -> None:
         suffix = str(dtype).removeprefix("torch.")

@@ -7,8 +7,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minisrv.engine.kernels.base import CacheSlots, QKNormWeights, RopeRows
+from minisrv.engine.forward_batch import Int64Array, SamplingColumns
+from minisrv.engine.kernels.base import (
+    CacheSlots,
+    QKNormWeights,
+    RopeRows,
+    RunExperts,
+    SampleRows,
+)
+from minisrv.engine.kernels.triton_moe import run_experts
 from minisrv.engine.kernels.triton_rotate import norm_rotate_store
+from minisrv.engine.kernels.triton_sample import sample_on_device
+from minisrv.engine.sampling.device_columns import DeviceColumns
 
 
 class CudaKernels:
@@ -18,6 +28,8 @@ class CudaKernels:
         import flashinfer
 
         self._flashinfer = flashinfer
+        self.sample: SampleRows | None = _sample
+        self.run_experts: RunExperts | None = run_experts
 
     def add_rms_norm_(
         self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
@@ -48,3 +60,9 @@ class CudaKernels:
     def argmax(self, logits_SV: Tensor) -> Tensor:
         """See Kernels."""
         return torch.argmax(logits_SV, -1)
+
+
+def _sample(logits_SV: Tensor, columns: SamplingColumns, positions_S: Int64Array) -> Tensor:
+    given = DeviceColumns.from_host(columns, positions_S, logits_SV.device)
+    out_S = torch.empty(logits_SV.shape[0], dtype=torch.int64, device=logits_SV.device)
+    return sample_on_device(logits_SV, given, out_S)

@@ -8,11 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisrv.engine.kernels.base import CacheSlots, QKNormWeights, RopeRows
+from minisrv.engine.kernels.base import (
+    CacheSlots,
+    QKNormWeights,
+    RopeRows,
+    RunExperts,
+    SampleRows,
+)
 
 
 class TorchKernels:
     """See Kernels."""
+
+    sample: SampleRows | None = None
+    run_experts: RunExperts | None = None
 
     def add_rms_norm_(
         self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float

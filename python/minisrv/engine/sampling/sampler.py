@@ -2,7 +2,8 @@
 
 The order is that of OpenAI-like servers: temperature, then top-k, then top-p over what top-k left,
 then min-p relative to the best token. Each row is computed by itself, in float64 and in the order
-of the vocabulary, so that neither its neighbours nor their filters move its draw.
+of the vocabulary, so that neither its neighbours nor their filters move its draw. On CUDA the
+Triton kernels do the same by another rule (kernels/triton_sample.py says what differs).
 """
 
 # Shapes: S samples, F samples with a filter, V vocabulary.
@@ -25,6 +26,8 @@ def sample(
 
     positions_S: the position that each new token will have.
     """
+    if kernels.sample is not None:
+        return kernels.sample(logits_SV, columns, positions_S)
     device = logits_SV.device
     if columns.suppress_ids.size:
         samples, ids = _to(columns.suppress_samples, device), _to(columns.suppress_ids, device)

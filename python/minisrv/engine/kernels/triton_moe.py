@@ -1,0 +1,254 @@
+"""All experts of a sparse layer at once: two grouped products, in launches of fixed shape.
+
+A pair is a token and one of its experts. Each expert's pairs get slots of their own, padded to
+whole tiles, so that a tile of a product has one expert. Where tiles lie depends on the routing;
+their greatest number does not, and programs beyond the last tile end at once: nothing is read back,
+and a CUDA graph can hold it. Within an expert pairs lie in any order, which changes no result: each
+row is computed by itself, and a token's experts are added in the order of its router.
+"""
+
+# Shapes: T tokens, C hidden size, E experts, N experts a token, P = T N pairs, F features of an
+# expert on this rank, G = 2 F, L slots.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minisrv.engine.kernels.base import ExpertWeights
+
+_PAIRS = 256  # a program of the two kernels that place pairs
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _count(experts, counts, ranks, num_pairs, BLOCK: tl.constexpr) -> None:
+    """How many pairs each expert has, and which of them each pair is."""
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = pair < num_pairs
+    expert = tl.load(experts + pair, inside, 0)
+    tl.store(ranks + pair, tl.atomic_add(counts + expert, 1, inside), inside)
+
+
+@triton.jit
+def _place(
+    experts,
+    counts,
+    ranks,
+    slot_pairs,
+    tile_experts,
+    num_pairs,
+    num_tiles,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program a block of pairs, and of tiles: the pair of each slot, the expert of each tile.
+
+    Both are written plus one: 0 is a slot or tile that nobody has.
+    """
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    every = tl.arange(0, EXPERTS)
+    tiles = (tl.load(counts + every, every < NUM_EXPERTS, 0) + ROWS - 1) // ROWS
+    ends = tl.cumsum(tiles, 0)
+    inside = at < num_pairs
+    expert = tl.load(experts + at, inside, 0)
+    before = tl.sum(tl.where(every[None, :] == expert[:, None], (ends - tiles)[None, :], 0), 1)
+    slot = before * ROWS + tl.load(ranks + at, inside, 0)
+    tl.store(slot_pairs + slot, at + 1, inside)
+    owner = tl.sum((ends[None, :] <= at[:, None]).to(tl.int32), 1)
+    tl.store(tile_experts + at, tl.where(owner < EXPERTS, owner + 1, 0), at < num_tiles)
+
+
+@triton.jit
+def _gate_up(
+    x,
+    weights,
+    slot_pairs,
+    tile_experts,
+    hidden,
+    PER_TOKEN: tl.constexpr,
+    INPUTS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """silu(x @ gate.T) * (x @ up.T) of a tile's tokens, to the slots of the tile."""
+    tile = tl.program_id(0)
+    expert = tl.load(tile_experts + tile).to(tl.int64) - 1
+    if expert >= 0:
+        slots = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        pair = tl.load(slot_pairs + slots) - 1
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        inner = tl.arange(0, INNER)
+        token = tl.maximum(pair, 0).to(tl.int64) // PER_TOKEN
+        a_at = x + token[:, None] * INPUTS + inner[None, :]
+        of_expert = weights + expert * (2 * FEATURES * INPUTS)
+        gate_at = of_expert + column[None, :] * INPUTS + inner[:, None]
+        here, there = (pair >= 0)[:, None], (column < FEATURES)[None, :]
+        gate = tl.zeros([ROWS, COLUMNS], tl.float32)
+        up = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, INPUTS, INNER):
+            a_mask, b_mask = here, there
+            if INPUTS % INNER != 0:
+                left = inner < INPUTS - start
+                a_mask, b_mask = here & left[None, :], there & left[:, None]
+            a = tl.load(a_at + start, a_mask, 0.0)
+            b = tl.load(gate_at + start, b_mask, 0.0)
+            c = tl.load(gate_at + FEATURES * INPUTS + start, b_mask, 0.0)
+            gate = tl.dot(a, b, gate, input_precision=PRECISION)
+            up = tl.dot(a, c, up, input_precision=PRECISION)
+        result = gate / (1.0 + tl.exp(-gate)) * up
+        to = hidden + slots[:, None] * FEATURES + column[None, :]
+        tl.store(to, result.to(hidden.dtype.element_ty), here & there)
+
+
+@triton.jit
+def _down(
+    hidden,
+    weights,
+    scores,
+    slot_pairs,
+    tile_experts,
+    out,
+    FEATURES: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """hidden @ down.T times the pair's score, to the row of the pair."""
+    tile = tl.program_id(0)
+    expert = tl.load(tile_experts + tile).to(tl.int64) - 1
+    if expert >= 0:
+        slots = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        pair = tl.load(slot_pairs + slots) - 1
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        inner = tl.arange(0, INNER)
+        a_at = hidden + slots[:, None] * FEATURES + inner[None, :]
+        of_expert = weights + expert * (OUTPUTS * FEATURES)
+        b_at = of_expert + column[None, :] * FEATURES + inner[:, None]
+        here, there = (pair >= 0)[:, None], (column < OUTPUTS)[None, :]
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, FEATURES, INNER):
+            a_mask, b_mask = here, there
+            if FEATURES % INNER != 0:
+                left = inner < FEATURES - start
+                a_mask, b_mask = here & left[None, :], there & left[:, None]
+            a = tl.load(a_at + start, a_mask, 0.0)
+            b = tl.load(b_at + start, b_mask, 0.0)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+        score = tl.load(scores + pair, pair >= 0, 0.0).to(tl.float32)
+        to = out + pair.to(tl.int64)[:, None] * OUTPUTS + column[None, :]
+        tl.store(to, (total * score[:, None]).to(out.dtype.element_ty), here & there)
+
+
+def choose_tiles(num_pairs: int, num_experts: int, bytes_each: int) -> tuple[_Tile, _Tile]:
+    """Tiles of the first product, which has two accumulators, and of the second.
+
+    Few pairs an expert, as in decode: the time is that of reading the weights. The 16 rows that a
+    tensor-core instruction takes at least waste the fewest slots; narrow tiles make programs for
+    all 132 SMs from the 8 experts of a single token; three loads of 16 KiB of weights ahead, in up
+    to three programs an SM, are more than latency times bandwidth (about 40 KB an SM).
+    Many pairs, as in prefill: 64 rows are one warpgroup of Hopper's wgmma, 128 rows two, which read
+    each weight for twice as many tokens; accumulators are at most 128 registers a thread. With
+    float32 numbers a stage has half as many, so that the stages fit into shared memory.
+    """
+    average, inner = num_pairs / num_experts, 128 // bytes_each
+    if average <= 16:
+        return _Tile(16, 32, 2 * inner, 4, 4), _Tile(16, 64, 2 * inner, 4, 4)
+    if average <= 64:
+        return _Tile(64, 64, inner, 4, 4), _Tile(64, 128, inner, 4, 4)
+    return _Tile(128, 128, inner, 8, 3), _Tile(128, 128, inner, 8, 4)
+
+
+def _place_pairs(experts_TN: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
+    """For each slot its pair, for each tile its expert; both plus one."""
+    num_pairs, device = experts_TN.numel(), experts_TN.device
+    # Each pair alone in a tile, or each expert with one row in its last tile.
+    most = min(num_pairs, (num_pairs + num_experts * (rows - 1)) // rows)
+    sizes = (num_experts, num_pairs, most * rows, most)
+    parts = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+    counts, ranks, slot_pairs, tile_experts = parts.split_with_sizes(sizes)
+    _count[(triton.cdiv(num_pairs, _PAIRS),)](experts_TN, counts, ranks, num_pairs, BLOCK=_PAIRS)
+    _place[(triton.cdiv(max(num_pairs, most), _PAIRS),)](
+        experts_TN,
+        counts,
+        ranks,
+        slot_pairs,
+        tile_experts,
+        num_pairs,
+        most,
+        NUM_EXPERTS=num_experts,
+        EXPERTS=triton.next_power_of_2(num_experts),
+        ROWS=rows,
+        BLOCK=_PAIRS,
+    )
+    return slot_pairs, tile_experts
+
+
+def run_experts(
+    x_TC: Tensor, experts: ExpertWeights, scores_TN: Tensor, experts_TN: Tensor
+) -> Tensor:
+    """See RunExperts. All tensors are contiguous."""
+    assert all(tensor.is_contiguous() for tensor in (x_TC, scores_TN, experts_TN))
+    num_tokens, hidden_size = x_TC.shape
+    num_experts, _, features = experts.down_ECF.shape
+    per_token = experts_TN.shape[1]
+    if not num_tokens:
+        return torch.empty_like(x_TC)
+    first, second = choose_tiles(experts_TN.numel(), num_experts, x_TC.itemsize)
+    slot_pairs, tile_experts = _place_pairs(experts_TN, num_experts, first.rows)
+    hidden_LF = x_TC.new_empty(slot_pairs.numel(), features)
+    pairs_TNC = x_TC.new_empty(num_tokens, per_token, hidden_size)
+    num_tiles = tile_experts.numel()
+    precision = "ieee" if x_TC.dtype is torch.float32 else "tf32"
+    _gate_up[(num_tiles, triton.cdiv(features, first.columns))](
+        x_TC,
+        experts.gate_up_EGC,
+        slot_pairs,
+        tile_experts,
+        hidden_LF,
+        PER_TOKEN=per_token,
+        INPUTS=hidden_size,
+        FEATURES=features,
+        ROWS=first.rows,
+        COLUMNS=first.columns,
+        INNER=first.inner,
+        PRECISION=precision,
+        num_warps=first.warps,
+        num_stages=first.stages,
+    )
+    _down[(num_tiles, triton.cdiv(hidden_size, second.columns))](
+        hidden_LF,
+        experts.down_ECF,
+        scores_TN,
+        slot_pairs,
+        tile_experts,
+        pairs_TNC,
+        FEATURES=features,
+        OUTPUTS=hidden_size,
+        ROWS=second.rows,
+        COLUMNS=second.columns,
+        INNER=second.inner,
+        PRECISION=precision,
+        num_warps=second.warps,
+        num_stages=second.stages,
+    )
+    return pairs_TNC.sum(1)

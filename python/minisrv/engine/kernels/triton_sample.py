@@ -1,0 +1,211 @@
+"""Logits to tokens on the device, in three launches of fixed shape, without softmax or sort.
+
+A token is drawn by the Gumbel-max rule: the greatest of logit + temperature * noise, where greedy
+rows have no noise. The noise of a row comes from its (seed, choice, position), the same 64 bits as
+in sampling/uniform.py, hashed with the token's id (triton_noise.py): neither neighbours nor the
+size of the batch move it.
+
+The first kernel writes -inf over suppressed tokens. The second reads the logits once, a block a
+program, and leaves the best score of each block; for a row with a filter, which has no noise yet,
+the block's greatest logit and its mass. The third takes the best block of a row. Where the row has
+a filter it first searches for the least logit that top-k and top-p keep (triton_filter.py).
+
+Differences from sampling/sampler.py: the tokens drawn are others, as the rule is another. Sums are
+float32, so the last token that top-p keeps may be one more or one less where the mass before it is
+within about 1e-6 of top_p. min-p compares in float32, too. As there, of equal logits the lower ids
+are kept. A row with a NaN gives the first NaN, and one with +inf the first of these, where the
+sampler's draw means nothing.
+"""
+
+# Shapes: S samples, V vocabulary, N blocks of a row.
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minisrv.engine.kernels.triton_filter import draw_filtered
+from minisrv.engine.kernels.triton_noise import (
+    INF_KEY,
+    gumbel,
+    key_to_float,
+    ordered_key,
+    pack,
+    row_keys,
+)
+from minisrv.engine.sampling.device_columns import DeviceColumns
+
+# 38 blocks a row for a vocabulary of 152k: four rows give each of 132 SMs a program, and one row
+# is a few microseconds anyway. The block is also what the search of a filter can skip. It must not
+# depend on the batch: masses are summed block by block, and a row must not feel its neighbours.
+_BLOCK = 4096
+_SUPPRESS_BLOCK = 256
+# Bits of a float32 that the type never sets: the search does not try them.
+_SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+
+
+@triton.jit
+def _suppress(logits, samples, ids, count, row_stride, BLOCK: tl.constexpr) -> None:
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < tl.load(count)
+    row = tl.load(samples + at, inside, 0).to(tl.int64)
+    token = tl.load(ids + at, inside, 0)
+    tl.store(logits + row * row_stride + token, float("-inf"), inside)
+
+
+@triton.jit
+def _is_filtered(temperature, top_k, top_p, min_p, vocab_size):
+    ranked = ((top_k > 0) & (top_k < vocab_size)) | (top_p < 1.0)
+    return (temperature > 0) & (ranked | (min_p > 0))
+
+
+@triton.jit
+def _score_blocks(
+    logits,
+    temperatures,
+    top_ks,
+    top_ps,
+    min_ps,
+    seeds,
+    choices,
+    positions,
+    best,
+    masses,
+    vocab_size,
+    row_stride,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program a row and block: its best score, or its greatest logit and its mass."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    inside = at < vocab_size
+    score = tl.load(logits + row * row_stride + at, inside, float("-inf")).to(tl.float32)
+    temperature = tl.load(temperatures + row)
+    top_p, min_p = tl.load(top_ps + row), tl.load(min_ps + row)
+    slot = row * NUM_BLOCKS + block
+    if _is_filtered(temperature, tl.load(top_ks + row), top_p, min_p, vocab_size):
+        top = tl.max(score, 0)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        weights = tl.exp((score - top) / tl.maximum(temperature, 1e-30))
+        tl.store(masses + slot, tl.sum(weights, 0))
+    elif temperature > 0:
+        low, high, fraction = row_keys(
+            tl.load(seeds + row), tl.load(choices + row), tl.load(positions + row)
+        )
+        score += temperature * gumbel(at, low, high, fraction)
+    packed = pack(ordered_key(score), at, inside)
+    tl.store(best + slot, tl.max(packed, 0))
+
+
+@triton.jit
+def _take_best(
+    logits,
+    temperatures,
+    top_ks,
+    top_ps,
+    min_ps,
+    seeds,
+    choices,
+    positions,
+    best,
+    masses,
+    out,
+    vocab_size,
+    row_stride,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SPARE_BITS: tl.constexpr,
+) -> None:
+    """One program a row: the best of its blocks, or a draw from what its filters keep."""
+    row = tl.program_id(0).to(tl.int64)
+    blocks = tl.arange(0, BLOCKS)
+    there = blocks < NUM_BLOCKS
+    tops = tl.load(best + row * NUM_BLOCKS + blocks, there, -(2**63))
+    winner = tl.max(tops, 0)
+    temperature = tl.load(temperatures + row)
+    top_k, top_p, min_p = tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row)
+    top_key = (winner >> 32).to(tl.int32)
+    filtered = _is_filtered(temperature, top_k, top_p, min_p, vocab_size)
+    if filtered & (top_key < INF_KEY):
+        top = key_to_float(top_key)
+        scale = 1.0 / tl.maximum(temperature, 1e-30)
+        block_tops = key_to_float((tops >> 32).to(tl.int32))
+        mass = tl.load(masses + row * NUM_BLOCKS + blocks, there, 0.0)
+        shrunk = tl.where(there, mass * tl.exp((block_tops - top) * scale), 0.0)
+        noise = row_keys(tl.load(seeds + row), tl.load(choices + row), tl.load(positions + row))
+        winner = draw_filtered(
+            (
+                logits + row * row_stride,
+                best + row * NUM_BLOCKS,
+                vocab_size,
+                NUM_BLOCKS,
+                top,
+                scale,
+            ),
+            top_key,
+            tl.sum(shrunk, 0),
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            noise,
+            BLOCK,
+            SPARE_BITS,
+        )
+    tl.store(out + row, 0x7FFFFFFF - (winner & 0x7FFFFFFF))
+
+
+def sample_on_device(logits_SV: Tensor, columns: DeviceColumns, out_S: Tensor) -> Tensor:
+    """Draw a token for each row into `out_S` (int64 or int32) and return it.
+
+    Nothing is read back and no shape depends on the data, so that a CUDA graph can hold it. Logits
+    are bfloat16, float16 or float32, contiguous within a row; suppressed ones are overwritten.
+    """
+    assert logits_SV.stride(1) == 1
+    size, vocab_size = logits_SV.shape
+    capacity = columns.suppress_ids_P.numel()
+    row_stride = logits_SV.stride(0)
+    if capacity:
+        _suppress[(triton.cdiv(capacity, _SUPPRESS_BLOCK),)](
+            logits_SV,
+            columns.suppress_samples_P,
+            columns.suppress_ids_P,
+            columns.num_suppressed,
+            row_stride,
+            BLOCK=_SUPPRESS_BLOCK,
+        )
+    num_blocks = triton.cdiv(vocab_size, _BLOCK)
+    best = torch.empty(size, num_blocks, dtype=torch.int64, device=logits_SV.device)
+    masses = torch.empty(size, num_blocks, dtype=torch.float32, device=logits_SV.device)
+    parameters = (
+        columns.temperature_S,
+        columns.top_k_S,
+        columns.top_p_S,
+        columns.min_p_S,
+        columns.seeds_S,
+        columns.choices_S,
+        columns.positions_S,
+    )
+    sizes = (vocab_size, row_stride, num_blocks)
+    # 16 logits a thread in the first, two 16-byte loads in flight; in the second a row has one
+    # program, so 16 warps hide the latency of its loads.
+    _score_blocks[(size, num_blocks)](
+        logits_SV, *parameters, best, masses, *sizes, BLOCK=_BLOCK, num_warps=8
+    )
+    _take_best[(size,)](
+        logits_SV,
+        *parameters,
+        best,
+        masses,
+        out_S,
+        *sizes,
+        BLOCK=_BLOCK,
+        BLOCKS=triton.next_power_of_2(num_blocks),
+        SPARE_BITS=_SPARE_BITS[logits_SV.dtype],
+        num_warps=16,
+    )
+    return out_S
