@@ -227,9 +227,9 @@ for pointer, dtype in DTYPES.items():
 
 lists = {"experts": "*i64", "counts": "*i32", "ranks": "*i32"}
 tables = {"slot_pairs": "*i32", "tile_experts": "*i32"}
-check(triton_moe._count, lists, ("num_pairs",), {"BLOCK": 256})
+check(triton_moe._count, lists, ("num_pairs",), {"BLOCK": triton_moe._PAIRS})
 for rows in (16, 64, 128):
-    sizes = {"NUM_EXPERTS": 128, "EXPERTS": 128, "ROWS": rows, "BLOCK": 256}
+    sizes = {"NUM_EXPERTS": 128, "EXPERTS": 128, "ROWS": rows, "BLOCK": triton_moe._PAIRS}
     check(triton_moe._place, {**lists, **tables}, ("num_pairs", "num_tiles"), sizes)
 for pointer, dtype in DTYPES.items():
     for num_tokens in (1, 512, 8192):
@@ -267,7 +267,6 @@ def test_the_interpreted_kernel_does_what_torch_does() -> None:
     assert run(_COMPARE, TRITON_INTERPRET="1") == "all alike\n"
 
 
-<<<<<<< HEAD
 def test_the_interpreted_kernel_stores_fp8_as_torch_does() -> None:
     assert run(_COMPARE_FP8, TRITON_INTERPRET="1") == "all alike\n"
 
@@ -276,8 +275,6 @@ def test_the_interpreted_product_is_that_of_the_rounded_numbers() -> None:
     assert run(_COMPARE_PRODUCT, TRITON_INTERPRET="1") == "all alike\n"
 
 
-def test_the_kernels_compile_for_hopper() -> None:
-=======
 @pytest.mark.parametrize("name", ["interpreted_moe.py", "interpreted_sample.py"])
 def test_the_interpreted_kernels_pass_their_own_tests(name: str) -> None:
     code = (
@@ -286,8 +283,7 @@ def test_the_interpreted_kernels_pass_their_own_tests(name: str) -> None:
     assert " passed" in run(code, TRITON_INTERPRET="1")
 
 
-def test_the_kernel_compiles_for_hopper() -> None:
->>>>>>> a1f0700 (Draw tokens and run experts in Triton kernels on CUDA)
+def test_the_kernels_compile_for_hopper() -> None:
     assert run(_COMPILE) == "compiled\n"
 
 

@@ -12,10 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from minisrv.engine.kernels.triton_noise import gumbel, key_to_float, ordered_key, pack
+from minisrv.engine.kernels.triton_noise import (
+    MINUS_INF_KEY,
+    gumbel,
+    key_to_float,
+    ordered_key,
+    pack,
+)
 
 _ALL = tl.constexpr(2**30)
-_LOWEST_KEY = tl.constexpr(-0x7F800001)  # of -inf
 
 
 @triton.jit
@@ -159,7 +164,7 @@ def draw_filtered(
     """
     top, scale = row[4], row[5]
     # Kept are the keys above `least`, and the first `num_equal` tokens of that key itself.
-    least = (tl.full([], _LOWEST_KEY, tl.int32) >> SPARE_BITS).to(tl.int64)
+    least = (tl.full([], MINUS_INF_KEY, tl.int32) >> SPARE_BITS).to(tl.int64)
     num_equal = tl.full([], _ALL, tl.int32)
     end = (top_key >> SPARE_BITS).to(tl.int64) + 1
     if (top_k > 0) & (top_k < row[2]):

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from minisrv.engine.kernels.base import ExpertWeights
 
-_PAIRS = 256  # a program of the two kernels that place pairs
+# Of a program of the two kernels that place pairs: with 128 experts, 64 registers a thread.
+_PAIRS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ class _Tile:
     stages: int
 
 
-@triton.jit
+# The number of pairs varies from step to step: no variant of a kernel for some of them.
+@triton.jit(do_not_specialize=["num_pairs"])
 def _count(experts, counts, ranks, num_pairs, BLOCK: tl.constexpr) -> None:
     """How many pairs each expert has, and which of them each pair is."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -42,7 +44,7 @@ def _count(experts, counts, ranks, num_pairs, BLOCK: tl.constexpr) -> None:
     tl.store(ranks + pair, tl.atomic_add(counts + expert, 1, inside), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def _place(
     experts,
     counts,

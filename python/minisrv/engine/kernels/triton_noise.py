@@ -7,6 +7,7 @@ import triton.language as tl
 
 NAN_KEY = tl.constexpr(0x7FFFFFFF)
 INF_KEY = tl.constexpr(0x7F800000)
+MINUS_INF_KEY = tl.constexpr(-0x7F800001)
 
 
 @triton.jit
@@ -43,8 +44,8 @@ def gumbel(token, low, high, fraction):
     Unlikely tokens win by a small u, which must be finer than the 2^-24 of a float32 near 1, or
     than 2^-32: u is (hash + fraction) * 2^-32. The hash is a bijection of the ids, so that no two
     tokens of a row share a cell, and the row's fraction places them within it. -log(1 - u) is a
-    series where 1 - u would round. At the other end u stays below 1, at the cost of 2^-24 of the
-    draws.
+    series where 1 - u would round. At the other end u is rounded to 2^-24 and stays below 1: that
+    moves the probability of a token by less than 2^-24.
     """
     hashed = _mix_32(_mix_32(token.to(tl.uint32) ^ low) ^ high)
     u = (hashed.to(tl.float32) + fraction) * (2.0**-32)

@@ -14,7 +14,7 @@ Differences from sampling/sampler.py: the tokens drawn are others, as the rule i
 float32, so the last token that top-p keeps may be one more or one less where the mass before it is
 within about 1e-6 of top_p. min-p compares in float32, too. As there, of equal logits the lower ids
 are kept. A row with a NaN gives the first NaN, and one with +inf the first of these, where the
-sampler's draw means nothing.
+sampler's draw means nothing. A row of -inf alone gives token 0.
 """
 
 # Shapes: S samples, V vocabulary, N blocks of a row.
@@ -29,6 +29,7 @@ from torch import Tensor
 from minisrv.engine.kernels.triton_filter import draw_filtered
 from minisrv.engine.kernels.triton_noise import (
     INF_KEY,
+    MINUS_INF_KEY,
     gumbel,
     key_to_float,
     ordered_key,
@@ -130,7 +131,7 @@ def _take_best(
     top_k, top_p, min_p = tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row)
     top_key = (winner >> 32).to(tl.int32)
     filtered = _is_filtered(temperature, top_k, top_p, min_p, vocab_size)
-    if filtered & (top_key < INF_KEY):
+    if filtered & (top_key < INF_KEY) & (top_key > MINUS_INF_KEY):
         top = key_to_float(top_key)
         scale = 1.0 / tl.maximum(temperature, 1e-30)
         block_tops = key_to_float((tops >> 32).to(tl.int32))
