@@ -13,6 +13,12 @@ from minisrv.engine.kernels import triton_moe
 from minisrv.engine.kernels.base import ExpertWeights
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kernels.triton_moe import choose_tiles, run_experts
+from minisrv.engine.layers.build_context import BuildContext
+from minisrv.engine.layers.moe import GroupedExperts, SeparateExperts
+from minisrv.engine.parallel.communicator import NoPeers
+from minisrv.engine.parallel.partition import Partition
+from minisrv.engine.weights import CheckpointWeights
+from minisrv.model_config import load_model_config
 
 EXPERTS, HIDDEN, FEATURES = 6, 80, 72
 # Not bfloat16, of which the interpreter's dot would multiply the bits.
@@ -107,3 +113,24 @@ def test_a_model_with_grouped_experts_gives_the_tokens_of_one_without(
         driver = StepDriver(open_engine(directory, **options))
         logits.append(driver.logits(prefills=[(driver.add(), list(range(5, 12)))]))
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [GroupedExperts, SeparateExperts])
+def test_the_parts_of_two_ranks_add_up_to_the_whole(tmp_path: Path, make: type) -> None:
+    directory = make_checkpoint(tmp_path, "qwen3_moe")
+    config = load_model_config(directory)
+    assert config.moe is not None
+    torch.manual_seed(3)
+    x, scores = torch.randn(7, config.hidden_size), torch.rand(7, 2)
+    chosen = torch.rand(7, config.moe.num_experts).topk(2, -1).indices
+
+    def outputs(rank: int, size: int) -> torch.Tensor:
+        kernels, peers = TorchKernels(), NoPeers()
+        kernels.run_experts, peers.partition = run_experts, Partition(rank, size)
+        weights = CheckpointWeights(directory, dtype=None, device=torch.device("cpu"))
+        build = BuildContext(config, weights, None, kernels, peers, None)
+        return make(build, "model.layers.0.mlp", config.moe)(x, scores, chosen)
+
+    whole = outputs(0, 1)
+    assert whole.abs().max() > 0.01
+    torch.testing.assert_close(outputs(0, 2) + outputs(1, 2), whole, rtol=1e-4, atol=1e-5)
