@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from step_driver import StepDriver, open_engine
 
 from checkpoints import make_checkpoint
+from engine.step_driver import StepDriver, open_engine
 from minisrv.engine.kernels import triton_moe
 from minisrv.engine.kernels.base import ExpertWeights
 from minisrv.engine.kernels.torch_native import TorchKernels

@@ -9,8 +9,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from step_driver import sampling_columns
 
+from engine.step_driver import sampling_columns
 from minisrv.engine.forward_batch import Int64Array, SamplingColumns
 from minisrv.engine.kernels import triton_sample
 from minisrv.engine.kernels.torch_native import TorchKernels
