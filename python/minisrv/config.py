@@ -78,6 +78,9 @@ class ServerConfig:
     overlap_depth: int | None = option(
         None, "steps launched before the last is settled, 0 or 1 (default: 0 on CPU, 1 on CUDA)"
     )
+    cuda_graph_max_bs: int = option(
+        256, "largest batch whose decode step is recorded as a CUDA graph; 0 records none"
+    )
     max_open_requests: int = option(
         4096, "requests accepted and not yet finished; more are refused with 503"
     )
@@ -136,6 +139,7 @@ _AT_LEAST = {
     "num_pages": 1,
     "max_running_requests": 1,
     "max_prefill_tokens": 1,
+    "cuda_graph_max_bs": 0,
     "max_open_requests": 1,
     "num_tokenizers": 1,
     "max_body_bytes": 1024,

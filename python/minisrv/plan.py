@@ -19,9 +19,11 @@ from minisrv.engine.model_size import (
     ATTENTION_WORKSPACE_BYTES,
     GRAPH_NODE_BYTES,
     GRAPH_NODES,
-    SAMPLER_BYTES,
     Parameters,
     count_parameters,
+    graph_bytes,
+    graph_sizes,
+    graph_width,
     kv_bytes_per_token,
     widest_layer,
 )
@@ -31,7 +33,6 @@ from minisrv.hub import CONFIG_FILES, resolve_model
 from minisrv.model_config import ModelConfig, load_model_config
 
 CONTEXT_BYTES = 512 * 2**20  # the driver's own, and the kernels of the libraries
-GRAPH_SIZES = (1, 2, 4, *range(8, 257, 8))  # batches that graphs are captured for
 _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 _MOST_RANKS, _LEAST_PREFILL, _LEAST_REQUESTS, _LEAST_CONTEXT = 8, 256, 8, 512
 _HIGHEST_FRACTION = 0.95
@@ -221,23 +222,24 @@ def _workspace(request: Request) -> tuple[int, str]:
     tokens = _prefill_tokens(config) + samples
     width = widest_layer(model, config.tp)
     rotary = 2 * model.max_seq_len * model.head_dim * itemsize
-    sampling = samples * model.vocab_size * (itemsize + SAMPLER_BYTES)
+    sampling = samples * model.vocab_size * itemsize
     total = ATTENTION_WORKSPACE_BYTES + rotary + tokens * width * itemsize + sampling
     return total, (
         f"estimate: attention {format_size(ATTENTION_WORKSPACE_BYTES)}, "
         f"rotary table {format_size(rotary)}, {tokens} tokens x {width} x {itemsize} B, "
-        f"{samples} samples x {model.vocab_size} x {itemsize + SAMPLER_BYTES} B"
+        f"{samples} samples x {model.vocab_size} x {itemsize} B"
     )
 
 
 def _graphs(request: Request) -> tuple[int, str]:
     """Bytes of the CUDA graphs of decode steps, and how they are made up."""
     model, config, itemsize = request.model, request.config, _ITEMSIZE[request.dtype]
-    sizes = [size for size in GRAPH_SIZES if size <= config.max_running_requests]
-    batch, layer_bytes = sizes[-1], GRAPH_NODES * GRAPH_NODE_BYTES
-    width = widest_layer(model, config.tp) + model.vocab_size
-    total = len(sizes) * model.num_layers * layer_bytes + batch * width * itemsize
-    return total, (
+    largest = min(config.cuda_graph_max_bs, config.max_running_requests)
+    sizes = graph_sizes(largest) if config.tp == 1 else []
+    if not sizes:
+        return 0, "none"
+    layer_bytes = GRAPH_NODES * GRAPH_NODE_BYTES
+    return graph_bytes(model, sizes, itemsize), (
         f"estimate: {len(sizes)} sizes x {model.num_layers} layers x {format_size(layer_bytes)}, "
-        f"{batch} tokens x {width} x {itemsize} B"
+        f"{largest} tokens x {graph_width(model)} x {itemsize} B"
     )

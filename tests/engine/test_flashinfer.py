@@ -7,97 +7,33 @@ attention over the same cache.
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from step_driver import sampling_columns
 
-from minisrv.engine.attention.page_lists import page_lists
+from device_parts import expand, patch_flashinfer
+from minisrv.engine.attention.flashinfer import FlashInferAttention
 from minisrv.engine.attention.torch_native import TorchNativeAttention
 from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.page_table import PageTable
+from minisrv.engine.step_buffer import StepBuffer, StepLimits, StepTensors
 from minisrv.model_config import ModelConfig, RopeConfig
 
 flashinfer = pytest.importorskip("flashinfer")
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, MAX_LEN, NUM_ROWS = 10, 2, 64, 200, 12
 
 
-def documented(real: type, plan: Any) -> type:
-    """A class with the calls of a wrapper of FlashInfer, over its CSR tables, in torch."""
-
-    class Wrapper:
-        def __init__(self, *args: Any, **options: Any) -> None:
-            inspect.signature(real).bind(*args, **options)
-            self._pin_memory_int_workspace_buffer = torch.zeros(8, dtype=torch.uint8)
-            self.buffers_planned_in: list[int] = []
-            assert args[1] == "NHD"
-
-        def plan(self, *args: Any, **options: Any) -> None:
-            names = inspect.signature(plan).bind(self, *args, **options).arguments
-            self.buffers_planned_in.append(self._pin_memory_int_workspace_buffer.data_ptr())
-            self.starts = names.get("indptr", names.get("paged_kv_indptr"))
-            self.pages = names.get("indices", names.get("paged_kv_indices"))
-            self.last = names.get("last_page_len", names.get("paged_kv_last_page_len"))
-            for table in (self.starts, self.pages, self.last):
-                assert table.dtype == torch.int32
-            self.page_size = names["page_size"]
-            size = len(self.last)
-            self.query_starts = names.get("qo_indptr", torch.arange(size + 1, dtype=torch.int32))
-            self.causal = names.get("causal", False)
-            shape = (names["num_qo_heads"], names["num_kv_heads"])
-            assert shape == (NUM_HEADS, NUM_KV_HEADS)
-            head_dim = names.get("head_dim", names.get("head_dim_qk"))
-            assert head_dim == HEAD_DIM
-            assert names["q_data_type"] == torch.float32
-            self.kv_dtype = names["kv_data_type"]
-
-        def run(self, *args: Any, **options: Any) -> torch.Tensor:
-            names = inspect.signature(real.run).bind(self, *args, **options).arguments  # type: ignore[attr-defined]
-            q, (keys, values), out = names["q"], names["paged_kv_cache"], names["out"]
-            assert out.is_contiguous()
-            assert q.dtype == out.dtype == torch.float32
-            assert keys.dtype == values.dtype == self.kv_dtype
-            assert len(q) == self.query_starts[-1]
-            for i, last in enumerate(self.last.tolist()):
-                pages = self.pages[self.starts[i] : self.starts[i + 1]].long()
-                kv_len = (len(pages) - 1) * self.page_size + last
-                k, v = (
-                    x[pages].flatten(0, 1)[:kv_len].transpose(0, 1).to(q.dtype)
-                    for x in (keys, values)
-                )
-                part = slice(self.query_starts[i], self.query_starts[i + 1])
-                count = int(part.stop - part.start)
-                # Aligned at the end: the last query sees everything.
-                mask = torch.ones(count, kv_len, dtype=torch.bool).tril(kv_len - count)
-                out[part] = F.scaled_dot_product_attention(
-                    q[part].transpose(0, 1),
-                    k,
-                    v,
-                    attn_mask=mask if self.causal else None,
-                    enable_gqa=True,
-                ).transpose(0, 1)
-            return out  # type: ignore[no-any-return]
-
-    return Wrapper
-
-
-@pytest.fixture
-def backend_class(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from minisrv.engine.attention.flashinfer import FlashInferAttention
-
-    decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper
-    prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper
-    # The decode wrapper's `plan` hands its keywords on to this one.
-    decode_plan = getattr(decode, "_plan_impl", decode.plan)
-    monkeypatch.setattr(flashinfer, decode.__name__, documented(decode, decode_plan))
-    monkeypatch.setattr(flashinfer, prefill.__name__, documented(prefill, prefill.plan))
-    return FlashInferAttention
+@pytest.fixture(autouse=True)
+def _documented_wrappers(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_flashinfer(monkeypatch)
 
 
 def make_pool(page_size: int, stored_dtype: torch.dtype = torch.float32) -> KVPool:
@@ -117,7 +53,7 @@ def make_pool(page_size: int, stored_dtype: torch.dtype = torch.float32) -> KVPo
     )
     device = torch.device("cpu")
     pool = KVPool(config, NUM_KV_HEADS, page_size, torch.float32, device, stored_dtype)
-    pool.allocate(NUM_ROWS * -(-MAX_LEN // page_size))
+    pool.allocate(NUM_ROWS * -(-MAX_LEN // page_size), spare=1)
     for cache in (tensor for pair in pool.pages for tensor in pair):
         cache.copy_(torch.randn(cache.shape))
     return pool
@@ -148,64 +84,128 @@ def random_batch(rng: np.random.Generator) -> ForwardBatch:
     )
 
 
+class Ours:
+    """Our backend with the tables, the words and the buffer that its steps come from."""
+
+    def __init__(self, pool: KVPool, table: PageTable) -> None:
+        self.limits = StepLimits(NUM_ROWS, 500, MAX_LEN, pool.page_size)
+        self.tensors = StepTensors(self.limits, torch.device("cpu"), spare_page=pool.num_pages)
+        self.tensors.page_table[:NUM_ROWS] = torch.from_numpy(table.pages)
+        self.buffer = StepBuffer(self.limits, self.tensors)
+        self.attention = FlashInferAttention(pool, NUM_HEADS)
+        self.attention.read_from(self.tensors)
+
+    def plan(self, batch: ForwardBatch, padded_to: int = 0) -> None:
+        step = self.buffer.send(batch, padded_to)
+        plan = self.attention.plan_for_graph if padded_to else self.attention.plan
+        plan(step)
+        expand(self.tensors, self.limits, step.num_decodes + step.num_prefills)
+        self.buffer.done()
+
+
+def make_table(pool: KVPool, rng: np.random.Generator) -> PageTable:
+    table = PageTable(NUM_ROWS, MAX_LEN, pool.page_size)
+    table.pages[:] = rng.permutation(pool.num_pages).reshape(table.pages.shape)
+    return table
+
+
 @pytest.mark.parametrize("stored_dtype", [torch.float32, torch.float8_e4m3fn])
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("seed", range(12))
-def test_it_attends_as_torch_does(
-    backend_class: Any, page_size: int, seed: int, stored_dtype: torch.dtype
-) -> None:
+def test_it_attends_as_torch_does(page_size: int, seed: int, stored_dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     pool = make_pool(page_size, stored_dtype)
-    table = PageTable(NUM_ROWS, MAX_LEN, page_size)
-    table.pages[:] = rng.permutation(pool.num_pages).reshape(table.pages.shape)
-    ours, reference = backend_class(pool, NUM_HEADS), TorchNativeAttention(pool)
+    table = make_table(pool, rng)
+    ours, reference = Ours(pool, table), TorchNativeAttention(pool)
     for _ in range(4):
         batch = random_batch(rng)
-        ours.plan(batch, table)
+        alone = batch.num_decodes == batch.rows.size
+        padded_to = int(rng.integers(batch.num_decodes, NUM_ROWS + 1)) if alone else 0
+        ours.plan(batch, padded_to)
         reference.plan(batch, table)
         num_tokens = int(batch.query_lens.sum())
+        num_padding = max(0, padded_to - num_tokens)
         for layer_id in range(2):
-            qkv = torch.randn(num_tokens, NUM_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM)
+            qkv = torch.randn(num_tokens + num_padding, NUM_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM)
             parts = qkv.split_with_sizes([NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], 1)
-            slots = ours.cache_slots(layer_id)
-            assert torch.equal(slots.slots_T, reference.cache_slots(layer_id).slots_T)
-            straight = torch.ones(num_tokens, 1, HEAD_DIM), torch.zeros(num_tokens, 1, HEAD_DIM)
+            slots = ours.attention.cache_slots(layer_id)
+            expected_slots = reference.cache_slots(layer_id).slots_T
+            assert torch.equal(slots.slots_T[:num_tokens], expected_slots)
+            in_spare_page = slots.slots_T[num_tokens:] // page_size == pool.num_pages
+            assert in_spare_page.sum() == num_padding
+            straight = torch.ones(len(qkv), 1, HEAD_DIM), torch.zeros(len(qkv), 1, HEAD_DIM)
             TorchKernels().norm_rotate_store_(qkv, NUM_HEADS, None, straight, slots)
+            real = [part[:num_tokens] for part in parts]
             torch.testing.assert_close(
-                ours.forward(*parts, layer_id), reference.forward(*parts, layer_id)
+                ours.attention.forward(*parts, layer_id)[:num_tokens],
+                reference.forward(*real, layer_id),
             )
 
 
-def test_plans_in_flight_are_written_to_buffers_of_their_own(backend_class: Any) -> None:
+def test_plans_in_flight_are_written_to_buffers_of_their_own() -> None:
     pool = make_pool(16)
-    table = PageTable(NUM_ROWS, MAX_LEN, 16)
-    attention = backend_class(pool, NUM_HEADS)
     rng = np.random.default_rng(3)
-    for _ in range(30):
-        attention.plan(random_batch(rng), table)
-    for wrapper in (attention._decode, attention._prefill):
-        used = wrapper.buffers_planned_in
-        assert len(used) > 6
-        assert all(len(set(used[i : i + 3])) == 3 for i in range(len(used) - 2))
+    ours = Ours(pool, make_table(pool, rng))
+    attention = ours.attention
+    used: dict[int, list[int]] = {}
+    for _ in range(60):
+        batch = random_batch(rng)
+        ours.plan(batch, NUM_ROWS if batch.num_decodes == batch.rows.size else 0)
+        for ring, wrapper in (
+            (attention._decode_ring, attention._decode),
+            (attention._prefill_ring, attention._prefill),
+        ):
+            if wrapper.buffers_planned_in:
+                used.setdefault(id(ring), []).append(wrapper.buffers_planned_in.pop())
+    for buffers in used.values():
+        assert len(buffers) > 6
+        assert all(len(set(buffers[i : i + 3])) == 3 for i in range(len(buffers) - 2))
 
 
-@pytest.mark.parametrize("page_size", [1, 4, 16])
-def test_page_lists_name_every_page_of_every_sequence(page_size: int) -> None:
-    rng = np.random.default_rng(page_size)
-    table = PageTable(20, 100, page_size)
-    table.pages[:] = rng.integers(0, 1000, table.pages.shape)
-    rows = rng.permutation(20)[:7].astype(np.int32)
-    kv_lens = np.array([1, page_size, page_size + 1, 99, 100, 50, 3], np.int32)
-    lists = page_lists(rows, kv_lens, table)
-    for i, (row, kv_len) in enumerate(zip(rows, kv_lens, strict=True)):
-        pages = lists.pages[lists.starts[i] : lists.starts[i + 1]]
-        assert pages.tolist() == table.pages[row, : -(-kv_len // page_size)].tolist()
-        assert (len(pages) - 1) * page_size + lists.last_page_lens[i] == kv_len
-        assert 1 <= lists.last_page_lens[i] <= page_size
-    assert {a.dtype for a in (lists.starts, lists.pages, lists.last_page_lens)} == {
-        np.dtype(np.int32)
-    }
+def test_graphs_are_planned_by_the_call_that_flashinfer_itself_makes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its arguments, in the order in which FlashInfer's source has them."""
+    monkeypatch.undo()
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper
+    plan = inspect.unwrap(getattr(wrapper, "_plan_impl", wrapper.plan))
+    tree = ast.parse(textwrap.dedent(inspect.getsource(plan)))
+    lists = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "args"
+    ]
+    assert len(lists) == 1
+    assert isinstance(lists[0], ast.List)
+    given = [ast.unparse(entry) for entry in lists[0].elts]
+    given += [
+        ast.unparse(node.args[0])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "args.append"
+    ]
+    assert given == [
+        "self._float_workspace_buffer",
+        "self._int_workspace_buffer",
+        "self._pin_memory_int_workspace_buffer",
+        "qo_indptr_host",
+        "indptr_host",
+        "kv_lens_arr_host",
+        "batch_size * q_len_per_req",
+        "batch_size",
+        "num_qo_heads",
+        "num_kv_heads",
+        "page_size",
+        "self.is_cuda_graph_enabled",
+        "head_dim",
+        "head_dim",
+        "is_causal",
+        "window_left",
+        "fixed_split_size",
+        "disable_split_kv",
+        "0",
+        "q_len_per_req if q_len_per_req > 1 else 0",
+    ]
 
 
 def test_the_operators_are_called_as_flashinfer_declares_them(

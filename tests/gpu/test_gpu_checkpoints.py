@@ -17,8 +17,8 @@ from checkpoints import make_model
 from engine.step_driver import StepDriver, open_engine
 from exactness.oracle import NEW_TOKENS, make_prompts, run
 from minisrv.config import ServerConfig
-from minisrv.engine.attention.torch_native import TorchNativeAttention
 from minisrv.engine.engine import Engine
+from minisrv.engine.step import HostStep
 from minisrv.scheduler.build import build_loop
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.loop import SchedulerLoop
@@ -145,7 +145,6 @@ def test_greedy_tokens_cold_and_warm(case: Case, page_size: int, overlap_depth: 
     loop.scheduler.check()
 
 
-@pytest.mark.skipif(not HAS_GRAPHS, reason="this version has no --cuda-graph-max-bs")
 @pytest.mark.parametrize("at_once", [1, 3, 20])
 def test_graphs_give_the_tokens_of_eager_steps(case: Case, at_once: int) -> None:
     """With as many at once as a graph has, with padding, and more than the largest graph takes."""
@@ -167,7 +166,7 @@ def test_what_flashinfer_lacks_is_served_by_torch_with_one_warning(
         loop = make_loop(path, dtype=dtype)
     assert [lacking in message for message in caplog.messages] == [True]
     assert isinstance(loop.engine, Engine)
-    assert isinstance(loop.engine._attention, TorchNativeAttention)
+    assert isinstance(loop.engine._step, HostStep)
     model = load(path, torch.float32)
     prompts = make_prompts(8, model.config.vocab_size, longest=200)
     expected = [greedy(model, prompt) for prompt in prompts]

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from engine.step_driver import sampling_columns
 from minisrv.config import ServerConfig
-from minisrv.engine.attention.base import AttentionBackend
-from minisrv.engine.backends import choose_backends
+from minisrv.engine.attention.flashinfer import FlashInferAttention
+from minisrv.engine.backends import choose_backends, device_kernels
 from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.engine.kernels.base import CacheSlots, Kernels, QKNormWeights
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.page_table import PageTable
+from minisrv.engine.step_buffer import StepBuffer, StepLimits, StepTensors
 from minisrv.model_config import ModelConfig, RopeConfig
 
 DEVICE = torch.device("cuda")
@@ -28,6 +29,7 @@ STEPS = {
     "prefill": (0, 4, False),
     "extend": (0, 4, True),
     "mixed": (5, 3, True),
+    "graph": (9, 0, False),
 }
 REFERENCE = TorchKernels()
 
@@ -48,17 +50,18 @@ def make_pool(page_size: int, head_dim: int, num_heads: int) -> KVPool:
         rope=RopeConfig(),
     )
     pool = KVPool(config, NUM_KV_HEADS, page_size, torch.bfloat16, DEVICE)
-    pool.allocate(NUM_ROWS * -(-MAX_LEN // page_size))
+    pool.allocate(NUM_ROWS * -(-MAX_LEN // page_size), spare=1)
     for keys, values in pool.pages:
         keys.normal_()
         values.normal_()
     return pool
 
 
-def backends(pool: KVPool, num_heads: int) -> tuple[Kernels, AttentionBackend]:
+def backends(pool: KVPool, num_heads: int) -> tuple[Kernels, FlashInferAttention]:
     kernels, attention = choose_backends(ServerConfig(), pool, num_heads)
     names = (type(kernels).__name__, type(attention).__name__)
     assert names == ("CudaKernels", "FlashInferAttention")
+    assert isinstance(attention, FlashInferAttention)
     return kernels, attention
 
 
@@ -117,9 +120,17 @@ def test_attention(page_size: int, group: int, head_dim: int, kind: str) -> None
     _, attention = backends(pool, num_heads)
     table = PageTable(NUM_ROWS, MAX_LEN, page_size)
     table.pages[:] = rng.permutation(pool.num_pages).reshape(table.pages.shape)
-    for _ in range(2):
+    limits = StepLimits(NUM_ROWS, 1200, MAX_LEN, page_size)
+    tensors = StepTensors(limits, DEVICE, spare_page=pool.num_pages)
+    tensors.page_table[:NUM_ROWS] = torch.from_numpy(table.pages)
+    buffer, expand = StepBuffer(limits, tensors), device_kernels().expand
+    attention.read_from(tensors)
+    for _ in range(3):
         batch = make_batch(kind, rng)
-        attention.plan(batch, table)
+        step = buffer.send(batch)
+        plan = attention.plan_for_graph if kind == "graph" else attention.plan
+        plan(step)
+        expand(tensors, limits, step.num_decodes + step.num_prefills)
         num_tokens = int(batch.query_lens.sum())
         heads = (num_heads, NUM_KV_HEADS, NUM_KV_HEADS)
         qkv = torch.randn(num_tokens, sum(heads), head_dim, dtype=torch.bfloat16, device=DEVICE)
@@ -128,6 +139,7 @@ def test_attention(page_size: int, group: int, head_dim: int, kind: str) -> None
         slots.keys_NKD.index_copy_(0, slots.slots_T, k_TKD)
         slots.values_NKD.index_copy_(0, slots.slots_T, v_TKD)
         ours = attention.forward(q_THD, k_TKD, v_TKD, 1)
+        buffer.done()
         expected = attend(batch, table, pool, q_THD)
         torch.testing.assert_close(ours.double(), expected, rtol=1.6e-2, atol=1.6e-2)
 

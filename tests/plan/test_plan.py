@@ -123,8 +123,8 @@ def test_a_lower_context_is_advised_where_the_cache_is_short(
 ) -> None:
     status, text = plan(f"{MODELS[1]} --card 'RTX 4090'", capsys)
     assert status == 2
-    assert "does not fit: the cache holds 16912 of the 40960 tokens" in text
-    assert "run with --tp 2 or --max-seq-len 16912" in text
+    assert "does not fit: the cache holds 31680 of the 40960 tokens" in text
+    assert "run with --tp 2 or --max-seq-len 31680" in text
 
 
 def test_a_smaller_prefill_budget_is_advised_where_it_is_enough() -> None:

@@ -10,7 +10,10 @@ import torch
 from minisrv.config import ServerConfig
 from minisrv.engine.attention.base import AttentionBackend
 from minisrv.engine.attention.cpu import CpuAttention
+from minisrv.engine.attention.flashinfer import FlashInferAttention
 from minisrv.engine.attention.torch_native import TorchNativeAttention
+from minisrv.engine.cuda_graph import CudaGraphRecorder, Recorder
+from minisrv.engine.device_step import DeviceKernels
 from minisrv.engine.kernels.base import Kernels
 from minisrv.engine.kernels.cpu import ATTENTION_HEAD_DIMS, load_cpu_kernels
 from minisrv.engine.kernels.torch_native import TorchKernels
@@ -26,7 +29,7 @@ logger = logging.getLogger("minisrv.engine")
 
 def choose_backends(
     config: ServerConfig, pool: KVPool, num_heads: int
-) -> tuple[Kernels, AttentionBackend]:
+) -> tuple[Kernels, AttentionBackend | FlashInferAttention]:
     """The fastest that can be used, with a warning where one is missing.
 
     num_heads: query heads of this rank. Raises ConfigError for FlashInfer on a CPU.
@@ -43,6 +46,19 @@ def choose_backends(
     if compiled and config.attention_backend == "auto" and pool.head_dim in ATTENTION_HEAD_DIMS:
         return kernels, CpuAttention(pool, compiled)
     return kernels, TorchNativeAttention(pool)
+
+
+def device_kernels() -> DeviceKernels:
+    """What FlashInfer's steps need beside it. Raises ImportError where triton is not installed."""
+    from minisrv.engine.kernels.triton_expand import expand
+    from minisrv.engine.kernels.triton_sample import sample_on_device
+
+    return DeviceKernels(expand, sample_on_device)
+
+
+def new_recorder() -> Recorder:
+    """What records the decode steps of one model."""
+    return CudaGraphRecorder()
 
 
 def cache_dtype(config: ServerConfig, weights: Weights) -> torch.dtype:
@@ -67,7 +83,7 @@ def keeps_fp8(config: ServerConfig, device: torch.device, dtype: torch.dtype | N
 
 def _cuda_backends(
     config: ServerConfig, pool: KVPool, num_heads: int
-) -> tuple[Kernels, AttentionBackend]:
+) -> tuple[Kernels, AttentionBackend | FlashInferAttention]:
     """FlashInfer's, or torch's where it lacks the type or the heads: one warning says which."""
     kernels, no_kernels = _cuda_kernels(pool) if config.kernels == "auto" else (None, None)
     attention, no_attention = None, None
@@ -96,15 +112,14 @@ def _cuda_kernels(pool: KVPool) -> tuple[Kernels | None, str | None]:
         return None, str(error)
 
 
-def _cuda_attention(pool: KVPool, num_heads: int) -> tuple[AttentionBackend | None, str | None]:
+def _cuda_attention(pool: KVPool, num_heads: int) -> tuple[FlashInferAttention | None, str | None]:
     """The attention, or why there is none."""
     if pool.dtype not in FLASHINFER_DTYPES:
         return None, _no_dtype(pool)
     if pool.head_dim not in FLASHINFER_HEAD_DIMS:
         return None, f"FlashInfer has no heads of {pool.head_dim} numbers"
     try:
-        from minisrv.engine.attention.flashinfer import FlashInferAttention
-
+        device_kernels()
         return FlashInferAttention(pool, num_heads), None
     except ImportError as error:
         return None, str(error)

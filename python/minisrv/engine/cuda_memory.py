@@ -51,9 +51,9 @@ def measure_workspace(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def cuda_cache_bytes(config: ServerConfig, workspace: int) -> tuple[int, str]:
-    """What --memory-fraction leaves for the KV cache, and why it is so much."""
+def cuda_cache_bytes(config: ServerConfig, reserved: int) -> tuple[int, str]:
+    """What --memory-fraction leaves for the KV cache beside what is `reserved`, and why so much."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    left = free - int(total * (1 - config.memory_fraction)) - workspace
-    return left, f"--memory-fraction {config.memory_fraction} less weights and workspace"
+    left = free - int(total * (1 - config.memory_fraction)) - reserved
+    return left, f"--memory-fraction {config.memory_fraction} less weights, workspace and graphs"

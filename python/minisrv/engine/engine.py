@@ -7,17 +7,23 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig
-from minisrv.engine.attention.base import AttentionBackend
-from minisrv.engine.backends import cache_dtype, choose_backends, keeps_fp8
+from minisrv.engine.attention.base import AttentionBackend, LayerAttention
+from minisrv.engine.attention.flashinfer import FlashInferAttention
+from minisrv.engine.backends import (
+    cache_dtype,
+    choose_backends,
+    device_kernels,
+    keeps_fp8,
+    new_recorder,
+)
 from minisrv.engine.cuda_memory import cuda_cache_bytes, largest_batch, measure_workspace
+from minisrv.engine.device_step import DeviceStep
 from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput
 from minisrv.engine.kernels.base import Kernels
 from minisrv.engine.kv_pool import KVPool
@@ -26,25 +32,19 @@ from minisrv.engine.layers.decoder import Decoder
 from minisrv.engine.layers.embedding import HEAD_NAME
 from minisrv.engine.layers.rope import RotaryEmbedding
 from minisrv.engine.memory import MemoryPlan, choose_num_pages, cpu_cache_bytes
+from minisrv.engine.model_size import graph_bytes, graph_sizes
 from minisrv.engine.models.registry import BLOCKS
-from minisrv.engine.page_table import PageTable, token_positions
+from minisrv.engine.page_table import PageTable
 from minisrv.engine.parallel.communicator import Communicator, NoPeers, Peers
 from minisrv.engine.parallel.partition import Partition, check_divisible
 from minisrv.engine.parallel.ranks import Ranks
-from minisrv.engine.sampling.sampler import sample
+from minisrv.engine.step import HostStep, Step, StepHandle
+from minisrv.engine.step_buffer import StepLimits
 from minisrv.engine.weights import CheckpointWeights, DummyWeights, Progress, Weights
 from minisrv.errors import ConfigError
 from minisrv.model_config import ModelConfig
 
 _OVERLAP_DEPTH = {"cpu": 0, "cuda": 1}
-
-
-@dataclass(frozen=True, slots=True)
-class StepHandle:
-    """A launched step: its tokens in host memory, there once `done` has happened."""
-
-    token_ids_S: Tensor
-    done: torch.cuda.Event | None
 
 
 class Engine:
@@ -111,12 +111,6 @@ class Engine:
         self.max_prefill_tokens = config.max_prefill_tokens or MAX_PREFILL_TOKENS[kind]
         depth = config.overlap_depth
         self.overlap_depth = _OVERLAP_DEPTH[kind] if depth is None else depth
-        self._page_table = PageTable(
-            config.max_running_requests, self.max_seq_len, config.page_size
-        )
-        self._last_token = torch.zeros(
-            config.max_running_requests, dtype=torch.int64, device=self._device
-        )
         weights = _open_weights(config, model_dir, model_config, self._device, progress)
         self.placement = f"{str(weights.dtype).removeprefix('torch.')} on {kind}"
         if model_config.fp8 is not None:
@@ -130,10 +124,17 @@ class Engine:
             model_config, num_kv_heads, config.page_size, weights.dtype, self._device, stored_dtype
         )
         num_heads = peers.partition.query_heads(model_config).length
-        self._kernels, self._attention = choose_backends(config, self._pool, num_heads)
-        self._model = _build_model(model_config, weights, self._kernels, peers, self._attention)
-        self._plan = self._plan_memory(config, weights.num_bytes)
-        self._pool.allocate(self._plan.num_pages)
+        kernels, attention = choose_backends(config, self._pool, num_heads)
+        model = _build_model(model_config, weights, kernels, peers, attention)
+        self._step = self._make_step(config, model, kernels, attention)
+        sizes = self._sizes_to_record(config, model_config, kernels)
+        self._plan = self._plan_memory(
+            config, weights.num_bytes, graph_bytes(model_config, sizes, weights.dtype.itemsize)
+        )
+        self._allocate(self._plan.num_pages)
+        if isinstance(self._step, DeviceStep) and sizes:
+            self._step.record(sizes, new_recorder(), lambda done: progress("record graphs", done))
+            progress("record graphs", 1.0)
 
     @property
     def num_pages(self) -> int:
@@ -150,14 +151,14 @@ class Engine:
         Raises EngineDeadError when another rank has died.
         """
         if self._ranks is None:
-            return self._compute(batch)
+            return self._step.compute(batch)
         self._ranks.send(batch)
         with self._ranks.explained():
-            return self._compute(batch)
+            return self._step.compute(batch)
 
     def follow(self, batch: ForwardBatch) -> None:
         """Compute a step that rank 0 has launched."""
-        self._compute(batch)
+        self._step.compute(batch)
 
     def check(self) -> None:
         """Raise EngineDeadError when another rank has died."""
@@ -168,11 +169,6 @@ class Engine:
         """End the other ranks."""
         if self._ranks is not None:
             self._ranks.close()
-
-    def _compute(self, batch: ForwardBatch) -> StepHandle:
-        with torch.inference_mode():
-            self._page_table.apply(batch)
-            return self._to_host(self._forward(batch))
 
     def wait(self, handle: StepHandle) -> ForwardOutput:
         """See ForwardEngine."""
@@ -186,63 +182,48 @@ class Engine:
         For one rank alone: nobody tells the others of it.
         """
         assert self._ranks is None
-        with torch.inference_mode():
-            self._page_table.apply(batch)
-            return self._logits(batch, token_positions(batch))
+        return self._step.logits(batch)
 
-    def _forward(self, batch: ForwardBatch) -> Tensor:
-        positions = token_positions(batch)
-        logits_SV = self._logits(batch, positions)
-        if not batch.sample_indices.size:
-            return torch.empty(0, dtype=torch.int64, device=self._device)
-        token_ids_S = self._peers.from_rank_0_(self._sample(batch, logits_SV))
-        rows = self._to_device(batch.rows[batch.sample_indices].astype(np.int64))
-        self._last_token.index_copy_(0, rows, token_ids_S)
-        return token_ids_S
+    def _make_step(
+        self,
+        config: ServerConfig,
+        model: Decoder,
+        kernels: Kernels,
+        attention: AttentionBackend | FlashInferAttention,
+    ) -> Step:
+        num_rows, page_size = config.max_running_requests, config.page_size
+        if isinstance(attention, FlashInferAttention):
+            limits = StepLimits(num_rows, self.max_prefill_tokens, self.max_seq_len, page_size)
+            return DeviceStep(model, attention, device_kernels(), self._peers, limits, self._device)
+        page_table = PageTable(num_rows, self.max_seq_len, page_size)
+        return HostStep(model, attention, kernels, self._peers, page_table, self._device)
 
-    def _sample(self, batch: ForwardBatch, logits_SV: Tensor) -> Tensor:
-        """The tokens [S]; on a rank above 0, which has not all logits, room for them."""
-        if self._peers.partition.rank > 0:
-            return torch.empty(logits_SV.shape[0], dtype=torch.int64, device=self._device)
-        ends = batch.start_positions + batch.query_lens
-        new_positions = ends[batch.sample_indices].astype(np.int64)
-        return sample(logits_SV, batch.sampling, new_positions, self._kernels)
+    def _allocate(self, num_pages: int) -> None:
+        """Take the cache; on a device that pads its steps, with a page for the padding."""
+        if not isinstance(self._step, DeviceStep):
+            self._pool.allocate(num_pages)
+            return
+        self._pool.allocate(num_pages, spare=1)
+        self._step.pad_with(num_pages)
 
-    def _logits(self, batch: ForwardBatch, positions: np.ndarray) -> Tensor:
-        self._attention.plan(batch, self._page_table)
-        x_TC = self._model.forward(self._input_ids(batch), self._to_device(positions))
-        last_tokens = (np.cumsum(batch.query_lens) - 1)[batch.sample_indices]
-        return self._model.logits(x_TC, self._to_device(last_tokens))
+    def _sizes_to_record(
+        self, config: ServerConfig, model_config: ModelConfig, kernels: Kernels
+    ) -> list[int]:
+        """Batch sizes of CUDA graphs. None between ranks: when one dies, a replay in which the
+        others wait for it cannot be ended. None where torch chooses experts, on the host.
+        """
+        experts_on_host = model_config.moe is not None and kernels.run_experts is None
+        if not isinstance(self._step, DeviceStep) or config.tp > 1 or experts_on_host:
+            return []
+        return graph_sizes(min(config.cuda_graph_max_bs, config.max_running_requests))
 
-    def _input_ids(self, batch: ForwardBatch) -> Tensor:
-        decode_rows = batch.rows[: batch.num_decodes].astype(np.int64)
-        decode_ids = self._last_token.index_select(0, self._to_device(decode_rows))
-        if not batch.prefill_ids.size:
-            return decode_ids
-        return torch.cat([decode_ids, self._to_device(batch.prefill_ids.astype(np.int64))])
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self._device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
-
-    def _to_host(self, token_ids_S: Tensor) -> StepHandle:
-        if self._device.type == "cpu":
-            return StepHandle(token_ids_S.int(), None)
-        host = torch.empty(token_ids_S.shape, dtype=torch.int32, pin_memory=True)
-        host.copy_(token_ids_S, non_blocking=True)
-        done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
-        return StepHandle(host, done)
-
-    def _plan_memory(self, config: ServerConfig, weight_bytes: int) -> MemoryPlan:
+    def _plan_memory(self, config: ServerConfig, weight_bytes: int, graph_bytes: int) -> MemoryPlan:
         workspace = 0
         if self._device.type == "cpu":
             free_bytes, why = cpu_cache_bytes(config)
         else:
             workspace = measure_workspace(self._run_largest_step(config))
-            free_bytes, why = cuda_cache_bytes(config, workspace)
+            free_bytes, why = cuda_cache_bytes(config, workspace + graph_bytes)
         page_bytes = self._pool.bytes_per_page
         num_pages = choose_num_pages(
             config,
@@ -254,6 +235,7 @@ class Engine:
         return MemoryPlan(
             weights=weight_bytes,
             workspace=workspace,
+            graphs=graph_bytes,
             num_pages=self._peers.minimum(num_pages),
             page_bytes=page_bytes,
             page_size=self.page_size,
@@ -263,8 +245,8 @@ class Engine:
     def _run_largest_step(self, config: ServerConfig) -> Callable[[], object]:
         num_sequences = min(config.max_running_requests, self.max_prefill_tokens)
         batch = largest_batch(num_sequences, self.max_prefill_tokens, self.page_size)
-        self._pool.allocate(batch.page_ids.size)
-        return lambda: self.wait(self._compute(batch))
+        self._allocate(batch.page_ids.size)
+        return lambda: self.wait(self._step.compute(batch))
 
 
 def _device_of(config: ServerConfig, rank: int) -> torch.device:
@@ -307,7 +289,7 @@ def _build_model(
     weights: Weights,
     kernels: Kernels,
     peers: Communicator,
-    attention: AttentionBackend,
+    attention: LayerAttention,
 ) -> Decoder:
     rope = RotaryEmbedding(
         model_config.rope,

@@ -44,20 +44,21 @@ class KVPool:
         """What one page takes over all layers."""
         return 2 * self._num_layers * math.prod(self._page_shape) * self.stored_dtype.itemsize
 
-    def allocate(self, num_pages: int) -> None:
-        """Take the memory; what an earlier call took is dropped."""
+    def allocate(self, num_pages: int, spare: int = 0) -> None:
+        """Take the memory, with `spare` pages more; what an earlier call took is dropped."""
         self.num_pages = num_pages
         self.pages, self.slots = [], []
-        self.pages = list(zip(self._zeros(), self._zeros(), strict=True))
+        num_pages += spare
+        self.pages = list(zip(self._zeros(num_pages), self._zeros(num_pages), strict=True))
         self.slots = [(keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in self.pages]
 
-    def _zeros(self) -> Tensor:
+    def _zeros(self, num_pages: int) -> Tensor:
         """Zeros, so that a masked slot never holds a NaN.
 
         On CPU the system gives memory at its first use, at some 2 ms a MiB: the pages that are
         handed out first are touched here, so that no step has to wait for them.
         """
-        shape = (self._num_layers, self.num_pages, *self._page_shape)
+        shape = (self._num_layers, num_pages, *self._page_shape)
         if self.device.type != "cpu":
             return torch.zeros(shape, dtype=self.stored_dtype, device=self.device)
         raw = np.zeros(math.prod(shape) * self.stored_dtype.itemsize, np.uint8)

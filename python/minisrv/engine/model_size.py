@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minisrv.engine.parallel.partition import Partition
 from minisrv.model_config import ModelConfig, MoeConfig
 
 ATTENTION_WORKSPACE_BYTES = (128 + 2 * 8) * 2**20  # FlashInfer's floats, and its two plans
-SAMPLER_BYTES = 7 * 8  # a logit, while it is filtered: the sampler's arrays of float64 and int64
 GRAPH_NODE_BYTES, GRAPH_NODES = 8 * 2**10, 10  # of a kernel in a graph; kernels a layer
 
 
@@ -112,3 +112,24 @@ def _feed_forward(config: ModelConfig, partition: Partition, moe: MoeConfig | No
     features = config.intermediate_size // partition.size
     biases = (2 * features + hidden) if config.mlp_bias else 0
     return _Layer(3 * hidden * features, 0, biases)
+
+
+def graph_sizes(largest: int) -> list[int]:
+    """Sizes of decode steps to record as CUDA graphs, the last one `largest`; a step is padded to
+    the next of them.
+    """
+    sizes = [size for size in (1, 2, 4, *range(8, largest, 8)) if size < largest]
+    return [*sizes, largest] if largest else []
+
+
+def graph_bytes(config: ModelConfig, sizes: Sequence[int], itemsize: int) -> int:
+    """An estimate of what the graphs take: their kernels, and one set of tensors for all sizes."""
+    if not sizes:
+        return 0
+    kernels = len(sizes) * config.num_layers * GRAPH_NODES * GRAPH_NODE_BYTES
+    return kernels + sizes[-1] * graph_width(config) * itemsize
+
+
+def graph_width(config: ModelConfig) -> int:
+    """Elements a token that are alive at once in a decode step."""
+    return widest_layer(config, 1) + config.vocab_size

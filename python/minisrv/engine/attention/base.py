@@ -13,14 +13,18 @@ from minisrv.engine.kernels.base import CacheSlots
 from minisrv.engine.page_table import PageTable
 
 
-class AttentionBackend(Protocol):
-    """Causal attention over paged keys and values."""
-
-    def plan(self, batch: ForwardBatch, page_table: PageTable) -> None:
-        """Prepare what the layers of one step share; the batch's page writes are in the table."""
+class LayerAttention(Protocol):
+    """Causal attention over paged keys and values, as the layers of a planned step call it."""
 
     def cache_slots(self, layer_id: int) -> CacheSlots:
         """Where the step's keys and values of a layer must be stored before `forward`."""
 
     def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer_id: int) -> Tensor:
         """Attend to the cache and the step's own keys and values: a contiguous [T, H, D]."""
+
+
+class AttentionBackend(LayerAttention, Protocol):
+    """Attention that is planned from the page table on the host."""
+
+    def plan(self, batch: ForwardBatch, page_table: PageTable) -> None:
+        """Prepare what the layers of one step share; the batch's page writes are in the table."""

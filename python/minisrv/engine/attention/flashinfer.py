@@ -10,62 +10,106 @@ forbidden group sizes, and only one module is compiled.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from minisrv.engine.attention.page_lists import page_lists
-from minisrv.engine.forward_batch import ForwardBatch, Int32Array
 from minisrv.engine.kernels.base import CacheSlots
 from minisrv.engine.kv_pool import KVPool
-from minisrv.engine.page_table import PageTable, token_positions
+from minisrv.engine.step_buffer import SentStep, StepTensors
 
 _WORKSPACE_BYTES = 128 * 2**20
 _PLANS_IN_FLIGHT = 3
+# The last arguments of FlashInfer's plan: no fixed size of a split, splitting allowed, no other
+# kernel beside it, queries of one token.
+_SPLIT_AS_IT_SUITS = (-1, False, 0, 0)
 
 
 class FlashInferAttention:
-    """See AttentionBackend. Raises ImportError where flashinfer is not installed."""
+    """See LayerAttention; steps are planned from their words on the host, and from a page list on
+    the device that need not be filled before `forward`. Raises ImportError without flashinfer.
+    """
 
     def __init__(self, pool: KVPool, num_heads: int) -> None:
         import flashinfer
 
-        self._pool, self._device = pool, pool.device
+        self._flashinfer, self._pool, self._device = flashinfer, pool, pool.device
         self._heads = (num_heads, pool.num_kv_heads, pool.head_dim, pool.page_size)
         self._types = {"q_data_type": pool.dtype, "kv_data_type": pool.stored_dtype}
-        workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
-        self._decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            workspace, "NHD", use_tensor_cores=True, backend="fa2"
+        self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
+        self._eager_decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            self._workspace, "NHD", use_tensor_cores=True, backend="fa2"
         )
         self._prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-            workspace, "NHD", backend="fa2"
+            self._workspace, "NHD", backend="fa2"
         )
-        self._rings = {
-            id(wrapper): _PinnedRing(wrapper) for wrapper in (self._decode, self._prefill)
-        }
-        self._num_decodes = 0
+        self._decode_ring = _PinnedRing(self._eager_decode)
+        self._prefill_ring = _PinnedRing(self._prefill)
+        self._decode = self._eager_decode
+        self._graph_decodes: dict[int, Any] = {}
+        self._num_decodes = self._num_tokens = 0
         self._has_prefills = False
-        self._slots_T = torch.empty(0)
+        self._tensors: StepTensors | None = None
 
-    def plan(self, batch: ForwardBatch, page_table: PageTable) -> None:
-        """See AttentionBackend."""
-        self._slots_T = self._to_device(page_table.slots(batch, token_positions(batch)))
-        kv_lens = batch.start_positions + batch.query_lens
-        n = self._num_decodes = batch.num_decodes
-        self._has_prefills = batch.rows.size > n
+    def read_from(self, tensors: StepTensors) -> None:
+        """Where the steps' words, slots and page lists lie."""
+        self._tensors = tensors
+
+    def plan(self, step: SentStep) -> None:
+        """Prepare what the layers of a step share."""
+        n = self._num_decodes = step.num_decodes
+        self._num_tokens = step.num_tokens
+        self._decode = self._eager_decode
+        self._has_prefills = bool(step.num_prefills)
         if n:
-            self._plan_decodes(batch.rows[:n], kv_lens[:n], page_table)
+            self._plan_decodes(self._decode, step)
         if self._has_prefills:
-            self._plan_prefills(batch.rows[n:], batch.query_lens[n:], kv_lens[n:], page_table)
+            self._plan_prefills(step)
+
+    def plan_for_graph(self, step: SentStep) -> None:
+        """The same for a step of decodes alone whose forward a CUDA graph holds, or will hold.
+
+        Only the first plan of a size goes through FlashInfer's own `plan`, which also sets up what
+        `forward` passes on: that is frozen in the graph. The later ones call what it calls, which
+        writes the split of the work to where the graph reads it.
+        """
+        n = self._num_decodes = step.num_decodes
+        self._num_tokens = step.num_tokens
+        self._has_prefills = False
+        wrapper = self._graph_decodes.get(n)
+        if wrapper is None:
+            wrapper = self._graph_decodes[n] = self._make_graph_wrapper(n)
+            self._plan_decodes(wrapper, step)
+        else:
+            num_heads, num_kv_heads, head_dim, page_size = self._heads
+            with self._decode_ring.lent_to(wrapper):
+                wrapper._plan_info = wrapper._cached_module.plan(
+                    wrapper._float_workspace_buffer,
+                    wrapper._int_workspace_buffer,
+                    wrapper._pin_memory_int_workspace_buffer,
+                    torch.arange(n + 1, dtype=torch.int32),
+                    step.host["page_starts"][: n + 1],
+                    step.kv_lens,
+                    *(n, n, num_heads, num_kv_heads, page_size),
+                    True,  # in a CUDA graph
+                    *(head_dim, head_dim),
+                    False,  # not causal: there is one query
+                    -1,  # no window
+                    *_SPLIT_AS_IT_SUITS,
+                )
+        self._decode = wrapper
 
     def cache_slots(self, layer_id: int) -> CacheSlots:
-        """See AttentionBackend."""
-        return CacheSlots(self._slots_T, *self._pool.slots[layer_id])
+        """See LayerAttention."""
+        assert self._tensors is not None
+        slots_T = self._tensors.slots_T[: self._num_tokens]
+        return CacheSlots(slots_T, *self._pool.slots[layer_id])
 
     def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer_id: int) -> Tensor:
-        """See AttentionBackend."""
+        """See LayerAttention."""
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         pages, n = self._pool.pages[layer_id], self._num_decodes
         if n:
@@ -74,69 +118,77 @@ class FlashInferAttention:
             self._prefill.run(q_THD[n:], pages, out=out_THD[n:])
         return out_THD
 
-    def _plan_decodes(self, rows: Int32Array, kv_lens: Int32Array, page_table: PageTable) -> None:
-        lists = page_lists(rows, kv_lens, page_table)
-        with self._rings[id(self._decode)]:
-            self._decode.plan(
-                torch.from_numpy(lists.starts),
-                self._to_device(lists.pages),
-                torch.from_numpy(lists.last_page_lens),
+    def _plan_decodes(self, wrapper: Any, step: SentStep) -> None:
+        assert self._tensors is not None
+        n = step.num_decodes
+        # In a graph the list stays where it is; passed on, it would be copied to itself.
+        num_pages = step.num_decode_pages if wrapper is self._eager_decode else 0
+        with self._decode_ring.lent_to(wrapper):
+            wrapper.plan(
+                step.host["page_starts"][: n + 1],
+                self._tensors.pages[:num_pages],
+                step.host["last_page_lens"][:n],
                 *self._heads,
                 **self._types,
             )
 
-    def _plan_prefills(
-        self,
-        rows: Int32Array,
-        query_lens: Int32Array,
-        kv_lens: Int32Array,
-        page_table: PageTable,
-    ) -> None:
-        lists = page_lists(rows, kv_lens, page_table)
-        query_starts = np.zeros(rows.size + 1, np.int32)
-        np.cumsum(query_lens, out=query_starts[1:])
-        with self._rings[id(self._prefill)]:
+    def _plan_prefills(self, step: SentStep) -> None:
+        assert self._tensors is not None
+        n, count = step.num_decodes, step.num_prefills
+        with self._prefill_ring.lent_to(self._prefill):
             self._prefill.plan(
-                torch.from_numpy(query_starts),
-                torch.from_numpy(lists.starts),
-                self._to_device(lists.pages),
-                torch.from_numpy(lists.last_page_lens),
+                step.host["prefill_query_starts"][: count + 1],
+                step.host["prefill_page_starts"][: count + 1],
+                self._tensors.pages[step.num_decode_pages : step.num_pages],
+                step.host["last_page_lens"][n : n + count],
                 *self._heads,
                 causal=True,
                 **self._types,
             )
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self._device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+    def _make_graph_wrapper(self, size: int) -> Any:
+        """One a size, as FlashInfer wants it; they run one after the other and share memory."""
+        assert self._tensors is not None
+        words = self._tensors.words
+        wrapper = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            self._workspace,
+            "NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=True,
+            paged_kv_indptr_buffer=words["page_starts"][: size + 1],
+            paged_kv_indices_buffer=self._tensors.pages,
+            paged_kv_last_page_len_buffer=words["last_page_lens"][:size],
+            backend="fa2",
+        )
+        wrapper._int_workspace_buffer = self._eager_decode._int_workspace_buffer
+        return wrapper
 
 
 class _PinnedRing:
-    """Host buffers that a wrapper's plans are written to in turn.
+    """Host buffers that plans are written to in turn.
 
     A plan is copied to the device when the stream gets there. FlashInfer has one buffer, which the
     next plan would overwrite before that; here each waits for the copy of the plan three before.
     """
 
     def __init__(self, wrapper: Any) -> None:
-        self._wrapper = wrapper
         first = wrapper._pin_memory_int_workspace_buffer
+        self._pinned: bool = first.is_pinned()
         self._buffers = [first]
         while len(self._buffers) < _PLANS_IN_FLIGHT:
-            self._buffers.append(torch.empty_like(first, pin_memory=first.is_pinned()))
+            self._buffers.append(torch.empty_like(first, pin_memory=self._pinned))
         self._copied: list[Any] = [None] * _PLANS_IN_FLIGHT
         self._next = 0
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def lent_to(self, wrapper: Any) -> Iterator[None]:
+        """Have the plan that `wrapper` makes within written to the next buffer."""
         copied = self._copied[self._next]
         if copied is not None:
             copied.synchronize()
-        self._wrapper._pin_memory_int_workspace_buffer = self._buffers[self._next]
-
-    def __exit__(self, *exception: object) -> None:
-        if self._buffers[0].is_pinned():
+        wrapper._pin_memory_int_workspace_buffer = self._buffers[self._next]
+        yield
+        if self._pinned:
             self._copied[self._next] = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied[self._next].record()
         self._next = (self._next + 1) % _PLANS_IN_FLIGHT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minisrv.engine.attention.base import AttentionBackend
+from minisrv.engine.attention.base import LayerAttention
 from minisrv.engine.kernels.base import Kernels
 from minisrv.engine.layers.rope import RotaryEmbedding
 from minisrv.engine.parallel.communicator import Communicator
@@ -21,4 +21,4 @@ class BuildContext:
     rope: RotaryEmbedding
     kernels: Kernels
     peers: Communicator
-    backend: AttentionBackend
+    backend: LayerAttention

@@ -1,0 +1,113 @@
+"""One step of the engine from a batch to tokens, with the host in charge of every index.
+
+This is what runs on a CPU, and on a GPU without FlashInfer.
+"""
+
+# Shapes: T tokens in the step, S sequences that sample.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisrv.engine.attention.base import AttentionBackend
+from minisrv.engine.forward_batch import ForwardBatch
+from minisrv.engine.kernels.base import Kernels
+from minisrv.engine.layers.decoder import Decoder
+from minisrv.engine.page_table import PageTable, token_positions
+from minisrv.engine.parallel.communicator import Communicator
+from minisrv.engine.sampling.sampler import sample
+
+
+@dataclass(frozen=True, slots=True)
+class StepHandle:
+    """A launched step: its tokens in host memory, there once `done` has happened."""
+
+    token_ids_S: Tensor
+    done: Any  # a CUDA event, or None
+
+
+class Step(Protocol):
+    """Computes steps, one after the other."""
+
+    def compute(self, batch: ForwardBatch) -> StepHandle:
+        """Launch a step; on a CPU it is done when this returns."""
+
+    def logits(self, batch: ForwardBatch) -> Tensor:
+        """The same without drawing: logits [S, V] of the sequences that sample."""
+
+
+class HostStep:
+    """See Step."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        attention: AttentionBackend,
+        kernels: Kernels,
+        peers: Communicator,
+        page_table: PageTable,
+        device: torch.device,
+    ) -> None:
+        self._model, self._attention, self._kernels = model, attention, kernels
+        self._peers, self._page_table, self._device = peers, page_table, device
+        num_rows = page_table.pages.shape[0]
+        self._last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)
+
+    def compute(self, batch: ForwardBatch) -> StepHandle:
+        """See Step."""
+        with torch.inference_mode():
+            return self._to_host(self._forward(batch))
+
+    def logits(self, batch: ForwardBatch) -> Tensor:
+        """See Step."""
+        with torch.inference_mode():
+            self._page_table.apply(batch)
+            positions = token_positions(batch)
+            self._attention.plan(batch, self._page_table)
+            x_TC = self._model.forward(self._input_ids(batch), self._to_device(positions))
+            last_tokens = (np.cumsum(batch.query_lens) - 1)[batch.sample_indices]
+            return self._model.logits(x_TC, self._to_device(last_tokens))
+
+    def _forward(self, batch: ForwardBatch) -> Tensor:
+        logits_SV = self.logits(batch)
+        if not batch.sample_indices.size:
+            return torch.empty(0, dtype=torch.int64, device=self._device)
+        token_ids_S = self._peers.from_rank_0_(self._sample(batch, logits_SV))
+        rows = self._to_device(batch.rows[batch.sample_indices].astype(np.int64))
+        self._last_token.index_copy_(0, rows, token_ids_S)
+        return token_ids_S
+
+    def _sample(self, batch: ForwardBatch, logits_SV: Tensor) -> Tensor:
+        """The tokens [S]; on a rank above 0, which has not all logits, room for them."""
+        if self._peers.partition.rank > 0:
+            return torch.empty(logits_SV.shape[0], dtype=torch.int64, device=self._device)
+        ends = batch.start_positions + batch.query_lens
+        new_positions = ends[batch.sample_indices].astype(np.int64)
+        return sample(logits_SV, batch.sampling, new_positions, self._kernels)
+
+    def _input_ids(self, batch: ForwardBatch) -> Tensor:
+        decode_rows = batch.rows[: batch.num_decodes].astype(np.int64)
+        decode_ids = self._last_token.index_select(0, self._to_device(decode_rows))
+        if not batch.prefill_ids.size:
+            return decode_ids
+        return torch.cat([decode_ids, self._to_device(batch.prefill_ids.astype(np.int64))])
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def _to_host(self, token_ids_S: Tensor) -> StepHandle:
+        if self._device.type == "cpu":
+            return StepHandle(token_ids_S.int(), None)
+        host = torch.empty(token_ids_S.shape, dtype=torch.int32, pin_memory=True)
+        host.copy_(token_ids_S, non_blocking=True)
+        done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return StepHandle(host, done)

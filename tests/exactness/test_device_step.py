@@ -1,0 +1,125 @@
+"""The step that is made for a GPU gives the tokens of transformers, too, graphs or not."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flashinfer")
+from checkpoints import make_checkpoint
+from device_parts import use_device_step
+from exactness.oracle import (
+    CHECKPOINTS,
+    compare,
+    load_reference,
+    make_prompts,
+    reference_tokens,
+    run,
+)
+from minisrv.config import ServerConfig
+from minisrv.messages import AbortMsg, Finish, GenerateMsg
+from minisrv.sampling_params import SamplingParams
+from minisrv.scheduler.build import build_loop
+from minisrv.scheduler.channel import LocalChannel
+from minisrv.scheduler.loop import SchedulerLoop
+
+
+def make_loop(model_dir: Path, **options: object) -> SchedulerLoop:
+    config = ServerConfig(
+        **{  # type: ignore[arg-type]
+            "model": str(model_dir),
+            "dtype": "float32",
+            "device": "cpu",
+            "num_pages": 400,
+            "max_prefill_tokens": 64,
+            "max_running_requests": 20,
+            "num_threads": 1,
+            **options,
+        }
+    )
+    return build_loop(config, model_dir, LocalChannel(), lambda phase, fraction: None)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    architecture, variant = CHECKPOINTS[request.param]
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **variant)
+
+
+@pytest.mark.parametrize(("overlap_depth", "page_size"), [(0, 1), (1, 16)])
+@pytest.mark.parametrize("largest", [0, 6, 256])
+def test_tokens_equal_those_of_transformers(
+    checkpoint: Path,
+    overlap_depth: int,
+    page_size: int,
+    largest: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    repeat = use_device_step(monkeypatch)
+    model = load_reference(checkpoint)
+    prompts = make_prompts(16, model.config.vocab_size, longest=150)
+    loop = make_loop(
+        checkpoint,
+        overlap_depth=overlap_depth,
+        page_size=page_size,
+        num_pages=6400 // page_size,
+        cuda_graph_max_bs=largest,
+    )
+    recorded = repeat.replays
+    expected = reference_tokens(model, prompts)
+    for at_once in (16, 3):
+        outputs, _ = run(loop, prompts, at_once)
+        assert not compare(model, prompts, expected, outputs)
+    assert (repeat.replays > recorded) == bool(largest)
+
+
+@pytest.mark.parametrize("overlap_depth", [0, 1])
+def test_short_memory_and_aborts_leave_the_text_of_the_others(
+    checkpoint: Path, overlap_depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_device_step(monkeypatch)
+    model = load_reference(checkpoint)
+    prompts = make_prompts(20, model.config.vocab_size, longest=60)
+    expected = reference_tokens(model, prompts)
+    loop = make_loop(checkpoint, overlap_depth=overlap_depth, page_size=4, num_pages=120)
+    outputs = _run_with_aborts(loop, prompts)
+    assert loop.scheduler.num_retractions
+    kept = [i for i, output in enumerate(outputs) if output is not None]
+    assert 0 < len(kept) < len(prompts)
+    answers = [output for output in outputs if output is not None]
+    compare(model, [prompts[i] for i in kept], [expected[i] for i in kept], answers)
+
+
+def _run_with_aborts(loop: SchedulerLoop, prompts: list[list[int]]) -> list[list[int] | None]:
+    """All prompts at once, every fourth of which is aborted at some moment; None for those."""
+    import numpy as np
+
+    rng = random.Random(1)
+    channel = loop.channel
+    assert isinstance(channel, LocalChannel)
+    sampling = SamplingParams(
+        temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, max_tokens=32, ignore_eos=True
+    )
+    outputs: list[list[int] | None] = [[] for _ in prompts]
+    for uid, prompt in enumerate(prompts):
+        ids = np.array(prompt, np.int32)
+        channel.inbox.append(GenerateMsg(uid=uid, prompt_ids=ids, sampling=sampling))
+    to_abort, num_open = list(range(0, len(prompts), 4)), len(prompts)
+    while num_open:
+        if to_abort and rng.random() < 0.2:
+            channel.inbox.append(AbortMsg(uids=(to_abort.pop(),)))
+        loop.turn()
+        loop.scheduler.check()
+        while channel.outbox:
+            message = channel.outbox.popleft()
+            columns = zip(message.uids.tolist(), message.token_ids, message.finishes, strict=True)
+            for uid, token, finish in columns:
+                num_open -= finish != Finish.NONE
+                output = outputs[uid]
+                if finish == Finish.ABORT:
+                    outputs[uid] = None
+                elif output is not None:
+                    output.append(int(token))
+    return outputs

@@ -1,0 +1,145 @@
+"""In the place of FlashInfer's wrappers: what FlashInfer documents of them, in torch.
+
+Each call is bound to the signature of the real one. In CUDA-graph mode a wrapper reads its tables
+from the buffers that it was given, when it runs; its plan is made in two ways, of which the second
+is the call that FlashInfer's own `plan` makes in the end.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def documented(real: type, plan: Any) -> type:
+    """A class with the calls of a wrapper, over its CSR tables."""
+
+    class Wrapper:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            names = inspect.signature(real).bind(*args, **options).arguments
+            assert names["kv_layout"] == "NHD"
+            assert not names["float_workspace_buffer"].any()
+            self._float_workspace_buffer = names["float_workspace_buffer"]
+            self._int_workspace_buffer = torch.zeros(8, dtype=torch.uint8)
+            self._pin_memory_int_workspace_buffer = torch.zeros(8, dtype=torch.uint8)
+            self.in_graph = names.get("use_cuda_graph", False)
+            self.fixed = [
+                names[name]
+                for name in (
+                    "paged_kv_indptr_buffer",
+                    "paged_kv_indices_buffer",
+                    "paged_kv_last_page_len_buffer",
+                )
+                if name in names
+            ]
+            assert len(self.fixed) == (3 if self.in_graph else 0)
+            self.buffers_planned_in: list[int] = []
+            self._cached_module = _Module(self)
+
+        def plan(self, *args: Any, **options: Any) -> None:
+            names = inspect.signature(plan).bind(self, *args, **options).arguments
+            self.buffers_planned_in.append(self._pin_memory_int_workspace_buffer.data_ptr())
+            starts = names.get("indptr", names.get("paged_kv_indptr"))
+            pages = names.get("indices", names.get("paged_kv_indices"))
+            last = names.get("last_page_len", names.get("paged_kv_last_page_len"))
+            for table in (starts, pages, last):
+                assert table.dtype == torch.int32
+            size = len(last)
+            self.page_size, self.causal = names["page_size"], names.get("causal", False)
+            self.query_starts = names.get("qo_indptr", torch.arange(size + 1, dtype=torch.int32))
+            head_dim = names.get("head_dim", names.get("head_dim_qk"))
+            self.heads = (names["num_qo_heads"], names["num_kv_heads"], head_dim)
+            self.q_dtype, self.kv_dtype = names["q_data_type"], names["kv_data_type"]
+            if not self.in_graph:
+                self.tables = (starts.clone(), pages, last.clone())
+                return
+            assert len(last) == len(self.fixed[2])
+            assert len(starts) == len(self.fixed[0])
+            self.fixed[0].copy_(starts)
+            self.fixed[1][: len(pages)].copy_(pages)
+            self.fixed[2].copy_(last)
+            self.tables = tuple(self.fixed)
+            self.planned_lens = (starts.diff() - 1) * self.page_size + last
+
+        def run(self, *args: Any, **options: Any) -> torch.Tensor:
+            names = inspect.signature(real.run).bind(self, *args, **options).arguments  # type: ignore[attr-defined]
+            q, (keys, values), out = names["q"], names["paged_kv_cache"], names["out"]
+            assert out.is_contiguous()
+            assert q.dtype == out.dtype == self.q_dtype
+            assert keys.dtype == values.dtype == self.kv_dtype
+            assert (q.shape[1], *keys.shape[2:]) == self.heads
+            assert len(q) == self.query_starts[-1]
+            starts, all_pages, lasts = self.tables
+            for i, last in enumerate(lasts.tolist()):
+                pages = all_pages[starts[i] : starts[i + 1]].long()
+                kv_len = (len(pages) - 1) * self.page_size + last
+                if self.in_graph:
+                    assert kv_len == self.planned_lens[i]
+                k, v = (
+                    x[pages].flatten(0, 1)[:kv_len].transpose(0, 1).to(q.dtype)
+                    for x in (keys, values)
+                )
+                part = slice(self.query_starts[i], self.query_starts[i + 1])
+                count = int(part.stop - part.start)
+                # Aligned at the end: the last query sees everything.
+                mask = torch.ones(count, kv_len, dtype=torch.bool).tril(kv_len - count)
+                out[part] = F.scaled_dot_product_attention(
+                    q[part].transpose(0, 1),
+                    k,
+                    v,
+                    attn_mask=mask if self.causal else None,
+                    enable_gqa=True,
+                ).transpose(0, 1)
+            return out  # type: ignore[no-any-return]
+
+    return Wrapper
+
+
+class _Module:
+    """The compiled module of a wrapper: `plan` takes what FlashInfer's own `plan` hands to it."""
+
+    def __init__(self, wrapper: Any) -> None:
+        self._wrapper = wrapper
+
+    def plan(
+        self,
+        float_workspace: torch.Tensor,
+        int_workspace: torch.Tensor,
+        pinned_int_workspace: torch.Tensor,
+        query_starts: torch.Tensor,
+        page_starts: torch.Tensor,
+        kv_lens: torch.Tensor,
+        num_rows: int,
+        batch_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        page_size: int,
+        in_graph: bool,
+        head_dim_qk: int,
+        head_dim_vo: int,
+        causal: bool,
+        window_left: int,
+        fixed_split_size: int,
+        disable_split_kv: bool,
+        num_colocated_ctas: int,
+        uniform_q_len: int,
+    ) -> list[int]:
+        wrapper = self._wrapper
+        assert in_graph
+        assert wrapper.in_graph
+        assert int_workspace is wrapper._int_workspace_buffer
+        assert (num_heads, num_kv_heads, head_dim_qk) == wrapper.heads
+        assert (head_dim_vo, page_size) == (head_dim_qk, wrapper.page_size)
+        assert (causal, window_left) == (False, -1)
+        assert (fixed_split_size, disable_split_kv) == (-1, False)
+        assert (num_colocated_ctas, uniform_q_len) == (0, 0)
+        assert num_rows == batch_size == len(kv_lens) == len(wrapper.fixed[2])
+        assert query_starts.tolist() == list(range(batch_size + 1))
+        assert query_starts.dtype == page_starts.dtype == kv_lens.dtype == torch.int32
+        assert page_starts.diff().tolist() == (-(-kv_lens // page_size)).tolist()
+        wrapper.buffers_planned_in.append(pinned_int_workspace.data_ptr())
+        wrapper.planned_lens = kv_lens.clone()
+        return []
