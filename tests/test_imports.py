@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "python" / "minisrv"
 LAYERS = [
     {"errors", "log"},
     {"sampling_params"},
-    {"config", "model_config", "messages", "cards"},
+    {"config", "model_config", "messages", "cards", "chat_format"},
     {"child"},
     {"ipc", "metrics", "hf_tokenizer", "hub", "child_process"},
     {"kvcache", "structured_output", "engine"},
@@ -43,7 +43,10 @@ PURE = [
     "kvcache/manager.py",
     "detokenizer/incremental.py",
     "detokenizer/stop_strings.py",
+    "detokenizer/thought.py",
+    "frontend/assistant_message.py",
     "frontend/stream.py",
+    "frontend/tool_calls/parser.py",
 ]
 
 

@@ -13,20 +13,23 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from minisrv import log
+from minisrv.chat_format import find_chat_format
 from minisrv.config import ServerConfig, parse_command_line
 from minisrv.errors import ConfigError, InvalidRequestError, MinisrvError
 
 if TYPE_CHECKING:
+    from minisrv.frontend.assistant_message import AssistantMessage
     from minisrv.frontend.generation import Generation
     from minisrv.frontend.model_info import ModelInfo
-    from minisrv.llm import LLM, RequestOutput
+    from minisrv.llm import LLM, CompletionOutput, RequestOutput
     from minisrv.messages import GenerateMsg
 
 AT_ONCE = 1024
@@ -205,6 +208,7 @@ def _answers(
             max_model_len=llm.max_seq_len,
             vocab_size=llm.model_config.vocab_size,
             defaults=llm.model_config.sampling_defaults,
+            chat_format=find_chat_format(llm.tokenizer.chat_templates),
         )
         rest = iter(lines)
         while part := list(islice(rest, AT_ONCE)):
@@ -214,27 +218,36 @@ def _answers(
 def _answer_part(
     llm: LLM, model: ModelInfo, lines: list[Line], defaults: dict[str, Any]
 ) -> Iterator[tuple[str | int, dict[str, Any]]]:
+    from minisrv.frontend.assistant_message import AssistantMessage
+
     messages: list[GenerateMsg] = []
     owners: list[Line] = []
     missing: dict[int, int] = {}
     outputs: dict[int, list[RequestOutput]] = {}
+    generations: dict[int, Generation] = {}
     for line in lines:
         try:
             generation = _read_generation(line, model, defaults)
-            prepared = [llm.prepare(request) for request in generation.tokenize_messages(0, 0)]
+            prepared = [
+                llm.prepare(replace(request, split_thought=line.openai))
+                for request in generation.tokenize_messages(0, 0)
+            ]
         except MinisrvError as error:
             yield line.key, _failure(line, error)
             continue
         messages += prepared
         owners += [line] * len(prepared)
         missing[line.index], outputs[line.index] = len(prepared), []
+        generations[line.index] = generation
     for output in llm.stream_outputs(messages):
         line = owners[output.index]
         outputs[line.index].append(output)
         missing[line.index] -= 1
         if not missing[line.index]:
             ready = sorted(outputs.pop(line.index), key=lambda o: o.index)
-            yield line.key, _success(line, model, ready)
+            calls, names = generations.pop(line.index).calls, llm.config.reasoning_fields
+            new_message = partial(AssistantMessage, calls, names)
+            yield line.key, _success(line, model, ready, new_message)
 
 
 def _read_generation(line: Line, model: ModelInfo, defaults: dict[str, Any]) -> Generation:
@@ -265,17 +278,18 @@ def _read_generation(line: Line, model: ModelInfo, defaults: dict[str, Any]) -> 
     return (read_chat if chat else read_completion)(fields, model)
 
 
-def _success(line: Line, model: ModelInfo, outputs: list[RequestOutput]) -> dict[str, Any]:
-    choices = [
-        (choice.text, choice.finish_reason, choice.stop_reason)
-        for output in outputs
-        for choice in output.outputs
-    ]
+def _success(
+    line: Line,
+    model: ModelInfo,
+    outputs: list[RequestOutput],
+    new_message: Callable[[], AssistantMessage],
+) -> dict[str, Any]:
+    choices = [choice for output in outputs for choice in output.outputs]
     usage = _usage(outputs)
     if not line.openai:
-        texts = [text for text, _, _ in choices]
+        texts = [choice.text for choice in choices]
         answer: dict[str, Any] = {"text": texts[0]} if len(texts) == 1 else {"texts": texts}
-        reasons = [reason for _, reason, _ in choices]
+        reasons = [choice.finish_reason for choice in choices]
         answer["finish_reason"] = reasons[0] if len(reasons) == 1 else reasons
         return {**_name(line), **answer, "usage": usage}
     chat = line.value["url"] == _CHAT_URL
@@ -284,20 +298,30 @@ def _success(line: Line, model: ModelInfo, outputs: list[RequestOutput]) -> dict
         "object": "chat.completion" if chat else "text_completion",
         "created": model.created,
         "model": model.name,
-        "choices": [_choice(i, chat, *choice) for i, choice in enumerate(choices)],
+        "choices": [
+            _choice(i, choice, new_message() if chat else None) for i, choice in enumerate(choices)
+        ],
         "usage": usage,
     }
     return _openai_answer(line, 200, body)
 
 
 def _choice(
-    index: int, chat: bool, text: str, finish_reason: str | None, stop_reason: str | int | None
+    index: int, choice: CompletionOutput, message: AssistantMessage | None
 ) -> dict[str, Any]:
-    content: dict[str, Any] = {"text": text}
-    if chat:
-        content = {"message": {"role": "assistant", "content": text, "refusal": None}}
-    ending = {"logprobs": None, "finish_reason": finish_reason, "stop_reason": stop_reason}
-    return {"index": index, **content, **ending}
+    from minisrv.frontend.events import Event
+    from minisrv.messages import Finish
+
+    content: dict[str, Any] = {"text": choice.text}
+    finish_reason = choice.finish_reason
+    if message is not None:
+        finish = Finish.LENGTH if finish_reason == "length" else Finish.STOP
+        event = Event(0, index, [choice.text], [choice.thought], finish=finish)
+        content = {"message": message.whole(event)}
+        if message.calls_tools(event):
+            finish_reason = "tool_calls"
+    ending = {"finish_reason": finish_reason, "stop_reason": choice.stop_reason}
+    return {"index": index, **content, "logprobs": None, **ending}
 
 
 def _usage(outputs: list[RequestOutput]) -> dict[str, Any]:

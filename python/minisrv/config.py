@@ -57,6 +57,10 @@ class ServerConfig:
     max_seq_len: int | None = option(None, "longest prompt plus output (default: the model's)")
     chat_template: str | None = option(None, "a Jinja file to use instead of the model's template")
 
+    reasoning_field: Literal["reasoning_content", "reasoning", "both"] = option(
+        "reasoning_content", "where replies have a model's thought"
+    )
+
     page_size: int = option(16, "tokens in a cache page")
     kv_cache_dtype: Literal["auto", "fp8"] = option(
         "auto", "type of the KV cache: the model's, or fp8 (e4m3), which halves that of bfloat16"
@@ -116,6 +120,12 @@ class ServerConfig:
     def served_name(self) -> str:
         """The model name in requests and replies."""
         return self.served_model_name or self.model
+
+    @property
+    def reasoning_fields(self) -> tuple[str, ...]:
+        """The fields of a message that hold the thought."""
+        both = ("reasoning_content", "reasoning")
+        return both if self.reasoning_field == "both" else (self.reasoning_field,)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a child's boot message."""

@@ -56,11 +56,13 @@ _FINISH_REASONS = {
 class CompletionOutput:
     """One choice. finish_reason: stop or length. stop_reason: the stop string or token id.
 
+    thought: what the model thought, for a request with `split_thought`.
     The end-of-text token and stop tokens count in `token_ids` and are not in `text`.
     """
 
     index: int
     text: str = ""
+    thought: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -344,6 +346,9 @@ class _Run:
         for failure in reply.failures:
             if failure.uid in self.choices:
                 raise _error_of(failure)
+        for thought in reply.thoughts:
+            if thought.uid in self.choices:
+                self.choices[thought.uid][1].thought += thought.text
         columns = zip(
             reply.uids.tolist(),
             reply.texts,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -35,12 +35,25 @@ class Finish(IntEnum):
     ABORT = 4
 
 
+class Parts(IntFlag):
+    """What a reply may hold besides plain text; the message fields of this name are plain ints.
+
+    CALLS: tool calls, whose markers stay in the text. THOUGHT: it may begin with a thought, which
+    goes apart. OPEN_THOUGHT: it does, since the prompt ends inside of one.
+    """
+
+    CALLS = 1
+    THOUGHT = 2
+    OPEN_THOUGHT = 4
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizeMsg:
     """Frontend to tokenizer: either a prompt (text or token ids) or messages for the template.
 
     The `sampling.n` choices answer under uid, uid + 1, ... The sampling has no None but max_tokens
-    and seed.
+    and seed. `tools` are shown to the template, and calls of them looked for in the reply.
+    split_thought: whether a thought comes apart from the text.
     """
 
     uid: int
@@ -48,6 +61,8 @@ class TokenizeMsg:
     messages: tuple[dict[str, Any], ...] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     sampling: SamplingParams
+    tools: tuple[dict[str, Any], ...] | None = None
+    split_thought: bool = False
     epoch: int = 0
 
 
@@ -69,6 +84,7 @@ class GenerateMsg:
     uid: int
     prompt_ids: Int32Array
     sampling: SamplingParams
+    parts: int = 0
     epoch: int = 0
 
 
@@ -82,6 +98,16 @@ class Start:
     min_tokens: int
     stop: tuple[str, ...]
     skip_special_tokens: bool
+    parts: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thought:
+    """More of a thought; `tokens` is the count so far, that of the tags included."""
+
+    uid: int
+    text: str
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +156,7 @@ class UserReply:
 
     `texts` are deltas that join to the full text. `output_tokens` is the count so far.
     `stop_reasons` is the stop string or the stop token id that ended a request, else None.
+    `thoughts` come before the text of the same uid, also in one message.
     Each uid ends with one finish code other than NONE or with one failure.
     """
 
@@ -140,6 +167,7 @@ class UserReply:
     stop_reasons: tuple[str | int | None, ...]
     starts: tuple[Start, ...] = ()
     failures: tuple[Failure, ...] = ()
+    thoughts: tuple[Thought, ...] = ()
     epoch: int = 0
 
 

@@ -92,12 +92,12 @@ def test_a_null_and_a_neutral_value_never_fail(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("logprobs", 0), ("presence_penalty", False), ("echo", 0), ("best_of", 2), ("tools", [{}])],
+    [("logprobs", 0), ("presence_penalty", False), ("echo", 0), ("best_of", 2), ("functions", [{}])],
 )
 def test_a_value_that_only_resembles_a_neutral_one_is_refused(
     server: HttpServer, name: str, value: Any
 ) -> None:
-    path = "/v1/chat/completions" if name == "tools" else "/v1/completions"
+    path = "/v1/chat/completions" if name == "functions" else "/v1/completions"
     response = server.http.post(path, json={"prompt": "hi", name: value})
     assert response.json()["error"]["code"] == "unsupported_parameter"
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from functools import cache
 from typing import Any
 
 from minisrv.errors import UnsupportedModelError
@@ -38,22 +39,26 @@ class TextDecoder:
         if not self._is_byte_level:
             _check_local(steps)
         has_bytes = any(step["type"] == "ByteFallback" for step in steps)
-        self._bytes = {skip: _TokenBytes(tokenizer, skip) for skip in (True, False)}
-        self._texts = {skip: _TokenTexts(tokenizer, skip, has_bytes) for skip in (True, False)}
+        self._special_ids = tokenizer.special_ids
+        self._bytes = cache(lambda skipped: _TokenBytes(tokenizer, skipped))
+        self._texts = cache(lambda skipped: _TokenTexts(tokenizer, skipped, has_bytes))
 
-    def stream(self, skip_special_tokens: bool) -> TextStream:
-        """A new request's stream."""
+    def stream(
+        self, skip_special_tokens: bool, kept_ids: frozenset[int] = frozenset()
+    ) -> TextStream:
+        """A new request's stream; `kept_ids` are text also where special tokens are left out."""
+        skipped = self._special_ids - kept_ids if skip_special_tokens else frozenset()
         if self._is_byte_level:
-            return _ByteLevelStream(self._bytes[skip_special_tokens])
-        return _WindowStream(self._texts[skip_special_tokens])
+            return _ByteLevelStream(self._bytes(skipped))
+        return _WindowStream(self._texts(skipped))
 
 
 class _TokenBytes:
     """Bytes by token id, for a ByteLevel decoder; filled as ids are met."""
 
-    def __init__(self, tokenizer: HFTokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: HFTokenizer, skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = skipped
         self._known: dict[int, bytes] = {}
 
     def __getitem__(self, token_id: int) -> bytes:
@@ -91,9 +96,9 @@ class _ByteLevelStream:
 class _TokenTexts:
     """What is known of single tokens, for the decoders that work on text; filled as ids come."""
 
-    def __init__(self, tokenizer: HFTokenizer, skip_special_tokens: bool, has_bytes: bool) -> None:
+    def __init__(self, tokenizer: HFTokenizer, skipped: frozenset[int], has_bytes: bool) -> None:
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = skipped
         self._has_bytes = has_bytes
         self._known: dict[int, tuple[bool, bool, str]] = {}
 

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from minisrv.chat_format import find_chat_format
 from minisrv.detokenizer.incremental import TextDecoder, TextStream
 from minisrv.detokenizer.stop_strings import StopMatcher
+from minisrv.detokenizer.thought import ThoughtSplitter
 from minisrv.errors import MinisrvError
 from minisrv.hf_tokenizer import HFTokenizer
-from minisrv.messages import AbortMsg, DetokenizeMsg, Failure, Finish, Start, UserReply
+from minisrv.messages import (
+    AbortMsg,
+    DetokenizeMsg,
+    Failure,
+    Finish,
+    Parts,
+    Start,
+    Thought,
+    UserReply,
+)
 
 logger = logging.getLogger("minisrv.detokenizer")
 
@@ -20,11 +32,15 @@ _NONE, _STOP, _LENGTH, _STOP_TOKEN, _ABORT = map(int, Finish)
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """start: kept until it has been forwarded. matcher: None without stop strings."""
+    """start: kept until it has been forwarded. matcher: None without stop strings.
+
+    splitter: None where no thought can come, or none any more.
+    """
 
     uid: int
     stream: TextStream
     matcher: StopMatcher | None
+    splitter: ThoughtSplitter | None
     min_tokens: int
     start: Start | None
     num_tokens: int = 0
@@ -41,6 +57,7 @@ class _Columns:
     stop_reasons: list[str | int | None] = field(default_factory=list)
     starts: list[Start] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    thoughts: list[Thought] = field(default_factory=list)
     aborts: list[int] = field(default_factory=list)
 
     def add(self, uid: int, text: str, count: int, finish: int, reason: str | int | None) -> None:
@@ -61,6 +78,7 @@ class _Columns:
             stop_reasons=tuple(self.stop_reasons),
             starts=tuple(self.starts),
             failures=tuple(self.failures),
+            thoughts=tuple(self.thoughts),
             epoch=epoch,
         )
 
@@ -75,6 +93,9 @@ class DetokenizerWorker:
     def __init__(self, tokenizer: HFTokenizer, epoch: int) -> None:
         """Raises UnsupportedModelError for a tokenizer whose text cannot be streamed."""
         self._decoder = TextDecoder(tokenizer)
+        self._format = find_chat_format(tokenizer.chat_templates)
+        self._call_ids = _special_ids(tokenizer, self._format.call_markers)
+        self._thought_ids = _special_ids(tokenizer, self._format.thought or ())
         self._epoch = epoch
         self._requests: dict[int, _Request] = {}
         self._ended: set[int] = set()
@@ -107,10 +128,16 @@ class DetokenizerWorker:
         return columns.reply(self._epoch), aborts
 
     def _open(self, start: Start) -> _Request:
+        parts = Parts(start.parts)
+        marks = self._format.thought if parts & (Parts.THOUGHT | Parts.OPEN_THOUGHT) else None
+        kept_ids = (self._call_ids if parts & Parts.CALLS else frozenset()) | (
+            self._thought_ids if marks else frozenset()
+        )
         return _Request(
             uid=start.uid,
-            stream=self._decoder.stream(start.skip_special_tokens),
+            stream=self._decoder.stream(start.skip_special_tokens, kept_ids),
             matcher=StopMatcher(start.stop) if start.stop else None,
+            splitter=ThoughtSplitter(*marks, bool(parts & Parts.OPEN_THOUGHT)) if marks else None,
             min_tokens=start.min_tokens,
             start=start,
         )
@@ -124,13 +151,15 @@ class DetokenizerWorker:
             self._close(request, columns, "", finish, None)
             return
         request.num_tokens += 1
-        text, stop = _next_text(request, token_id, finish)
+        text, stop, thought = _next_text(request, token_id, finish)
+        if thought is not None:
+            columns.thoughts.append(thought)
         if stop is not None:
             self._end(request, finish, columns, text, stop)
         elif finish:
             reason = token_id if finish == _STOP_TOKEN else None
             self._close(request, columns, text, finish, reason)
-        elif text or request.start is not None:
+        elif text or thought is not None or request.start is not None:
             self._add(request, columns, text, finish, None)
 
     def _add(
@@ -189,16 +218,43 @@ class DetokenizerWorker:
             columns.failures.append(failure)
 
 
-def _next_text(request: _Request, token_id: int, finish: int) -> tuple[str, str | None]:
-    """What the entry adds to the text, and the stop string that ends it there."""
+def _special_ids(tokenizer: HFTokenizer, texts: Sequence[str]) -> frozenset[int]:
+    return frozenset(id for id in tokenizer.special_ids if tokenizer.token(id) in texts)
+
+
+def _next_text(
+    request: _Request, token_id: int, finish: int
+) -> tuple[str, str | None, Thought | None]:
+    """What the entry adds to the text, the stop string that ends it there, and the thought."""
     is_text = finish in (_NONE, _LENGTH)
     text = request.stream.push(token_id) if is_text else ""
     if finish:
         text += request.stream.flush()
+    thought = None
+    if request.splitter is not None:
+        text, thought = _split(request, request.splitter, text, finish)
     num_text_tokens = request.num_tokens if is_text else request.num_tokens - 1
     if request.matcher is None or num_text_tokens <= request.min_tokens:
-        return text, None
+        return text, None, thought
     text, stop = request.matcher.push(text)
     if finish and stop is None:
         text += request.matcher.flush()
-    return text, stop
+    return text, stop, thought
+
+
+def _split(
+    request: _Request, splitter: ThoughtSplitter, text: str, finish: int
+) -> tuple[str, Thought | None]:
+    """The part of `text` that is no thought, and the thought if it grows, in text or in tokens."""
+    was_closed = splitter.closed
+    thought, text = splitter.push(text)
+    ends = splitter.closed and not was_closed
+    if finish:
+        ends = ends or splitter.in_thought
+        rest_of_thought, rest = splitter.flush()
+        thought, text = thought + rest_of_thought, text + rest
+    if splitter.done:
+        request.splitter = None
+    if thought or ends:
+        return text, Thought(uid=request.uid, text=thought, tokens=request.num_tokens)
+    return text, None

@@ -137,6 +137,8 @@ def _add_generation_routes(app: FastAPI, config: ServerConfig, registry: Request
             model=model.name,
             system_fingerprint=fingerprint,
             choices_per_prompt=generation.sampling.n,
+            calls=generation.calls,
+            reasoning_fields=config.reasoning_fields,
         )
         headers = {WARNINGS_HEADER: warning} if warning else {}
         return GenerationResponse(registry, generation, header, context, headers)

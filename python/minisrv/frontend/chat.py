@@ -14,7 +14,16 @@ from minisrv.frontend.generation import (
 )
 from minisrv.frontend.http_body import parse_json
 from minisrv.frontend.model_info import ModelInfo
+from minisrv.frontend.reasoning_fields import read_reasoning
+from minisrv.frontend.tool_fields import read_tools
 
+# What a prompt cannot have: no template is applied to it.
+_TEMPLATE_FIELDS = (
+    "chat_template_kwargs",
+    "tools",
+    "reasoning_effort",
+    "enable_thinking",
+)
 # What the server gives the template itself.
 _RESERVED_VARIABLES = (
     "messages",
@@ -32,16 +41,20 @@ def read_chat(fields: dict[str, Any], model: ModelInfo) -> Generation:
     check_model(fields, model)
     sampling = read_sampling(fields, model, None)
     stream = read_stream(fields)
-    template_kwargs = _read_template_kwargs(fields.get("chat_template_kwargs", {}))
+    template_kwargs = read_reasoning(fields, model.chat_format)
+    template_kwargs |= _read_template_kwargs(fields.get("chat_template_kwargs", {}))
+    tools, calls = read_tools(fields, model.chat_format)
     if "prompt" not in fields:
         return Generation(
             messages=_read_messages(fields.get("messages")),
             template_kwargs=template_kwargs,
+            tools=tools,
+            calls=calls,
             sampling=sampling,
             stream=stream,
         )
-    for name in ("messages", "chat_template_kwargs"):
-        if name in fields:
+    for name in ("messages", *_TEMPLATE_FIELDS):
+        if fields.get(name):
             raise InvalidRequestError(f"send {name} or prompt, not both", param=name)
     prompt = fields["prompt"]
     return Generation(

@@ -13,6 +13,8 @@ class Event:
     """All that came for `uid` since the last event: a reader that is late gets fewer, longer ones.
 
     index: the choice of the request, its uid less the request's first.
+    thoughts: of the reply's thought, before all deltas. reasoning_tokens: its count so far, 0 in
+    an event without a thought.
     output_tokens: the count so far. `start` is set in the first event that follows the prompt.
     The last event of a uid has a `finish` other than NONE, or a `failure`.
     """
@@ -20,6 +22,8 @@ class Event:
     uid: int
     index: int
     deltas: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
+    reasoning_tokens: int = 0
     output_tokens: int = 0
     finish: Finish = Finish.NONE
     stop_reason: str | int | None = None
@@ -30,6 +34,11 @@ class Event:
     def text(self) -> str:
         """The text that came since the last event."""
         return "".join(self.deltas)
+
+    @property
+    def thought(self) -> str:
+        """The thought that came since the last event."""
+        return "".join(self.thoughts)
 
     @property
     def final(self) -> bool:

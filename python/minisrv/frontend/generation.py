@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minisrv.errors import InvalidRequestError, ModelNotFoundError
+from minisrv.frontend.assistant_message import CallReading
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.stream import StreamOptions
 from minisrv.messages import TokenizeMsg
@@ -34,12 +35,15 @@ _SAMPLING_FIELDS = (
 class Generation:
     """One client request. It has `prompts`, or `messages` as its single prompt.
 
+    tools: what the template shows. calls: how calls are found in the reply, None if they are not.
     stream: None for a whole reply.
     """
 
     prompts: tuple[Prompt, ...] = ()
     messages: Messages | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] | None = None
+    calls: CallReading | None = None
     sampling: SamplingParams
     stream: StreamOptions | None
 
@@ -70,6 +74,8 @@ class Generation:
                     uid=base,
                     messages=self.messages,
                     template_kwargs=self.template_kwargs,
+                    tools=self.tools,
+                    split_thought=True,
                     sampling=self.sampling,
                     epoch=epoch,
                 )

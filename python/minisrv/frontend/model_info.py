@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from minisrv.chat_format import ChatFormat
 from minisrv.sampling_params import SamplingParams
 
 
@@ -13,6 +14,7 @@ class ModelInfo:
 
     name: what clients write in `model`. created: Unix seconds of the start.
     max_model_len: tokens of prompt and output together. defaults: the model's own sampling.
+    chat_format: how it writes thoughts and tool calls.
     """
 
     name: str
@@ -20,3 +22,4 @@ class ModelInfo:
     max_model_len: int
     vocab_size: int
     defaults: SamplingParams
+    chat_format: ChatFormat = field(default_factory=ChatFormat)

@@ -30,6 +30,8 @@ from minisrv.frontend.schema import (
 
 ROLES = ("developer", "system", "user", "assistant", "tool", "function")
 
+REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
 
 class Treatment(Enum):
     """What the server does with a field."""
@@ -81,6 +83,35 @@ _MESSAGE: Schema = {
         "reasoning": STRING,
     },
 }
+
+_TOOL: Schema = {
+    "type": "object",
+    "required": ["type"],
+    "properties": {
+        "type": STRING,
+        "function": {
+            "type": "object",
+            "required": ["name"],
+            "properties": {
+                "name": STRING,
+                "description": STRING,
+                "parameters": OBJECT,
+                "strict": BOOLEAN,
+            },
+        },
+    },
+}
+_TOOL_CHOICE: Schema = any_of(
+    STRING,
+    {
+        "type": "object",
+        "required": ["type"],
+        "properties": {
+            "type": STRING,
+            "function": {"type": "object", "required": ["name"], "properties": {"name": STRING}},
+        },
+    },
+)
 
 _GENERATION_FIELDS: dict[str, Field] = {
     "model": _honoured(STRING, "The served model; missing or empty is the same."),
@@ -158,12 +189,15 @@ CHAT_FIELDS: dict[str, Field] = {
     ),
     "chat_template_kwargs": _honoured(OBJECT, "Variables for the chat template."),
     "logprobs": _unsupported(False),
-    "tools": _unsupported([]),
-    "tool_choice": _unsupported("none", "auto"),
-    "parallel_tool_calls": _unsupported(True, False),
+    "tools": _honoured(array_of(_TOOL), "Functions that the model may call; see docs/tools.md."),
+    "tool_choice": _honoured(_TOOL_CHOICE, "none or auto. Default: auto with tools."),
+    "parallel_tool_calls": _honoured(BOOLEAN, "false ends the reply with its first call."),
     "functions": _unsupported([]),
     "function_call": _unsupported("none", "auto"),
-    "reasoning_effort": _unsupported(),
+    "reasoning_effort": _honoured(
+        one_of(*REASONING_EFFORTS), "none turns thinking off; the template sees the others."
+    ),
+    "enable_thinking": _honoured(BOOLEAN, "Whether the model thinks first, where it can choose."),
     "chat_template": _unsupported(),
     "add_generation_prompt": _unsupported(True),
     "continue_final_message": _unsupported(False),

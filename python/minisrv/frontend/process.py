@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 import uvloop
 
+from minisrv.chat_format import ChatFormat
 from minisrv.child import Child, EngineEnded, EngineReady, Notice, Progress, Ready, run_child
 from minisrv.config import ServerConfig
 from minisrv.errors import EngineDeadError, NotReadyError
@@ -78,4 +79,5 @@ def _model_info(config: ServerConfig, facts: dict[str, Any]) -> ModelInfo:
         max_model_len=facts["max_seq_len"],
         vocab_size=facts["vocab_size"],
         defaults=SamplingParams(**facts["sampling_defaults"]),
+        chat_format=ChatFormat.from_dict(facts["chat_format"]),
     )

@@ -206,6 +206,11 @@ class RequestRegistry:
             if (request := self._owners.get(start.uid)) is not None:
                 request.event(start.uid).start = start
                 touched[request.base] = request
+        for thought in reply.thoughts:
+            if (request := self._owners.get(thought.uid)) is not None:
+                event = request.event(thought.uid)
+                event.thoughts.append(thought.text)
+                event.reasoning_tokens = thought.tokens
         self._deliver_columns(reply, touched)
         for failure in reply.failures:
             if (request := self._owners.get(failure.uid)) is not None:

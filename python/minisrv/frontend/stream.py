@@ -1,7 +1,8 @@
 """From events to OpenAI's replies: server-sent chunks, or one whole object.
 
-The order on the wire, for each choice: a chunk with the role (chat), chunks with text, an empty
-chunk with the finish reason; then, if asked for, one chunk with the usage; then [DONE].
+The order on the wire, for each choice: a chunk with the role (chat), chunks with thought, text and
+tool calls, an empty chunk with the finish reason; then, if asked for, one chunk with the usage;
+then [DONE].
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from minisrv.frontend.assistant_message import AssistantMessage, CallReading
 from minisrv.frontend.events import Event
 from minisrv.messages import Finish
 
@@ -33,7 +35,7 @@ class StreamOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplyHeader:
-    """What all chunks of a reply share."""
+    """What all chunks of a reply share, and how its messages are read and written."""
 
     id: str
     chat: bool
@@ -41,6 +43,8 @@ class ReplyHeader:
     model: str
     system_fingerprint: str
     choices_per_prompt: int
+    calls: CallReading | None = None
+    reasoning_fields: tuple[str, ...] = ("reasoning_content",)
 
     def reply(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """A chunk or a whole reply, without usage."""
@@ -53,6 +57,10 @@ class ReplyHeader:
             "choices": choices,
         }
 
+    def message(self) -> AssistantMessage:
+        """A new choice's message."""
+        return AssistantMessage(self.calls, self.reasoning_fields)
+
 
 class Usage:
     """Counts a request's tokens: a prompt once, however many choices it has."""
@@ -61,6 +69,7 @@ class Usage:
         self._header = header
         self._prompts: dict[int, tuple[int, int]] = {}
         self._outputs: dict[int, int] = {}
+        self._reasoning: dict[int, int] = {}
 
     def add(self, event: Event) -> None:
         """Take over the counts of an event."""
@@ -68,6 +77,8 @@ class Usage:
             self._prompts[event.index] = (event.start.prompt_tokens, event.start.cached_tokens)
         if event.deltas:
             self._outputs[event.index] = event.output_tokens
+        if event.reasoning_tokens:
+            self._reasoning[event.index] = event.reasoning_tokens
 
     @property
     def prompt_tokens(self) -> int:
@@ -91,7 +102,7 @@ class Usage:
             "completion_tokens": self.output_tokens,
             "total_tokens": self.prompt_tokens + self.output_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": sum(self._reasoning.values())},
         }
 
 
@@ -103,24 +114,33 @@ class StreamReply:
         self._usage = usage
         self._options = options
         self._object = "chat.completion.chunk" if header.chat else "text_completion"
-        self._begun: set[int] = set()
+        self._messages: dict[int, AssistantMessage] = {}
         self._empty = b'"content":""' if header.chat else b'"text":""'
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     def chunks(self, event: Event) -> bytes:
         """The chunks of one event without a failure."""
         self._usage.add(event)
+        if not self._header.chat:
+            return self._text_chunks(event)
         chunks = []
-        if self._header.chat and event.index not in self._begun:
-            self._begun.add(event.index)
+        message = self._messages.get(event.index)
+        if message is None:
+            message = self._messages[event.index] = self._header.message()
             chunks.append(self._chunk(event.index, {"role": "assistant", "content": ""}))
-        text = event.text
-        if text:
-            chunks.append(self._text_chunk(event.index, text))
+        for delta in message.deltas(event):
+            text = delta.get("content")
+            chunks.append(
+                self._text_chunk(event.index, text) if text else self._chunk(event.index, delta)
+            )
         if event.final:
-            empty: dict[str, str] | str = {} if self._header.chat else ""
-            chunks.append(self._chunk(event.index, empty, event))
+            chunks.append(self._chunk(event.index, {}, _ending(event, message)))
         return b"".join(chunks)
+
+    def _text_chunks(self, event: Event) -> bytes:
+        text = event.text
+        chunk = self._text_chunk(event.index, text) if text else b""
+        return chunk + self._chunk(event.index, "", _ending(event)) if event.final else chunk
 
     def end(self) -> bytes:
         """What follows the last choice."""
@@ -143,7 +163,7 @@ class StreamReply:
         return {"content": text} if self._header.chat else text
 
     def _chunk(
-        self, index: int, delta: dict[str, str] | str, finished: Event | None = None
+        self, index: int, delta: dict[str, Any] | str, ending: dict[str, Any] | None = None
     ) -> bytes:
         choice: dict[str, Any] = {
             "index": index,
@@ -151,8 +171,8 @@ class StreamReply:
             "logprobs": None,
             "finish_reason": None,
         }
-        if finished is not None:
-            choice.update(_ending(finished))
+        if ending is not None:
+            choice.update(ending)
         chunk = self._header.reply(self._object, [choice])
         if self._options.continuous_usage:
             chunk["usage"] = self._usage.body()
@@ -166,12 +186,9 @@ def whole_reply(header: ReplyHeader, events: list[Event], usage: Usage) -> dict[
     choices = []
     for event in sorted(events, key=lambda event: event.index):
         usage.add(event)
-        text: dict[str, Any] = (
-            {"message": {"role": "assistant", "content": event.text, "refusal": None}}
-            if header.chat
-            else {"text": event.text}
-        )
-        choice = {"index": event.index, **text, "logprobs": None, **_ending(event)}
+        message = header.message() if header.chat else None
+        text = {"message": message.whole(event)} if message else {"text": event.text}
+        choice = {"index": event.index, **text, "logprobs": None, **_ending(event, message)}
         choices.append(choice)
     object_name = "chat.completion" if header.chat else "text_completion"
     return {**header.reply(object_name, choices), "usage": usage.body()}
@@ -191,8 +208,9 @@ def json_bytes(value: dict[str, Any]) -> bytes:
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
-def _ending(event: Event) -> dict[str, Any]:
+def _ending(event: Event, message: AssistantMessage | None = None) -> dict[str, Any]:
+    calls_tools = message is not None and message.calls_tools(event)
     return {
-        "finish_reason": _FINISH_REASONS[event.finish],
+        "finish_reason": "tool_calls" if calls_tools else _FINISH_REASONS[event.finish],
         "stop_reason": event.stop_reason,
     }

@@ -41,6 +41,7 @@ class Request:
     sampling: SamplingParams
     max_tokens: int
     eos_ids: frozenset[int]
+    parts: int = 0
     prefill_ids: Int32Array = field(init=False)
     output_ids: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
@@ -100,4 +101,5 @@ class Request:
             min_tokens=self.sampling.min_tokens,
             stop=self.sampling.stop,
             skip_special_tokens=self.sampling.skip_special_tokens,
+            parts=self.parts,
         )

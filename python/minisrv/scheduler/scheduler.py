@@ -128,6 +128,7 @@ class Scheduler:
                 sampling=message.sampling,
                 max_tokens=max_tokens,
                 eos_ids=self._eos_ids,
+                parts=message.parts,
             )
             self._requests[request.uid] = request
             self.waiting.add(request)

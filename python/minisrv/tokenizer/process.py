@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from minisrv.child import Child, Ready, run_child
@@ -23,7 +24,7 @@ def _serve(child: Child) -> None:
     inbox = Inbox(run_dir, f"tokenizer-{boot.index}", TOKENIZER_INBOX, boot.epoch)
     scheduler, frontend = Outbox(run_dir, "scheduler"), Outbox(run_dir, "frontend")
     worker = _build_worker(child)
-    child.report(Ready())
+    child.report(Ready({"chat_format": asdict(worker.chat_format)}))
     while inbox.wait():
         for message in inbox.drain():
             assert isinstance(message, TokenizeMsg | AbortMsg)

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from minisrv.chat_format import find_chat_format
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.hf_tokenizer import HFTokenizer
 from minisrv.messages import (
     AbortMsg,
     Failure,
     GenerateMsg,
+    Parts,
     TokenizeMsg,
     UserReply,
     failure_reply,
@@ -28,6 +30,7 @@ class TokenizerWorker:
     """Turns requests into checked token ids.
 
     max_seq_len: most tokens of prompt and output together. vocab_size: ids that the model knows.
+    chat_format: how the model writes thoughts and tool calls.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class TokenizerWorker:
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
+        self.chat_format = find_chat_format(tokenizer.chat_templates)
         self._max_seq_len = max_seq_len
         self._vocab_size = vocab_size
         self._epoch = epoch
@@ -52,13 +56,14 @@ class TokenizerWorker:
         if isinstance(message, AbortMsg):
             return [message]
         try:
-            prompt_ids = self._prompt_ids(message)
+            prompt_ids, parts = self._prompt(message)
             self._check(prompt_ids, message)
             return [
                 GenerateMsg(
                     uid=message.uid,
                     prompt_ids=np.asarray(prompt_ids, np.int32),
                     sampling=message.sampling,
+                    parts=parts,
                     epoch=self._epoch,
                 )
             ]
@@ -68,11 +73,28 @@ class TokenizerWorker:
             logger.exception("request uid=%d cannot be tokenized", message.uid)
             return [self._failure(message, MinisrvError("the prompt could not be tokenized"))]
 
+    def _prompt(self, message: TokenizeMsg) -> tuple[Sequence[int], Parts]:
+        """The ids, and what the reply may hold."""
+        if message.messages is None:
+            return self._prompt_ids(message), Parts(0)
+        text = self._template.render(message.messages, message.template_kwargs, message.tools)
+        parts = Parts.CALLS if message.tools else Parts(0)
+        if message.split_thought:
+            parts |= self._thought_part(text)
+        # The template writes the special tokens itself: a second BOS would be wrong.
+        return self._tokenizer.encode(text, add_special_tokens=False), parts
+
+    def _thought_part(self, prompt: str) -> Parts:
+        """Whether the reply begins in a thought, may begin with one, or has none."""
+        if self.chat_format.thought is None:
+            return Parts(0)
+        begin, end = self.chat_format.thought
+        written = prompt.rstrip()
+        if written.endswith(begin):
+            return Parts.OPEN_THOUGHT
+        return Parts(0) if written.endswith(end) else Parts.THOUGHT
+
     def _prompt_ids(self, message: TokenizeMsg) -> Sequence[int]:
-        if message.messages is not None:
-            text = self._template.render(message.messages, message.template_kwargs)
-            # The template writes the special tokens itself: a second BOS would be wrong.
-            return self._tokenizer.encode(text, add_special_tokens=False)
         if isinstance(message.prompt, str):
             ids = self._tokenizer.encode(message.prompt)
             if not ids and self._tokenizer.bos_id is not None:

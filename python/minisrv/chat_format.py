@@ -1,0 +1,70 @@
+"""How a model writes thoughts and tool calls: found in its chat template, so no flag is needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+ToolFormat = Literal["hermes", "llama", "mistral"]
+
+# Special tokens among them must stay in the text, or the calls could not be found.
+_CALL_MARKERS: dict[ToolFormat, tuple[str, ...]] = {
+    "hermes": ("<tool_call>", "</tool_call>"),
+    "llama": ("<|python_tag|>",),
+    "mistral": ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
+}
+_THOUGHT_MARKERS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+# Other ways to fill the same tag: XML parameters (Qwen3-Coder), key and value tags (GLM).
+_OTHER_TAGS = ("<function=", "<parameter=", "<arg_key>")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatFormat:
+    """takes_tools: the template shows tools to the model. tool_format: how the model calls them.
+
+    thought: what stands before and after a thought. switches_thought: the template has a variable
+    that turns thinking on and off, or says how much.
+    """
+
+    takes_tools: bool = False
+    tool_format: ToolFormat | None = None
+    thought: tuple[str, str] | None = None
+    switches_thought: bool = False
+
+    @property
+    def call_markers(self) -> tuple[str, ...]:
+        """The texts that mark calls."""
+        return _CALL_MARKERS[self.tool_format] if self.tool_format else ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ChatFormat:
+        """The format from its fields as JSON has them."""
+        thought = values["thought"]
+        return cls(**{**values, "thought": thought and tuple(thought)})
+
+
+def find_chat_format(templates: Mapping[str, str]) -> ChatFormat:
+    """The format that a model's templates (source by name) tell of."""
+    text = "\n".join(templates.values())
+    tools = templates.get("tool_use", templates.get("default", ""))
+    return ChatFormat(
+        takes_tools=re.search(r"\btools\b", tools) is not None,
+        tool_format=_find_tool_format(tools),
+        thought=next((marks for marks in _THOUGHT_MARKERS if marks[1] in text), None),
+        switches_thought=re.search(r"\b(enable_thinking|thinking|reasoning_effort)\b", text)
+        is not None,
+    )
+
+
+def _find_tool_format(template: str) -> ToolFormat | None:
+    if any(tag in template for tag in _OTHER_TAGS):
+        return None
+    if "[TOOL_CALLS]" in template:
+        return "mistral"
+    if "<tool_call>" in template:
+        return "hermes"
+    if "<|python_tag|>" in template or ("ipython" in template and '"parameters"' in template):
+        return "llama"
+    return None
