@@ -1,0 +1,212 @@
+"""Tool calls in model text: found in each format, whole and in any pieces; all else is text."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisrv.chat_format import ToolFormat
+from minisrv.frontend.tool_calls.formats import make_call_id, make_parser
+from minisrv.frontend.tool_calls.pieces import CallStart, Text
+
+Call = tuple[str, str]
+FORMATS: tuple[ToolFormat, ...] = ("hermes", "llama", "mistral")
+NAMES = ("f", "get_time")
+F = '{"name": "f", "arguments": {"a": "} ] \\" \\\\"}}'
+F_ARGUMENTS = '{"a": "} ] \\" \\\\"}'
+
+
+def read(
+    tool_format: ToolFormat, pieces: Sequence[str], parallel: bool = True
+) -> tuple[str, list[Call], bool]:
+    """The content, the calls and whether the last is whole. Holds the order of the pieces."""
+    parser = make_parser(tool_format, NAMES, parallel)
+    got = [piece for delta in pieces for piece in parser.push(delta)] + parser.flush()
+    text, calls = "", list[Call]()
+    for piece in got:
+        if isinstance(piece, Text):
+            assert piece.text
+            text += piece.text
+        elif isinstance(piece, CallStart):
+            assert piece.index == len(calls)
+            calls.append((piece.name, ""))
+        else:
+            assert piece.index == len(calls) - 1
+            calls[-1] = (calls[-1][0], calls[-1][1] + piece.text)
+    assert parser.num_calls == len(calls)
+    return text, calls, parser.whole
+
+
+ONE = [("f", '{"x": 1}')]
+EMPTY = ("f", "{}")
+BARE = '{"name": "f", "parameters": {}}'
+SPELLINGS: list[tuple[ToolFormat, str, str, list[Call]]] = [
+    ("hermes", f"<tool_call>\n{F}\n</tool_call>", "", [("f", F_ARGUMENTS)]),
+    ("hermes", f"Let me.\n\n<tool_call>{F}</tool_call>\n", "Let me.", [("f", F_ARGUMENTS)]),
+    ("hermes", f"<tool_call>{F}</tool_call>\n" * 2, "", [("f", F_ARGUMENTS)] * 2),
+    ("hermes", f"<tool_call>{F} and more", "and more", [("f", F_ARGUMENTS)]),
+    ("hermes", '<tool_call>{"arguments": {"x": 1}, "name": "g"}', "", [("g", '{"x": 1}')]),
+    ("hermes", '<tool_call>{"name": "f"}</tool_call>', "", [EMPTY]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}', "", [("f", '{"x": 1}')]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1}, "id": 3}', "", ONE),
+    ("llama", '{"name": "f", "parameters": {"x": 1}}', "", ONE),
+    ("llama", '<|python_tag|>{"name": "any", "parameters": {}}', "", [("any", "{}")]),
+    ("llama", f"{BARE}; {BARE}", "", [EMPTY] * 2),
+    ("llama", f"{BARE}\n<|python_tag|>{BARE}", "", [EMPTY] * 2),
+    ("llama", '{"type": "function", "name": "f", "parameters": {}}', "", [EMPTY]),
+    ("llama", '{"type": "function", "function": "f", "parameters": {}}', "", [EMPTY]),
+    ("mistral", f"[TOOL_CALLS] [{F}, {F}]", "", [("f", F_ARGUMENTS)] * 2),
+    ("mistral", f"[TOOL_CALLS]{F}", "", [("f", F_ARGUMENTS)]),
+    ("mistral", 'Yes.[TOOL_CALLS]f[ARGS]{"x": 1}[TOOL_CALLS]f[ARGS]{}', "Yes.", [*ONE, EMPTY]),
+    ("mistral", '[TOOL_CALLS]f[CALL_ID]Ab3[ARGS] {"x": 1}', "", ONE),
+    ("mistral", '[TOOL_CALLS]f{"x": 1}', "", ONE),
+]
+
+
+@pytest.mark.parametrize(("tool_format", "reply", "text", "calls"), SPELLINGS)
+def test_a_call_is_found_in_each_spelling(
+    tool_format: ToolFormat, reply: str, text: str, calls: list[Call]
+) -> None:
+    assert read(tool_format, [reply]) == (text, calls, True)
+    assert read(tool_format, list(reply)) == (text, calls, True)
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "reply"),
+    [
+        ("hermes", "The <tool_call> tag opens a call, </tool_call> closes it."),
+        ("hermes", "<tool_call>\n{not json}\n</tool_call>  "),
+        ("hermes", '<tool_call>{"name": 5, "arguments": {}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>'),
+        ("hermes", "a <tool_cal"),
+        ("hermes", F),
+        ("llama", '  {"name": "unknown", "parameters": {"x": 1}} '),
+        ("llama", '{"title": "f", "parameters": {"x": 1}}'),
+        ("llama", f"As JSON: {F}"),
+        ("llama", "<|python_tag|>print(1)"),
+        ("llama", "{}"),
+        ("mistral", "[TOOL_CALLS] is how a call begins"),
+        ("mistral", "[TOOL_CALLS] [1, 2]"),
+        ("mistral", "[TOOL_CALLS]f[ARGS] [1]"),
+        ("mistral", "[TOOL"),
+        ("mistral", F),
+    ],
+)
+def test_what_only_looks_like_a_call_stays_text(tool_format: ToolFormat, reply: str) -> None:
+    assert read(tool_format, [reply]) == (reply, [], True)
+    assert read(tool_format, list(reply)) == (reply, [], True)
+
+
+def test_arguments_are_passed_on_as_they_come() -> None:
+    parser = make_parser("hermes", NAMES, True)
+    assert parser.push('<tool_call>\n{"name": "get_time", "arg') == []
+    (start, first) = parser.push('uments": {"zone"')
+    assert (start, first.text) == (CallStart(0, "get_time"), '{"zone"')  # type: ignore[union-attr]
+    assert [piece.text for piece in parser.push(': "CET"')] == [': "CET"']  # type: ignore[union-attr]
+    assert not parser.whole
+    assert [piece.text for piece in parser.push("}}\n</tool")] == ["}"]  # type: ignore[union-attr]
+    assert parser.push("_call>") == parser.flush() == []
+    assert parser.whole
+
+
+@pytest.mark.parametrize("cut", range(1, 52))
+def test_a_call_that_breaks_off_is_text_before_its_arguments_and_open_in_them(cut: int) -> None:
+    reply = '<tool_call>\n{"name": "f", "arguments": {"x": 12345}'[:cut]
+    text, calls, whole = read("hermes", [reply])
+    if cut <= 39:
+        assert (text, calls) == (reply, [])
+    else:
+        assert (text, calls) == ("", [("f", reply[39:])])
+        assert whole == (cut == len('<tool_call>\n{"name": "f", "arguments": {"x": 12345}'))
+
+
+@pytest.mark.parametrize("tool_format", FORMATS)
+def test_without_parallel_calls_the_reply_ends_with_the_first(tool_format: ToolFormat) -> None:
+    one = '{"name": "f", "parameters": {}}'
+    reply = {
+        "hermes": f"a<tool_call>{one}</tool_call><tool_call>{one}</tool_call> text",
+        "llama": f"{one}; {one} text",
+        "mistral": f"[TOOL_CALLS] [{one}, {one}] text",
+    }[tool_format]
+    text, calls, whole = read(tool_format, list(reply), parallel=False)
+    assert (text, calls, whole) == ("a" * (tool_format == "hermes"), [("f", "{}")], True)
+
+
+def test_call_ids_are_what_templates_take() -> None:
+    assert make_call_id("hermes").startswith("call_")
+    assert len(make_call_id("llama")) == 29
+    assert len(make_call_id("mistral")) == 9
+    assert make_call_id("mistral").isalnum()
+
+
+MARKS = [
+    *["<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"],
+    *['{"name": "f", "arguments": ', '{"name": "f", "parameters": {', "f", "\n", " ", *'{}"\\[],;'],
+    *["e\u0301", "\U0001f468\u200d\U0001f469", "\u4f60\u597d"],
+]
+ANY_REPLY = st.lists(st.sampled_from(MARKS) | st.text(max_size=3), max_size=12).map("".join)
+CONTENT = st.text(st.sampled_from("ab \n\u4f60\u0301\U0001f600<[{|}]"), max_size=12)
+KEYS = st.text(max_size=4)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(KEYS, inner, max_size=2),
+    max_leaves=5,
+)
+CALLS = st.lists(
+    st.tuples(st.sampled_from(NAMES), st.dictionaries(st.text(max_size=6), JSON, max_size=3)),
+    min_size=1,
+    max_size=3,
+)
+
+
+def cut(text: str, borders: list[int]) -> list[str]:
+    places = sorted({border % (len(text) + 1) for border in borders})
+    return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
+
+
+@settings(max_examples=400)
+@given(
+    st.sampled_from(FORMATS), ANY_REPLY, st.lists(st.integers(0, 1000), max_size=20), st.booleans()
+)
+def test_where_the_text_is_cut_changes_nothing(
+    tool_format: ToolFormat, reply: str, borders: list[int], parallel: bool
+) -> None:
+    whole = read(tool_format, [reply], parallel)
+    assert read(tool_format, cut(reply, borders), parallel) == whole
+    assert read(tool_format, list(reply), parallel) == whole
+
+
+def write(tool_format: ToolFormat, content: str, calls: list[tuple[str, Any]], ascii: bool) -> str:
+    written = [json.dumps(arguments, ensure_ascii=ascii) for _, arguments in calls]
+    names = [name for name, _ in calls]
+    key = "parameters" if tool_format == "llama" else "arguments"
+    objects = [
+        f'{{"name": "{name}", "{key}": {text}}}' for name, text in zip(names, written, strict=True)
+    ]
+    if tool_format == "hermes":
+        return content + "".join(f"\n<tool_call>\n{text}\n</tool_call>" for text in objects)
+    if tool_format == "llama":
+        return content + "<|python_tag|>" + "; ".join(objects)
+    if ascii:
+        return f"{content}[TOOL_CALLS] [{', '.join(objects)}]"
+    return content + "".join(
+        f"[TOOL_CALLS]{name}[ARGS]{text}" for name, text in zip(names, written, strict=True)
+    )
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(FORMATS), CONTENT, CALLS, st.booleans(), st.lists(st.integers(0, 1000)))
+def test_calls_that_were_written_are_read(
+    tool_format: ToolFormat,
+    content: str,
+    calls: list[tuple[str, Any]],
+    ascii: bool,
+    borders: list[int],
+) -> None:
+    reply = write(tool_format, content, calls, ascii)
+    text, got, whole = read(tool_format, cut(reply, borders))
+    assert (text, whole) == (content.rstrip(), True)
+    assert [(name, json.loads(arguments)) for name, arguments in got] == calls
