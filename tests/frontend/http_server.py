@@ -61,13 +61,21 @@ class HttpServer:
 
 
 @contextlib.contextmanager
-def serve(ready: bool = True, epoch: int = 3, **options: Any) -> Iterator[HttpServer]:
-    """Run the app with uvicorn; at the end, nothing may be open any more."""
+def serve(
+    ready: bool = True,
+    epoch: int = 3,
+    make_backend: Callable[[RequestRegistry], Any] = ScriptedBackend,
+    **options: Any,
+) -> Iterator[HttpServer]:
+    """Run the app with uvicorn; at the end, nothing may be open any more.
+
+    A backend may have an `info` of its model.
+    """
     config = ServerConfig(served_model_name=MODEL.name, **options)
     registry = RequestRegistry(config, epoch=epoch)
-    backend = ScriptedBackend(registry)
+    backend = make_backend(registry)
     if ready:
-        registry.set_ready(MODEL)
+        registry.set_ready(getattr(backend, "info", MODEL))
     app = create_app(config, registry)
     uvicorn_config = uvicorn.Config(
         app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1

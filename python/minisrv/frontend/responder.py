@@ -117,7 +117,9 @@ class GenerationResponse(Response):
                 _raise_failure(events)
             if not self._registry.is_open(base):
                 return await _send_last(send, data + reply.end())
-            await _send(send, data or PING)
+            # An event may add nothing yet: its text is held back while it may begin a tool call.
+            if data or not events:
+                await _send(send, data or PING)
             events = await self._registry.next_events(base, PING_S)
 
     async def _start(self, send: Send) -> None:

@@ -29,9 +29,13 @@ class CallParser(ABC):
     marker: str
 
     def __init__(self, names: frozenset[str], parallel: bool = True) -> None:
-        """`names` of the request's tools. Without `parallel` the reply ends with its first call."""
+        """`names` of the request's tools. Without `parallel` the reply ends with its first call.
+
+        num_calls: so far. ended: the reply has ended with its only call, whatever else comes.
+        """
         self.names = names
         self.num_calls = 0
+        self.ended = False
         self._parallel = parallel
         self._text = ""
         self._pending = ""
@@ -47,11 +51,6 @@ class CallParser(ABC):
     def whole(self) -> bool:
         """Whether no call is without its end."""
         return not self._call_open
-
-    @property
-    def ended(self) -> bool:
-        """Whether the reply has ended with its only call, whatever else comes."""
-        return self._in_call and self._state == self._drop
 
     def push(self, delta: str) -> list[Piece]:
         """The pieces that are sure now that `delta` has come."""
@@ -197,6 +196,7 @@ class CallParser(ABC):
 
     def _go_on(self) -> bool:
         if not self._parallel:
+            self.ended = True
             self._state = self._drop
         return True
 

@@ -1,0 +1,139 @@
+"""A server whose model says what a test wants: all but the engine is real.
+
+Templates are rendered, the text is encoded and goes token by token through the detokenizer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+from http_server import MODEL
+from tokenizers import AddedToken
+
+import own_tokenizers
+from minisrv.chat_format import find_chat_format
+from minisrv.detokenizer.worker import DetokenizerWorker
+from minisrv.frontend.model_info import ModelInfo
+from minisrv.frontend.request_registry import RequestRegistry
+from minisrv.hf_tokenizer import HFTokenizer
+from minisrv.messages import (
+    DETOKENIZER_INBOX,
+    FRONTEND_INBOX,
+    TOKENIZER_INBOX,
+    AbortMsg,
+    DetokenizeMsg,
+    Finish,
+    GenerateMsg,
+    Start,
+    TokenizeMsg,
+    UserReply,
+    decode,
+    encode,
+)
+from minisrv.tokenizer.chat_template import ChatTemplate
+from minisrv.tokenizer.worker import TokenizerWorker
+
+EOS = 2
+CHAT = """{%- if tools %}<|sys|>
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}CALLS{% endif %}
+{%- for m in messages %}<|{{ m.role }}|>
+{%- if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}
+{{- m.content or '' }}
+{%- for call in m.tool_calls or [] %}{{ ' CALL ' + call.function.name }} {{ call.function.arguments
+| tojson }}{% endfor %}
+{%- endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
+THINKING = (
+    "{%- if add_generation_prompt %}{% if enable_thinking is defined and not enable_thinking %}"
+)
+THINKING += (
+    "<think>\n\n</think>\n\n{% elif reasoning_effort == 'high' %}<think>\n{% endif %}{% endif %}"
+)
+# What a template needs to be known by; the calls themselves the played model writes.
+TEMPLATES = {
+    "hermes": CHAT.replace("CALLS", "<tool_call></tool_call>") + THINKING,
+    "llama": CHAT.replace("CALLS", "<|python_tag|>"),
+    "mistral": CHAT.replace("CALLS", "[TOOL_CALLS]"),
+    "plain": "{% for m in messages %}{{ m.content }}{% endfor %}",
+}
+SPECIAL = ["<|python_tag|>", "[TOOL_CALLS]", "[ARGS]"]
+ADDED = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
+
+
+def make_tokenizer(template: str) -> HFTokenizer:
+    """Marks are tokens of their own, special ones as in the models that use them."""
+    backend = own_tokenizers.byte_level_bpe()
+    backend.add_special_tokens(SPECIAL)
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in ADDED])
+    return HFTokenizer(backend, dict(own_tokenizers.NAMED), {"default": template})
+
+
+class PlayedModel:
+    """Says `text` to every request; ends by itself, or as `max_tokens` has it."""
+
+    def __init__(self, registry: RequestRegistry, template: str) -> None:
+        self.text = ""
+        self.prompts: list[str] = []
+        self.batch = 1
+        self.tokenizer = make_tokenizer(template)
+        self.info: ModelInfo = replace(
+            MODEL, chat_format=find_chat_format(self.tokenizer.chat_templates)
+        )
+        self._registry = registry
+        self._tokenizer_worker = TokenizerWorker(
+            self.tokenizer,
+            ChatTemplate(self.tokenizer.chat_templates, self.tokenizer.special_tokens),
+            1_000_000,
+            self.tokenizer.vocab_size,
+            registry.epoch,
+        )
+        self._detokenizer = DetokenizerWorker(self.tokenizer, registry.epoch)
+        self._tasks: set[asyncio.Task[None]] = set()
+        registry.connect(self.send)
+
+    def send(self, tokenizer_index: int, message: TokenizeMsg | AbortMsg) -> None:
+        message = decode(encode(message), TOKENIZER_INBOX)  # type: ignore[assignment]
+        if isinstance(message, AbortMsg):
+            return
+        for outgoing in self._tokenizer_worker.handle(message):
+            if isinstance(outgoing, UserReply):
+                self._registry.deliver(outgoing)
+            elif isinstance(outgoing, GenerateMsg):
+                self.prompts.append(self.tokenizer.decode(outgoing.prompt_ids.tolist(), False))
+                for uid in range(outgoing.uid, outgoing.uid + outgoing.sampling.n):
+                    task = asyncio.create_task(self._generate(uid, outgoing))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+
+    async def _generate(self, uid: int, message: GenerateMsg) -> None:
+        ids = [*self.tokenizer.encode(self.text, add_special_tokens=False), EOS]
+        limit = message.sampling.max_tokens or len(ids)
+        start = Start(
+            uid=uid,
+            prompt_tokens=len(message.prompt_ids),
+            cached_tokens=0,
+            min_tokens=0,
+            stop=message.sampling.stop,
+            skip_special_tokens=message.sampling.skip_special_tokens,
+            parts=message.parts,
+        )
+        for i, token_id in enumerate(ids[:limit]):
+            finish = Finish.LENGTH if i + 1 == limit else Finish.NONE
+            finish = Finish.STOP if token_id == EOS else finish
+            step = DetokenizeMsg(
+                uids=np.array([uid], np.int64),
+                token_ids=np.array([token_id], np.int32),
+                finishes=np.array([finish], np.uint8),
+                starts=() if i else (start,),
+                epoch=self._registry.epoch,
+            )
+            reply, abort = self._detokenizer.handle(decode(encode(step), DETOKENIZER_INBOX))  # type: ignore[arg-type]
+            if reply is not None:
+                self._registry.deliver(decode(encode(reply), FRONTEND_INBOX))  # type: ignore[arg-type]
+            if abort is not None:
+                return
+            if i % self.batch == 0:
+                await asyncio.sleep(0)
