@@ -242,3 +242,12 @@ def test_a_template_file_is_used_as_written(tmp_path: Path) -> None:
         == expected
         == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_a_template_that_joins_arguments_to_text_gets_them_as_text() -> None:
+    source = (
+        "{% for m in messages %}{% for call in m.tool_calls or [] %}"
+        "{{ 'ARGS ' + call['function']['arguments'] }}{% endfor %}{% endfor %}"
+    )
+    text = ChatTemplate({"default": source}, SPECIAL).render(CHATS["tool call"])
+    assert text == 'ARGS {"city": "Z\u00fcrich", "n": [1, null, 2.5]}'

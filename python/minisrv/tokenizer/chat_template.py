@@ -64,7 +64,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return _join(self._templates[name].generate(variables))
+            return self._generate(name, variables)
         except InvalidRequestError:
             raise
         except Exception as error:  # a template can raise anything that Python can
@@ -73,6 +73,17 @@ class ChatTemplate:
                 f"the chat template cannot render these messages: {text[:_MAX_ERROR_CHARS]}",
                 param="messages",
             ) from error
+
+    def _generate(self, name: str, variables: dict[str, Any]) -> str:
+        """The text. A template that fails on arguments as objects gets them as JSON text."""
+        template = self._templates[name]
+        try:
+            return _join(template.generate(variables))
+        except TypeError:
+            if not any(message.get("tool_calls") for message in variables["messages"]):
+                raise
+            messages = [_with_text_arguments(message) for message in variables["messages"]]
+            return _join(template.generate({**variables, "messages": messages}))
 
     def _select(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
         if tools is not None and "tool_use" in self._templates:
@@ -96,6 +107,19 @@ class ChatTemplate:
         if reasoning is not None:
             prepared = {"thinking": reasoning, **prepared, "reasoning_content": reasoning}
         return prepared
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    if not message.get("tool_calls"):
+        return message
+    return {**message, "tool_calls": [_as_text(call) for call in message["tool_calls"]]}
+
+
+def _as_text(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else _to_json(arguments)
+    return {**call, "function": {**function, "arguments": text}}
 
 
 class _GenerationBlock(jinja2.ext.Extension):
