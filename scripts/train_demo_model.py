@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from demo_model import corpus
+from demo_model import corpus, tools
 from demo_model.muon import Muon
 from demo_model.network import Network, Shape, export_state, hf_config
 from demo_model.tokenizer import (
@@ -36,6 +36,7 @@ PACKAGE = Path(__file__).parent.parent / "python" / "minisrv" / "demo_model"
 SEED = 7
 VOCAB_SIZE = 512
 FINISHING_STEPS = 700
+TOOLS_SHARE = 0.12
 TOKENS_A_STEP = 4096
 
 Document = list[corpus.Exchange]
@@ -77,7 +78,19 @@ class Chats:
             return chat if trainable(chat[0]) else self.document(rng, 1.0, most_entries)
         if kind < lookup_share + 0.04:
             return corpus.name_chat(rng, [self.exchange])
+        if kind < lookup_share + 0.04 + TOOLS_SHARE:
+            return self.tools_document(rng)
         return [self.exchange(rng) for _ in range(rng.choice([1, 1, 1, 2, 3]))]
+
+    def tools_document(self, rng: Random) -> Document:
+        """A call and mostly its answer; sometimes a task that needs no tool."""
+        while True:
+            if rng.random() < 0.2:
+                return [tools.unneeded(rng, self.exchange)]
+            made = tools.answer(rng)
+            assert made.before is not None
+            if trainable(made.before) and trainable(made):
+                return [made.before, made] if rng.random() < 0.7 else [made.before]
 
 
 def trainable(exchange: corpus.Exchange) -> bool:
@@ -98,6 +111,8 @@ def encode(tokenizer: Tokenizer, document: Document) -> tuple[list[int], list[fl
         ids.extend(new)
         weights.extend([weight] * len(new))
 
+    if document[0].tools:
+        add(f"<|im_start|>system\n{tools.tools_text(document[0].tools)}<|im_end|>\n", 0.0)
     for exchange in document:
         add(f"<|im_start|>user\n{exchange.user}<|im_end|>\n<|im_start|>assistant\n", 0.0)
         add(f"{exchange.assistant}<|im_end|>", 1.0)
@@ -135,9 +150,11 @@ def batches(
         yield torch.tensor(rows), torch.tensor(row_weights)
 
 
-def make_tokenizer(path: Path) -> Tokenizer:
-    if path.exists():
-        return Tokenizer.from_file(str(path))
+def make_tokenizer(path: Path, new: bool) -> Tokenizer:
+    """The tokenizer of this training, else the shipped one, which keeps old chats' tokens."""
+    for known in [path] if new else [path, PACKAGE / "tokenizer.json"]:
+        if known.exists():
+            return Tokenizer.from_file(str(known))
     rng = Random(SEED)
     chats = Chats([])
     documents = (chats.document(rng, 0.15, 12) for _ in range(20_000))
@@ -174,12 +191,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("/tmp/minisrv-demo-training"))
     parser.add_argument("--out", type=Path, default=PACKAGE)
+    parser.add_argument("--new-tokenizer", action="store_true", help="not the shipped one")
     parser.add_argument("--export-every", type=int, default=200)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
     args.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(args.work / "tokenizer.json")
+    tokenizer = make_tokenizer(args.work / "tokenizer.json", args.new_tokenizer)
     train(args, tokenizer)
 
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 
 def _words(text: str) -> list[str]:
@@ -70,13 +71,18 @@ MAKER = "The developers of minisrv trained me, on text made by a script."
 SORRY = f"I am too small for that. {SKILLS}"
 
 
+Tool = dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Exchange:
-    """One turn of a chat. `context` exchanges must come before it."""
+    """One turn of a chat. `tools` are shown before the first; `before` is the one before it."""
 
     user: str
     assistant: str
     task: str
+    tools: tuple[Tool, ...] = ()
+    before: Exchange | None = None
 
 
 Task = Callable[[Random], Exchange]

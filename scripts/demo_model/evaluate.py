@@ -10,7 +10,7 @@ from random import Random
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from demo_model import corpus
+from demo_model import corpus, tools
 from demo_model.tokenizer import word_pieces
 
 Maker = Callable[[Random], corpus.Exchange]
@@ -25,6 +25,8 @@ TARGETS = {
     "addition": 0.90,
     "lookup in 200 tokens": 0.95,
     "lookup in 1,000 tokens": 0.85,
+    "tool call": 0.95,
+    "tool answer": 0.95,
 }
 BATCH = 25
 
@@ -50,6 +52,8 @@ def makers(pieces: list[str]) -> dict[str, Maker]:
         "addition": corpus.addition,
         "lookup in 200 tokens": lookup(LOOKUP_200),
         "lookup in 1,000 tokens": lookup(LOOKUP_1000),
+        "tool call": tools.call,
+        "tool answer": tools.answer,
     }
 
 
@@ -75,18 +79,29 @@ def held_out_exchanges(make: Maker, count: int) -> list[corpus.Exchange]:
     return list(found.values())
 
 
+def messages(exchange: corpus.Exchange) -> list[dict[str, str]]:
+    """The chat up to the answer that is measured."""
+    before = messages(exchange.before) if exchange.before else []
+    if exchange.before:
+        before.append({"role": "assistant", "content": exchange.before.assistant})
+    return [*before, {"role": "user", "content": exchange.user}]
+
+
 class Evaluator:
     def __init__(self, folder: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         self.pieces = word_pieces(self.tokenizer.backend_tokenizer)
 
-    def answers(self, prompts: list[str]) -> Iterator[str]:
+    def answers(self, exchanges: list[corpus.Exchange]) -> Iterator[str]:
         chats = [
             self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                messages(exchange),
+                tools=list(exchange.tools) or None,
+                tokenize=False,
+                add_generation_prompt=True,
             )
-            for prompt in prompts
+            for exchange in exchanges
         ]
         for first in range(0, len(chats), BATCH):
             batch = self.tokenizer(chats[first : first + BATCH], return_tensors="pt", padding=True)
@@ -97,11 +112,10 @@ class Evaluator:
     def row(self, make: Maker, count: int) -> tuple[float, float, list[tuple[str, str, str]]]:
         """Accuracy, mean prompt length in tokens, and the mistakes (prompt, answer, wanted)."""
         exchanges = held_out_exchanges(make, count)
-        prompts = [exchange.user for exchange in exchanges]
-        lengths = [len(self.tokenizer.encode(prompt)) for prompt in prompts]
+        lengths = [len(self.tokenizer.encode(exchange.user)) for exchange in exchanges]
         wrong = [
             (e.user, answer, e.assistant)
-            for e, answer in zip(exchanges, self.answers(prompts), strict=True)
+            for e, answer in zip(exchanges, self.answers(exchanges), strict=True)
             if not right(e, answer)
         ]
         return 1 - len(wrong) / count, sum(lengths) / count, wrong

@@ -10,9 +10,29 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END]
+# Without tools it writes plain ChatML; with tools as the corpus does, see tools.py.
 CHAT_TEMPLATE = (
+    "{%- if tools -%}\n"
+    "{{- '<|im_start|>system\\n' -}}\n"
+    "{%- if messages[0].role == 'system' -%}{{- messages[0].content + '\\n\\n' -}}{%- endif -%}\n"
+    "{{- 'Tools:\\n' -}}\n"
+    "{%- for tool in tools -%}{{- (tool.function | tojson) + '\\n' -}}{%- endfor -%}\n"
+    '{{- \'Call one with <tool_call>\\n{"name": "...", "arguments": {...}}\\n</tool_call>\' -}}\n'
+    "{{- '<|im_end|>\\n' -}}\n"
+    "{%- endif -%}\n"
     "{%- for message in messages -%}\n"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}\n"
+    "{%- if message.role == 'tool' -%}\n"
+    "{{- '<|im_start|>user\\n<tool_response>\\n' + message.content -}}\n"
+    "{{- '\\n</tool_response><|im_end|>\\n' -}}\n"
+    "{%- elif not (tools and loop.first and message.role == 'system') -%}\n"
+    "{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') -}}\n"
+    "{%- for call in message.tool_calls or [] -%}\n"
+    "{{- '\\n' if message.content or not loop.first -}}\n"
+    '{{- \'<tool_call>\\n{"name": "\' + call.function.name + \'", "arguments": \' -}}\n'
+    "{{- (call.function.arguments | tojson) + '}\\n</tool_call>' -}}\n"
+    "{%- endfor -%}\n"
+    "{{- '<|im_end|>\\n' -}}\n"
+    "{%- endif -%}\n"
     "{%- endfor -%}\n"
     "{%- if add_generation_prompt -%}\n"
     "{{- '<|im_start|>assistant\\n' -}}\n"

@@ -1,0 +1,118 @@
+"""Two tools that the demo model calls, `get_time` and `add`, and the chats in which it does.
+
+A chat with tools is written as the template writes it: the tools in a system turn, a call between
+tags, its result in a turn of the user.
+"""
+
+from __future__ import annotations
+
+import json
+from random import Random
+
+from demo_model.corpus import CITIES, Exchange, Task, Tool
+
+
+def _function(name: str, description: str, **properties: str) -> Tool:
+    return {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": description,
+            "parameters": {
+                "type": "object",
+                "properties": {key: {"type": kind} for key, kind in properties.items()},
+                "required": list(properties),
+            },
+        },
+    }
+
+
+_TIME_WORDS = ["Tell the time in a city.", "The time in a city", "Get the time.", "Current time"]
+_TIME_QUESTIONS = [
+    *["What time is it in {}", "What is the time in {}", "Tell me the time in {}", "Time in {}"],
+    *["How late is it in {}", "Which time is it now in {}", "The time in {}"],
+]
+_ADD_QUESTIONS = [
+    *["What is {} + {}", "Add {} and {}", "Compute {} + {}", "How much is {} + {}", "{} + {}"],
+    *["What is {} plus {}", "Sum up {} and {}", "Calculate {} + {}"],
+]
+_ADD_WORDS = ["Add two numbers.", "The sum of two numbers", "Add numbers.", "Sum of a and b"]
+
+
+def get_time_tool(description: str = _TIME_WORDS[0]) -> Tool:
+    return _function("get_time", description, city="string")
+
+
+def add_tool(description: str = _ADD_WORDS[0]) -> Tool:
+    return _function("add", description, a="integer", b="integer")
+
+
+def tools_text(tools: tuple[Tool, ...]) -> str:
+    """The system turn of the template."""
+    lines = [json.dumps(tool["function"], ensure_ascii=False) for tool in tools]
+    example = '{"name": "...", "arguments": {...}}'
+    return "\n".join(["Tools:", *lines, f"Call one with <tool_call>\n{example}\n</tool_call>"])
+
+
+def call_text(name: str, **arguments: object) -> str:
+    """What the model writes to call a tool."""
+    call = json.dumps({"name": name, "arguments": arguments})
+    return f"<tool_call>\n{call}\n</tool_call>"
+
+
+def result_text(result: str) -> str:
+    """The turn that brings a tool's result."""
+    return f"<tool_response>\n{result}\n</tool_response>"
+
+
+def _some_tools(rng: Random, needed: str) -> tuple[Tool, ...]:
+    """The needed tool, often with the other, in any order and with any description."""
+    tools = {
+        "get_time": get_time_tool(rng.choice(_TIME_WORDS)),
+        "add": add_tool(rng.choice(_ADD_WORDS)),
+    }
+    names = [needed] if rng.random() < 0.3 else ["get_time", "add"]
+    rng.shuffle(names)
+    return tuple(tools[name] for name in names)
+
+
+def get_time(rng: Random) -> Exchange:
+    city = rng.choice(CITIES)
+    asked = rng.choice(_TIME_QUESTIONS)
+    end = rng.choice(["?", "?", "", ".", ", please?", " now?"])
+    call = call_text("get_time", city=city)
+    return Exchange(asked.format(city) + end, call, "tool call", _some_tools(rng, "get_time"))
+
+
+def add(rng: Random) -> Exchange:
+    a, b = rng.randint(0, 999), rng.randint(0, 999)
+    asked = rng.choice(_ADD_QUESTIONS)
+    end = rng.choice(["?", "?", "", ".", " =", ", please."])
+    call = call_text("add", a=a, b=b)
+    return Exchange(asked.format(a, b) + end, call, "tool call", _some_tools(rng, "add"))
+
+
+def call(rng: Random) -> Exchange:
+    """A question that one of the tools answers, and the call."""
+    return get_time(rng) if rng.random() < 0.5 else add(rng)
+
+
+def answer(rng: Random) -> Exchange:
+    """The answer to a tool's result, with the call before it."""
+    before = call(rng)
+    called = json.loads(before.assistant.split("\n")[1])
+    arguments = called["arguments"]
+    if called["name"] == "get_time":
+        result = f"{rng.randint(0, 23):02}:{rng.randint(0, 59):02}"
+        text = f"It is {result} in {arguments['city']}."
+    else:
+        result = str(arguments["a"] + arguments["b"])
+        text = f"{arguments['a']} + {arguments['b']} = {result}"
+    return Exchange(result_text(result), text, "tool answer", before.tools, before)
+
+
+def unneeded(rng: Random, others: Task) -> Exchange:
+    """A task for which no tool is needed, with the time tool in sight."""
+    made = others(rng)
+    tools = (get_time_tool(rng.choice(_TIME_WORDS)),)
+    return Exchange(made.user, made.assistant, made.task, tools)
