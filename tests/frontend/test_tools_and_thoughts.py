@@ -130,6 +130,19 @@ def test_a_message_of_calls_alone_has_no_content(hermes: HttpServer) -> None:
     assert whole(hermes, "", tools=TOOLS).choices[0].message.content == ""
 
 
+def test_each_choice_has_calls_of_its_own(hermes: HttpServer) -> None:
+    choices = whole(hermes, f"A{CALL}", tools=TOOLS, n=3).choices
+    ids = {call.id for choice in choices for call in choice.message.tool_calls or []}
+    assert len(ids) == 3
+    texts = {0: "", 1: "", 2: ""}
+    for chunk in chunks(hermes, f"A{CALL}", tools=TOOLS, n=3):
+        (choice,) = chunk.choices
+        for call in choice.delta.tool_calls or []:
+            assert call.function is not None
+            texts[choice.index] += call.function.arguments or ""
+    assert set(texts.values()) == {'{"zone": "UTC"}'}
+
+
 def test_the_stream_helper_of_the_client_assembles_the_calls(hermes: HttpServer) -> None:
     hermes.backend.text = "Hm.\n" + CALL  # type: ignore[attr-defined]
     with hermes.openai.chat.completions.stream(
