@@ -60,6 +60,22 @@ def test_every_line_is_answered_or_told_what_is_wrong(model_dir: Path, tmp_path:
     assert "JSON" in answers[6]["error"]["message"]
 
 
+def test_a_thought_stands_apart_in_openai_lines_alone(model_dir: Path, tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0].content }}<think>{# </think> #}")
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": chat}
+    source = write_lines(tmp_path / "in.jsonl", [line, chat])
+    target = tmp_path / "out.jsonl"
+    options = ["--chat-template", str(template), "--reasoning-field", "reasoning"]
+    assert batch.main([*command(model_dir, source, target), *options]) == 0
+    openai_answer, plain = sorted(read(target), key=lambda answer: "text" in answer)
+    completion = ChatCompletion.model_validate(openai_answer["response"]["body"], strict=True)
+    message = completion.choices[0].message
+    assert message.content is None
+    assert message.model_extra == {"reasoning": plain["text"].strip("\n")}
+
+
 def test_openai_lines_get_openai_answers(model_dir: Path, tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     lines = [
