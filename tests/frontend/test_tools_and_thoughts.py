@@ -174,6 +174,13 @@ def test_a_call_that_is_cut_off_says_length(hermes: HttpServer) -> None:
             assert '{"zone": "UTC"}'.startswith(calls[0][3])
 
 
+def test_a_reply_that_stops_inside_a_call_says_stop(hermes: HttpServer) -> None:
+    for text, stop in ((f"{CALL}\n{CALL[:60]}", []), (f"{CALL}\n{CALL}", ["zone"])):
+        _, content, calls, finish = parts(whole(hermes, text, tools=TOOLS, stop=stop))
+        assert (content, finish) == ("", "stop")
+        assert len(calls) == 1 + (not stop)
+
+
 def test_without_parallel_calls_the_first_ends_the_reply(hermes: HttpServer) -> None:
     body = {"tools": TOOLS, "parallel_tool_calls": False}
     _, content, calls, finish = parts(whole(hermes, f"A{CALL}{CALL} more", **body))
