@@ -9,15 +9,16 @@ if TYPE_CHECKING:
     from minisrv.config import ServerConfig
     from minisrv.frontend_manager import FrontendManager
     from minisrv.llm import LLM
-    from minisrv.sampling_params import SamplingParams
+    from minisrv.sampling_params import Grammar, SamplingParams
 
     __version__: str
 
-__all__ = ["LLM", "FrontendManager", "SamplingParams", "ServerConfig", "__version__"]
+__all__ = ["LLM", "FrontendManager", "Grammar", "SamplingParams", "ServerConfig", "__version__"]
 
 _HOMES = {
     "LLM": "minisrv.llm",
     "FrontendManager": "minisrv.frontend_manager",
+    "Grammar": "minisrv.sampling_params",
     "SamplingParams": "minisrv.sampling_params",
     "ServerConfig": "minisrv.config",
 }

@@ -191,6 +191,7 @@ _FINISH_REASONS = {
     Finish.NONE: None,
     Finish.STOP: "stop",
     Finish.STOP_TOKEN: "stop",
+    Finish.COMPLETE: "stop",
     Finish.LENGTH: "length",
 }
 

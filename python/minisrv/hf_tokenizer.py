@@ -78,6 +78,10 @@ class HFTokenizer:
         state: dict[str, Any] = json.loads(decoder.__getstate__())
         return state
 
+    def to_json(self) -> str:
+        """The whole tokenizer in the form of a tokenizer.json."""
+        return self._backend.to_str()
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Raises InvalidRequestError for a text that UTF-8 cannot hold."""
         _check_text(text)

@@ -35,6 +35,8 @@ from minisrv.messages import (
 from minisrv.model_config import load_model_config
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.channel import LocalChannel
+from minisrv.structured_output.checker import GrammarChecker
+from minisrv.structured_output.vocabulary import open_vocabulary
 from minisrv.tokenizer.chat_template import ChatTemplate
 from minisrv.tokenizer.worker import TokenizerWorker
 
@@ -47,6 +49,7 @@ Chat = list[dict[str, Any]]
 _FINISH_REASONS = {
     Finish.STOP: "stop",
     Finish.STOP_TOKEN: "stop",
+    Finish.COMPLETE: "stop",
     Finish.LENGTH: "length",
     Finish.ABORT: "abort",
 }
@@ -124,13 +127,16 @@ class LLM:
         self.tokenizer = tokenizer
         self._detokenizer = DetokenizerWorker(tokenizer, LocalChannel.epoch)
         self._channel = LocalChannel()
-        self._loop = build_loop(config, model_dir, self._channel, lambda phase, fraction: None)
+        self._loop = build_loop(
+            config, model_dir, self._channel, lambda phase, fraction: None, tokenizer=tokenizer
+        )
         self._tokenizer = TokenizerWorker(
             tokenizer,
             ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens),
             self._loop.scheduler.max_seq_len,
             model.vocab_size,
             LocalChannel.epoch,
+            GrammarChecker(open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)),
         )
         self._next_uid = 0
         self._closed = False

@@ -26,13 +26,17 @@ UInt8Array = npt.NDArray[np.uint8]
 
 
 class Finish(IntEnum):
-    """How a request ended; 0 while it runs. `STOP_TOKEN` is one of the request's own ids."""
+    """How a request ended; 0 while it runs.
+
+    STOP_TOKEN is one of the request's own ids. COMPLETE: the text is all that its grammar allows.
+    """
 
     NONE = 0
     STOP = 1
     LENGTH = 2
     STOP_TOKEN = 3
     ABORT = 4
+    COMPLETE = 5
 
 
 class Parts(IntFlag):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from minisrv.errors import InvalidRequestError
 
@@ -14,6 +16,56 @@ MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 256
+MAX_GRAMMAR_BYTES = 2**17
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """What the whole text must match.
+
+    kind: json_schema (text: the schema as JSON), regex, choice (text: a JSON array of strings) or
+    lark (Lark as llguidance knows it, in which `%json {...}` is a schema; or GBNF).
+    param: the field of the request that it came from, for messages.
+    Raises InvalidRequestError for a text over the limit; what it says is checked later.
+    """
+
+    kind: str
+    text: str
+    param: str = "grammar"
+
+    def __post_init__(self) -> None:
+        num_bytes = len(self.text.encode(errors="replace"))
+        if num_bytes > MAX_GRAMMAR_BYTES:
+            raise InvalidRequestError(
+                f"{self.param} has {num_bytes} bytes; the limit is {MAX_GRAMMAR_BYTES}",
+                param=self.param,
+            )
+
+    @classmethod
+    def json_schema(cls, schema: str | bool | Mapping[str, Any], param: str = "grammar") -> Grammar:
+        """JSON that is valid under `schema`, an object or its text."""
+        text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
+        return cls(kind="json_schema", text=text, param=param)
+
+    @classmethod
+    def json_object(cls, param: str = "grammar") -> Grammar:
+        """Any JSON object."""
+        return cls.json_schema({"type": "object"}, param)
+
+    @classmethod
+    def regex(cls, pattern: str, param: str = "grammar") -> Grammar:
+        """Text that `pattern` matches from end to end."""
+        return cls(kind="regex", text=pattern, param=param)
+
+    @classmethod
+    def choice(cls, choices: Sequence[str], param: str = "grammar") -> Grammar:
+        """One of `choices`."""
+        return cls(kind="choice", text=json.dumps(list(choices), ensure_ascii=False), param=param)
+
+    @classmethod
+    def lark(cls, grammar: str, param: str = "grammar") -> Grammar:
+        """Text of a context-free grammar."""
+        return cls(kind="lark", text=grammar, param=param)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +78,7 @@ class SamplingParams:
     n: how many choices. max_tokens: output tokens; `None` is the rest of the context.
     min_tokens: no end-of-text and no stop token before so many output tokens.
     stop: the text ends before the first of these strings. stop_token_ids: it ends at these tokens.
+    grammar: what the text must match; where the grammar ends, the text ends.
 
     Raises InvalidRequestError for a value out of range.
     """
@@ -42,6 +95,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids"):

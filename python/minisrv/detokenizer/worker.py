@@ -27,7 +27,7 @@ from minisrv.messages import (
 
 logger = logging.getLogger("minisrv.detokenizer")
 
-_NONE, _STOP, _LENGTH, _STOP_TOKEN, _ABORT = map(int, Finish)
+_NONE, _STOP, _LENGTH, _STOP_TOKEN, _ABORT, _COMPLETE = map(int, Finish)
 
 
 @dataclass(slots=True, eq=False)
@@ -226,7 +226,7 @@ def _next_text(
     request: _Request, token_id: int, finish: int
 ) -> tuple[str, str | None, Thought | None]:
     """What the entry adds to the text, the stop string that ends it there, and the thought."""
-    is_text = finish in (_NONE, _LENGTH)
+    is_text = finish in (_NONE, _LENGTH, _COMPLETE)
     text = request.stream.push(token_id) if is_text else ""
     if finish:
         text += request.stream.flush()

@@ -6,6 +6,7 @@ Plain numpy, so that the scheduler and a fake engine need no torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +16,18 @@ import numpy.typing as npt
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarMasks:
+    """Which samples a grammar constrains, and how to get the tokens it allows them.
+
+    The masks come late, for they depend on the tokens of the step before: an engine calls `fill`
+    once, when the forward is on its way. Bit i of word w of a row allows token 32 * w + i.
+    """
+
+    samples: Int32Array  # [G] ascending indices into S
+    fill: Callable[[], Int32Array]  # -> [G, W]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +46,7 @@ class SamplingColumns:
     choices: Int32Array  # [S]
     suppress_samples: Int32Array  # [any]
     suppress_ids: Int32Array  # [any]
+    grammar: GrammarMasks | None = None  # None when no sample is constrained; stays on rank 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from minisrv.errors import InvalidRequestError, ModelNotFoundError
 from minisrv.frontend.assistant_message import CallReading
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.stream import StreamOptions
+from minisrv.frontend.structured_output import read_grammar
 from minisrv.messages import TokenizeMsg
 from minisrv.sampling_params import SamplingParams
 
@@ -111,7 +112,9 @@ def read_sampling(
     given = {name: fields[name] for name in _SAMPLING_FIELDS if name in fields}
     try:
         sampling = SamplingParams(
-            max_tokens=default_max_tokens if max_tokens is None else max_tokens, **given
+            max_tokens=default_max_tokens if max_tokens is None else max_tokens,
+            grammar=read_grammar(fields),
+            **given,
         )
     except InvalidRequestError as error:
         if error.param == "max_tokens" and "max_tokens" not in fields:

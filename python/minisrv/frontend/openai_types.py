@@ -20,6 +20,7 @@ from minisrv.frontend.schema import (
     NUMBER,
     OBJECT,
     STRING,
+    STRINGS,
     Schema,
     any_of,
     array_of,
@@ -27,6 +28,7 @@ from minisrv.frontend.schema import (
     describe,
     one_of,
 )
+from minisrv.frontend.structured_output import JSON_SCHEMA, RESPONSE_FORMAT, STRUCTURED_OUTPUTS
 
 ROLES = ("developer", "system", "user", "assistant", "tool", "function")
 
@@ -129,6 +131,18 @@ _GENERATION_FIELDS: dict[str, Field] = {
     "stream": _honoured(BOOLEAN, "Answer with server-sent events."),
     "stream_options": _honoured(_STREAM_OPTIONS, "Only with stream."),
     "skip_special_tokens": _honoured(BOOLEAN, "Leave special tokens out of the text."),
+    "response_format": _honoured(RESPONSE_FORMAT, "Text, a JSON object, or JSON of a schema."),
+    "structured_outputs": _honoured(
+        STRUCTURED_OUTPUTS, "One of json, json_object, regex, choice and grammar."
+    ),
+    "guided_json": _honoured(JSON_SCHEMA, "The text is JSON of this schema."),
+    "guided_regex": _honoured(STRING, "The text matches this from end to end."),
+    "guided_choice": _honoured(STRINGS, "The text is one of these."),
+    "guided_grammar": _honoured(STRING, "The text is of this grammar, in Lark or GBNF."),
+    "json_schema": _honoured(JSON_SCHEMA, "As guided_json."),
+    "regex": _honoured(STRING, "As guided_regex."),
+    "grammar": _honoured(STRING, "As guided_grammar."),
+    "ebnf": _honoured(STRING, "As guided_grammar."),
     "user": _harmless(),
     "metadata": _harmless(),
     "store": _harmless(),
@@ -145,16 +159,6 @@ _GENERATION_FIELDS: dict[str, Field] = {
     "repeat_penalty": _unsupported(1),
     "logit_bias": _unsupported({}),
     "top_logprobs": _unsupported(0),
-    "response_format": _unsupported({"type": "text"}),
-    "structured_outputs": _unsupported(),
-    "guided_json": _unsupported(),
-    "guided_regex": _unsupported(),
-    "guided_choice": _unsupported(),
-    "guided_grammar": _unsupported(),
-    "regex": _unsupported(),
-    "ebnf": _unsupported(),
-    "grammar": _unsupported(),
-    "json_schema": _unsupported(),
     "stop_regex": _unsupported([]),
     "include_stop_str_in_output": _unsupported(False),
     "no_stop_trim": _unsupported(False),

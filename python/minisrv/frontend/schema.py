@@ -17,6 +17,7 @@ NUMBER: Schema = {"type": "number"}
 STRING: Schema = {"type": "string"}
 OBJECT: Schema = {"type": "object"}
 INTEGERS: Schema = {"type": "array", "items": INTEGER}
+STRINGS: Schema = {"type": "array", "items": STRING}
 
 _MAX_SHOWN_CHARS = 60
 

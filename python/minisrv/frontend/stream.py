@@ -21,6 +21,7 @@ PING = b": ping\n\n"
 _FINISH_REASONS = {
     Finish.STOP: "stop",
     Finish.STOP_TOKEN: "stop",
+    Finish.COMPLETE: "stop",
     Finish.LENGTH: "length",
 }
 

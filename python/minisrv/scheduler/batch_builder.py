@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
-from minisrv.engine.forward_batch import ForwardBatch, Int32Array, SamplingColumns
+from minisrv.engine.forward_batch import (
+    ForwardBatch,
+    GrammarMasks,
+    Int32Array,
+    SamplingColumns,
+)
 from minisrv.scheduler.request import Request
 from minisrv.scheduler.scheduler import Step
+
+FillMasks = Callable[[list[Request]], Int32Array]
 
 
 class BatchBuilder:
@@ -20,9 +30,13 @@ class BatchBuilder:
         self._seeds = np.zeros(num_rows, np.int64)
         self._choices = np.zeros(num_rows, np.int32)
         self._min_tokens = np.zeros(num_rows, np.int32)
+        self._constrained = np.zeros(num_rows, np.bool_)
 
-    def build(self, step: Step) -> ForwardBatch:
-        """The batch of a step; called once for each, in order."""
+    def build(self, step: Step, fill_masks: FillMasks) -> ForwardBatch:
+        """The batch of a step; called once for each, in order.
+
+        fill_masks: gives the masks of requests when the engine asks for them.
+        """
         decodes, prefills = step.decodes, step.prefills
         requests = decodes + [chunk.request for chunk in prefills]
         rows = np.array([r.lease.row for r in requests if r.lease], np.int32)
@@ -46,7 +60,7 @@ class BatchBuilder:
             page_columns=np.ascontiguousarray(places[:, 1]),
             page_ids=np.array(list(step.page_writes.values()), np.int32),
             sample_indices=sample_indices,
-            sampling=self._columns(step, rows[sample_indices]),
+            sampling=self._columns(step, rows[sample_indices], fill_masks),
         )
 
     def _set_row(self, row: int, request: Request) -> None:
@@ -59,13 +73,15 @@ class BatchBuilder:
         self._seeds[row] = request.seed
         self._choices[row] = request.choice
         self._min_tokens[row] = sampling.min_tokens
+        self._constrained[row] = request.matcher is not None
 
-    def _columns(self, step: Step, rows: Int32Array) -> SamplingColumns:
+    def _columns(self, step: Step, rows: Int32Array, fill_masks: FillMasks) -> SamplingColumns:
         suppressed = []
         if self._min_tokens[rows].any():
             suppressed = [
                 (sample, token_id)
                 for sample, request in enumerate(step.samples)
+                if request.matcher is None  # its mask leaves them out
                 for token_id in request.suppressed_ids
             ]
         pairs = np.array(suppressed, np.int32).reshape(-1, 2)
@@ -78,4 +94,15 @@ class BatchBuilder:
             choices=self._choices[rows],
             suppress_samples=np.ascontiguousarray(pairs[:, 0]),
             suppress_ids=np.ascontiguousarray(pairs[:, 1]),
+            grammar=self._grammar_masks(step, rows, fill_masks),
         )
+
+    def _grammar_masks(
+        self, step: Step, rows: Int32Array, fill_masks: FillMasks
+    ) -> GrammarMasks | None:
+        constrained = np.flatnonzero(self._constrained[rows])
+        if not constrained.size:
+            return None
+        requests = step.samples
+        fill = partial(fill_masks, [requests[sample] for sample in constrained])
+        return GrammarMasks(constrained.astype(np.int32), fill)

@@ -8,18 +8,25 @@ from typing import Any
 
 import numpy as np
 
-from minisrv.engine.forward_batch import ForwardEngine
+from minisrv.engine.forward_batch import ForwardEngine, Int32Array
+from minisrv.errors import InvalidRequestError
 from minisrv.messages import AbortMsg, DetokenizeMsg, GenerateMsg
 from minisrv.scheduler.batch_builder import BatchBuilder
 from minisrv.scheduler.channel import LocalChannel, ZmqChannel
+from minisrv.scheduler.grammars import Grammars
+from minisrv.scheduler.request import Request
 from minisrv.scheduler.scheduler import Replies, Scheduler, Step
+from minisrv.structured_output.compiler import GrammarCompiler
+
+COMPILE_POLL_S = 0.005
 
 
 class SchedulerLoop:
     """Receive, schedule, launch, settle.
 
     `overlap_depth` steps stay in flight while the next is prepared: 0 where the engine computes in
-    `launch`, 1 where it runs on a device.
+    `launch`, 1 where it runs on a device. A step with a grammar's masks settles the one before
+    when its own forward is on its way; the masks are filled while the device computes.
     """
 
     def __init__(
@@ -28,11 +35,13 @@ class SchedulerLoop:
         engine: ForwardEngine,
         channel: ZmqChannel | LocalChannel,
         overlap_depth: int,
+        compiler: GrammarCompiler | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.engine = engine
         self.channel = channel
         self.overlap_depth = overlap_depth
+        self._grammars = None if compiler is None else Grammars(scheduler, compiler)
         self._builder = BatchBuilder(scheduler.cache.rows.size)
         self._in_flight: deque[tuple[Step, Any]] = deque()
 
@@ -50,6 +59,8 @@ class SchedulerLoop:
     def turn(self) -> None:
         """One round: blocks for messages only when there is nothing to do."""
         self._receive(wait=not self.busy)
+        if self._grammars is not None:
+            self._grammars.deliver()
         self.advance()
         self._send(self.scheduler.take_replies())
 
@@ -57,20 +68,42 @@ class SchedulerLoop:
         """Launch the next step, and settle what must be settled."""
         step = self.scheduler.schedule()
         if step is not None:
-            self._in_flight.append((step, self.engine.launch(self._builder.build(step))))
-        stuck = step is None and not self._in_flight and self.scheduler.num_open
-        assert not stuck, "requests are open, but no step can be made"
-        depth = self.overlap_depth if step is not None else 0
+            batch = self._builder.build(step, self._fill_masks)
+            self._in_flight.append((step, self.engine.launch(batch)))
+        elif not self._in_flight and self.scheduler.num_open:
+            assert self.scheduler.num_compiling, "requests are open, but no step can be made"
+            assert self._grammars is not None
+            self._grammars.wait(COMPILE_POLL_S)
+        self._settle(self.overlap_depth if step is not None else 0)
+
+    def _settle(self, depth: int) -> None:
+        """Settle steps, oldest first, until `depth` are in flight."""
         while len(self._in_flight) > depth:
             settled, handle = self._in_flight.popleft()
             self.scheduler.settle(settled, self.engine.wait(handle).token_ids.tolist())
+
+    def _fill_masks(self, requests: list[Request]) -> Int32Array:
+        """The masks of the step that is being launched, which is not in flight yet."""
+        self._settle(0)
+        assert self._grammars is not None
+        return self._grammars.masks(requests)
 
     def _receive(self, wait: bool) -> None:
         for message in self.channel.receive(wait):
             if isinstance(message, GenerateMsg):
                 self.scheduler.add(message)
+                if message.sampling.grammar is not None:
+                    self._request_grammar(message)
             elif isinstance(message, AbortMsg):
                 self.scheduler.abort(message.uids)
+
+    def _request_grammar(self, message: GenerateMsg) -> None:
+        if self._grammars is not None:
+            self._grammars.request(message)
+            return
+        error = InvalidRequestError("this model has no structured output")
+        for uid in range(message.uid, message.uid + message.sampling.n):
+            self.scheduler.fail(uid, error)
 
     def _send(self, replies: Replies) -> None:
         if not replies:

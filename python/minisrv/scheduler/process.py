@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minisrv.child import Child, Ready, run_child
+from minisrv.hf_tokenizer import load_tokenizer
 from minisrv.model_config import ModelConfig, load_model_config
 from minisrv.scheduler.channel import ZmqChannel
 
@@ -25,7 +26,8 @@ def _serve(child: Child) -> None:
     from minisrv.engine.engine import Engine
     from minisrv.scheduler.build import build_loop
 
-    loop = build_loop(child.config, model_dir, channel, child.progress, run_dir)
+    tokenizer = load_tokenizer(Path(child.boot.tokenizer_dir))
+    loop = build_loop(child.config, model_dir, channel, child.progress, run_dir, tokenizer)
     assert isinstance(loop.engine, Engine)
     facts = {"placement": loop.engine.placement, "memory_plan": loop.engine.describe()}
     child.report(Ready({**facts, **_model_facts(model, loop.scheduler.max_seq_len)}))

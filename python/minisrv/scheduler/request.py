@@ -11,6 +11,7 @@ import numpy.typing as npt
 from minisrv.kvcache.manager import Lease
 from minisrv.messages import Finish, Start
 from minisrv.sampling_params import SamplingParams
+from minisrv.structured_output.matcher import Matcher
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -31,6 +32,7 @@ class Request:
     must be in the cache before the next one can be sampled: the prompt, and after a retraction
     the output so far. `computed` counts the positions computed or in a launched step; `pending`
     the sampled tokens that have not come back; `last_step` is the last step that it was in.
+    `matcher` follows the output; a request with a grammar waits until it has one.
     """
 
     uid: int
@@ -53,6 +55,7 @@ class Request:
     retracted: bool = False
     bypassed: int = 0
     last_step: int = 0
+    matcher: Matcher | None = None
     _ends: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,9 +74,14 @@ class Request:
         return self.computed < len(self.prefill_ids)
 
     @property
+    def compiling(self) -> bool:
+        """Whether it waits for its grammar."""
+        return self.sampling.grammar is not None and self.matcher is None
+
+    @property
     def suppressed_ids(self) -> tuple[int, ...]:
         """Ids that may not be sampled next, since the output is shorter than min_tokens."""
-        if len(self.output_ids) + self.pending >= self.sampling.min_tokens:
+        if len(self.output_ids) + self.pending > self.sampling.min_tokens:
             return ()
         eos = () if self.sampling.ignore_eos else tuple(sorted(self.eos_ids))
         return eos + self.sampling.stop_token_ids
@@ -83,13 +91,28 @@ class Request:
         return np.concatenate([self.prompt_ids, np.asarray(self.output_ids, np.int32)])
 
     def append(self, token_id: int) -> Finish:
-        """Take a sampled token; says whether it ends the request."""
+        """Take a sampled token; says whether it ends the request, ABORT if its grammar fails."""
         output = self.output_ids
         output.append(token_id)
+        if self.matcher is not None:
+            return self._follow(self.matcher, token_id)
         if token_id in self._ends and len(output) > self.sampling.min_tokens:
             is_eos = token_id in self.eos_ids and not self.sampling.ignore_eos
             return Finish.STOP if is_eos else Finish.STOP_TOKEN
         return Finish.LENGTH if len(output) >= self.max_tokens else Finish.NONE
+
+    def _follow(self, matcher: Matcher, token_id: int) -> Finish:
+        """As `append`, for a text with a grammar: the grammar says when end-of-text may come."""
+        matcher.advance(token_id)
+        if matcher.error is not None:
+            return Finish.ABORT
+        if token_id in self.eos_ids:
+            return Finish.STOP
+        if token_id in self._ends and len(self.output_ids) > self.sampling.min_tokens:
+            return Finish.STOP_TOKEN
+        if matcher.ended:
+            return Finish.COMPLETE
+        return Finish.LENGTH if len(self.output_ids) >= self.max_tokens else Finish.NONE
 
     def start(self) -> Start:
         """What the detokenizer and the frontend need to know of this request."""

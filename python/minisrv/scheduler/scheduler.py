@@ -16,6 +16,7 @@ from minisrv.kvcache.manager import KVCacheManager
 from minisrv.messages import Failure, Finish, GenerateMsg, Start
 from minisrv.scheduler.request import Request, Status
 from minisrv.scheduler.waiting_queue import WaitingQueue
+from minisrv.structured_output.matcher import Matcher
 
 MAX_BYPASSES = 64
 
@@ -103,6 +104,11 @@ class Scheduler:
         self._retracted = False
 
     @property
+    def num_compiling(self) -> int:
+        """Requests that wait for their grammar."""
+        return sum(request.compiling for request in self.waiting)
+
+    @property
     def num_open(self) -> int:
         """Requests without their final reply."""
         return len(self._requests)
@@ -140,6 +146,17 @@ class Scheduler:
             if request is not None:
                 self._finish(request, -1, Finish.ABORT)
 
+    def set_matcher(self, uid: int, matcher: Matcher) -> None:
+        """Let a request go on whose grammar is compiled, if it is still there."""
+        if uid in self._requests:
+            self._requests[uid].matcher = matcher
+
+    def fail(self, uid: int, error: MinisrvError) -> None:
+        """End a request, if it is still there, with a failure."""
+        if request := self._requests.get(uid):
+            self._remove(request)
+            self._replies.failures.append(Failure.from_error(uid, error))
+
     def schedule(self) -> Step | None:
         """The next step, or None when nothing can be computed now."""
         step = Step(self._step_id + 1)
@@ -168,7 +185,7 @@ class Scheduler:
                 continue
             finish = request.append(token_id)
             if finish:
-                self._finish(request, token_id, finish)
+                self._end(request, token_id, finish)
             elif not request.started:
                 replies.add(request, token_id, finish)
             else:
@@ -267,6 +284,8 @@ class Scheduler:
             full = not self.cache.rows.num_free or len(passed) >= MAX_BYPASSES
             if full or self._retracted:
                 return
+            if request.compiling:
+                continue
             if request.pending == 0 and self._admit(request, step_id):
                 for older in passed:
                     older.bypassed += 1
@@ -372,14 +391,26 @@ class Scheduler:
         request.retracted = self._retracted = True
         self.num_retractions += 1
 
+    def _end(self, request: Request, token_id: int, finish: Finish) -> None:
+        if finish is not Finish.ABORT:
+            self._finish(request, token_id, finish)
+            return
+        assert request.matcher is not None
+        assert request.matcher.error is not None
+        error = InvalidRequestError(request.matcher.error, code="grammar_too_complex")
+        self.fail(request.uid, error)
+
     def _finish(self, request: Request, token_id: int, finish: Finish) -> None:
+        self._remove(request)
+        self._replies.add(request, token_id, finish)
+
+    def _remove(self, request: Request) -> None:
         if request.status is Status.WAITING:
             self.waiting.remove(request)
         else:
             self._release(request)
         request.status = Status.FINISHED
         del self._requests[request.uid]
-        self._replies.add(request, token_id, finish)
 
     def _release(self, request: Request) -> None:
         assert request.lease is not None

@@ -10,6 +10,8 @@ from minisrv.hf_tokenizer import load_tokenizer
 from minisrv.ipc import Inbox, Outbox
 from minisrv.messages import TOKENIZER_INBOX, AbortMsg, TokenizeMsg, UserReply
 from minisrv.model_config import load_model_config
+from minisrv.structured_output.checker import GrammarChecker
+from minisrv.structured_output.vocabulary import open_vocabulary
 from minisrv.tokenizer.chat_template import ChatTemplate
 from minisrv.tokenizer.worker import TokenizerWorker
 
@@ -37,6 +39,12 @@ def _build_worker(child: Child) -> TokenizerWorker:
     model = load_model_config(child.boot.model_dir, child.config.max_seq_len)
     tokenizer = load_tokenizer(Path(child.boot.tokenizer_dir), child.config.chat_template)
     template = ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens)
+    vocabulary = open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
     return TokenizerWorker(
-        tokenizer, template, model.max_seq_len, model.vocab_size, child.boot.epoch
+        tokenizer,
+        template,
+        model.max_seq_len,
+        model.vocab_size,
+        child.boot.epoch,
+        GrammarChecker(vocabulary),
     )

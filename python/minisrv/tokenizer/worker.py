@@ -19,6 +19,7 @@ from minisrv.messages import (
     UserReply,
     failure_reply,
 )
+from minisrv.structured_output.checker import GrammarChecker
 from minisrv.tokenizer.chat_template import ChatTemplate
 
 logger = logging.getLogger("minisrv.tokenizer")
@@ -40,6 +41,7 @@ class TokenizerWorker:
         max_seq_len: int,
         vocab_size: int,
         epoch: int,
+        grammar_checker: GrammarChecker,
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
@@ -47,6 +49,7 @@ class TokenizerWorker:
         self._max_seq_len = max_seq_len
         self._vocab_size = vocab_size
         self._epoch = epoch
+        self._grammar_checker = grammar_checker
 
     def handle(self, message: TokenizeMsg | AbortMsg) -> list[Outgoing]:
         """What to send on: a UserReply goes to the frontend, all else to the scheduler.
@@ -58,6 +61,8 @@ class TokenizerWorker:
         try:
             prompt_ids, parts = self._prompt(message)
             self._check(prompt_ids, message)
+            if message.sampling.grammar is not None:
+                self._grammar_checker.check(message.sampling.grammar)
             return [
                 GenerateMsg(
                     uid=message.uid,

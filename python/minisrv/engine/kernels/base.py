@@ -83,5 +83,12 @@ class Kernels(Protocol):
         Heads are H of queries, K of keys, K of values. See RotaryEmbedding for the rotation.
         """
 
+    def mask_logits_(self, logits_SV: Tensor, samples_G: Tensor, masks_GW: Tensor) -> None:
+        """Set the logits of samples that their mask does not allow to minus infinity.
+
+        samples_G: int32 indices into S, on the logits' device. masks_GW: int32; bit i of word w
+        allows token 32 w + i; it has at least V bits.
+        """
+
     def argmax(self, logits_SV: Tensor) -> Tensor:
         """The first of the greatest of each row, int64 [S]; the first NaN where there is one."""

@@ -586,6 +586,23 @@ void prefill_attention_of_size(const T* q, long q_stride, const T* keys, const T
                 threads)
 }
 
+// -inf wherever a sample's mask has a zero: bit i of word w is token 32 w + i.
+template <class T>
+void mask_logits(T* logits, const int32_t* samples, const uint32_t* masks, long rows, long words,
+                 long size, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows * size > kParallelWork)
+  for (long row = 0; row < rows; ++row) {
+    T* x = logits + samples[row] * size;
+    for (long first = 0; first < size; first += 32) {
+      const uint32_t mask = masks[row * words + first / 32];
+      if (mask == ~uint32_t(0)) continue;
+      const long count = std::min(size - first, 32l);
+      for (long i = 0; i < count; ++i)
+        if (!(mask >> i & 1)) store(x[first + i], -INFINITY);
+    }
+  }
+}
+
 // The first of the greatest, as index. Of a row with a NaN: the first NaN.
 template <class T>
 void argmax(const T* x, int64_t* out, long rows, long size, int threads) {
@@ -648,6 +665,10 @@ void argmax(const T* x, int64_t* out, long rows, long size, int threads) {
       float scale, int threads) {                                                                 \
     prefill_attention_of_size(q, q_stride, keys, values, pages, start, tokens, out, heads,        \
                               kv_heads, size, page_size, scale, threads);                         \
+  }                                                                                               \
+  extern "C" void mask_logits_##name(T* logits, const int32_t* samples, const uint32_t* masks,    \
+                                     long rows, long words, long size, int threads) {             \
+    mask_logits(logits, samples, masks, rows, words, size, threads);                              \
   }                                                                                               \
   extern "C" void argmax_##name(const T* x, int64_t* out, long rows, long size, int threads) {    \
     argmax(x, out, rows, size, threads);                                                          \

@@ -31,6 +31,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "add_rms_norm": [c_void_p] * 4 + [c_long] * 2 + [c_float],
     "silu_and_mul": [c_void_p] * 2 + [c_long] * 2,
     "norm_rotate_store": [c_void_p] * 8 + [c_long] * 4 + [c_float],
+    "mask_logits": [c_void_p] * 3 + [c_long] * 3,
     "argmax": [c_void_p] * 2 + [c_long] * 2,
     "prefill_attention": (
         [c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_long, c_void_p]
@@ -69,7 +70,8 @@ class CpuKernels:
             function.argtypes, function.restype = [*arguments, c_int], None
             functions.append(function)
         self._add_rms_norm, self._silu_and_mul, self._norm_rotate_store = functions[:3]
-        self._argmax, self._prefill_attention, self._decode_attention = functions[3:]
+        self._mask_logits, self._argmax = functions[3:5]
+        self._prefill_attention, self._decode_attention = functions[5:]
 
     def add_rms_norm_(
         self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
@@ -120,6 +122,15 @@ class CpuKernels:
             0.0 if norm is None else norm.eps,
             self._num_threads,
         )
+
+    def mask_logits_(self, logits_SV: Tensor, samples_G: Tensor, masks_GW: Tensor) -> None:
+        """See Kernels."""
+        assert logits_SV.is_contiguous()
+        assert masks_GW.is_contiguous()
+        num_masks, num_words = masks_GW.shape
+        assert num_words * 32 >= logits_SV.shape[1]
+        pointers = (logits_SV.data_ptr(), samples_G.data_ptr(), masks_GW.data_ptr())
+        self._mask_logits(*pointers, num_masks, num_words, logits_SV.shape[1], self._num_threads)
 
     def argmax(self, logits_SV: Tensor) -> Tensor:
         """See Kernels."""

@@ -15,6 +15,7 @@ from minisrv.engine.kernels.base import (
     RunExperts,
     SampleRows,
 )
+from minisrv.engine.kernels.torch_native import mask_logits_
 from minisrv.engine.kernels.triton_moe import run_experts
 from minisrv.engine.kernels.triton_rotate import norm_rotate_store
 from minisrv.engine.kernels.triton_sample import sample_on_device
@@ -56,6 +57,10 @@ class CudaKernels:
     ) -> None:
         """See Kernels."""
         norm_rotate_store(qkv_TAD, num_heads, norm, rope_rows, cache)
+
+    def mask_logits_(self, logits_SV: Tensor, samples_G: Tensor, masks_GW: Tensor) -> None:
+        """See Kernels."""
+        mask_logits_(logits_SV, samples_G, masks_GW)
 
     def argmax(self, logits_SV: Tensor) -> Tensor:
         """See Kernels."""

@@ -57,6 +57,10 @@ class TorchKernels:
         _store_(cache.keys_NKD, cache.slots_T, k_TKD)
         _store_(cache.values_NKD, cache.slots_T, v_TKD)
 
+    def mask_logits_(self, logits_SV: Tensor, samples_G: Tensor, masks_GW: Tensor) -> None:
+        """See Kernels."""
+        mask_logits_(logits_SV, samples_G, masks_GW)
+
     def argmax(self, logits_SV: Tensor) -> Tensor:
         """See Kernels."""
         return logits_SV.max(-1).indices
@@ -70,3 +74,12 @@ def _store_(cache_NKD: Tensor, slots_T: Tensor, x_TKD: Tensor) -> None:
     stored_TKD = x_TKD.clamp(-limit, limit).to(cache_NKD.dtype)
     # torch has no index_copy_ of FP8.
     cache_NKD.view(torch.uint8).index_copy_(0, slots_T, stored_TKD.view(torch.uint8))
+
+
+def mask_logits_(logits_SV: Tensor, samples_G: Tensor, masks_GW: Tensor) -> None:
+    """See Kernels."""
+    places = torch.arange(32, dtype=torch.int32, device=masks_GW.device)
+    refused = ((masks_GW.unsqueeze(-1) >> places) & 1 == 0).flatten(1)
+    masked = logits_SV.index_select(0, samples_G)
+    masked.masked_fill_(refused[:, : logits_SV.shape[1]], -torch.inf)
+    logits_SV.index_copy_(0, samples_G.long(), masked)

@@ -22,13 +22,16 @@ from minisrv.engine.sampling.uniform import uniforms
 def sample(
     logits_SV: Tensor, columns: SamplingColumns, positions_S: Int64Array, kernels: Kernels
 ) -> Tensor:
-    """Token ids [S], int64, on the device of the logits, whose suppressed entries are overwritten.
+    """Token ids [S], int64, on the device of the logits, whose forbidden entries are overwritten.
 
     positions_S: the position that each new token will have.
     """
+    device = logits_SV.device
+    if columns.grammar is not None:
+        samples_G, masks_GW = columns.grammar.samples, columns.grammar.fill()
+        kernels.mask_logits_(logits_SV, _to(samples_G, device), _to(masks_GW, device))
     if kernels.sample is not None:
         return kernels.sample(logits_SV, columns, positions_S)
-    device = logits_SV.device
     if columns.suppress_ids.size:
         samples, ids = _to(columns.suppress_samples, device), _to(columns.suppress_ids, device)
         logits_SV[samples.long(), ids.long()] = -torch.inf

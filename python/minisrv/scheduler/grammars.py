@@ -1,0 +1,53 @@
+"""Grammars in the scheduler process: who waits for one, and the masks of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from minisrv.engine.forward_batch import Int32Array
+from minisrv.messages import GenerateMsg
+from minisrv.scheduler.request import Request, Status
+from minisrv.scheduler.scheduler import Scheduler
+from minisrv.structured_output.compiler import GrammarCompiler
+from minisrv.structured_output.matcher import Matcher
+
+
+class Grammars:
+    """Gives requests of a scheduler their matchers, at once or when they are compiled."""
+
+    def __init__(self, scheduler: Scheduler, compiler: GrammarCompiler) -> None:
+        self._scheduler = scheduler
+        self._compiler = compiler
+
+    def request(self, message: GenerateMsg) -> None:
+        """Get a matcher for each choice of a request that the scheduler has just got."""
+        assert message.sampling.grammar is not None
+        for uid in range(message.uid, message.uid + message.sampling.n):
+            matcher = self._compiler.request(message.sampling.grammar, uid)
+            if matcher is not None:
+                self._scheduler.set_matcher(uid, matcher)
+
+    def deliver(self) -> None:
+        """Hand over what has been compiled since the last call."""
+        for uid, outcome in self._compiler.take_done():
+            if isinstance(outcome, Matcher):
+                self._scheduler.set_matcher(uid, outcome)
+            else:
+                self._scheduler.fail(uid, outcome)
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until a grammar is compiled, at most `timeout_s`."""
+        self._compiler.wait(timeout_s)
+
+    def masks(self, requests: Sequence[Request]) -> Int32Array:
+        """The tokens that may come next, a row a request; the tokens before are settled."""
+        masks = np.empty((len(requests), self._compiler.num_words), np.int32)
+        for words, request in zip(masks, requests, strict=True):
+            if request.status is Status.FINISHED:  # its token will be dropped
+                words.fill(-1)
+                continue
+            assert request.matcher is not None
+            request.matcher.fill(words, request.suppressed_ids)
+        return masks

@@ -1,0 +1,102 @@
+"""Refuses a grammar that cannot be compiled, with a sentence that says where it is wrong."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+from minisrv.errors import InvalidRequestError, MinisrvError
+from minisrv.sampling_params import Grammar
+from minisrv.structured_output.source import json_source, read_schema, to_source
+from minisrv.structured_output.vocabulary import Vocabulary
+
+_REMEMBERED = 256
+_MAX_PROBES = 200
+_MAX_SHOWN_CHARS = 300
+_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+_OF_SCHEMA = ("items", "additionalProperties", "additionalItems", "unevaluatedProperties", "not")
+_OF_LIST = ("prefixItems", "items", "anyOf", "oneOf", "allOf")
+
+
+class GrammarChecker:
+    """Remembers the last good grammars, so that a repeated one costs nothing.
+
+    vocabulary: or the failure that says why this model has none.
+    """
+
+    def __init__(self, vocabulary: Vocabulary | MinisrvError) -> None:
+        self._vocabulary = vocabulary
+        self._good: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    def check(self, grammar: Grammar) -> None:
+        """Raise InvalidRequestError unless the grammar compiles within the limits."""
+        key = (grammar.kind, grammar.text)
+        if key in self._good:
+            self._good.move_to_end(key)
+            return
+        if isinstance(self._vocabulary, MinisrvError):
+            raise InvalidRequestError(
+                f"{grammar.param} is not supported with this model: {self._vocabulary.message}",
+                param=grammar.param,
+                code="unsupported_parameter",
+            )
+        error = self._vocabulary.find_error(to_source(grammar))
+        if error is not None:
+            raise self._refusal(grammar, self._vocabulary, error)
+        self._good[key] = None
+        if len(self._good) > _REMEMBERED:
+            self._good.popitem(last=False)
+
+    def _refusal(self, grammar: Grammar, vocabulary: Vocabulary, error: str) -> InvalidRequestError:
+        place = ""
+        if grammar.kind == "json_schema":
+            path = "/".join(_locate(read_schema(grammar), error, vocabulary))
+            place = f" at /{path}" if path else ""
+        return InvalidRequestError(
+            f"{grammar.param} cannot be used{place}: {_shortened(error)}", param=grammar.param
+        )
+
+
+def _locate(schema: Any, error: str, vocabulary: Vocabulary) -> list[str]:
+    """The path to the innermost part of a schema that alone gives the same error."""
+    path: list[str] = []
+    probes = 0
+    shared = {
+        name: schema[name]
+        for name in ("$defs", "definitions")
+        if isinstance(schema, dict) and name in schema
+    }
+    parts = _parts(schema)
+    while probes < _MAX_PROBES and (part := next(parts, None)) is not None:
+        probes += 1
+        names, value = part
+        alone = {**shared, **value} if isinstance(value, dict) else value
+        if vocabulary.find_error(json_source(alone)) == error:
+            path += [name.replace("~", "~0").replace("/", "~1") for name in names]
+            parts = _parts(value)
+    return path
+
+
+def _parts(schema: Any) -> Iterator[tuple[tuple[str, str] | tuple[str], Any]]:
+    """The schemas directly inside one, each with the names that lead to it."""
+    if not isinstance(schema, dict):
+        return
+    for name, value in schema.items():
+        if name in _OF_SCHEMAS and isinstance(value, dict):
+            yield from (((name, key), part) for key, part in value.items())
+        elif name in _OF_LIST and isinstance(value, list):
+            yield from (((name, str(i)), part) for i, part in enumerate(value))
+        elif name in _OF_SCHEMA and isinstance(value, dict):
+            yield (name,), value
+
+
+def _shortened(error: str) -> str:
+    """llguidance's words; of a drawing under a pattern only what it says."""
+    drawing = re.search(r"regex parse error:\n(.*)\n( *)\^+\nerror: (.*)", error)
+    if drawing is not None:
+        place = len(drawing[2]) - 4
+        return f"regex, at character {place}: {drawing[3]}"
+    text = " ".join(line.strip() for line in error.splitlines() if line.strip(" ^"))
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."

@@ -1,0 +1,67 @@
+"""Where one text stands in its grammar: which tokens may come next, and whether it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher
+
+Int32Array = npt.NDArray[np.int32]
+
+
+class Matcher:
+    """The state of one text, after all tokens given to `advance`.
+
+    error: set for good once the grammar has become too complex to go on, or a token did not fit.
+    """
+
+    def __init__(self, inner: LLMatcher) -> None:
+        self._inner = inner
+        self.error: str | None = None
+
+    def copy(self) -> Matcher:
+        """One more state, which goes its own way; what has been compiled is shared."""
+        return Matcher(self._inner.deep_copy())
+
+    @property
+    def ended(self) -> bool:
+        """Whether no token but the end of text may come."""
+        return self.error is None and self._inner.is_stopped()
+
+    @property
+    def accepts(self) -> bool:
+        """Whether the text so far may be the whole."""
+        return self.error is None and self._inner.is_accepting()
+
+    def advance(self, token_id: int) -> None:
+        """Take the next token."""
+        if self.error is None and not self._inner.consume_token(token_id):
+            self._fail()
+
+    def fill(self, words: Int32Array, banned: Sequence[int] = ()) -> None:
+        """Write the tokens that may come: bit i of word w allows token 32 * w + i.
+
+        The tokens `banned` may not, unless no other may. After an error all may.
+        """
+        if self.error is None:
+            self._inner.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            if self._inner.is_error():
+                self._fail()
+        if self.error is not None:
+            words.fill(-1)
+        elif banned:
+            _ban(words, banned)
+
+    def _fail(self) -> None:
+        lines = self._inner.get_error().splitlines() or [""]
+        self.error = f"the text cannot go on in its grammar: {lines[0][:200]}"
+
+
+def _ban(words: Int32Array, banned: Sequence[int]) -> None:
+    before = words.copy()
+    for token_id in banned:
+        words[token_id // 32] &= ~np.int32(np.uint32(1 << token_id % 32).view(np.int32))
+    if not words.any():
+        words[:] = before

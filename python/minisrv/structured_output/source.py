@@ -1,0 +1,85 @@
+"""A Grammar in the language of llguidance, the engine of structured output."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from llguidance import LLMatcher
+from llguidance.gbnf_to_lark import any_to_lark
+
+from minisrv.errors import InvalidRequestError
+from minisrv.sampling_params import Grammar
+
+MAX_CHOICES = 10_000
+
+# Between two JSON tokens: nothing, a space, or a new line with its indent. Without a bound a model
+# may go on with blanks to the end of its budget.
+_JSON_OPTIONS: Any = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": r"[ ]|\n[ \t]{0,24}",
+    "coerce_one_of": False,
+    "lenient": False,
+}
+
+
+def to_source(grammar: Grammar) -> str:
+    """What llguidance compiles. Raises InvalidRequestError for what it cannot even read."""
+    match grammar.kind:
+        case "json_schema":
+            return json_source(read_schema(grammar))
+        case "regex":
+            return LLMatcher.grammar_from_regex(grammar.text)
+        case "choice":
+            return LLMatcher.grammar_from_lark(_choice_lark(grammar))
+        case "lark":
+            return LLMatcher.grammar_from_lark(_lark(grammar))
+    raise InvalidRequestError(f"there is no grammar of kind {grammar.kind!r}", param=grammar.param)
+
+
+def read_schema(grammar: Grammar) -> Any:
+    """The schema of a json_schema grammar: an object, true or false. Raises InvalidRequestError."""
+    try:
+        schema = json.loads(grammar.text)
+    except RecursionError:
+        raise InvalidRequestError(
+            f"{grammar.param} is nested too deeply", param=grammar.param
+        ) from None
+    except ValueError as error:
+        raise InvalidRequestError(
+            f"{grammar.param} is not JSON: {error}", param=grammar.param
+        ) from None
+    if not isinstance(schema, dict | bool):
+        raise InvalidRequestError(
+            f"{grammar.param} must be a JSON schema: an object, true or false", param=grammar.param
+        )
+    return schema
+
+
+def json_source(schema: Any) -> str:
+    """The source of a schema; says nothing of whether it is a good one."""
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)
+
+
+def _choice_lark(grammar: Grammar) -> str:
+    try:
+        choices = json.loads(grammar.text)
+    except ValueError:
+        choices = None
+    valid = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
+    if not valid or not 1 <= len(choices) <= MAX_CHOICES:
+        raise InvalidRequestError(
+            f"{grammar.param} must be an array of 1 to {MAX_CHOICES} strings, none of them empty",
+            param=grammar.param,
+        )
+    # A terminal, in capitals, is one automaton; as many rules would cost a parser item each.
+    return "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, dict.fromkeys(choices)))
+
+
+def _lark(grammar: Grammar) -> str:
+    try:
+        return any_to_lark(grammar.text)
+    except Exception as error:  # the converter raises what comes
+        raise InvalidRequestError(
+            f"{grammar.param} is no grammar: {error}", param=grammar.param
+        ) from None
