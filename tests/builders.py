@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llguidance import LLParserLimits
 
+import minisrv
 from hash_engine import HashEngine
+from minisrv.hf_tokenizer import HFTokenizer, load_tokenizer
 from minisrv.kvcache.manager import KVCacheManager
 from minisrv.messages import GenerateMsg
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
+from minisrv.structured_output.compiler import GrammarCompiler
+from minisrv.structured_output.vocabulary import LIMITS, Vocabulary
 
+DEMO_EOS = 2
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -33,6 +40,7 @@ def hash_loop(
     radix_cache: bool = True,
     vocab_size: int = 50,
     eos_ids: Sequence[int] = (),
+    compiler: GrammarCompiler | None = None,
 ) -> SchedulerLoop:
     """The real loop and scheduler on a hash engine, driven by hand with `turn`."""
     max_seq_len = num_pages * page_size
@@ -51,4 +59,13 @@ def hash_loop(
         eos_ids=eos_ids,
         new_seed=lambda: 0,
     )
-    return SchedulerLoop(scheduler, engine, LocalChannel(), depth)
+    return SchedulerLoop(scheduler, engine, LocalChannel(), depth, compiler)
+
+
+def demo_vocabulary(limits: LLParserLimits = LIMITS) -> Vocabulary:
+    """The demo model's 512 tokens; DEMO_EOS ends a text."""
+    return Vocabulary(demo_tokenizer(), 512, [DEMO_EOS], limits)
+
+
+def demo_tokenizer() -> HFTokenizer:
+    return load_tokenizer(Path(minisrv.__file__).parent / "demo_model")

@@ -32,6 +32,12 @@ def next_token(state: int, vocab_size: int) -> int:
     return mix(state) % vocab_size
 
 
+def first_allowed(mask: Int32Array, token: int) -> int:
+    """The first token from `token` on, and round from the end, that the mask allows."""
+    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+    return int(allowed[np.searchsorted(allowed, token) % allowed.size])
+
+
 def expected_output(
     prompt: Sequence[int], count: int, vocab_size: int, stop: Sequence[int] = ()
 ) -> list[int]:
@@ -86,7 +92,9 @@ class HashEngine:
             if row in starts and column * self.page_size >= starts[row]:
                 self._scribble(page)
         tables = [self.page_table[row][:] for row in batch.rows]
-        return (batch, tables) if self.lazy else self._compute(batch, tables)
+        # The forward is on its way; a device would compute while the masks are filled.
+        masks = self._masks(batch)
+        return (batch, tables, masks) if self.lazy else self._compute(batch, tables, masks)
 
     def wait(self, handle: Any) -> ForwardOutput:
         self.waited += 1
@@ -97,7 +105,15 @@ class HashEngine:
         first = page * self.page_size
         self.slots[first : first + self.page_size] = [self._garbage] * self.page_size
 
-    def _compute(self, batch: ForwardBatch, tables: list[list[int]]) -> ForwardOutput:
+    def _masks(self, batch: ForwardBatch) -> dict[int, Int32Array]:
+        grammar = batch.sampling.grammar
+        if grammar is None:
+            return {}
+        return dict(zip(grammar.samples.tolist(), grammar.fill(), strict=True))
+
+    def _compute(
+        self, batch: ForwardBatch, tables: list[list[int]], masks: dict[int, Int32Array]
+    ) -> ForwardOutput:
         before = self.slots[:]
         prompt = iter(batch.prefill_ids.tolist())
         states = []
@@ -119,13 +135,17 @@ class HashEngine:
                 state ^= value
             states.append(state)
         assert next(prompt, None) is None
-        return ForwardOutput(self._sample(batch, states))
+        return ForwardOutput(self._sample(batch, states, masks))
 
     def _slot(self, table: list[int], position: int) -> int:
         return table[position // self.page_size] * self.page_size + position % self.page_size
 
-    def _sample(self, batch: ForwardBatch, states: list[int]) -> Int32Array:
+    def _sample(
+        self, batch: ForwardBatch, states: list[int], masks: dict[int, Int32Array]
+    ) -> Int32Array:
         tokens = [next_token(states[i], self.vocab_size) for i in batch.sample_indices.tolist()]
+        for sample, mask in masks.items():
+            tokens[sample] = first_allowed(mask, tokens[sample])
         for row, token in zip(batch.rows[batch.sample_indices].tolist(), tokens, strict=True):
             self.last_token[row] = token
         return np.array(tokens, np.int32)

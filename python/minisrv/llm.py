@@ -127,8 +127,9 @@ class LLM:
         self.tokenizer = tokenizer
         self._detokenizer = DetokenizerWorker(tokenizer, LocalChannel.epoch)
         self._channel = LocalChannel()
+        vocabulary = open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
         self._loop = build_loop(
-            config, model_dir, self._channel, lambda phase, fraction: None, tokenizer=tokenizer
+            config, model_dir, self._channel, lambda phase, fraction: None, vocabulary=vocabulary
         )
         self._tokenizer = TokenizerWorker(
             tokenizer,
@@ -136,7 +137,7 @@ class LLM:
             self._loop.scheduler.max_seq_len,
             model.vocab_size,
             LocalChannel.epoch,
-            GrammarChecker(open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)),
+            GrammarChecker(vocabulary),
         )
         self._next_uid = 0
         self._closed = False

@@ -18,6 +18,8 @@ from minisrv.messages import (
     encode,
 )
 from minisrv.sampling_params import SamplingParams
+from minisrv.structured_output.checker import GrammarChecker
+from minisrv.structured_output.vocabulary import open_vocabulary
 from minisrv.tokenizer.chat_template import ChatTemplate
 from minisrv.tokenizer.worker import TokenizerWorker
 
@@ -36,6 +38,8 @@ def make_worker(tokenizer: HFTokenizer | None = None, **options: Any) -> Tokeniz
     tokenizer = tokenizer or make_tokenizer()
     template = ChatTemplate({"default": SOURCE}, tokenizer.special_tokens)
     settings = {"max_seq_len": 100, "vocab_size": tokenizer.vocab_size, "epoch": 7, **options}
+    vocabulary = open_vocabulary(tokenizer, tokenizer.vocab_size, [tokenizer.eos_id or 0])
+    settings["grammar_checker"] = GrammarChecker(vocabulary)
     return TokenizerWorker(tokenizer, template, **settings)
 
 

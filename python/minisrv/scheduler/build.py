@@ -12,16 +12,15 @@ import numpy as np
 from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
 from minisrv.errors import MinisrvError
-from minisrv.hf_tokenizer import HFTokenizer
 from minisrv.kvcache.manager import KVCacheManager
 from minisrv.messages import GenerateMsg
-from minisrv.model_config import ModelConfig, load_model_config
+from minisrv.model_config import load_model_config
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.channel import LocalChannel, ZmqChannel
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
 from minisrv.structured_output.compiler import GrammarCompiler
-from minisrv.structured_output.vocabulary import open_vocabulary
+from minisrv.structured_output.vocabulary import Vocabulary
 
 logger = logging.getLogger("minisrv.scheduler")
 
@@ -36,12 +35,12 @@ def build_loop(
     channel: ZmqChannel | LocalChannel,
     progress: Callable[[str, float], None],
     run_dir: Path | None = None,
-    tokenizer: HFTokenizer | None = None,
+    vocabulary: Vocabulary | MinisrvError | None = None,
 ) -> SchedulerLoop:
     """Load the model and make a loop that is ready to turn; `progress` gets (phase, fraction).
 
     run_dir: where tensor-parallel ranks meet, if it shall not be a directory of their own.
-    tokenizer: for structured output; without it there is none.
+    vocabulary: for structured output; without it there is none.
     The context is the model's or --max-seq-len, and no more than the cache holds.
     Raises ConfigError for a checkpoint, an option or a memory that does not do.
     """
@@ -68,20 +67,12 @@ def build_loop(
         eos_ids=model_config.eos_token_ids,
         new_seed=lambda: secrets.randbits(63),
     )
-    compiler = None if tokenizer is None else _compiler(tokenizer, model_config)
+    compiler = GrammarCompiler(vocabulary) if isinstance(vocabulary, Vocabulary) else None
     loop = SchedulerLoop(scheduler, engine, channel, engine.overlap_depth, compiler)
     progress("warm-up", 0.0)
     _warm_up(loop)
     progress("warm-up", 1.0)
     return loop
-
-
-def _compiler(tokenizer: HFTokenizer, model_config: ModelConfig) -> GrammarCompiler | None:
-    vocabulary = open_vocabulary(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
-    if isinstance(vocabulary, MinisrvError):
-        logger.warning("no structured output: %s", vocabulary.message)
-        return None
-    return GrammarCompiler(vocabulary)
 
 
 def _warm_up(loop: SchedulerLoop) -> None:

@@ -9,6 +9,7 @@ from minisrv.child import Child, Ready, run_child
 from minisrv.hf_tokenizer import load_tokenizer
 from minisrv.model_config import ModelConfig, load_model_config
 from minisrv.scheduler.channel import ZmqChannel
+from minisrv.structured_output.vocabulary import open_vocabulary
 
 
 def main() -> None:
@@ -27,7 +28,8 @@ def _serve(child: Child) -> None:
     from minisrv.scheduler.build import build_loop
 
     tokenizer = load_tokenizer(Path(child.boot.tokenizer_dir))
-    loop = build_loop(child.config, model_dir, channel, child.progress, run_dir, tokenizer)
+    vocabulary = open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
+    loop = build_loop(child.config, model_dir, channel, child.progress, run_dir, vocabulary)
     assert isinstance(loop.engine, Engine)
     facts = {"placement": loop.engine.placement, "memory_plan": loop.engine.describe()}
     child.report(Ready({**facts, **_model_facts(model, loop.scheduler.max_seq_len)}))

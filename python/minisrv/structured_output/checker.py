@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from minisrv.errors import InvalidRequestError, MinisrvError
@@ -14,6 +15,7 @@ from minisrv.structured_output.vocabulary import Vocabulary
 
 _REMEMBERED = 256
 _MAX_PROBES = 200
+_MAX_MULTIPLE = 100_000  # compiles in 0.7 s
 _MAX_SHOWN_CHARS = 300
 _OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 _OF_SCHEMA = ("items", "additionalProperties", "additionalItems", "unevaluatedProperties", "not")
@@ -42,6 +44,7 @@ class GrammarChecker:
                 param=grammar.param,
                 code="unsupported_parameter",
             )
+        _check_multiples(grammar)
         error = self._vocabulary.find_error(to_source(grammar))
         if error is not None:
             raise self._refusal(grammar, self._vocabulary, error)
@@ -57,6 +60,23 @@ class GrammarChecker:
         return InvalidRequestError(
             f"{grammar.param} cannot be used{place}: {_shortened(error)}", param=grammar.param
         )
+
+
+def _check_multiples(grammar: Grammar) -> None:
+    """Refuse what llguidance's own limits let pass: it makes a state of each remainder."""
+    text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), grammar.text)
+    for number in re.findall(r'multipleOf"\s*:\s*([0-9.eE+-]+)', text):
+        try:
+            value = Decimal(number)
+        except InvalidOperation:  # not JSON: refused with better words later
+            continue
+        digits = int("".join(map(str, value.as_tuple().digits)))
+        if max(digits, value) > _MAX_MULTIPLE:
+            raise InvalidRequestError(
+                f"{grammar.param} has a multipleOf of {number[:40]}; the limit is {_MAX_MULTIPLE}, "
+                "not counting the point",
+                param=grammar.param,
+            )
 
 
 def _locate(schema: Any, error: str, vocabulary: Vocabulary) -> list[str]:

@@ -27,7 +27,7 @@ def to_source(grammar: Grammar) -> str:
     """What llguidance compiles. Raises InvalidRequestError for what it cannot even read."""
     match grammar.kind:
         case "json_schema":
-            return json_source(read_schema(grammar))
+            return _json_source(grammar)
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
         case "choice":
@@ -35,6 +35,16 @@ def to_source(grammar: Grammar) -> str:
         case "lark":
             return LLMatcher.grammar_from_lark(_lark(grammar))
     raise InvalidRequestError(f"there is no grammar of kind {grammar.kind!r}", param=grammar.param)
+
+
+def _json_source(grammar: Grammar) -> str:
+    schema = read_schema(grammar)
+    try:
+        return json_source(schema)
+    except (RecursionError, ValueError):
+        raise InvalidRequestError(
+            f"{grammar.param} is nested too deeply", param=grammar.param
+        ) from None
 
 
 def read_schema(grammar: Grammar) -> Any:
@@ -57,7 +67,10 @@ def read_schema(grammar: Grammar) -> Any:
 
 
 def json_source(schema: Any) -> str:
-    """The source of a schema; says nothing of whether it is a good one."""
+    """The source of a schema; says nothing of whether it is a good one.
+
+    Raises ValueError for one that is nested too deeply.
+    """
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)
 
 

@@ -10,9 +10,9 @@ from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.hf_tokenizer import HFTokenizer
 from minisrv.structured_output.matcher import Matcher
 
-# llguidance counts its work in these units, so that the same grammar fails on every machine alike:
-# about 0.3 s for the largest grammar, 15 ms for the worst token. States take 1 to 2 kB each.
-LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+# llguidance counts its work in units of its own, so that a grammar passes on all machines or none.
+# States take 1 to 2 kB each. A step of its defaults takes 15 ms at worst.
+LIMITS = LLParserLimits(initial_lexer_fuel=500_000, max_lexer_states=50_000, verbose_errors=False)
 
 
 def open_vocabulary(
