@@ -48,7 +48,7 @@ def _json_source(grammar: Grammar) -> str:
 
 
 def read_schema(grammar: Grammar) -> Any:
-    """The schema of a json_schema grammar: an object, true or false. Raises InvalidRequestError."""
+    """The schema of a json_schema grammar, an object. Raises InvalidRequestError."""
     try:
         schema = json.loads(grammar.text)
     except RecursionError:
@@ -59,9 +59,13 @@ def read_schema(grammar: Grammar) -> Any:
         raise InvalidRequestError(
             f"{grammar.param} is not JSON: {error}", param=grammar.param
         ) from None
-    if not isinstance(schema, dict | bool):
+    if schema is False:
+        raise InvalidRequestError(f"{grammar.param} allows nothing", param=grammar.param)
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
         raise InvalidRequestError(
-            f"{grammar.param} must be a JSON schema: an object, true or false", param=grammar.param
+            f"{grammar.param} must be a JSON schema, an object", param=grammar.param
         )
     return schema
 

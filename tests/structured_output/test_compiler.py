@@ -1,0 +1,80 @@
+"""Grammars compiled on threads: shared, kept within bytes, and each ticket answered once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from builders import demo_vocabulary
+from minisrv.errors import InvalidRequestError, MinisrvError
+from minisrv.sampling_params import Grammar
+from minisrv.structured_output.compiler import GrammarCompiler, Outcome
+from minisrv.structured_output.matcher import Matcher
+
+
+@pytest.fixture
+def compiler() -> Iterator[GrammarCompiler]:
+    made = GrammarCompiler(demo_vocabulary(), max_cache_bytes=3 * 2**18 + 1000)
+    yield made
+    made.close()
+
+
+def outcomes(compiler: GrammarCompiler, count: int) -> dict[int, Outcome]:
+    done: dict[int, Outcome] = {}
+    while len(done) < count:
+        compiler.wait(5)
+        for ticket, outcome in compiler.take_done():
+            assert ticket not in done
+            done[ticket] = outcome
+    assert compiler.take_done() == []
+    return done
+
+
+def test_those_who_wait_for_one_grammar_get_a_state_each_and_later_ones_at_once(
+    compiler: GrammarCompiler,
+) -> None:
+    for ticket in range(3):
+        assert compiler.request(Grammar.regex("a+"), ticket) is None
+    done = outcomes(compiler, 3)
+    assert len({id(matcher) for matcher in done.values()}) == 3
+    assert isinstance(compiler.request(Grammar.regex("a+", "other"), 9), Matcher)
+
+
+def test_the_least_recently_used_goes_when_the_bytes_are_over(compiler: GrammarCompiler) -> None:
+    patterns = ["a", "b", "c"]
+    for ticket, pattern in enumerate(patterns):
+        compiler.request(Grammar.regex(pattern), ticket)
+        outcomes_of = outcomes(compiler, 1)
+        assert isinstance(outcomes_of[ticket], Matcher)
+    assert compiler.request(Grammar.regex("a"), 7) is not None  # used again
+    compiler.request(Grammar.regex("d"), 8)
+    outcomes(compiler, 1)
+    assert compiler.cache_bytes <= 3 * 2**18 + 1000
+    assert compiler.request(Grammar.regex("b"), 9) is None
+    assert compiler.request(Grammar.regex("a"), 10) is not None
+
+
+def test_a_grammar_that_cannot_be_compiled_fails_all_who_wait(compiler: GrammarCompiler) -> None:
+    for ticket in range(2):
+        compiler.request(Grammar.json_schema({"type": "foo"}, "response_format"), ticket)
+    for outcome in outcomes(compiler, 2).values():
+        assert isinstance(outcome, InvalidRequestError)
+        assert outcome.param == "response_format"
+
+
+def test_one_that_takes_too_long_fails_while_it_is_compiled() -> None:
+    now = [0.0]
+    compiler = GrammarCompiler(demo_vocabulary(), timeout_s=20, clock=lambda: now[0])
+    slow = Grammar.json_schema({"type": "integer", "multipleOf": 99_991})
+    compiler.request(slow, 1)
+    assert compiler.take_done() == []
+    now[0] = 21
+    ((ticket, outcome),) = compiler.take_done()
+    assert ticket == 1
+    assert isinstance(outcome, MinisrvError)
+    assert "20 s" in outcome.message
+    while compiler.request(slow, 2) is None:  # and is kept once it is there
+        compiler.wait(5)
+        compiler.take_done()
+    compiler.close()
