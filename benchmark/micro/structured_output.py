@@ -1,0 +1,91 @@
+"""What a grammar costs a token: python benchmark/micro/structured_output.py [--results FILE].
+
+The same requests with and without a JSON schema, on the model of `benchmark/model.py`, all at once,
+the two kinds of run in turn. The schema is an endless array of objects, so that both generate the
+same number of tokens; the masks are those of names, strings and numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from minisrv import LLM, Grammar, SamplingParams
+from model import make_model
+
+SCHEMA = {
+    "type": "array",
+    "minItems": 10_000,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 20},
+            "score": {"type": "number"},
+            "tags": {"type": "array", "items": {"type": "string", "maxLength": 8}, "maxItems": 3},
+        },
+        "required": ["name", "score", "tags"],
+        "additionalProperties": False,
+    },
+}
+TARGET = 0.10
+
+
+def run(llm: LLM, batch: int, tokens: int, grammar: Grammar | None) -> float:
+    """Milliseconds a step of `batch` tokens."""
+    params = SamplingParams(
+        temperature=1.0, seed=1, max_tokens=tokens, ignore_eos=True, grammar=grammar
+    )
+    prompts = [[i, *range(1, 32)] for i in range(batch)]
+    start = time.perf_counter()
+    outputs = llm.generate_outputs(prompts, params, use_tqdm=False)
+    elapsed = time.perf_counter() - start
+    assert all(len(output.outputs[0].token_ids) == tokens for output in outputs)
+    return elapsed / tokens * 1e3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--results", type=Path)
+    args = parser.parse_args()
+    grammar = Grammar.json_schema(SCHEMA)
+    times: dict[str, list[float]] = {"free": [], "constrained": []}
+    with tempfile.TemporaryDirectory() as folder, LLM(make_model(Path(folder) / "tiny")) as llm:
+        for kind in ("free", "constrained"):
+            run(llm, args.batch, 20, grammar if kind == "constrained" else None)
+        for _ in range(args.runs):
+            times["free"].append(run(llm, args.batch, args.tokens, None))
+            times["constrained"].append(run(llm, args.batch, args.tokens, grammar))
+    free, held = (statistics.median(times[kind]) for kind in ("free", "constrained"))
+    overhead = statistics.median(
+        b / a - 1 for a, b in zip(times["free"], times["constrained"], strict=True)
+    )
+    table = (
+        "| batch | free, ms a step | with a schema, ms a step | more, median of pairs | target |\n"
+        "|---|---|---|---|---|\n"
+        f"| {args.batch} | {free:.2f} | {held:.2f} | {overhead:.1%} | {TARGET:.0%} |"
+    )
+    print(table)
+    if args.results:
+        args.results.write_text(
+            f"# What a grammar costs a token, {date.today()}\n\n"
+            f"`python benchmark/micro/structured_output.py`: medians of {args.runs} runs of "
+            f"{args.tokens} tokens each. {platform.machine()}, Python {platform.python_version()}, "
+            f"torch {version('torch')}, llguidance {version('llguidance')}.\n\n{table}\n"
+        )
+    return 0 if overhead < TARGET else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
