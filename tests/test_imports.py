@@ -33,11 +33,15 @@ LIGHT = [
     "minisrv.asgi",
     "minisrv.plan",
     "minisrv.scheduler.scheduler",
+    "minisrv.structured_output.compiler",
+    "minisrv.structured_output.checker",
 ]
 PURE = [
     "scheduler/scheduler.py",
     "scheduler/waiting_queue.py",
     "scheduler/request.py",
+    "scheduler/step.py",
+    "structured_output/matcher.py",
     "kvcache/page_pool.py",
     "kvcache/radix_tree.py",
     "kvcache/manager.py",

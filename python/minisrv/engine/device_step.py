@@ -23,6 +23,7 @@ from torch import Tensor
 from minisrv.engine.attention.base import LayerAttention
 from minisrv.engine.cuda_graph import Recorder, Replay
 from minisrv.engine.forward_batch import ForwardBatch, SamplingColumns
+from minisrv.engine.kernels.torch_native import mask_logits_
 from minisrv.engine.layers.decoder import Decoder
 from minisrv.engine.parallel.communicator import Communicator
 from minisrv.engine.sampling.device_columns import DeviceColumns
@@ -163,7 +164,10 @@ class DeviceStep:
         return self._model.logits(x_TC, tensors.words["sample_tokens"][:num_samples])
 
     def _mask(self, columns: SamplingColumns, logits_SV: Tensor, step: SentStep) -> None:
-        """Suppress here what was too much for the words."""
+        """Forbid here what grammars do not allow, and what was too much for the words."""
+        if columns.grammar is not None:
+            samples_G = self._copied(columns.grammar.samples)
+            mask_logits_(logits_SV, samples_G, self._copied(columns.grammar.fill()))
         if step.suppressed_beyond:
             samples, ids = (
                 self._copied(array) for array in (columns.suppress_samples, columns.suppress_ids)

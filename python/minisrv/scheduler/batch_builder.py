@@ -14,7 +14,7 @@ from minisrv.engine.forward_batch import (
     SamplingColumns,
 )
 from minisrv.scheduler.request import Request
-from minisrv.scheduler.scheduler import Step
+from minisrv.scheduler.step import Step
 
 FillMasks = Callable[[list[Request]], Int32Array]
 

@@ -15,7 +15,8 @@ from minisrv.scheduler.batch_builder import BatchBuilder
 from minisrv.scheduler.channel import LocalChannel, ZmqChannel
 from minisrv.scheduler.grammars import Grammars
 from minisrv.scheduler.request import Request
-from minisrv.scheduler.scheduler import Replies, Scheduler, Step
+from minisrv.scheduler.scheduler import Replies, Scheduler
+from minisrv.scheduler.step import Step
 from minisrv.structured_output.compiler import GrammarCompiler
 
 COMPILE_POLL_S = 0.005

@@ -15,39 +15,11 @@ from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.kvcache.manager import KVCacheManager
 from minisrv.messages import Failure, Finish, GenerateMsg, Start
 from minisrv.scheduler.request import Request, Status
+from minisrv.scheduler.step import Chunk, Step
 from minisrv.scheduler.waiting_queue import WaitingQueue
 from minisrv.structured_output.matcher import Matcher
 
 MAX_BYPASSES = 64
-
-
-@dataclass(slots=True)
-class Chunk:
-    """The tokens start .. start + length of a request, computed in one step."""
-
-    request: Request
-    start: int
-    length: int
-
-
-@dataclass(slots=True)
-class Step:
-    """Decodes of one token first, each the position before its request's `computed`, then chunks.
-
-    All decodes get a token, and the chunks that end their prompt: `sampling_prefills` are indices
-    into `prefills`.
-    """
-
-    step_id: int
-    decodes: list[Request] = field(default_factory=list)
-    prefills: list[Chunk] = field(default_factory=list)
-    sampling_prefills: list[int] = field(default_factory=list)
-    page_writes: dict[tuple[int, int], int] = field(default_factory=dict)
-
-    @property
-    def samples(self) -> list[Request]:
-        """The requests that get a token, in order."""
-        return self.decodes + [self.prefills[i].request for i in self.sampling_prefills]
 
 
 @dataclass(slots=True)

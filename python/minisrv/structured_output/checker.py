@@ -71,7 +71,7 @@ def _check_multiples(grammar: Grammar) -> None:
         except InvalidOperation:  # not JSON: refused with better words later
             continue
         digits = int("".join(map(str, value.as_tuple().digits)))
-        if max(digits, value) > _MAX_MULTIPLE:
+        if digits > _MAX_MULTIPLE or value > _MAX_MULTIPLE:
             raise InvalidRequestError(
                 f"{grammar.param} has a multipleOf of {number[:40]}; the limit is {_MAX_MULTIPLE}, "
                 "not counting the point",
