@@ -586,19 +586,26 @@ void prefill_attention_of_size(const T* q, long q_stride, const T* keys, const T
                 threads)
 }
 
+// What the compiler can put into vectors: floats, or the bits of bf16.
+inline float* plain(float* x) { return x; }
+inline uint16_t* plain(bf16* x) { return &x->bits; }
+
 // -inf wherever a sample's mask has a zero: bit i of word w is token 32 w + i.
 template <class T>
 void mask_logits(T* logits, const int32_t* samples, const uint32_t* masks, long rows, long words,
                  long size, int threads) {
+  T minus_infinity;
+  store(minus_infinity, -INFINITY);
+  const auto refused = *plain(&minus_infinity);
 #pragma omp parallel for num_threads(threads) if (rows * size > kParallelWork)
   for (long row = 0; row < rows; ++row) {
-    T* x = logits + samples[row] * size;
+    auto* x = plain(logits + samples[row] * size);
     for (long first = 0; first < size; first += 32) {
       const uint32_t mask = masks[row * words + first / 32];
       if (mask == ~uint32_t(0)) continue;
       const long count = std::min(size - first, 32l);
-      for (long i = 0; i < count; ++i)
-        if (!(mask >> i & 1)) store(x[first + i], -INFINITY);
+#pragma omp simd
+      for (long i = 0; i < count; ++i) x[first + i] = mask >> i & 1 ? x[first + i] : refused;
     }
   }
 }
