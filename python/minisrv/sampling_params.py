@@ -26,6 +26,7 @@ class SamplingParams:
     n: how many choices. max_tokens: output tokens; `None` is the rest of the context.
     min_tokens: no end-of-text and no stop token before so many output tokens.
     stop: the text ends before the first of these strings. stop_token_ids: it ends at these tokens.
+    return_token_ids: over HTTP, give the output's token ids beside the text.
 
     Raises InvalidRequestError for a value out of range.
     """
@@ -42,6 +43,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    return_token_ids: bool = False
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids"):

@@ -55,6 +55,8 @@ def start_of(uid: int, prompt_tokens: int = 7, cached_tokens: int = 3) -> Start:
         min_tokens=0,
         stop=(),
         skip_special_tokens=True,
+        queue_s=0.002,
+        prefill_s=0.03,
     )
 
 

@@ -10,7 +10,15 @@ from types import TracebackType
 from minisrv.errors import EngineDeadError
 from minisrv.frontend.request_registry import RequestRegistry
 from minisrv.ipc import AsyncInbox, Outbox
-from minisrv.messages import FRONTEND_INBOX, AbortMsg, TokenizeMsg, UserReply
+from minisrv.messages import (
+    FRONTEND_INBOX,
+    AbortMsg,
+    AnswerMsg,
+    Query,
+    StatsMsg,
+    TokenizeMsg,
+    UserReply,
+)
 
 logger = logging.getLogger("minisrv.frontend")
 
@@ -42,15 +50,15 @@ class EngineClient:
         for outbox in self._outboxes:
             outbox.close()
 
-    def _send(self, tokenizer_index: int, message: TokenizeMsg | AbortMsg) -> None:
+    def _send(self, tokenizer_index: int, message: TokenizeMsg | AbortMsg | Query) -> None:
         self._outboxes[tokenizer_index].send(message)
 
     async def _receive(self) -> None:
         try:
             while True:
-                reply = await self._inbox.receive()
-                assert isinstance(reply, UserReply)
-                self._registry.deliver(reply)
+                message = await self._inbox.receive()
+                assert isinstance(message, UserReply | AnswerMsg | StatsMsg)
+                self._registry.receive(message)
         except Exception as error:
             logger.exception("replies cannot be read")
             self._registry.fail_all(EngineDeadError(f"replies cannot be read: {error}"))

@@ -28,6 +28,7 @@ _SAMPLING_FIELDS = (
     "stop_token_ids",
     "ignore_eos",
     "skip_special_tokens",
+    "return_token_ids",
 )
 
 

@@ -53,6 +53,8 @@ async def _serve(child: Child) -> None:
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=LAST_WORDS_S,
+            ssl_certfile=child.config.ssl_certfile,
+            ssl_keyfile=child.config.ssl_keyfile,
         )
     )
     loop = asyncio.get_running_loop()
@@ -80,4 +82,5 @@ def _model_info(config: ServerConfig, facts: dict[str, Any]) -> ModelInfo:
         vocab_size=facts["vocab_size"],
         defaults=SamplingParams(**facts["sampling_defaults"]),
         chat_format=ChatFormat.from_dict(facts["chat_format"]),
+        facts=facts,
     )

@@ -31,6 +31,7 @@ class Request:
     must be in the cache before the next one can be sampled: the prompt, and after a retraction
     the output so far. `computed` counts the positions computed or in a launched step; `pending`
     the sampled tokens that have not come back; `last_step` is the last step that it was in.
+    `arrived_at`, `admitted_at` (the first time) and `retracted_at` are on the scheduler's clock.
     """
 
     uid: int
@@ -53,6 +54,9 @@ class Request:
     retracted: bool = False
     bypassed: int = 0
     last_step: int = 0
+    arrived_at: float = 0.0
+    admitted_at: float | None = None
+    retracted_at: float = 0.0
     _ends: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,9 +95,10 @@ class Request:
             return Finish.STOP if is_eos else Finish.STOP_TOKEN
         return Finish.LENGTH if len(output) >= self.max_tokens else Finish.NONE
 
-    def start(self) -> Start:
+    def start(self, now: float) -> Start:
         """What the detokenizer and the frontend need to know of this request."""
         self.started = True
+        admitted_at = now if self.admitted_at is None else self.admitted_at
         return Start(
             uid=self.uid,
             prompt_tokens=len(self.prompt_ids),
@@ -102,4 +107,7 @@ class Request:
             stop=self.sampling.stop,
             skip_special_tokens=self.sampling.skip_special_tokens,
             parts=self.parts,
+            return_token_ids=self.sampling.return_token_ids,
+            queue_s=admitted_at - self.arrived_at,
+            prefill_s=now - admitted_at,
         )
