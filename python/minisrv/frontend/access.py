@@ -106,11 +106,11 @@ def _digest(key: str) -> bytes:
 
 
 def _sent_keys(headers: Headers) -> list[str]:
-    """The keys in a request's headers; one that is not in the form of its header counts too."""
+    """The keys in a request's headers; a header of another form counts as a key that nobody has."""
     keys = headers.getlist("x-api-key")
     for value in headers.getlist("authorization"):
         scheme, _, key = value.partition(" ")
-        keys.append(key.strip() if scheme.lower() == _SCHEME else value)
+        keys.append(key.strip() if scheme.lower() == _SCHEME else "")
     return keys
 
 
