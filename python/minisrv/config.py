@@ -128,7 +128,8 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "api_key", tuple(self.api_key))
+        keys = (self.api_key,) if isinstance(self.api_key, str) else tuple(self.api_key)
+        object.__setattr__(self, "api_key", keys)
         for f in fields(self):
             _check_choice(f.name, getattr(self, f.name))
         for name, low in _AT_LEAST.items():

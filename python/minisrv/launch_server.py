@@ -46,6 +46,7 @@ def serve(config: ServerConfig) -> None:
     """
     log.setup("supervisor", config.log_level, config.log_format)
     check_certificate(config)
+    check_keys(config)
     listener = listen(config.host, config.port)
     console = Console(config, listener.getsockname()[1])
     # Imported late, so that --help and a taken port are answered at once.
@@ -80,7 +81,15 @@ def check_certificate(config: ServerConfig) -> None:
         context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")
     except OSError as error:
         files = " and ".join(filter(None, (config.ssl_certfile, config.ssl_keyfile)))
-        raise ConfigError(f"the certificate in {files} cannot be used: {error}") from error
+        raise ConfigError(f"the certificate in {files} cannot be used: {error.strerror}") from error
+
+
+def check_keys(config: ServerConfig) -> None:
+    """Raises ConfigError for a key that cannot be used; the frontend would find out only later."""
+    if config.api_key or config.api_key_file or config.admin_key is not None:
+        from minisrv.frontend.access import Keys
+
+        Keys.of(config)
 
 
 @contextlib.contextmanager
