@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from scripted_backend import TEXT
 
 from minisrv import log
+from minisrv.frontend.status_line import StatusLine
 from minisrv.messages import Histogram, StatsMsg
 from minisrv.metrics import SECONDS, TOKENS, HistogramCounter
 
@@ -263,6 +264,23 @@ def test_json_logs_have_the_figures_as_keys(capsys: pytest.CaptureFixture[str]) 
     assert first.items() >= {"event": "POST /x", "status": 200, "stream": True}.items()
     assert first.items() >= {"process": "test", "level": "info"}.items()
     assert second["event"] == 'a "quoted" line\n'
+
+
+def test_the_status_line_tells_of_work_and_is_silent_without(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "minisrv")
+    line = StatusLine()
+    line.take(stats(), 0.0)
+    line.take(stats(steps=10), 9.0)
+    assert not caplog.messages
+    line.take(stats(steps=12, output_tokens=170, prompt_tokens=120, cached_tokens=50), 10.0)
+    assert caplog.messages == [
+        "status running=3 waiting=2 kv_use=0.25 prompt_tokens_per_s=2.0 output_tokens_per_s=10.0 "
+        "cache_hits=0.5 retractions=0"
+    ]
+    line.take(stats(steps=12, waiting=0), 30.0)
+    assert len(caplog.messages) == 1
 
 
 def test_histogram_buckets_hold_values_up_to_their_bound() -> None:
