@@ -8,16 +8,14 @@ import re
 import threading
 from typing import Any
 
-import numpy as np
 import pytest
 from http_server import MODEL, HttpServer, serve
 from prometheus_client.parser import text_string_to_metric_families
-from scripted_backend import TEXT
+from scripted_backend import TEXT, stats
 
 from minisrv import log
 from minisrv.frontend.status_line import StatusLine
-from minisrv.messages import Histogram, StatsMsg
-from minisrv.metrics import SECONDS, TOKENS, HistogramCounter
+from minisrv.metrics import HistogramCounter
 
 
 def metrics_of(server: HttpServer) -> dict[str, Any]:
@@ -30,19 +28,6 @@ def metrics_of(server: HttpServer) -> dict[str, Any]:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
-
-
-def stats(**fields: Any) -> StatsMsg:
-    counts = {"running": 3, "waiting": 2, "pages_used": 5, "num_pages": 20, "page_size": 16}
-    counts |= {"prompt_tokens": 100, "cached_tokens": 40, "output_tokens": 70}
-    counts |= {"retractions": 1, "steps": 9, **fields}
-    inter_token = HistogramCounter(SECONDS)
-    inter_token.add(0.004, 50)
-    return StatsMsg(
-        **counts,
-        inter_token=inter_token.message(),
-        step_tokens=Histogram(counts=np.zeros(len(TOKENS) + 1, np.int64), total=0.0),
-    )
 
 
 def test_timings_are_told_on_request_whole_and_streamed(server: HttpServer) -> None:

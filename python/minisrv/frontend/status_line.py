@@ -13,7 +13,7 @@ PERIOD_S = 10.0
 
 
 class StatusLine:
-    """Compares the scheduler's figures with those of the last line; silent while nothing is done."""
+    """Compares figures with those of its last line; silent while nothing is done."""
 
     def __init__(self) -> None:
         self._last: StatsMsg | None = None
