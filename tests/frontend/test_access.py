@@ -12,10 +12,11 @@ from typing import Any
 import openai
 import pytest
 from http_server import HttpServer, serve
+from starlette.datastructures import Headers
 
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError
-from minisrv.frontend.access import Keys
+from minisrv.frontend.access import Access, Keys
 
 USER, OTHER, ADMIN = "user-key", "other-key", "admin-key"
 ADMIN_ROUTES = [
@@ -250,6 +251,20 @@ def test_which_keys_are_set_says_what_is_open(
         assert server.http.get("/v1/models").status_code == without
         assert server.http.get("/v1/models", headers=bearer("none")).status_code == with_wrong
         assert server.http.get("/server_info").status_code == admin
+
+
+def test_a_page_in_a_browser_is_no_administrator() -> None:
+    with serve() as server:
+        for origin in ("http://page.example", "null", ""):
+            response = server.http.post("/flush_cache", headers={"Origin": origin})
+            assert response.status_code == 403
+        assert server.http.get("/v1/models", headers={"Origin": "null"}).status_code == 200
+
+
+def test_under_another_server_the_admin_routes_are_closed_without_a_key() -> None:
+    open_keys = Keys.of(ServerConfig(), host_is_ours=False)
+    assert open_keys.access(Headers()) is Access.USER
+    assert Keys.of(ServerConfig()).access(Headers()) is Access.ADMIN
 
 
 def test_without_an_admin_key_a_users_key_opens_no_admin_route() -> None:

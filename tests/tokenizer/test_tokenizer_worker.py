@@ -226,6 +226,10 @@ def test_a_text_that_no_context_can_hold_is_refused_before_it_is_encoded(fields:
     assert (failure.status, failure.code) == (400, "context_length_exceeded")
     assert failure.message.startswith("This model's maximum context length is 100 tokens.")
     assert failure.param == fields
+    query = EncodeMsg(query=1, prompt=text, add_special_tokens=True)
+    refused = answer(make_worker(), query).failure
+    assert refused is not None
+    assert refused.code == "context_length_exceeded"
 
 
 def test_no_text_that_fits_is_refused_for_its_characters() -> None:

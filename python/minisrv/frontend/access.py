@@ -47,19 +47,24 @@ class Keys:
         self._without_key = Access.ADMIN if not self._levels and loopback else self._open
 
     @classmethod
-    def of(cls, config: ServerConfig) -> Keys:
-        """Raises ConfigError for a key that is empty or cannot be in a header."""
+    def of(cls, config: ServerConfig, *, host_is_ours: bool = True) -> Keys:
+        """Raises ConfigError for a key that is empty or cannot be in a header.
+
+        host_is_ours: it is us who listen, and so on `config.host`.
+        """
         user_keys = [*config.api_key, *_read_key_file(config.api_key_file)]
         for key in [*user_keys, *([] if config.admin_key is None else [config.admin_key])]:
             if not key.isascii() or not key.isprintable() or not key or " " in key:
                 raise ConfigError("a key is empty or has other than printable ASCII characters")
-        return cls(user_keys, config.admin_key, loopback=_is_loopback(config.host))
+        loopback = host_is_ours and _is_loopback(config.host)
+        return cls(user_keys, config.admin_key, loopback=loopback)
 
     def access(self, headers: Headers) -> Access:
         """What the request's key opens; of two keys in one request, neither counts."""
         sent = _sent_keys(headers)
         if not sent or not self._levels:
-            return self._without_key
+            # Any page in a browser can have it send requests to this machine: no administrator.
+            return self._open if "origin" in headers else self._without_key
         digest = _digest(sent[0])
         found = [level for known, level in self._levels if hmac.compare_digest(known, digest)]
         return max(found) if found and len(sent) == 1 else self._open

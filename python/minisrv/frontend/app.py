@@ -48,12 +48,15 @@ VERSION = version("minisrv")
 Reader = Callable[[dict[str, Any], ModelInfo], Generation]
 
 
-def create_app(config: ServerConfig, registry: RequestRegistry) -> FastAPI:
+def create_app(
+    config: ServerConfig, registry: RequestRegistry, *, host_is_ours: bool = True
+) -> FastAPI:
     """The application over `registry`. It answers from the first moment: /ready tells the state.
 
+    host_is_ours: false for an application that somebody else's server listens for.
     Raises ConfigError for keys that cannot be used.
     """
-    keys = Keys.of(config)
+    keys = Keys.of(config, host_is_ours=host_is_ours)
     app = FastAPIOffline(
         title="minisrv",
         version=VERSION,

@@ -121,7 +121,8 @@ class TokenizerWorker:
                     message.template_kwargs,
                     add_generation_prompt=message.add_generation_prompt,
                 )
-            ids = self._tokenizer.encode(text, message.add_special_tokens)
+            param = "prompt" if message.messages is None else "messages"
+            ids = self._encode(text, message.add_special_tokens, param)
             return {"text": text, "ids": ids, "tokens": [self._tokenizer.token(id) for id in ids]}
         if isinstance(message, DecodeMsg):
             ids = message.token_ids.tolist()
