@@ -11,6 +11,7 @@ from scripted_backend import stats
 
 from minisrv import sampling_params
 from minisrv.frontend.http_body import MAX_DEPTH
+from minisrv.frontend.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS
 from minisrv.frontend.native import SAMPLING_FIELDS
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "api.md").read_text()
@@ -60,6 +61,8 @@ def test_the_page_has_the_limits_of_the_code() -> None:
         f"{sampling_params.MAX_STOP_STRINGS} strings of {sampling_params.MAX_STOP_CHARS} characters"
     )
     assert limits["`stop_token_ids`"] == str(sampling_params.MAX_STOP_TOKEN_IDS)
+    head = limits["line and headers of a request"]
+    assert head == f"{MAX_HEAD_BYTES // 1024} KiB, {MAX_HEADERS} headers"
     assert limits["nesting of a body"] == f"{MAX_DEPTH} levels"
 
 

@@ -18,6 +18,7 @@ from minisrv.config import ServerConfig
 from minisrv.errors import EngineDeadError, NotReadyError
 from minisrv.frontend.app import create_app
 from minisrv.frontend.engine_client import EngineClient
+from minisrv.frontend.http_protocol import HttpProtocol
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.request_registry import RequestRegistry
 from minisrv.sampling_params import SamplingParams
@@ -49,6 +50,7 @@ async def _serve(child: Child) -> None:
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(child.config, registry),
+            http=HttpProtocol,
             lifespan="off",
             log_config=None,
             access_log=False,
