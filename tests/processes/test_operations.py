@@ -27,6 +27,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     arguments = ("--model", "demo", "--num-threads", "1", "--kv-memory", "16MiB")
     tmp_dir = tmp_path_factory.mktemp("s") / "t"
     with running(*arguments, tmp_dir=tmp_dir, hash_engine=False) as server:
+        with httpx.Client(base_url=server.url) as client:
+            tokens = "minisrv:generation_tokens_total"
+            wait_until(lambda: tokens in metrics_of(client))
+            assert metrics_of(client)[tokens] == 0, "the warm-up counts"
         yield server
 
 

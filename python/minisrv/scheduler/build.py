@@ -18,6 +18,7 @@ from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.channel import LocalChannel, ZmqChannel
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
+from minisrv.scheduler.stats import LoopStats
 
 logger = logging.getLogger("minisrv.scheduler")
 
@@ -80,3 +81,4 @@ def _warm_up(loop: SchedulerLoop) -> None:
         loop.advance()
     loop.scheduler.take_replies()
     loop.scheduler.cache.evict(loop.scheduler.cache.pages.size)
+    loop.stats = LoopStats()
