@@ -100,6 +100,7 @@ class EncodeMsg:
     prompt: str | None = None
     messages: tuple[dict[str, Any], ...] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] | None = None
     add_special_tokens: bool
     add_generation_prompt: bool = True
     epoch: int = 0

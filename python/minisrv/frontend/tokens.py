@@ -18,13 +18,15 @@ from minisrv.frontend.request_registry import RequestRegistry
 from minisrv.frontend.schema import BOOLEAN, INTEGERS, STRING
 from minisrv.messages import DecodeMsg, DescribeMsg, EncodeMsg
 
-_CHAT_NAMES = ("model", "messages", "chat_template_kwargs")
+_CHAT_NAMES = (
+    *("model", "messages", "chat_template_kwargs", "tools", "tool_choice"),
+    *("reasoning_effort", "enable_thinking"),
+)
 _GENERATION_PROMPT = honoured(BOOLEAN, "End with the assistant's turn begun. Default: true.")
 
 TEMPLATE_FIELDS: dict[str, Field] = {
     **{name: CHAT_FIELDS[name] for name in _CHAT_NAMES},
     "add_generation_prompt": _GENERATION_PROMPT,
-    "tools": CHAT_FIELDS["tools"],
 }
 TOKENIZE_FIELDS: dict[str, Field] = {
     "prompt": honoured(STRING, "Text; or send messages."),
@@ -107,6 +109,7 @@ def _read_encoding(fields: dict[str, Any], registry: RequestRegistry) -> dict[st
     return {
         "messages": generation.messages,
         "template_kwargs": generation.template_kwargs,
+        "tools": generation.tools,
         "add_special_tokens": fields.get("add_special_tokens", False),
         "add_generation_prompt": fields.get("add_generation_prompt", True),
     }

@@ -119,6 +119,7 @@ class TokenizerWorker:
                 text = self._template.render(
                     message.messages,
                     message.template_kwargs,
+                    message.tools,
                     add_generation_prompt=message.add_generation_prompt,
                 )
             param = "prompt" if message.messages is None else "messages"
