@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import ssl
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,8 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from server_process import ServerProcess, open_requests, running, wait_until
+from server_process import ServerProcess, environment, open_requests, running, wait_until
 from transformers import AutoTokenizer
-
-from minisrv.launch_server import main
 
 DEMO = Path(__file__).parent.parent.parent / "python" / "minisrv" / "demo_model"
 CHAT = [{"role": "user", "content": "What is 17 + 25?"}]
@@ -76,6 +75,17 @@ def test_the_rendered_prompt_agrees_with_transformers(http: httpx.Client, oracle
     usage = http.post("/v1/chat/completions", json={"messages": CHAT, "max_tokens": 1}).json()
     rendered = http.post("/apply_template", json={"messages": CHAT}).json()
     assert usage["usage"]["prompt_tokens"] == rendered["count"]
+
+
+def test_tools_are_refused_where_a_chat_refuses_them(http: httpx.Client) -> None:
+    """The demo model's template knows none."""
+    function = {"name": "add", "description": "Add.", "parameters": {"type": "object"}}
+    body = {"messages": CHAT, "tools": [{"type": "function", "function": function}]}
+    chat = http.post("/v1/chat/completions", json={**body, "max_tokens": 1})
+    assert chat.status_code == 400
+    for path in ("/apply_template", "/tokenize"):
+        response = http.post(path, json=body)
+        assert (response.status_code, response.json()) == (400, chat.json())
 
 
 def test_special_tokens_come_back_unless_they_are_skipped(http: httpx.Client, oracle: Any) -> None:
@@ -263,11 +273,9 @@ def test_https_with_keys_and_json_logs(model_dir: Path, socket_dir: Path, tmp_pa
     ],
 )
 def test_what_would_leave_the_server_open_stops_the_start(
-    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], sentence: str
 ) -> None:
-    try:
-        status = main(["--model", "demo", "--port", "0", *arguments])
-    except SystemExit as ended:
-        status = ended.code
-    assert status == 2
-    assert sentence in capsys.readouterr().err
+    command = [sys.executable, "-m", "minisrv.launch_server", "--port", "0", *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert sentence in done.stderr

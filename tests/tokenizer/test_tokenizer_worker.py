@@ -206,6 +206,20 @@ def test_messages_are_rendered_on_request_with_or_without_the_assistants_turn() 
     assert (refused.failure.status, refused.failure.param) == (400, "messages")
 
 
+def test_tools_reach_the_template_on_request() -> None:
+    tokenizer = make_tokenizer()
+    source = "{{ tools[0].function.name }}"
+    template = ChatTemplate({"default": source}, tokenizer.special_tokens)
+    worker = TokenizerWorker(tokenizer, template, 100, tokenizer.vocab_size, 7)
+    query = EncodeMsg(
+        query=1,
+        messages=({"role": "user", "content": "hi"},),
+        tools=({"type": "function", "function": {"name": "add"}},),
+        add_special_tokens=False,
+    )
+    assert answer(worker, query).value["text"] == "add"
+
+
 def test_the_tokenizer_describes_itself() -> None:
     value = answer(make_worker(), DescribeMsg(query=9)).value
     assert (value["bos_token"], value["bos_token_id"]) == ("<s>", 1)
