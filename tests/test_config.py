@@ -52,6 +52,7 @@ def test_defaults_are_those_of_the_fields() -> None:
         (("--memory-fraction", "1"), "memory_fraction", 1.0),
         (("--num-tokenizer", "2"), "num_tokenizers", 2),
         (("--dtype", "float16"), "dtype", "float16"),
+        (("--api-key", "a", "--api-key", "b"), "api_key", ("a", "b")),
     ],
 )
 def test_a_flag_sets_its_field(argv: tuple[str, ...], field: str, value: Any) -> None:
@@ -69,6 +70,8 @@ def test_a_flag_sets_its_field(argv: tuple[str, ...], field: str, value: Any) ->
         ("MINISRV_MEMORY_FRACTION", "0.5", "memory_fraction", 0.5),
         ("MINISRV_KV_MEMORY", "1GiB", "kv_memory", "1GiB"),
         ("MINISRV_DEVICE", "cpu", "device", "cpu"),
+        ("MINISRV_API_KEY", "a, b", "api_key", ("a", "b")),
+        ("MINISRV_ADMIN_KEY", "a", "admin_key", "a"),
     ],
 )
 def test_a_variable_sets_its_field_unless_a_flag_does(
@@ -98,6 +101,7 @@ def test_a_variable_sets_its_field_unless_a_flag_does(
         ({"num_pages": 1.5}, "--num-pages is 1.5; it must be a int"),
         ({"model": None}, "--model is None; it must be a str"),
         ({"radix_cache": 1}, "--radix-cache is 1; it must be a bool"),
+        ({"ssl_keyfile": "k"}, "--ssl-keyfile needs --ssl-certfile"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_flag(options: dict[str, Any], sentence: str) -> None:
@@ -113,6 +117,10 @@ def test_a_wrong_value_is_refused_with_its_flag(options: dict[str, Any], sentenc
 def test_a_wrong_variable_is_refused(variable: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         ServerConfig.from_environment({variable: text})
+
+
+def test_one_key_may_come_without_a_tuple_around_it() -> None:
+    assert ServerConfig(api_key="abc").api_key == ("abc",)  # type: ignore[arg-type]
 
 
 def test_two_models_that_differ_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

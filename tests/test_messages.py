@@ -15,10 +15,18 @@ from minisrv.messages import (
     SCHEDULER_INBOX,
     TOKENIZER_INBOX,
     AbortMsg,
+    AnswerMsg,
+    DecodeMsg,
+    DescribeMsg,
     DetokenizeMsg,
+    EncodeMsg,
     Failure,
+    FlushMsg,
     GenerateMsg,
+    Histogram,
+    OutputIds,
     Start,
+    StatsMsg,
     TokenizeMsg,
     UserReply,
     decode,
@@ -37,6 +45,8 @@ def same(left: object, right: object) -> bool:
         return type(left) is type(right) and all(
             same(getattr(left, f.name), getattr(right, f.name)) for f in fields(left)
         )
+    if isinstance(left, tuple) and isinstance(right, tuple):
+        return len(left) == len(right) and all(map(same, left, right))
     return left == right
 
 
@@ -74,6 +84,42 @@ EXAMPLES = [
         epoch=2,
     ),
     failure_reply([FAILURE], 5),
+    UserReply(
+        uids=np.array([1]),
+        texts=("a",),
+        output_tokens=np.array([2], np.int32),
+        finishes=np.array([0], np.uint8),
+        stop_reasons=(None,),
+        output_ids=(OutputIds(uid=1, ids=np.array([3, 4], np.int32)),),
+    ),
+    EncodeMsg(query=3, prompt="\u00e9", add_special_tokens=True),
+    EncodeMsg(
+        query=3,
+        messages=({"role": "user", "content": "x"},),
+        template_kwargs={"a": 1},
+        add_special_tokens=False,
+        add_generation_prompt=False,
+    ),
+    DecodeMsg(query=1, token_ids=np.array([5], np.int32), skip_special_tokens=True),
+    DescribeMsg(query=2),
+    FlushMsg(query=2**40, epoch=1),
+    AnswerMsg(query=2, value={"ids": [1, 2], "text": "\u4f60", "tokens": ["a", None]}),
+    AnswerMsg(query=2, failure=FAILURE),
+    StatsMsg(
+        running=1,
+        waiting=2,
+        pages_used=3,
+        num_pages=4,
+        page_size=16,
+        prompt_tokens=5,
+        cached_tokens=6,
+        output_tokens=7,
+        retractions=8,
+        steps=9,
+        inter_token=Histogram(counts=np.array([1, 2]), total=0.5),
+        step_tokens=Histogram(counts=np.array([0]), total=0.0),
+        epoch=3,
+    ),
 ]
 
 

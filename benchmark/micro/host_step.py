@@ -26,10 +26,12 @@ from minisrv.engine.page_table import PageTable, token_positions
 from minisrv.kvcache.manager import KVCacheManager
 from minisrv.messages import (
     SCHEDULER_INBOX,
+    AnswerMsg,
     DetokenizeMsg,
     Finish,
     GenerateMsg,
     Message,
+    StatsMsg,
     decode,
     encode,
 )
@@ -77,6 +79,10 @@ class FrameChannel:
     def send(self, message: DetokenizeMsg) -> None:
         """See Channel."""
         self.outbox.append(encode(message))
+
+    def tell(self, message: AnswerMsg | StatsMsg) -> None:
+        """See Channel."""
+        encode(message)
 
 
 @dataclass

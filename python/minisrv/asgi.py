@@ -27,7 +27,7 @@ async def _engine(app: FastAPI) -> AsyncIterator[None]:
 
 
 _config = ServerConfig.from_environment()
-log.setup("frontend", _config.log_level)
+log.setup("frontend", _config.log_level, _config.log_format)
 _manager = FrontendManager(_config)
-app = create_app(_config, _manager.registry)
+app = create_app(_config, _manager.registry, host_is_ours=False)
 app.router.lifespan_context = _engine

@@ -150,7 +150,7 @@ def run_child(name: str, main: Callable[[Child], None]) -> NoReturn:
     if not first:
         os._exit(0)
     child = Child(cast(Boot, decode_line(first)))
-    log.setup(name, child.config.log_level)
+    log.setup(name, child.config.log_level, child.config.log_format)
     _die_with_parent(child.boot.parent_pid)
     os.set_inheritable(child.boot.status_fd, False)
     threading.Thread(

@@ -18,9 +18,15 @@ MAX_PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}  # where --max-prefill-tokens is
 _SIZE_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
-def option(default: Any, help: str, *aliases: str, negative: str | None = None) -> Any:
-    """A field with its help. `aliases` are more flags; `negative` is the flag that turns it off."""
-    return field(default=default, metadata={"help": help, "aliases": aliases, "negative": negative})
+def option(
+    default: Any, help: str, *aliases: str, negative: str | None = None, secret: bool = False
+) -> Any:
+    """A field with its help. `aliases` are more flags; `negative` is the flag that turns it off.
+
+    secret: kept out of the repr and of `to_public_dict`.
+    """
+    metadata = {"help": help, "aliases": aliases, "negative": negative, "secret": secret}
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +96,25 @@ class ServerConfig:
     )
     num_tokenizers: int = option(1, "tokenizer processes", "--num-tokenizer")
 
+    api_key: tuple[str, ...] = option(
+        (),
+        "a key that clients send as 'Authorization: Bearer KEY'; may be given several times "
+        "(in the environment: separated by commas)",
+        secret=True,
+    )
+    api_key_file: str | None = option(None, "a file with a key on each line, beside --api-key")
+    admin_key: str | None = option(
+        None,
+        "the key for the admin routes; it opens all others too. Without any key the admin routes "
+        "answer on a loopback --host alone",
+        secret=True,
+    )
+    public_metrics: bool = option(False, "answer /metrics without a key")
+    ssl_certfile: str | None = option(None, "a PEM file with the certificate chain: serve HTTPS")
+    ssl_keyfile: str | None = option(
+        None, "a PEM file with the key of the certificate, if it is not in --ssl-certfile"
+    )
+
     strict_params: bool = option(False, "refuse request fields that no table of the API names")
     cors_origins: str | None = option(
         None, "origins that browsers may call from, separated by commas; * is any"
@@ -97,8 +122,14 @@ class ServerConfig:
     max_body_bytes: int = option(8 * 2**20, "largest request body")
     start_timeout_s: float = option(1800.0, "seconds that the start may take, downloads aside")
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "least level logged")
+    log_format: Literal["text", "json"] = option("text", "json logs an object a line")
+    metrics_vllm_names: bool = option(
+        False, "show each metric that vLLM has under its vllm: name too"
+    )
 
     def __post_init__(self) -> None:
+        keys = (self.api_key,) if isinstance(self.api_key, str) else tuple(self.api_key)
+        object.__setattr__(self, "api_key", keys)
         for f in fields(self):
             _check_choice(f.name, getattr(self, f.name))
         for name, low in _AT_LEAST.items():
@@ -115,6 +146,8 @@ class ServerConfig:
             raise ConfigError(f"--overlap-depth is {self.overlap_depth}; it must be 0 or 1")
         if self.kv_memory is not None:
             parse_size(self.kv_memory)
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ConfigError("--ssl-keyfile needs --ssl-certfile")
 
     @property
     def served_name(self) -> str:
@@ -130,6 +163,10 @@ class ServerConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a child's boot message."""
         return asdict(self)
+
+    def to_public_dict(self) -> dict[str, Any]:
+        """Plain values without the secrets, for those who may look at the server."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata["secret"]}
 
     @classmethod
     def from_environment(
@@ -175,7 +212,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag a field, with the environment's or the field's default."""
     for f in fields(ServerConfig):
         literal = _choices(f.name)
-        plain = f.default is None or isinstance(f.default, bool)
+        plain = f.default is None or isinstance(f.default, bool | tuple)
         default = "" if plain else f"(default: {f.default})"
         text = f"{f.metadata['help']} {default}".strip()
         names = [flag(f.name), *f.metadata["aliases"]]
@@ -187,6 +224,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                 parser.add_argument(*names, action="store_true", **common)
         elif literal:
             parser.add_argument(*names, choices=literal, **common)
+        elif _plain_type(f.name) is tuple:
+            parser.add_argument(*names, action="append", metavar="X", **common)
         else:
             parser.add_argument(*names, type=_plain_type(f.name), metavar="X", **common)
 
@@ -222,16 +261,20 @@ def _parse_variable(name: str, variable: str, text: str) -> Any:
     try:
         if kind is bool:
             return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+        if kind is tuple:
+            return tuple(part.strip() for part in text.split(","))
         return kind(text)
     except (KeyError, ValueError):
         raise ConfigError(f"{variable} is {text!r}; it must be a {kind.__name__}") from None
 
 
 def _plain_type(name: str) -> type[Any]:
-    """The type of a field without None; str for a Literal."""
+    """The type of a field without None; str for a Literal, tuple for several strings."""
     kind = _TYPES[name]
     if get_origin(kind) in (Union, UnionType):
         kind = next(part for part in get_args(kind) if part is not type(None))
+    if get_origin(kind) is tuple:
+        return tuple
     return str if get_origin(kind) is Literal else kind
 
 

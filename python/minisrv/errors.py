@@ -26,6 +26,21 @@ class InvalidRequestError(MinisrvError, ValueError):
     code: str | None = None
 
 
+class UnauthorizedError(InvalidRequestError):
+    """The request has no key, or one that the server does not know."""
+
+    http_status = 401
+    code = "invalid_api_key"
+
+
+class ForbiddenError(MinisrvError):
+    """The route is for administrators."""
+
+    http_status = 403
+    error_type = "permission_error"
+    code: str | None = None
+
+
 class ModelNotFoundError(InvalidRequestError):
     """The request names a model that is not served."""
 

@@ -22,7 +22,8 @@ from minisrv.errors import EngineDeadError, InvalidRequestError, NotReadyError
 from minisrv.frontend.engine_client import EngineClient
 from minisrv.frontend.events import Event
 from minisrv.frontend.process import take_notice
-from minisrv.frontend.request_registry import Ready, RequestRegistry
+from minisrv.frontend.request_registry import RequestRegistry
+from minisrv.frontend.server_state import Ready
 from minisrv.messages import Finish, Start, TokenizeMsg
 from minisrv.supervisor import EPOCH, Supervisor, SupervisorThread
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,23 @@ class HFTokenizer:
     def token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of an id, None for an id without a token."""
         return self._backend.id_to_token(token_id)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token as the vocabulary spells it: no token stands for more."""
+        return max(map(len, self._backend.get_vocab()), default=1)
+
+    def describe(self) -> dict[str, Any]:
+        """What a client needs to know to work without the tokenizer's files."""
+        default = self.chat_templates.get("default")
+        return {
+            **self.special_tokens,
+            "bos_token_id": self.bos_id,
+            "eos_token_id": self.eos_id,
+            "vocab_size": self.vocab_size,
+            "chat_template": default,
+            "chat_templates": dict(self.chat_templates),
+        }
 
     def _named_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)

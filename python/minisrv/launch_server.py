@@ -44,7 +44,9 @@ def serve(config: ServerConfig) -> None:
 
     The first signal ends open requests with an error and stops; the second kills.
     """
-    log.setup("supervisor", config.log_level)
+    log.setup("supervisor", config.log_level, config.log_format)
+    check_certificate(config)
+    check_keys(config)
     listener = listen(config.host, config.port)
     console = Console(config, listener.getsockname()[1])
     # Imported late, so that --help and a taken port are answered at once.
@@ -65,6 +67,29 @@ def listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host} port {port}: {error.strerror}; "
             "choose another --port (0 takes a free one) or --host"
         ) from error
+
+
+def check_certificate(config: ServerConfig) -> None:
+    """Raises ConfigError unless the certificate and its key can be used together."""
+    if config.ssl_certfile is None:
+        return
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # A key with a password would stop the start with a question.
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")
+    except OSError as error:
+        files = " and ".join(filter(None, (config.ssl_certfile, config.ssl_keyfile)))
+        raise ConfigError(f"the certificate in {files} cannot be used: {error.strerror}") from error
+
+
+def check_keys(config: ServerConfig) -> None:
+    """Raises ConfigError for a key that cannot be used; the frontend would find out only later."""
+    if config.api_key or config.api_key_file or config.admin_key is not None:
+        from minisrv.frontend.access import Keys
+
+        Keys.of(config)
 
 
 @contextlib.contextmanager
@@ -88,7 +113,8 @@ class Console:
 
     def __init__(self, config: ServerConfig, port: int) -> None:
         host = f"[{config.host}]" if ":" in config.host else config.host
-        self._url = f"http://{host}:{port}"
+        scheme = "http" if config.ssl_certfile is None else "https"
+        self._url = f"{scheme}://{host}:{port}"
         self._config = config
         self._started = time.monotonic()
         self._shown = ("", 0.0)

@@ -93,8 +93,55 @@ class GenerateMsg:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeMsg:
+    """Frontend to tokenizer: what would these be as tokens? Answered with text, ids and tokens.
+
+    Either a prompt or messages for the template. For messages `add_special_tokens` is False but
+    where somebody wants the ids that a template which writes none would have.
+    """
+
+    query: int
+    prompt: str | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] | None = None
+    add_special_tokens: bool
+    add_generation_prompt: bool = True
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeMsg:
+    """Frontend to tokenizer: the text of these ids. Answered with text."""
+
+    query: int
+    token_ids: Int32Array
+    skip_special_tokens: bool
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DescribeMsg:
+    """Frontend to tokenizer: what tokenizer is this? Answered as HFTokenizer.describe."""
+
+    query: int
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlushMsg:
+    """Frontend to tokenizer to scheduler: empty the prefix cache. Answered with pages or busy."""
+
+    query: int
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """What is known of a request when its first token comes; `cached_tokens` of its prompt."""
+    """What is known of a request when its first token comes; `cached_tokens` of its prompt.
+
+    queue_s: from its arrival at the scheduler to its first step; prefill_s: on to the first token.
+    """
 
     uid: int
     prompt_tokens: int
@@ -103,6 +150,9 @@ class Start:
     stop: tuple[str, ...]
     skip_special_tokens: bool
     parts: int = 0
+    return_token_ids: bool = False
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +205,14 @@ class DetokenizeMsg:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OutputIds:
+    """Token ids of a request that asked for them, in order, from where the last ones ended."""
+
+    uid: int
+    ids: Int32Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UserReply:
     """Detokenizer (and tokenizer, for failures) to frontend: columns of equal length.
 
@@ -169,19 +227,65 @@ class UserReply:
     output_tokens: Int32Array
     finishes: UInt8Array
     stop_reasons: tuple[str | int | None, ...]
+    output_ids: tuple[OutputIds, ...] = ()
     starts: tuple[Start, ...] = ()
     failures: tuple[Failure, ...] = ()
     thoughts: tuple[Thought, ...] = ()
     epoch: int = 0
 
 
-Message = TokenizeMsg | AbortMsg | GenerateMsg | DetokenizeMsg | UserReply
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerMsg:
+    """Tokenizer or scheduler to frontend: the answer to one query, plain values or a failure."""
+
+    query: int
+    value: dict[str, Any] = field(default_factory=dict)
+    failure: Failure | None = None
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Histogram:
+    """Counts a bucket, the last one without an upper bound, and the sum of all values."""
+
+    counts: Int64Array
+    total: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatsMsg:
+    """Scheduler to frontend, on a period: its figures now, and its counts since the start.
+
+    pages_used: held by running requests, not those that only the cache has. prompt_tokens and
+    cached_tokens: of requests that got a first token. The buckets are those of `metrics`.
+    """
+
+    running: int
+    waiting: int
+    pages_used: int
+    num_pages: int
+    page_size: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    retractions: int
+    steps: int
+    inter_token: Histogram
+    step_tokens: Histogram
+    epoch: int = 0
+
+
+TokenizerQuery = EncodeMsg | DecodeMsg | DescribeMsg
+Query = TokenizerQuery | FlushMsg
+Message = (
+    TokenizeMsg | AbortMsg | Query | GenerateMsg | DetokenizeMsg | UserReply | AnswerMsg | StatsMsg
+)
 InboxTypes = tuple[type[Message], ...]
 
-TOKENIZER_INBOX: InboxTypes = (TokenizeMsg, AbortMsg)
-SCHEDULER_INBOX: InboxTypes = (GenerateMsg, AbortMsg)
+TOKENIZER_INBOX: InboxTypes = (TokenizeMsg, AbortMsg, EncodeMsg, DecodeMsg, DescribeMsg, FlushMsg)
+SCHEDULER_INBOX: InboxTypes = (GenerateMsg, AbortMsg, FlushMsg)
 DETOKENIZER_INBOX: InboxTypes = (DetokenizeMsg,)
-FRONTEND_INBOX: InboxTypes = (UserReply,)
+FRONTEND_INBOX: InboxTypes = (UserReply, AnswerMsg, StatsMsg)
 
 _TAGS: dict[type[Any], int] = {
     TokenizeMsg: 1,
@@ -189,6 +293,12 @@ _TAGS: dict[type[Any], int] = {
     GenerateMsg: 3,
     DetokenizeMsg: 4,
     UserReply: 5,
+    EncodeMsg: 6,
+    DecodeMsg: 7,
+    DescribeMsg: 8,
+    FlushMsg: 9,
+    AnswerMsg: 10,
+    StatsMsg: 11,
 }
 
 

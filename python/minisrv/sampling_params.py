@@ -79,6 +79,7 @@ class SamplingParams:
     min_tokens: no end-of-text and no stop token before so many output tokens.
     stop: the text ends before the first of these strings. stop_token_ids: it ends at these tokens.
     grammar: what the text must match; where the grammar ends, the text ends.
+    return_token_ids: over HTTP, give the output's token ids beside the text.
 
     Raises InvalidRequestError for a value out of range.
     """
@@ -96,6 +97,7 @@ class SamplingParams:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     grammar: Grammar | None = None
+    return_token_ids: bool = False
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids"):

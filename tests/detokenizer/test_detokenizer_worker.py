@@ -274,3 +274,36 @@ def test_interleaved_requests_get_their_own_text_and_one_end(data: st.DataObject
         assert (frontend.texts[uid], frontend.ends[uid]) == expected(ids, end, stop)
     assert frontend.worker.num_requests == 0
     assert frontend.started == set(requests)
+
+
+def test_ids_are_told_with_the_text_they_made_to_those_who_ask() -> None:
+    frontend = Frontend()
+    ids = TOKENIZER.encode("h\u00e9 \U0001f600!")
+    told: dict[int, list[int]] = defaultdict(list)
+    rows = [(1, id, Finish.NONE) for id in ids]
+    entries = [*rows, (1, EOS, Finish.STOP)]
+    beside = (2, ids[0], Finish.NONE)
+    starts = [start(1, return_token_ids=True), start(2)]
+    for entry in entries:
+        reply = frontend.step([entry, beside] if starts else [entry], *starts)
+        starts = []
+        if reply is not None:
+            (output,) = reply.output_ids
+            told[output.uid] += output.ids.tolist()
+            assert len(told[1]) == frontend.counts[1]
+    assert told == {1: [*ids, EOS]}
+
+
+def test_the_ids_of_a_stop_string_are_told_and_none_after_it() -> None:
+    frontend = Frontend()
+    ids = TOKENIZER.encode("abc")
+    told: list[int] = []
+    entries = [(1, id, Finish.NONE) for id in [*ids, *ids]]
+    starts = [start(1, return_token_ids=True, stop=("c",))]
+    for entry in entries:
+        reply = frontend.step([entry], *starts)
+        starts = []
+        if reply is not None:
+            told += [id for output in reply.output_ids for id in output.ids.tolist()]
+    assert frontend.texts[1] == "ab"
+    assert told == ids

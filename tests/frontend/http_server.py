@@ -18,6 +18,7 @@ from scripted_backend import ScriptedBackend
 
 from minisrv.config import ServerConfig
 from minisrv.frontend.app import create_app
+from minisrv.frontend.http_protocol import HttpProtocol
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.request_registry import RequestRegistry
 from minisrv.sampling_params import SamplingParams
@@ -78,7 +79,12 @@ def serve(
         registry.set_ready(getattr(backend, "info", MODEL))
     app = create_app(config, registry)
     uvicorn_config = uvicorn.Config(
-        app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1
+        app,
+        http=HttpProtocol,
+        port=0,
+        log_config=None,
+        lifespan="off",
+        timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(uvicorn_config)
     loop = asyncio.new_event_loop()

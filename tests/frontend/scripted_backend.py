@@ -15,13 +15,16 @@ from minisrv.messages import (
     AbortMsg,
     Failure,
     Finish,
+    Histogram,
     Start,
+    StatsMsg,
     TokenizeMsg,
     UserReply,
     decode,
     encode,
     failure_reply,
 )
+from minisrv.metrics import SECONDS, TOKENS, HistogramCounter
 
 WORDS = ("Hello", " from", " the", " \u4f60\u597d", " \U0001f600", " server")
 TEXT = "".join(WORDS)
@@ -55,6 +58,21 @@ def start_of(uid: int, prompt_tokens: int = 7, cached_tokens: int = 3) -> Start:
         min_tokens=0,
         stop=(),
         skip_special_tokens=True,
+        queue_s=0.002,
+        prefill_s=0.03,
+    )
+
+
+def stats(**fields: Any) -> StatsMsg:
+    counts = {"running": 3, "waiting": 2, "pages_used": 5, "num_pages": 20, "page_size": 16}
+    counts |= {"prompt_tokens": 100, "cached_tokens": 40, "output_tokens": 70}
+    counts |= {"retractions": 1, "steps": 9, **fields}
+    inter_token = HistogramCounter(SECONDS)
+    inter_token.add(0.004, 50)
+    return StatsMsg(
+        **counts,
+        inter_token=inter_token.message(),
+        step_tokens=Histogram(counts=np.zeros(len(TOKENS) + 1, np.int64), total=0.0),
     )
 
 

@@ -194,7 +194,7 @@ def test_a_bug_is_a_500_that_names_the_request_and_nothing_else(
         assert "a secret path" in caplog.text
 
 
-def test_a_request_has_one_line_in_the_log_and_a_probe_none(
+def test_a_request_has_a_first_and_a_last_line_in_the_log_and_a_probe_none(
     server: HttpServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "minisrv")
@@ -205,8 +205,10 @@ def test_a_request_has_one_line_in_the_log_and_a_probe_none(
     def lines() -> list[str]:
         return [line for line in caplog.messages if request_id in line]
 
-    server.wait_until(lambda: len(lines()) > 0)
-    (line,) = lines()
-    assert line.startswith("POST /v1/chat/completions status=200 ms=")
-    assert "choices=2 prompt=7 cached=3 output=14 first_ms=" in line
+    server.wait_until(lambda: len(lines()) > 1)
+    first, last = lines()
+    assert first.startswith(f"started id={request_id} prompts=1 n=2 max_tokens=None stream=True")
+    assert last.startswith("POST /v1/chat/completions status=200 ms=")
+    assert "choices=2 prompt=7 cached=3 output=14 queue_ms=2.0 prefill_ms=30.0" in last
+    assert "first_ms=" in last
     assert "the-probe" not in caplog.text

@@ -126,6 +126,7 @@ def test_the_app_runs_under_the_users_own_uvicorn(
         body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
         reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
         assert reply.json()["object"] == "chat.completion"
+        assert httpx.get(f"{url}/server_info").status_code == 403
         process.send_signal(signal.SIGINT)
         process.wait(5)
         _, alive = psutil.wait_procs(children, timeout=2)

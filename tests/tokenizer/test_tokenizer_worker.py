@@ -1,5 +1,7 @@
+import time
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
@@ -10,7 +12,12 @@ from minisrv.messages import (
     FRONTEND_INBOX,
     SCHEDULER_INBOX,
     AbortMsg,
+    AnswerMsg,
+    DecodeMsg,
+    DescribeMsg,
+    EncodeMsg,
     Failure,
+    FlushMsg,
     GenerateMsg,
     TokenizeMsg,
     UserReply,
@@ -164,3 +171,87 @@ def test_an_unexpected_error_is_a_500_for_its_request_alone() -> None:
 def test_an_abort_is_forwarded() -> None:
     abort = AbortMsg(uids=(4, 5), epoch=7)
     assert make_worker().handle(abort) == [abort]
+
+
+def answer(worker: TokenizerWorker, query: EncodeMsg | DecodeMsg | DescribeMsg) -> AnswerMsg:
+    (out,) = worker.handle(query)
+    assert isinstance(out, AnswerMsg)
+    assert (out.query, out.epoch) == (query.query, 7)
+    assert decode(encode(out), FRONTEND_INBOX) == out
+    return out
+
+
+def test_a_text_is_encoded_and_decoded_on_request() -> None:
+    tokenizer = make_tokenizer()
+    worker = make_worker(tokenizer)
+    for special in (True, False):
+        value = answer(worker, EncodeMsg(query=1, prompt="hi", add_special_tokens=special)).value
+        assert value["ids"] == tokenizer.encode("hi", special)
+        assert value["tokens"] == [tokenizer.token(id) for id in value["ids"]]
+        assert value["text"] == "hi"
+    ids = np.array([1, *tokenizer.encode("hi", False)], np.int32)
+    for skip, text in ((False, "<s> hi"), (True, "hi")):
+        query = DecodeMsg(query=2, token_ids=ids, skip_special_tokens=skip)
+        assert answer(worker, query).value["text"] == text
+
+
+def test_messages_are_rendered_on_request_with_or_without_the_assistants_turn() -> None:
+    worker = make_worker()
+    chat = ({"role": "user", "content": "hi"},)
+    query = EncodeMsg(query=1, messages=chat, add_special_tokens=False)
+    assert answer(worker, query).value["text"] == "<s>[user]hi[assistant]"
+    refused = answer(
+        worker,
+        EncodeMsg(
+            query=2, messages=({"role": "user", "content": "joke"},), add_special_tokens=False
+        ),
+    )
+    assert refused.failure is not None
+    assert (refused.failure.status, refused.failure.param) == (400, "messages")
+
+
+def test_tools_reach_the_template_on_request() -> None:
+    tokenizer = make_tokenizer()
+    source = "{{ tools[0].function.name }}"
+    template = ChatTemplate({"default": source}, tokenizer.special_tokens)
+    worker = TokenizerWorker(tokenizer, template, 100, tokenizer.vocab_size, 7)
+    query = EncodeMsg(
+        query=1,
+        messages=({"role": "user", "content": "hi"},),
+        tools=({"type": "function", "function": {"name": "add"}},),
+        add_special_tokens=False,
+    )
+    assert answer(worker, query).value["text"] == "add"
+
+
+def test_the_tokenizer_describes_itself() -> None:
+    value = answer(make_worker(), DescribeMsg(query=9)).value
+    assert (value["bos_token"], value["bos_token_id"]) == ("<s>", 1)
+    assert value["vocab_size"] == make_tokenizer().vocab_size
+
+
+def test_a_flush_is_passed_on() -> None:
+    assert make_worker().handle(FlushMsg(query=1)) == [FlushMsg(query=1)]
+
+
+@pytest.mark.parametrize("fields", ["prompt", "messages"])
+def test_a_text_that_no_context_can_hold_is_refused_before_it_is_encoded(fields: str) -> None:
+    text = "the quick " * 500_000
+    chat = ({"role": "user", "content": text},)
+    began = time.process_time()
+    failure = failed(make_worker(), **{fields: chat if fields == "messages" else text})
+    assert time.process_time() - began < 0.5
+    assert (failure.status, failure.code) == (400, "context_length_exceeded")
+    assert failure.message.startswith("This model's maximum context length is 100 tokens.")
+    assert failure.param == fields
+    query = EncodeMsg(query=1, prompt=text, add_special_tokens=True)
+    refused = answer(make_worker(), query).failure
+    assert refused is not None
+    assert refused.code == "context_length_exceeded"
+
+
+def test_no_text_that_fits_is_refused_for_its_characters() -> None:
+    tokenizer = make_tokenizer("byte_level_bpe")
+    longest = max((tokenizer.decode([id], False) for id in range(tokenizer.vocab_size)), key=len)
+    ids = generated(make_worker(tokenizer), prompt=longest * 99, max_tokens=1)
+    assert len(ids) <= 99

@@ -19,6 +19,7 @@ from minisrv.messages import (
     DetokenizeMsg,
     Failure,
     Finish,
+    OutputIds,
     Parts,
     Start,
     Thought,
@@ -35,6 +36,7 @@ class _Request:
     """start: kept until it has been forwarded. matcher: None without stop strings.
 
     splitter: None where no thought can come, or none any more.
+    new_ids: what has not been told yet; None for a request that does not want ids.
     """
 
     uid: int
@@ -44,6 +46,7 @@ class _Request:
     min_tokens: int
     start: Start | None
     num_tokens: int = 0
+    new_ids: list[int] | None = None
 
 
 @dataclass(slots=True)
@@ -59,6 +62,7 @@ class _Columns:
     failures: list[Failure] = field(default_factory=list)
     thoughts: list[Thought] = field(default_factory=list)
     aborts: list[int] = field(default_factory=list)
+    output_ids: list[OutputIds] = field(default_factory=list)
 
     def add(self, uid: int, text: str, count: int, finish: int, reason: str | int | None) -> None:
         self.uids.append(uid)
@@ -76,6 +80,7 @@ class _Columns:
             output_tokens=np.array(self.output_tokens, np.int32),
             finishes=np.array(self.finishes, np.uint8),
             stop_reasons=tuple(self.stop_reasons),
+            output_ids=tuple(self.output_ids),
             starts=tuple(self.starts),
             failures=tuple(self.failures),
             thoughts=tuple(self.thoughts),
@@ -140,6 +145,7 @@ class DetokenizerWorker:
             splitter=ThoughtSplitter(*marks, bool(parts & Parts.OPEN_THOUGHT)) if marks else None,
             min_tokens=start.min_tokens,
             start=start,
+            new_ids=[] if start.return_token_ids else None,
         )
 
     def _take(self, uid: int, token_id: int, finish: int, columns: _Columns) -> None:
@@ -151,6 +157,8 @@ class DetokenizerWorker:
             self._close(request, columns, "", finish, None)
             return
         request.num_tokens += 1
+        if request.new_ids is not None:
+            request.new_ids.append(token_id)
         text, stop, thought = _next_text(request, token_id, finish)
         if thought is not None:
             columns.thoughts.append(thought)
@@ -174,6 +182,10 @@ class DetokenizerWorker:
         if request.start is not None:
             columns.starts.append(request.start)
             request.start = None
+        if request.new_ids:
+            ids = np.array(request.new_ids, np.int32)
+            columns.output_ids.append(OutputIds(uid=request.uid, ids=ids))
+            request.new_ids = []
 
     def _close(
         self,

@@ -15,67 +15,90 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from minisrv.config import ServerConfig
+from minisrv.frontend.access import AccessMiddleware, Keys
+from minisrv.frontend.admin import add_admin_routes
+from minisrv.frontend.body_fields import WARNINGS_HEADER, BodyFields
 from minisrv.frontend.chat import read_chat
 from minisrv.frontend.completions import read_completion
 from minisrv.frontend.generation import Generation, model_not_found
-from minisrv.frontend.http_body import read_json
-from minisrv.frontend.http_errors import (
-    ERROR_SCHEMA,
-    RETRY_AFTER_S,
-    add_error_handlers,
-    error_body,
-)
+from minisrv.frontend.http_errors import RETRY_AFTER_S, add_error_handlers, error_body
+from minisrv.frontend.metrics import CONTENT_TYPE, ServerMetrics
 from minisrv.frontend.model_info import ModelInfo
+from minisrv.frontend.native import add_native_route
 from minisrv.frontend.openai_types import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
     Field,
-    read_fields,
-    request_schema,
 )
+from minisrv.frontend.openapi import errors, request_body
 from minisrv.frontend.request_context import (
     REQUEST_ID_HEADER,
     RequestContextMiddleware,
     context_of,
 )
-from minisrv.frontend.request_registry import Dead, Ready, RequestRegistry, Starting
-from minisrv.frontend.responder import GenerationResponse
+from minisrv.frontend.request_registry import RequestRegistry
+from minisrv.frontend.responder import SERVER_TIMING_HEADER, GenerationResponse
+from minisrv.frontend.server_state import Dead, Ready, Starting
 from minisrv.frontend.stream import ReplyHeader
+from minisrv.frontend.tokens import add_token_routes
 from minisrv.frontend.unknown_fields import UnknownFields
 
-WARNINGS_HEADER = "X-Minisrv-Warnings"
 VERSION = version("minisrv")
 
 Reader = Callable[[dict[str, Any], ModelInfo], Generation]
 
 
-def create_app(config: ServerConfig, registry: RequestRegistry) -> FastAPI:
-    """The application over `registry`. It answers from the first moment: /ready tells the state."""
+def create_app(
+    config: ServerConfig, registry: RequestRegistry, *, host_is_ours: bool = True
+) -> FastAPI:
+    """The application over `registry`. It answers from the first moment: /ready tells the state.
+
+    host_is_ours: false for an application that somebody else's server listens for.
+    Raises ConfigError for keys that cannot be used.
+    """
+    keys = Keys.of(config, host_is_ours=host_is_ours)
     app = FastAPIOffline(
         title="minisrv",
         version=VERSION,
         description="An LLM server with an OpenAI-compatible API.",
         redirect_slashes=False,
     )
+    unknown_fields = app.state.unknown_fields = UnknownFields(strict=config.strict_params)
+    metrics = ServerMetrics(
+        config.served_name,
+        lambda: registry.stats,
+        unknown_fields.counts.total,
+        vllm_names=config.metrics_vllm_names,
+    )
     add_error_handlers(app)
-    _add_state_routes(app, registry)
+    _add_state_routes(app, registry, metrics)
     _add_model_routes(app, registry)
-    _add_generation_routes(app, config, registry)
-    app.add_middleware(RequestContextMiddleware)
+    body_fields = BodyFields(config.max_body_bytes, unknown_fields)
+    _add_generation_routes(app, config, body_fields, registry, metrics)
+    add_native_route(app, config.max_open_requests, body_fields, registry, metrics)
+    add_token_routes(app, body_fields, registry)
+    add_admin_routes(app, config, VERSION, body_fields, registry)
+    app.add_middleware(AccessMiddleware, keys=keys, public_metrics=config.public_metrics)
+    app.add_middleware(RequestContextMiddleware, metrics=metrics)
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=[origin.strip() for origin in config.cors_origins.split(",")],
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[REQUEST_ID_HEADER, WARNINGS_HEADER, "Retry-After"],
+            expose_headers=[
+                REQUEST_ID_HEADER,
+                WARNINGS_HEADER,
+                SERVER_TIMING_HEADER,
+                "Retry-After",
+            ],
         )
     return app
 
 
-def _add_state_routes(app: FastAPI, registry: RequestRegistry) -> None:
+def _add_state_routes(app: FastAPI, registry: RequestRegistry, metrics: ServerMetrics) -> None:
     @app.head("/health", include_in_schema=False)
-    @app.get("/health", responses=_errors(503))
+    @app.get("/health", responses=errors(503))
     async def health() -> Response:
         """Whether the server is alive: 200 also while the model is loaded, 503 when it is dead."""
         if isinstance(registry.state, Dead):
@@ -101,14 +124,19 @@ def _add_state_routes(app: FastAPI, registry: RequestRegistry) -> None:
         """The server's version."""
         return {"version": VERSION}
 
+    @app.get("/metrics", response_class=Response)
+    async def show_metrics() -> Response:
+        """The server's figures, in Prometheus' text format."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
 
 def _add_model_routes(app: FastAPI, registry: RequestRegistry) -> None:
-    @app.get("/v1/models", responses=_errors(503))
+    @app.get("/v1/models", responses=errors(503))
     async def list_models() -> dict[str, Any]:
         """The served model."""
         return {"object": "list", "data": [_model_body(registry.model)]}
 
-    @app.get("/v1/models/{model_id:path}", responses=_errors(404, 503))
+    @app.get("/v1/models/{model_id:path}", responses=errors(404, 503))
     async def retrieve_model(model_id: str) -> dict[str, Any]:
         """The served model, by name."""
         if model_id != registry.model.name:
@@ -116,20 +144,24 @@ def _add_model_routes(app: FastAPI, registry: RequestRegistry) -> None:
         return _model_body(registry.model)
 
 
-def _add_generation_routes(app: FastAPI, config: ServerConfig, registry: RequestRegistry) -> None:
-    unknown_fields = app.state.unknown_fields = UnknownFields(strict=config.strict_params)
+def _add_generation_routes(
+    app: FastAPI,
+    config: ServerConfig,
+    body_fields: BodyFields,
+    registry: RequestRegistry,
+    metrics: ServerMetrics,
+) -> None:
     fingerprint = _fingerprint(config)
 
     async def generate(
         request: Request, table: Mapping[str, Field], read: Reader, chat: bool
     ) -> Response:
         model = registry.model
-        body = await read_json(request, config.max_body_bytes)
-        fields, unknown = read_fields(body, table)
-        warning = unknown_fields.report(unknown)
+        fields, headers = await body_fields.read(request, table)
         generation = read(fields, model)
         generation.check_fits(config.max_open_requests)
         context = context_of(request.scope)
+        context.take_id(fields)
         header = ReplyHeader(
             id=f"{'chatcmpl' if chat else 'cmpl'}-{context.request_id}",
             chat=chat,
@@ -140,17 +172,19 @@ def _add_generation_routes(app: FastAPI, config: ServerConfig, registry: Request
             calls=generation.calls,
             reasoning_fields=config.reasoning_fields,
         )
-        headers = {WARNINGS_HEADER: warning} if warning else {}
-        return GenerationResponse(registry, generation, header, context, headers)
+        timings = fields.get("timings", False)
+        return GenerationResponse(
+            registry, generation, header, context, headers, metrics, timings=timings
+        )
 
-    errors = _errors(400, 404, 408, 413, 415, 500, 503)
+    statuses = errors(400, 401, 404, 408, 413, 415, 500, 503)
 
-    @app.post("/v1/chat/completions", openapi_extra=_request_body(CHAT_FIELDS), responses=errors)
+    @app.post("/v1/chat/completions", openapi_extra=request_body(CHAT_FIELDS), responses=statuses)
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation."""
         return await generate(request, CHAT_FIELDS, read_chat, chat=True)
 
-    @app.post("/v1/completions", openapi_extra=_request_body(COMPLETION_FIELDS), responses=errors)
+    @app.post("/v1/completions", openapi_extra=request_body(COMPLETION_FIELDS), responses=statuses)
     async def create_completion(request: Request) -> Response:
         """Continue one or more prompts."""
         return await generate(request, COMPLETION_FIELDS, read_completion, chat=False)
@@ -171,13 +205,3 @@ def _fingerprint(config: ServerConfig) -> str:
     names = ("model", "dtype", "device", "attention_backend", "load_format", "tp")
     values = json.dumps([getattr(config, name) for name in names])
     return f"minisrv-{VERSION}-{hashlib.sha256(values.encode()).hexdigest()[:8]}"
-
-
-def _request_body(table: Mapping[str, Field]) -> dict[str, Any]:
-    content = {"application/json": {"schema": request_schema(table)}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    content = {"application/json": {"schema": ERROR_SCHEMA}}
-    return {status: {"description": "Error", "content": content} for status in statuses}

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from pathlib import Path
 from types import TracebackType
 
 from minisrv.errors import EngineDeadError
 from minisrv.frontend.request_registry import RequestRegistry
+from minisrv.frontend.status_line import StatusLine
 from minisrv.ipc import AsyncInbox, Outbox
-from minisrv.messages import FRONTEND_INBOX, AbortMsg, TokenizeMsg, UserReply
+from minisrv.messages import (
+    FRONTEND_INBOX,
+    AbortMsg,
+    AnswerMsg,
+    Query,
+    StatsMsg,
+    TokenizeMsg,
+    UserReply,
+)
 
 logger = logging.getLogger("minisrv.frontend")
 
@@ -22,6 +32,7 @@ class EngineClient:
         self._registry = registry
         self._inbox = AsyncInbox(run_dir, "frontend", FRONTEND_INBOX, registry.epoch)
         self._outboxes = [Outbox(run_dir, f"tokenizer-{i}") for i in range(num_tokenizers)]
+        self._status_line = StatusLine()
         self._receiving: asyncio.Task[None] | None = None
         registry.connect(self._send)
 
@@ -42,15 +53,17 @@ class EngineClient:
         for outbox in self._outboxes:
             outbox.close()
 
-    def _send(self, tokenizer_index: int, message: TokenizeMsg | AbortMsg) -> None:
+    def _send(self, tokenizer_index: int, message: TokenizeMsg | AbortMsg | Query) -> None:
         self._outboxes[tokenizer_index].send(message)
 
     async def _receive(self) -> None:
         try:
             while True:
-                reply = await self._inbox.receive()
-                assert isinstance(reply, UserReply)
-                self._registry.deliver(reply)
+                message = await self._inbox.receive()
+                assert isinstance(message, UserReply | AnswerMsg | StatsMsg)
+                self._registry.receive(message)
+                if isinstance(message, StatsMsg):
+                    self._status_line.take(message, time.monotonic())
         except Exception as error:
             logger.exception("replies cannot be read")
             self._registry.fail_all(EngineDeadError(f"replies cannot be read: {error}"))

@@ -16,7 +16,8 @@ class Event:
     thoughts: of the reply's thought, before all deltas. reasoning_tokens: its count so far, 0 in
     an event without a thought.
     output_tokens: the count so far. `start` is set in the first event that follows the prompt.
-    The last event of a uid has a `finish` other than NONE, or a `failure`.
+    token_ids: the output's, of a request that asked for them. started_at and ended_at are on the
+    clock of the event loop. The last event of a uid has a `finish` other than NONE, or a `failure`.
     """
 
     uid: int
@@ -29,6 +30,9 @@ class Event:
     stop_reason: str | int | None = None
     start: Start | None = None
     failure: Failure | None = None
+    token_ids: list[int] = field(default_factory=list)
+    started_at: float = 0.0
+    ended_at: float = 0.0
 
     @property
     def text(self) -> str:

@@ -29,6 +29,7 @@ _SAMPLING_FIELDS = (
     "stop_token_ids",
     "ignore_eos",
     "skip_special_tokens",
+    "return_token_ids",
 )
 
 

@@ -50,6 +50,8 @@ def error_response(error: MinisrvError, headers: dict[str, str] | None = None) -
     headers = dict(headers or {})
     if error.http_status == NotReadyError.http_status:
         headers["Retry-After"] = str(RETRY_AFTER_S)
+    if error.code == "request_aborted":  # the openai clients try a 500 again
+        headers["X-Should-Retry"] = "false"
     # ASCII alone: a message may quote what the client sent.
     return Response(
         json.dumps(error_body(error)), error.http_status, headers, media_type="application/json"

@@ -18,6 +18,7 @@ from minisrv.config import ServerConfig
 from minisrv.errors import EngineDeadError, NotReadyError
 from minisrv.frontend.app import create_app
 from minisrv.frontend.engine_client import EngineClient
+from minisrv.frontend.http_protocol import HttpProtocol
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.request_registry import RequestRegistry
 from minisrv.sampling_params import SamplingParams
@@ -49,10 +50,13 @@ async def _serve(child: Child) -> None:
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(child.config, registry),
+            http=HttpProtocol,
             lifespan="off",
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=LAST_WORDS_S,
+            ssl_certfile=child.config.ssl_certfile,
+            ssl_keyfile=child.config.ssl_keyfile,
         )
     )
     loop = asyncio.get_running_loop()
@@ -80,4 +84,5 @@ def _model_info(config: ServerConfig, facts: dict[str, Any]) -> ModelInfo:
         vocab_size=facts["vocab_size"],
         defaults=SamplingParams(**facts["sampling_defaults"]),
         chat_format=ChatFormat.from_dict(facts["chat_format"]),
+        facts=facts,
     )

@@ -1,4 +1,4 @@
-"""Wraps the app: a request id in and out, one log line a request, no exception to the server.
+"""Wraps the app: a request id in and out, a log line at the end, no exception to the server.
 
 Pure ASGI: a middleware that re-creates `receive` would hide that a client has gone.
 """
@@ -9,14 +9,17 @@ import logging
 import re
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minisrv.errors import MinisrvError
+from minisrv import log
+from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.frontend.http_errors import error_response
+from minisrv.frontend.metrics import ServerMetrics
 
 logger = logging.getLogger("minisrv.frontend")
 
@@ -32,8 +35,21 @@ class RequestContext:
     """What is known of a request besides its body; `figures` end its line in the log."""
 
     request_id: str
+    arrived_at: float = field(default_factory=time.monotonic)
     status: int | None = None
-    figures: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def take_id(self, fields: dict[str, Any]) -> None:
+        """Take the id that the body names, if any. Raises InvalidRequestError."""
+        for name in ("request_id", "rid"):
+            if name not in fields:
+                continue
+            if not _SANE_ID.fullmatch(fields[name]):
+                raise InvalidRequestError(
+                    f"{name} must be 1 to 128 of the characters A-Z a-z 0-9 . _ : / + = @ -",
+                    param=name,
+                )
+            self.request_id = fields[name]
 
     def internal_error(self) -> MinisrvError:
         """What a client may know of a bug."""
@@ -50,8 +66,9 @@ def context_of(scope: Scope) -> RequestContext:
 class RequestContextMiddleware:
     """Gives each request its context."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self._app = app
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, with its id in the response."""
@@ -59,7 +76,6 @@ class RequestContextMiddleware:
             await self._app(scope, receive, send)
             return
         context = scope[_SCOPE_KEY] = RequestContext(_read_id(Headers(scope=scope)))
-        began = time.monotonic()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -76,7 +92,11 @@ class RequestContextMiddleware:
             if context.status is None:
                 await error_response(context.internal_error())(scope, receive, send_with_id)
         finally:
-            _log(scope, context, time.monotonic() - began)
+            seconds = time.monotonic() - context.arrived_at
+            _log(scope, context, seconds)
+            route = getattr(scope.get("route"), "path", "other")
+            status = context.status or CLIENT_GONE
+            self._metrics.count_response(route, scope["method"], status, seconds)
 
 
 def _read_id(headers: Headers) -> str:
@@ -86,13 +106,11 @@ def _read_id(headers: Headers) -> str:
 
 def _log(scope: Scope, context: RequestContext, seconds: float) -> None:
     quiet = scope["path"] in _QUIET_PATHS
-    logger.log(
-        logging.DEBUG if quiet else logging.INFO,
-        "%s %s status=%s ms=%.0f id=%s %s",
-        scope["method"],
-        ascii(scope["path"])[1:-1],
-        context.status,
-        seconds * 1000,
-        context.request_id,
-        context.figures,
-    )
+    figures = {
+        "status": context.status,
+        "ms": round(seconds * 1000),
+        "id": context.request_id,
+        **context.figures,
+    }
+    name = f"{scope['method']} {ascii(scope['path'])[1:-1]}"
+    log.event(logger, logging.DEBUG if quiet else logging.INFO, name, figures)

@@ -9,44 +9,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from minisrv.config import ServerConfig
 from minisrv.errors import MinisrvError, NotReadyError, OverloadedError
 from minisrv.frontend.events import Event, failure_error
 from minisrv.frontend.model_info import ModelInfo
-from minisrv.messages import AbortMsg, Failure, Finish, TokenizeMsg, UserReply
+from minisrv.frontend.queries import Queries
+from minisrv.frontend.server_state import Dead, Ready, Starting, State
+from minisrv.messages import (
+    AbortMsg,
+    AnswerMsg,
+    Failure,
+    Finish,
+    Query,
+    StatsMsg,
+    TokenizeMsg,
+    UserReply,
+)
 
 logger = logging.getLogger("minisrv.frontend")
 
-Send = Callable[[int, TokenizeMsg | AbortMsg], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Starting:
-    """The model is being loaded; `fraction` of `phase` is done, 0 to 1."""
-
-    phase: str
-    fraction: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """Requests are served."""
-
-    model: ModelInfo
-
-
-@dataclass(frozen=True, slots=True)
-class Dead:
-    """Nothing will be served any more, and why."""
-
-    error: MinisrvError
-
-
-State = Starting | Ready | Dead
+Send = Callable[[int, TokenizeMsg | AbortMsg | Query], None]
 
 
 class RequestAborted(Exception):
@@ -58,10 +46,12 @@ class _Request:
     """live: uids without a final. tokenizers: which one each sent uid went to.
 
     changed: something waits for the reader. silence: the timer that ends a wait without anything.
+    cancelled: why the reader, which still has to take it, gets nothing more.
     """
 
     base: int
     live: set[int]
+    request_id: str = ""
     tokenizers: dict[int, int] = field(default_factory=dict)
     pending: dict[int, Event] = field(default_factory=dict)
     changed: bool = False
@@ -70,6 +60,7 @@ class _Request:
     wants_deltas: bool = True
     failed: bool = False
     aborted: bool = False
+    cancelled: MinisrvError | None = None
 
     def event(self, uid: int) -> Event:
         event = self.pending.get(uid)
@@ -116,7 +107,7 @@ class _Request:
 
     def take(self) -> list[Event]:
         if self.aborted:
-            raise RequestAborted
+            raise self.cancelled or RequestAborted
         self.changed = False
         events = list(self.pending.values())
         self.pending.clear()
@@ -129,6 +120,9 @@ class RequestRegistry:
     def __init__(self, config: ServerConfig, epoch: int) -> None:
         self.epoch = epoch
         self.state: State = Starting("start", 0.0)
+        self.phases: dict[str, float] = {}
+        self.stats: StatsMsg | None = None
+        self._queries = Queries()
         self._max_open = config.max_open_requests
         self._num_tokenizers = config.num_tokenizers
         self._next_uid = 1
@@ -145,12 +139,14 @@ class RequestRegistry:
         """Show how far the start is."""
         if isinstance(self.state, Starting):
             self.state = Starting(phase, fraction)
+            self.phases.setdefault(phase, time.monotonic())
 
     def set_ready(self, model: ModelInfo) -> None:
         """Accept requests from now on."""
         assert self._send is not None, "connect comes before set_ready"
         if isinstance(self.state, Starting):
             self.state = Ready(model)
+            self.phases["ready"] = time.monotonic()
 
     @property
     def model(self) -> ModelInfo:
@@ -168,7 +164,7 @@ class RequestRegistry:
         """Uids whose final has not come."""
         return len(self._owners)
 
-    def open(self, n: int = 1) -> int:
+    def open(self, n: int = 1, request_id: str = "") -> int:
         """Take `n` consecutive uids and return the first, the request's base.
 
         Raises OverloadedError when that many do not fit under the limit, and as `model` does.
@@ -182,7 +178,7 @@ class RequestRegistry:
             )
         base = self._next_uid
         self._next_uid += n
-        request = _Request(base, live=set(range(base, base + n)))
+        request = _Request(base, set(range(base, base + n)), request_id)
         self._requests[base] = request
         self._owners.update(dict.fromkeys(request.live, request))
         return base
@@ -193,24 +189,49 @@ class RequestRegistry:
         request = self._owners.get(message.uid)
         if request is None or request.aborted:
             raise RequestAborted
-        index = self._next_tokenizer
-        self._next_tokenizer = (index + 1) % self._num_tokenizers
+        index = self._take_tokenizer()
         self._send(index, message)
         uids = range(message.uid, message.uid + message.sampling.n)
         request.tokenizers.update(dict.fromkeys(uids, index))
+
+    async def ask(
+        self, make: Callable[[int], Query], tokenizer_index: int | None = None
+    ) -> dict[str, Any]:
+        """The answer to `make(number)` by the next tokenizer in turn, or that of the index.
+
+        Raises as `model`, RequestFailedError when it is refused, MinisrvError when none comes.
+        """
+        _ = self.model
+        assert self._send is not None
+        send = self._send
+        index = self._take_tokenizer() if tokenizer_index is None else tokenizer_index
+        return await self._queries.ask(make, lambda query: send(index, query))
+
+    def receive(self, message: UserReply | AnswerMsg | StatsMsg) -> None:
+        """Take a message from behind."""
+        if isinstance(message, UserReply):
+            self.deliver(message)
+        elif isinstance(message, AnswerMsg):
+            self._queries.deliver(message)
+        else:
+            self.stats = message
 
     def deliver(self, reply: UserReply) -> None:
         """Give every column of `reply` to its request; what belongs to no open uid is dropped."""
         touched: dict[int, _Request] = {}
         for start in reply.starts:
             if (request := self._owners.get(start.uid)) is not None:
-                request.event(start.uid).start = start
+                event = request.event(start.uid)
+                event.start, event.started_at = start, time.monotonic()
                 touched[request.base] = request
         for thought in reply.thoughts:
             if (request := self._owners.get(thought.uid)) is not None:
                 event = request.event(thought.uid)
                 event.thoughts.append(thought.text)
                 event.reasoning_tokens = thought.tokens
+        for output in reply.output_ids:
+            if (request := self._owners.get(output.uid)) is not None:
+                request.event(output.uid).token_ids += output.ids.tolist()
         self._deliver_columns(reply, touched)
         for failure in reply.failures:
             if (request := self._owners.get(failure.uid)) is not None:
@@ -224,6 +245,7 @@ class RequestRegistry:
         if isinstance(self.state, Dead):
             return
         self.state = Dead(error)
+        self._queries.fail_all(error)
         for uid, request in list(self._owners.items()):
             self._fail(request, Failure.from_error(uid, error))
         for request in self._requests.values():
@@ -232,7 +254,9 @@ class RequestRegistry:
     def is_open(self, base: int) -> bool:
         """Whether `next_events` has something to wait for or to give."""
         request = self._requests.get(base)
-        return request is not None and bool(request.live or request.pending)
+        if request is None:
+            return False
+        return bool(request.live or request.pending or request.cancelled)
 
     async def next_events(self, base: int, timeout_s: float | None = None) -> list[Event]:
         """What has come for an open request, at most one event a uid; waits for the first.
@@ -274,7 +298,24 @@ class RequestRegistry:
         Right in every state, and a second time: finished, unsent and unknown requests included.
         """
         request = self._requests.pop(base, None)
-        if request is None:
+        return request is not None and self._stop(request)
+
+    def cancel(self, request_id: str | None, error: MinisrvError) -> int:
+        """Stop the requests of an id, or with None all, as `abort` does, but for their readers:
+        these get `error`. Returns how many requests that were."""
+        matching = [
+            request
+            for request in self._requests.values()
+            if request_id in (None, request.request_id) and not request.aborted and request.live
+        ]
+        for request in matching:
+            request.cancelled = error
+            self._stop(request)
+        return len(matching)
+
+    def _stop(self, request: _Request) -> bool:
+        """Whether anything still ran, and was not stopped already."""
+        if request.aborted:
             return False
         running = bool(request.live)
         request.close()
@@ -288,6 +329,11 @@ class RequestRegistry:
         for index, uids in by_tokenizer.items():
             self._send(index, AbortMsg(uids=tuple(uids), epoch=self.epoch))
         return running
+
+    def _take_tokenizer(self) -> int:
+        index = self._next_tokenizer
+        self._next_tokenizer = (index + 1) % self._num_tokenizers
+        return index
 
     def _deliver_columns(self, reply: UserReply, touched: dict[int, _Request]) -> None:
         columns = zip(
@@ -316,6 +362,7 @@ class RequestRegistry:
             self._fail(request, Failure.from_error(event.uid, error))
             return
         event.finish = finish
+        event.ended_at = time.monotonic()
         event.stop_reason = stop_reason
         self._release(request, event.uid)
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
+from functools import cached_property
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from minisrv import log
 from minisrv.errors import MinisrvError
 from minisrv.frontend.events import Event
 from minisrv.frontend.generation import Generation
 from minisrv.frontend.http_errors import error_body
+from minisrv.frontend.metrics import ServerMetrics
 from minisrv.frontend.request_context import CLIENT_GONE, RequestContext
+from minisrv.frontend.request_figures import RequestFigures
 from minisrv.frontend.request_registry import RequestAborted, RequestRegistry
 from minisrv.frontend.stream import (
     DONE,
@@ -32,12 +36,16 @@ from minisrv.frontend.stream import (
 
 logger = logging.getLogger("minisrv.frontend")
 
+SERVER_TIMING_HEADER = "Server-Timing"
 FIRST_PING_S = 5.0
 PING_S = 15.0
 
 
 class GenerationResponse(Response):
-    """Opens the request at the registry, answers, and closes it however it ends."""
+    """Opens the request at the registry, answers, and closes it however it ends.
+
+    timings: end the reply with what it took.
+    """
 
     def __init__(
         self,
@@ -46,6 +54,9 @@ class GenerationResponse(Response):
         header: ReplyHeader,
         context: RequestContext,
         headers: dict[str, str],
+        metrics: ServerMetrics,
+        *,
+        timings: bool = False,
     ) -> None:
         if generation.stream:
             headers = {**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -57,12 +68,14 @@ class GenerationResponse(Response):
         self._header = header
         self._context = context
         self._usage = Usage(header)
-        self._opened = time.monotonic()
-        self._first_output: float | None = None
+        self._metrics = metrics
+        self._timings = timings
+        self._figures = RequestFigures(generation.num_choices, context.arrived_at)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer. Raises MinisrvError for a failure that came before any output."""
-        base = self._registry.open(self._generation.num_choices)
+        base = self._registry.open(self._generation.num_choices, self._context.request_id)
+        self._log_start()
         watch = asyncio.create_task(self._abort_when_gone(receive, base))
         try:
             for message in self._generation.tokenize_messages(base, self._registry.epoch):
@@ -73,10 +86,15 @@ class GenerationResponse(Response):
                 await self._send_whole(send, base)
         except RequestAborted:
             self._context.status = CLIENT_GONE
+            self._figures.failure_reason = "abort"
+        except MinisrvError as error:
+            self._note_failure(error)
+            raise
         finally:
             watch.cancel()
             self._registry.abort(base)
-            self._context.figures = self._figures()
+            self._context.figures = self._log_figures()
+            self._metrics.count_request(self._figures)
 
     async def _abort_when_gone(self, receive: Receive, base: int) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -85,19 +103,25 @@ class GenerationResponse(Response):
 
     async def _send_whole(self, send: Send, base: int) -> None:
         events = await self._registry.all_events(base)
+        self._take(events)
         _raise_failure(events)
-        body = json_bytes(whole_reply(self._header, events, self._usage))
+        value = self._whole(events)
+        if self._timings:
+            value["timings"] = self._figures.timings()
+        body = json_bytes(value)
         self.headers["content-length"] = str(len(body))
-        await self._start(send)
+        await self._start(send, ended=True)
         await send({"type": "http.response.body", "body": body})
 
     async def _send_stream(self, send: Send, base: int) -> None:
         events = await self._registry.next_events(base, FIRST_PING_S)
+        self._take(events)
         _raise_failure(events)
-        await self._start(send)
+        await self._start(send, ended=False)
         try:
             await self._send_events(send, base, events)
         except MinisrvError as error:
+            self._note_failure(error)
             await _send_last(send, sse(error_body(error)) + DONE)
         except RequestAborted:
             raise
@@ -106,35 +130,80 @@ class GenerationResponse(Response):
             await _send_last(send, sse(error_body(self._context.internal_error())) + DONE)
 
     async def _send_events(self, send: Send, base: int, events: list[Event]) -> None:
-        assert self._generation.stream is not None
-        reply = StreamReply(self._header, self._usage, self._generation.stream)
         while True:
-            if events and self._first_output is None:
-                self._first_output = time.monotonic()
-            data = b"".join([reply.chunks(event) for event in events if not event.failure])
+            data = b"".join([self._chunks(event) for event in events if not event.failure])
             if any(event.failure for event in events):
                 await _send(send, data)
                 _raise_failure(events)
             if not self._registry.is_open(base):
-                return await _send_last(send, data + reply.end())
+                timings = self._timings_chunk() if self._timings else b""
+                return await _send_last(send, data + timings + self._end())
             # An event may add nothing yet: its text is held back while it may begin a tool call.
             if data or not events:
                 await _send(send, data or PING)
             events = await self._registry.next_events(base, PING_S)
+            self._take(events)
 
-    async def _start(self, send: Send) -> None:
+    def _whole(self, events: list[Event]) -> dict[str, Any]:
+        return whole_reply(self._header, events, self._usage)
+
+    def _chunks(self, event: Event) -> bytes:
+        return self._stream.chunks(event)
+
+    def _end(self) -> bytes:
+        return self._stream.end()
+
+    @cached_property
+    def _stream(self) -> StreamReply:
+        assert self._generation.stream is not None
+        return StreamReply(self._header, self._usage, self._generation.stream)
+
+    def _timings_chunk(self) -> bytes:
+        """A chunk without choices, before the one with the usage."""
+        assert self._generation.stream is not None
+        object_name = "chat.completion.chunk" if self._header.chat else "text_completion"
+        chunk = self._header.reply(object_name, []) | {"timings": self._figures.timings()}
+        if self._generation.stream.include_usage:
+            chunk["usage"] = None
+        return sse(chunk)
+
+    def _take(self, events: list[Event]) -> None:
+        for event in events:
+            if event.start is not None or event.final:
+                self._figures.add(event)
+
+    def _note_failure(self, error: MinisrvError) -> None:
+        aborted = error.code == "request_aborted"
+        self._figures.failure_reason = "abort" if aborted else "error"
+
+    async def _start(self, send: Send, *, ended: bool) -> None:
+        timing = self._figures.server_timing(ended=ended)
+        if timing is not None:
+            self.headers[SERVER_TIMING_HEADER] = timing
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
-    def _figures(self) -> str:
-        """For the request's line in the log."""
+    def _log_start(self) -> None:
+        sampling = self._generation.sampling
+        figures = {
+            "id": self._context.request_id,
+            "prompts": self._generation.num_prompts,
+            "n": sampling.n,
+            "max_tokens": sampling.max_tokens,
+            "stream": self._generation.stream is not None,
+            "open": self._registry.num_open,
+        }
+        log.event(logger, logging.INFO, "started", figures)
+
+    def _log_figures(self) -> dict[str, Any]:
+        """For the request's last line in the log."""
         usage = self._usage
-        figures = (
-            f"choices={self._generation.num_choices} prompt={usage.prompt_tokens} "
-            f"cached={usage.cached_tokens} output={usage.output_tokens}"
-        )
-        if self._first_output is not None:
-            figures += f" first_ms={(self._first_output - self._opened) * 1000:.0f}"
-        return figures
+        return {
+            "choices": self._generation.num_choices,
+            "prompt": usage.prompt_tokens,
+            "cached": usage.cached_tokens,
+            "output": usage.output_tokens,
+            **self._figures.log_figures(),
+        }
 
 
 def _raise_failure(events: list[Event]) -> None:

@@ -18,7 +18,7 @@ from minisrv.messages import Finish
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 
-_FINISH_REASONS = {
+FINISH_REASONS = {
     Finish.STOP: "stop",
     Finish.STOP_TOKEN: "stop",
     Finish.COMPLETE: "stop",
@@ -212,6 +212,6 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 def _ending(event: Event, message: AssistantMessage | None = None) -> dict[str, Any]:
     calls_tools = message is not None and message.calls_tools(event)
     return {
-        "finish_reason": "tool_calls" if calls_tools else _FINISH_REASONS[event.finish],
+        "finish_reason": "tool_calls" if calls_tools else FINISH_REASONS[event.finish],
         "stop_reason": event.stop_reason,
     }

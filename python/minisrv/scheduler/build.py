@@ -19,6 +19,7 @@ from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.channel import LocalChannel, ZmqChannel
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
+from minisrv.scheduler.stats import LoopStats
 from minisrv.structured_output.compiler import GrammarCompiler
 from minisrv.structured_output.vocabulary import Vocabulary
 
@@ -86,3 +87,4 @@ def _warm_up(loop: SchedulerLoop) -> None:
         loop.advance()
     loop.scheduler.take_replies()
     loop.scheduler.cache.evict(loop.scheduler.cache.pages.size)
+    loop.stats = LoopStats()

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Protocol
 
 from minisrv.ipc import Inbox, Outbox
-from minisrv.messages import SCHEDULER_INBOX, AbortMsg, DetokenizeMsg, GenerateMsg, Message
+from minisrv.messages import (
+    SCHEDULER_INBOX,
+    AbortMsg,
+    AnswerMsg,
+    DetokenizeMsg,
+    FlushMsg,
+    GenerateMsg,
+    Message,
+    StatsMsg,
+)
 
 
 class Channel(Protocol):
@@ -22,9 +31,12 @@ class Channel(Protocol):
     def send(self, message: DetokenizeMsg) -> None:
         """Pass on what came of a step."""
 
+    def tell(self, message: AnswerMsg | StatsMsg) -> None:
+        """Pass on what the frontend wants to know besides."""
+
 
 class ZmqChannel:
-    """The scheduler process: inbox `scheduler`, outbox `detokenizer`."""
+    """The scheduler process: inbox `scheduler`, outboxes `detokenizer` and `frontend`."""
 
     WAIT_S = 1.0
 
@@ -32,6 +44,7 @@ class ZmqChannel:
         self.epoch = epoch
         self._inbox = Inbox(run_dir, "scheduler", SCHEDULER_INBOX, epoch)
         self._outbox = Outbox(run_dir, "detokenizer")
+        self._frontend = Outbox(run_dir, "frontend")
 
     def receive(self, wait: bool) -> list[Message]:
         """See Channel."""
@@ -43,20 +56,29 @@ class ZmqChannel:
         """See Channel."""
         self._outbox.send(message)
 
+    def tell(self, message: AnswerMsg | StatsMsg) -> None:
+        """See Channel."""
+        self._frontend.send(message)
+
     def close(self) -> None:
-        """Close both sockets."""
+        """Close all sockets."""
         self._inbox.close()
         self._outbox.close()
+        self._frontend.close()
 
 
 class LocalChannel:
-    """Messages by hand, for the offline engine and tests: put into `inbox`, take from `outbox`."""
+    """Messages by hand, for the offline engine and tests: put into `inbox`, take from `outbox`.
+
+    `told` keeps the last of what a frontend would have been told.
+    """
 
     epoch = 0
 
     def __init__(self) -> None:
-        self.inbox: deque[GenerateMsg | AbortMsg] = deque()
+        self.inbox: deque[GenerateMsg | AbortMsg | FlushMsg] = deque()
         self.outbox: deque[DetokenizeMsg] = deque()
+        self.told: deque[AnswerMsg | StatsMsg] = deque(maxlen=8)
 
     def receive(self, wait: bool) -> list[Message]:
         """See Channel; never blocks, since nobody else could put a message in."""
@@ -67,3 +89,7 @@ class LocalChannel:
     def send(self, message: DetokenizeMsg) -> None:
         """See Channel."""
         self.outbox.append(message)
+
+    def tell(self, message: AnswerMsg | StatsMsg) -> None:
+        """See Channel."""
+        self.told.append(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +11,20 @@ import numpy as np
 
 from minisrv.engine.forward_batch import ForwardEngine, Int32Array
 from minisrv.errors import InvalidRequestError
-from minisrv.messages import AbortMsg, DetokenizeMsg, GenerateMsg
+from minisrv.messages import (
+    AbortMsg,
+    AnswerMsg,
+    DetokenizeMsg,
+    Failure,
+    FlushMsg,
+    GenerateMsg,
+)
 from minisrv.scheduler.batch_builder import BatchBuilder
 from minisrv.scheduler.channel import LocalChannel, ZmqChannel
 from minisrv.scheduler.grammars import Grammars
 from minisrv.scheduler.request import Request
 from minisrv.scheduler.scheduler import Replies, Scheduler
+from minisrv.scheduler.stats import LoopStats
 from minisrv.scheduler.step import Step
 from minisrv.structured_output.compiler import GrammarCompiler
 
@@ -43,6 +52,7 @@ class SchedulerLoop:
         self.channel = channel
         self.overlap_depth = overlap_depth
         self._grammars = None if compiler is None else Grammars(scheduler, compiler)
+        self.stats = LoopStats()
         self._builder = BatchBuilder(scheduler.cache.rows.size)
         self._in_flight: deque[tuple[Step, Any]] = deque()
 
@@ -64,11 +74,15 @@ class SchedulerLoop:
             self._grammars.deliver()
         self.advance()
         self._send(self.scheduler.take_replies())
+        if self.stats.due(self.scheduler.now, self.busy):
+            self.channel.tell(self.stats.message(self.scheduler, self.channel.epoch))
 
     def advance(self) -> None:
         """Launch the next step, and settle what must be settled."""
+        self.scheduler.now = time.monotonic()
         step = self.scheduler.schedule()
         if step is not None:
+            self.stats.count_step(step)
             batch = self._builder.build(step, self._fill_masks)
             self._in_flight.append((step, self.engine.launch(batch)))
         elif not self._in_flight and self.scheduler.num_open:
@@ -81,7 +95,12 @@ class SchedulerLoop:
         """Settle steps, oldest first, until `depth` are in flight."""
         while len(self._in_flight) > depth:
             settled, handle = self._in_flight.popleft()
-            self.scheduler.settle(settled, self.engine.wait(handle).token_ids.tolist())
+            self._settle_step(settled, self.engine.wait(handle).token_ids.tolist())
+
+    def _settle_step(self, step: Step, token_ids: list[int]) -> None:
+        now = self.scheduler.now = time.monotonic()
+        num_first = self.stats.first_tokens(step, now) if step.sampling_prefills else 0
+        self.stats.count_tokens(self.scheduler.settle(step, token_ids), num_first, now)
 
     def _fill_masks(self, requests: list[Request]) -> Int32Array:
         """The masks of the step that is being launched, which is not in flight yet."""
@@ -90,13 +109,28 @@ class SchedulerLoop:
         return self._grammars.masks(requests)
 
     def _receive(self, wait: bool) -> None:
-        for message in self.channel.receive(wait):
+        messages = self.channel.receive(wait)
+        if messages:
+            self.scheduler.now = time.monotonic()
+        for message in messages:
             if isinstance(message, GenerateMsg):
                 self.scheduler.add(message)
                 if message.sampling.grammar is not None:
                     self._request_grammar(message)
             elif isinstance(message, AbortMsg):
                 self.scheduler.abort(message.uids)
+            elif isinstance(message, FlushMsg):
+                self.channel.tell(self._flush(message))
+
+    def _flush(self, message: FlushMsg) -> AnswerMsg:
+        """Empty the cache, unless requests are open: these would keep parts of it."""
+        cache, epoch = self.scheduler.cache, self.channel.epoch
+        if num_open := self.scheduler.num_open:
+            error = InvalidRequestError(f"{num_open} requests are open; the cache is flushed idle")
+            return AnswerMsg(query=message.query, failure=Failure.from_error(0, error), epoch=epoch)
+        num_pages = cache.tree.num_evictable
+        cache.evict(num_pages)
+        return AnswerMsg(query=message.query, value={"pages": num_pages}, epoch=epoch)
 
     def _request_grammar(self, message: GenerateMsg) -> None:
         if self._grammars is not None:
@@ -109,6 +143,8 @@ class SchedulerLoop:
     def _send(self, replies: Replies) -> None:
         if not replies:
             return
+        if replies.starts:
+            self.stats.count_starts(replies)
         self.channel.send(
             DetokenizeMsg(
                 uids=np.array(replies.uids, np.int64),

@@ -33,6 +33,7 @@ class Request:
     the output so far. `computed` counts the positions computed or in a launched step; `pending`
     the sampled tokens that have not come back; `last_step` is the last step that it was in.
     `matcher` follows the output; a request with a grammar waits until it has one.
+    `arrived_at`, `admitted_at` (the first time) and `retracted_at` are on the scheduler's clock.
     """
 
     uid: int
@@ -56,6 +57,9 @@ class Request:
     bypassed: int = 0
     last_step: int = 0
     matcher: Matcher | None = None
+    arrived_at: float = 0.0
+    admitted_at: float | None = None
+    retracted_at: float = 0.0
     _ends: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -114,9 +118,10 @@ class Request:
             return Finish.COMPLETE
         return Finish.LENGTH if len(self.output_ids) >= self.max_tokens else Finish.NONE
 
-    def start(self) -> Start:
+    def start(self, now: float) -> Start:
         """What the detokenizer and the frontend need to know of this request."""
         self.started = True
+        admitted_at = now if self.admitted_at is None else self.admitted_at
         return Start(
             uid=self.uid,
             prompt_tokens=len(self.prompt_ids),
@@ -125,4 +130,7 @@ class Request:
             stop=self.sampling.stop,
             skip_special_tokens=self.sampling.skip_special_tokens,
             parts=self.parts,
+            return_token_ids=self.sampling.return_token_ids,
+            queue_s=admitted_at - self.arrived_at,
+            prefill_s=now - admitted_at,
         )

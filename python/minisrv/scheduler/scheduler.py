@@ -32,10 +32,10 @@ class Replies:
     starts: list[Start] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
-    def add(self, request: Request, token_id: int, finish: Finish) -> None:
+    def add(self, request: Request, token_id: int, finish: Finish, now: float) -> None:
         """Tell of one token, or with ABORT of an end without one."""
         if not request.started:
-            self.starts.append(request.start())
+            self.starts.append(request.start(now))
         self.uids.append(request.uid)
         self.token_ids.append(token_id)
         self.finishes.append(finish)
@@ -49,7 +49,8 @@ class Scheduler:
 
     The caller alternates `schedule` and `settle` in step order, with at most two steps between;
     `take_replies` gives what has come of add, abort and settle. `new_seed` gives the seed of a
-    request that names none.
+    request that names none. `now` is the time on the caller's clock, in seconds; the caller sets
+    it.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.waiting = WaitingQueue()
         self.num_retractions = 0
+        self.now = 0.0
         self._eos_ids = frozenset(eos_ids)
         self._new_seed = new_seed
         self._requests: dict[int, Request] = {}
@@ -107,6 +109,7 @@ class Scheduler:
                 max_tokens=max_tokens,
                 eos_ids=self._eos_ids,
                 parts=message.parts,
+                arrived_at=self.now,
             )
             self._requests[request.uid] = request
             self.waiting.add(request)
@@ -145,10 +148,14 @@ class Scheduler:
         step.page_writes = self.cache.take_page_writes()
         return step
 
-    def settle(self, step: Step, token_ids: list[int]) -> None:
-        """Take the tokens of a step that is done; `token_ids` in the order of `step.samples`."""
+    def settle(self, step: Step, token_ids: list[int]) -> int:
+        """Take the tokens of a step that is done; `token_ids` in the order of `step.samples`.
+
+        Returns how many of them count: those of requests that had not ended.
+        """
         self.cache.settle(step.step_id)
         replies, finished = self._replies, Status.FINISHED
+        told = len(replies.uids)
         add_uid, add_token = replies.uids.append, replies.token_ids.append
         add_finish = replies.finishes.append
         for request, token_id in zip(step.samples, token_ids, strict=True):
@@ -159,11 +166,12 @@ class Scheduler:
             if finish:
                 self._end(request, token_id, finish)
             elif not request.started:
-                replies.add(request, token_id, finish)
+                replies.add(request, token_id, finish, self.now)
             else:
                 add_uid(request.uid)
                 add_token(token_id)
                 add_finish(finish)
+        return len(replies.uids) - told
 
     def take_replies(self) -> Replies:
         """What has come since the last call."""
@@ -292,6 +300,8 @@ class Scheduler:
         request.lease = self.cache.open()
         request.status = Status.RUNNING
         request.bypassed = 0
+        if request.admitted_at is None:
+            request.admitted_at = self.now
         at = next((i for i, r in enumerate(self.running) if r.arrival > request.arrival), None)
         self.running.insert(len(self.running) if at is None else at, request)
         return self._match(request, step_id)
@@ -361,6 +371,7 @@ class Scheduler:
         request.status = Status.WAITING
         self.waiting.add(request)
         request.retracted = self._retracted = True
+        request.retracted_at = self.now
         self.num_retractions += 1
 
     def _end(self, request: Request, token_id: int, finish: Finish) -> None:
@@ -374,7 +385,7 @@ class Scheduler:
 
     def _finish(self, request: Request, token_id: int, finish: Finish) -> None:
         self._remove(request)
-        self._replies.add(request, token_id, finish)
+        self._replies.add(request, token_id, finish, self.now)
 
     def _remove(self, request: Request) -> None:
         if request.status is Status.WAITING:

@@ -8,7 +8,17 @@ from pathlib import Path
 from minisrv.child import Child, Ready, run_child
 from minisrv.hf_tokenizer import load_tokenizer
 from minisrv.ipc import Inbox, Outbox
-from minisrv.messages import TOKENIZER_INBOX, AbortMsg, TokenizeMsg, UserReply
+from minisrv.messages import (
+    TOKENIZER_INBOX,
+    AbortMsg,
+    AnswerMsg,
+    DecodeMsg,
+    DescribeMsg,
+    EncodeMsg,
+    FlushMsg,
+    TokenizeMsg,
+    UserReply,
+)
 from minisrv.model_config import load_model_config
 from minisrv.structured_output.checker import GrammarChecker
 from minisrv.structured_output.vocabulary import open_vocabulary
@@ -29,9 +39,11 @@ def _serve(child: Child) -> None:
     child.report(Ready({"chat_format": asdict(worker.chat_format)}))
     while inbox.wait():
         for message in inbox.drain():
-            assert isinstance(message, TokenizeMsg | AbortMsg)
+            assert isinstance(
+                message, TokenizeMsg | AbortMsg | EncodeMsg | DecodeMsg | DescribeMsg | FlushMsg
+            )
             for outgoing in worker.handle(message):
-                receiver = frontend if isinstance(outgoing, UserReply) else scheduler
+                receiver = frontend if isinstance(outgoing, UserReply | AnswerMsg) else scheduler
                 receiver.send(outgoing)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,10 +13,15 @@ from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.hf_tokenizer import HFTokenizer
 from minisrv.messages import (
     AbortMsg,
+    AnswerMsg,
+    DecodeMsg,
+    EncodeMsg,
     Failure,
+    FlushMsg,
     GenerateMsg,
     Parts,
     TokenizeMsg,
+    TokenizerQuery,
     UserReply,
     failure_reply,
 )
@@ -24,7 +30,7 @@ from minisrv.tokenizer.chat_template import ChatTemplate
 
 logger = logging.getLogger("minisrv.tokenizer")
 
-Outgoing = GenerateMsg | AbortMsg | UserReply
+Outgoing = GenerateMsg | AbortMsg | FlushMsg | UserReply | AnswerMsg
 
 
 class TokenizerWorker:
@@ -51,13 +57,15 @@ class TokenizerWorker:
         self._epoch = epoch
         self._grammar_checker = grammar_checker
 
-    def handle(self, message: TokenizeMsg | AbortMsg) -> list[Outgoing]:
-        """What to send on: a UserReply goes to the frontend, all else to the scheduler.
+    def handle(self, message: TokenizeMsg | AbortMsg | FlushMsg | TokenizerQuery) -> list[Outgoing]:
+        """What to send on: a UserReply or AnswerMsg to the frontend, all else to the scheduler.
 
         A request that cannot be served fails alone, under each of its uids.
         """
-        if isinstance(message, AbortMsg):
+        if isinstance(message, AbortMsg | FlushMsg):
             return [message]
+        if not isinstance(message, TokenizeMsg):
+            return [self._answer(message)]
         try:
             prompt_ids, parts = self._prompt(message)
             self._check(prompt_ids, message)
@@ -87,7 +95,7 @@ class TokenizerWorker:
         if message.split_thought:
             parts |= self._thought_part(text)
         # The template writes the special tokens itself: a second BOS would be wrong.
-        return self._tokenizer.encode(text, add_special_tokens=False), parts
+        return self._encode(text, False, "messages"), parts
 
     def _thought_part(self, prompt: str) -> Parts:
         """Whether the reply begins in a thought, may begin with one, or has none."""
@@ -99,9 +107,50 @@ class TokenizerWorker:
             return Parts.OPEN_THOUGHT
         return Parts(0) if written.endswith(end) else Parts.THOUGHT
 
+    def _answer(self, message: TokenizerQuery) -> AnswerMsg:
+        try:
+            return AnswerMsg(query=message.query, value=self._value(message), epoch=self._epoch)
+        except MinisrvError as error:
+            failure = Failure.from_error(0, error)
+        except Exception:
+            logger.exception("query %d cannot be answered", message.query)
+            failure = Failure.from_error(0, MinisrvError("the tokenizer could not answer"))
+        return AnswerMsg(query=message.query, failure=failure, epoch=self._epoch)
+
+    def _value(self, message: TokenizerQuery) -> dict[str, Any]:
+        if isinstance(message, EncodeMsg):
+            text = message.prompt or ""
+            if message.messages is not None:
+                text = self._template.render(
+                    message.messages,
+                    message.template_kwargs,
+                    message.tools,
+                    add_generation_prompt=message.add_generation_prompt,
+                )
+            param = "prompt" if message.messages is None else "messages"
+            ids = self._encode(text, message.add_special_tokens, param)
+            return {"text": text, "ids": ids, "tokens": [self._tokenizer.token(id) for id in ids]}
+        if isinstance(message, DecodeMsg):
+            ids = message.token_ids.tolist()
+            return {"text": self._tokenizer.decode(ids, message.skip_special_tokens)}
+        return self._tokenizer.describe()
+
+    def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        """Token ids of a text that may fit; encoding one that cannot would take seconds."""
+        limit = self._max_seq_len * self._tokenizer.longest_token
+        if len(text) > limit:
+            raise InvalidRequestError(
+                f"This model's maximum context length is {self._max_seq_len} tokens. However, the "
+                f"{param} has {len(text)} characters, and no more than {limit} can fit. Please "
+                f"reduce the length of the {param}.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return self._tokenizer.encode(text, add_special_tokens)
+
     def _prompt_ids(self, message: TokenizeMsg) -> Sequence[int]:
         if isinstance(message.prompt, str):
-            ids = self._tokenizer.encode(message.prompt)
+            ids = self._encode(message.prompt, True, "prompt")
             if not ids and self._tokenizer.bos_id is not None:
                 return [self._tokenizer.bos_id]
             return ids

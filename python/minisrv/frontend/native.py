@@ -1,0 +1,129 @@
+"""POST /generate: text or token ids in, text and token ids out. Thin, for tests and benchmarks.
+
+The shape is SGLang's, with deltas in a stream: `text` and `output_ids` of all its events join to
+those of a whole reply.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from minisrv.errors import InvalidRequestError
+from minisrv.frontend.body_fields import BodyFields, honoured
+from minisrv.frontend.events import Event
+from minisrv.frontend.generation import Generation, check_model, read_sampling, read_token_ids
+from minisrv.frontend.metrics import ServerMetrics
+from minisrv.frontend.model_info import ModelInfo
+from minisrv.frontend.openai_types import COMPLETION_FIELDS, Field, read_fields
+from minisrv.frontend.openapi import errors, request_body
+from minisrv.frontend.request_context import context_of
+from minisrv.frontend.request_registry import RequestRegistry
+from minisrv.frontend.responder import GenerationResponse
+from minisrv.frontend.schema import INTEGER, INTEGERS, OBJECT, STRING
+from minisrv.frontend.stream import DONE, FINISH_REASONS, ReplyHeader, StreamOptions, sse
+
+_SAMPLING_NAMES = (
+    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
+    *("ignore_eos", "min_tokens", "skip_special_tokens"),
+)
+SAMPLING_FIELDS: dict[str, Field] = {
+    **{name: COMPLETION_FIELDS[name] for name in _SAMPLING_NAMES},
+    "max_new_tokens": honoured(INTEGER, "The same as max_tokens. Default: 128."),
+}
+GENERATE_FIELDS: dict[str, Field] = {
+    "text": honoured(STRING, "The prompt; or send input_ids."),
+    "input_ids": honoured(INTEGERS, "The prompt as token ids."),
+    "sampling_params": honoured(OBJECT, f"Any of {', '.join(SAMPLING_FIELDS)}."),
+    **{name: COMPLETION_FIELDS[name] for name in ("model", "stream", "request_id", "rid")},
+}
+DEFAULT_MAX_TOKENS = 128
+_STREAM = StreamOptions(include_usage=False, continuous_usage=False)
+
+
+def add_native_route(
+    app: FastAPI,
+    max_open_requests: int,
+    body_fields: BodyFields,
+    registry: RequestRegistry,
+    metrics: ServerMetrics,
+) -> None:
+    """The one route."""
+    statuses = errors(400, 401, 404, 408, 413, 415, 500, 503)
+
+    @app.post("/generate", openapi_extra=request_body(GENERATE_FIELDS), responses=statuses)
+    async def generate(request: Request) -> Response:
+        """Continue a prompt."""
+        model = registry.model
+        fields, headers = await body_fields.read(request, GENERATE_FIELDS)
+        generation = read_native(fields, model)
+        generation.check_fits(max_open_requests)
+        context = context_of(request.scope)
+        context.take_id(fields)
+        header = ReplyHeader(
+            id=context.request_id,
+            chat=False,
+            created=int(time.time()),
+            model=model.name,
+            system_fingerprint="",
+            choices_per_prompt=1,
+        )
+        return NativeResponse(registry, generation, header, context, headers, metrics)
+
+
+def read_native(fields: dict[str, Any], model: ModelInfo) -> Generation:
+    """Check the fields of a request. Raises InvalidRequestError."""
+    check_model(fields, model)
+    if ("text" in fields) == ("input_ids" in fields):
+        raise InvalidRequestError("send either text or input_ids", param="text")
+    given, unknown = read_fields(fields.get("sampling_params", {}), SAMPLING_FIELDS)
+    if unknown:
+        raise InvalidRequestError(
+            f"sampling_params has no {unknown[0][:64]!a}; it has {', '.join(SAMPLING_FIELDS)}",
+            param="sampling_params",
+            code="unsupported_parameter",
+        )
+    if "max_new_tokens" in given:
+        given["max_completion_tokens"] = given.pop("max_new_tokens")
+    sampling = read_sampling(given | {"return_token_ids": True}, model, DEFAULT_MAX_TOKENS)
+    text = fields.get("text")
+    return Generation(
+        prompts=(
+            read_token_ids(fields["input_ids"], model, "input_ids") if text is None else text,
+        ),
+        sampling=sampling,
+        stream=_STREAM if fields.get("stream", False) else None,
+    )
+
+
+class NativeResponse(GenerationResponse):
+    """Answers in the native shape."""
+
+    def _whole(self, events: list[Event]) -> dict[str, Any]:
+        (event,) = events
+        return self._body(event)
+
+    def _chunks(self, event: Event) -> bytes:
+        return sse(self._body(event)) if event.deltas else b""
+
+    def _end(self) -> bytes:
+        return DONE
+
+    def _body(self, event: Event) -> dict[str, Any]:
+        self._usage.add(event)
+        finish_reason: dict[str, str | int] | None = None
+        if event.final:
+            finish_reason = {"type": FINISH_REASONS[event.finish]}
+            if event.stop_reason is not None:
+                finish_reason["matched"] = event.stop_reason
+        meta_info = {
+            "id": self._header.id,
+            "finish_reason": finish_reason,
+            "prompt_tokens": self._usage.prompt_tokens,
+            "cached_tokens": self._usage.cached_tokens,
+            "completion_tokens": event.output_tokens,
+        }
+        return {"text": event.text, "output_ids": event.token_ids, "meta_info": meta_info}

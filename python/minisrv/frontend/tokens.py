@@ -1,0 +1,115 @@
+"""Routes over the model's tokenizer and chat template, without generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse, Response
+
+from minisrv.errors import InvalidRequestError
+from minisrv.frontend.body_fields import BodyFields, honoured
+from minisrv.frontend.chat import read_chat
+from minisrv.frontend.generation import check_model, read_token_ids
+from minisrv.frontend.openai_types import CHAT_FIELDS, Field
+from minisrv.frontend.openapi import errors, request_body
+from minisrv.frontend.request_registry import RequestRegistry
+from minisrv.frontend.schema import BOOLEAN, INTEGERS, STRING
+from minisrv.messages import DecodeMsg, DescribeMsg, EncodeMsg
+
+_CHAT_NAMES = (
+    *("model", "messages", "chat_template_kwargs", "tools", "tool_choice"),
+    *("reasoning_effort", "enable_thinking"),
+)
+_GENERATION_PROMPT = honoured(BOOLEAN, "End with the assistant's turn begun. Default: true.")
+
+TEMPLATE_FIELDS: dict[str, Field] = {
+    **{name: CHAT_FIELDS[name] for name in _CHAT_NAMES},
+    "add_generation_prompt": _GENERATION_PROMPT,
+}
+TOKENIZE_FIELDS: dict[str, Field] = {
+    "prompt": honoured(STRING, "Text; or send messages."),
+    **TEMPLATE_FIELDS,
+    "add_special_tokens": honoured(BOOLEAN, "Default: true for a prompt, false for messages."),
+}
+DETOKENIZE_FIELDS: dict[str, Field] = {
+    "model": CHAT_FIELDS["model"],
+    "tokens": honoured(INTEGERS, "Token ids."),
+    "skip_special_tokens": honoured(BOOLEAN, "Leave special tokens out. Default: false."),
+}
+
+
+def add_token_routes(app: FastAPI, body_fields: BodyFields, registry: RequestRegistry) -> None:
+    """Text to tokens and back, the rendered prompt of a conversation, and the tokenizer itself."""
+    statuses = errors(400, 401, 404, 408, 413, 415, 503)
+
+    async def encode(fields: dict[str, Any]) -> dict[str, Any]:
+        encoding = _read_encoding(fields, registry)
+        return await registry.ask(
+            lambda query: EncodeMsg(query=query, epoch=registry.epoch, **encoding)
+        )
+
+    @app.post("/tokenize", openapi_extra=request_body(TOKENIZE_FIELDS), responses=statuses)
+    async def tokenize(request: Request) -> Response:
+        """The tokens of a text, or of a conversation."""
+        fields, headers = await body_fields.read(request, TOKENIZE_FIELDS)
+        answer = await encode(fields)
+        body = {
+            "count": len(answer["ids"]),
+            "max_model_len": registry.model.max_model_len,
+            "tokens": answer["ids"],
+            "token_strs": answer["tokens"],
+        }
+        return JSONResponse(body, headers=headers)
+
+    @app.post("/detokenize", openapi_extra=request_body(DETOKENIZE_FIELDS), responses=statuses)
+    async def detokenize(request: Request) -> Response:
+        """The text of tokens."""
+        fields, headers = await body_fields.read(request, DETOKENIZE_FIELDS)
+        check_model(fields, registry.model)
+        ids = fields.get("tokens")
+        if ids is None:
+            raise InvalidRequestError("tokens is missing", param="tokens")
+        message = {
+            "token_ids": np.array(ids and read_token_ids(ids, registry.model, "tokens"), np.int32),
+            "skip_special_tokens": fields.get("skip_special_tokens", False),
+            "epoch": registry.epoch,
+        }
+        text = (await registry.ask(lambda query: DecodeMsg(query=query, **message)))["text"]
+        return JSONResponse({"prompt": text, "text": text}, headers=headers)
+
+    @app.post("/apply-template", include_in_schema=False)
+    @app.post("/apply_template", openapi_extra=request_body(TEMPLATE_FIELDS), responses=statuses)
+    async def apply_template(request: Request) -> Response:
+        """The prompt that the model would see, and its tokens."""
+        fields, headers = await body_fields.read(request, TEMPLATE_FIELDS)
+        fields.setdefault("messages", [])
+        answer = await encode(fields)
+        body = {"prompt": answer["text"], "tokens": answer["ids"], "count": len(answer["ids"])}
+        return JSONResponse(body, headers=headers)
+
+    @app.get("/tokenizer_info", responses=errors(401, 503))
+    async def tokenizer_info() -> Response:
+        """Special tokens, chat template and size of the vocabulary."""
+        answer = await registry.ask(lambda query: DescribeMsg(query=query, epoch=registry.epoch))
+        return JSONResponse({**answer, "max_model_len": registry.model.max_model_len})
+
+
+def _read_encoding(fields: dict[str, Any], registry: RequestRegistry) -> dict[str, Any]:
+    """The fields of an EncodeMsg. Raises InvalidRequestError."""
+    check_model(fields, registry.model)
+    if "prompt" in fields and "messages" in fields:
+        raise InvalidRequestError("send messages or prompt, not both", param="messages")
+    if "prompt" in fields:
+        special = fields.get("add_special_tokens", True)
+        return {"prompt": fields["prompt"], "add_special_tokens": special}
+    chat = {name: fields[name] for name in _CHAT_NAMES if name in fields}
+    generation = read_chat(chat, registry.model)
+    return {
+        "messages": generation.messages,
+        "template_kwargs": generation.template_kwargs,
+        "tools": generation.tools,
+        "add_special_tokens": fields.get("add_special_tokens", False),
+        "add_generation_prompt": fields.get("add_generation_prompt", True),
+    }
