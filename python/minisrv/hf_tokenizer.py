@@ -113,6 +113,10 @@ class HFTokenizer:
             "chat_templates": dict(self.chat_templates),
         }
 
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is spelled `text`, None if there is none."""
+        return self._backend.token_to_id(text)
+
     def _named_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self._backend.token_to_id(token)

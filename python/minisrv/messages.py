@@ -57,6 +57,7 @@ class TokenizeMsg:
 
     The `sampling.n` choices answer under uid, uid + 1, ... The sampling has no None but max_tokens
     and seed. `tools` are shown to the template, and calls of them looked for in the reply.
+    must_call: the reply must be a call of one of these tools; with `parallel_calls` maybe several.
     split_thought: whether a thought comes apart from the text.
     """
 
@@ -66,6 +67,8 @@ class TokenizeMsg:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     sampling: SamplingParams
     tools: tuple[dict[str, Any], ...] | None = None
+    must_call: tuple[str, ...] = ()
+    parallel_calls: bool = True
     split_thought: bool = False
     epoch: int = 0
 

@@ -25,13 +25,15 @@ class Grammar:
 
     kind: json_schema (text: the schema as JSON), regex, choice (text: a JSON array of strings) or
     lark (Lark as llguidance knows it, in which `%json {...}` is a schema; or GBNF).
-    param: the field of the request that it came from, for messages.
+    param: the field of the request that it came from, for messages. before: Lark of what stands
+    before the text, with `@text` for the text itself; empty for nothing.
     Raises InvalidRequestError for a text over the limit; what it says is checked later.
     """
 
     kind: str
     text: str
     param: str = "grammar"
+    before: str = ""
 
     def __post_init__(self) -> None:
         num_bytes = len(self.text.encode(errors="replace"))

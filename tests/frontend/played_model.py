@@ -32,6 +32,9 @@ from minisrv.messages import (
     decode,
     encode,
 )
+from minisrv.sampling_params import Grammar
+from minisrv.structured_output.checker import GrammarChecker
+from minisrv.structured_output.vocabulary import Vocabulary
 from minisrv.tokenizer.chat_template import ChatTemplate
 from minisrv.tokenizer.worker import TokenizerWorker
 
@@ -77,8 +80,10 @@ class PlayedModel:
     def __init__(self, registry: RequestRegistry, template: str) -> None:
         self.text = ""
         self.prompts: list[str] = []
+        self.grammars: list[Grammar | None] = []
         self.batch = 1
         self.tokenizer = make_tokenizer(template)
+        self.vocabulary = Vocabulary(self.tokenizer, self.tokenizer.vocab_size, [EOS])
         self.info: ModelInfo = replace(
             MODEL, chat_format=find_chat_format(self.tokenizer.chat_templates)
         )
@@ -89,6 +94,7 @@ class PlayedModel:
             1_000_000,
             self.tokenizer.vocab_size,
             registry.epoch,
+            GrammarChecker(self.vocabulary),
         )
         self._detokenizer = DetokenizerWorker(self.tokenizer, registry.epoch)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -103,6 +109,7 @@ class PlayedModel:
                 self._registry.deliver(outgoing)
             elif isinstance(outgoing, GenerateMsg):
                 self.prompts.append(self.tokenizer.decode(outgoing.prompt_ids.tolist(), False))
+                self.grammars.append(outgoing.sampling.grammar)
                 for uid in range(outgoing.uid, outgoing.uid + outgoing.sampling.n):
                     task = asyncio.create_task(self._generate(uid, outgoing))
                     self._tasks.add(task)

@@ -219,6 +219,31 @@ def test_the_template_shows_the_tools_as_they_were_sent(hermes: HttpServer) -> N
 
 
 NAMED = {"type": "function", "function": {"name": "add"}}
+BAD = {"type": "object", "properties": {"a": {"type": "number", "pattern": "(", "format": "x"}}}
+BAD["properties"]["b"] = {"type": "string", "pattern": "("}  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"tool_choice": "required"}, ["get_time", "add"]),
+        ({"tool_choice": NAMED}, ["add"]),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, ["get_time", "add"]),
+        ({"tool_choice": "auto"}, []),
+    ],
+)
+def test_a_call_that_must_be_made_is_held_to_by_a_grammar(
+    hermes: HttpServer, fields: dict[str, Any], names: list[str]
+) -> None:
+    _, content, calls, finish = parts(whole(hermes, CALL, tools=TOOLS, **fields))
+    assert (content, len(calls), finish) == ("", 1, "tool_calls")
+    grammar = hermes.backend.grammars[-1]  # type: ignore[attr-defined]
+    if not names:
+        assert grammar is None
+        return
+    assert [name for name in ("get_time", "add") if name in grammar.text] == names
+    assert grammar.before
+    assert ("*" in grammar.text.splitlines()[0]) == ("parallel_tool_calls" not in fields)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +261,27 @@ NAMED = {"type": "function", "function": {"name": "add"}}
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools.1.function.name", None),
         ({"tools": TOOLS * 65}, "tools", None),
         ({"tool_choice": "required"}, "tool_choice", None),
-        ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice", "unsupported_parameter"),
+        ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice", None),
+        ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice.function", None),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}},
+            "tool_choice.type",
+            "unsupported_parameter",
+        ),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "sub"}}},
+            "tool_choice.function.name",
+            None,
+        ),
+        ({"tools": TOOLS, "tool_choice": "required", "regex": "a"}, "tool_choice", None),
+        (
+            {
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": BAD}}],
+                "tool_choice": "required",
+            },
+            "tools",
+            None,
+        ),
         ({"tools": TOOLS, "parallel_tool_calls": "no"}, "parallel_tool_calls", None),
         ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
         ({"reasoning_effort": "huge"}, "reasoning_effort", None),

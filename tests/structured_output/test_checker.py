@@ -105,7 +105,7 @@ def test_other_grammars_are_refused_with_what_is_wrong(
 )
 def test_good_grammars_pass_and_are_remembered(checker: GrammarChecker, grammar: Grammar) -> None:
     checker.check(grammar)
-    assert (grammar.kind, grammar.text) in checker._good
+    assert (grammar.kind, grammar.text, grammar.before) in checker._good
     checker.check(grammar)
 
 

@@ -15,7 +15,7 @@ from minisrv.frontend.generation import (
 from minisrv.frontend.http_body import parse_json
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.reasoning_fields import read_reasoning
-from minisrv.frontend.tool_fields import read_tools
+from minisrv.frontend.tool_fields import read_must_call, read_tools
 
 # What a prompt cannot have: no template is applied to it.
 _TEMPLATE_FIELDS = (
@@ -44,12 +44,19 @@ def read_chat(fields: dict[str, Any], model: ModelInfo) -> Generation:
     template_kwargs = read_reasoning(fields, model.chat_format)
     template_kwargs |= _read_template_kwargs(fields.get("chat_template_kwargs", {}))
     tools, calls = read_tools(fields, model.chat_format)
+    must_call = read_must_call(fields, calls)
+    if must_call and sampling.grammar is not None:
+        raise InvalidRequestError(
+            f"send {sampling.grammar.param} or a tool_choice that asks for a call, not both",
+            param="tool_choice",
+        )
     if "prompt" not in fields:
         return Generation(
             messages=_read_messages(fields.get("messages")),
             template_kwargs=template_kwargs,
             tools=tools,
             calls=calls,
+            must_call=must_call,
             sampling=sampling,
             stream=stream,
         )

@@ -38,6 +38,7 @@ class Generation:
     """One client request. It has `prompts`, or `messages` as its single prompt.
 
     tools: what the template shows. calls: how calls are found in the reply, None if they are not.
+    must_call: names of the tools one of which must be called.
     stream: None for a whole reply.
     """
 
@@ -46,6 +47,7 @@ class Generation:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     tools: tuple[dict[str, Any], ...] | None = None
     calls: CallReading | None = None
+    must_call: tuple[str, ...] = ()
     sampling: SamplingParams
     stream: StreamOptions | None
 
@@ -77,6 +79,8 @@ class Generation:
                     messages=self.messages,
                     template_kwargs=self.template_kwargs,
                     tools=self.tools,
+                    must_call=self.must_call,
+                    parallel_calls=self.calls is None or self.calls.parallel,
                     split_thought=True,
                     sampling=self.sampling,
                     epoch=epoch,

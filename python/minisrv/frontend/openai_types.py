@@ -194,7 +194,9 @@ CHAT_FIELDS: dict[str, Field] = {
     "chat_template_kwargs": _honoured(OBJECT, "Variables for the chat template."),
     "logprobs": _unsupported(False),
     "tools": _honoured(array_of(_TOOL), "Functions that the model may call; see docs/tools.md."),
-    "tool_choice": _honoured(_TOOL_CHOICE, "none or auto. Default: auto with tools."),
+    "tool_choice": _honoured(
+        _TOOL_CHOICE, "none, auto, required or a function. Default: auto with tools."
+    ),
     "parallel_tool_calls": _honoured(BOOLEAN, "false ends the reply with its first call."),
     "functions": _unsupported([]),
     "function_call": _unsupported("none", "auto"),

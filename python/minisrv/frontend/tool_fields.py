@@ -24,8 +24,7 @@ def read_tools(
     """
     tools = tuple(fields.get("tools", ()))
     names = _read_names(tools)
-    choice = _read_choice(fields.get("tool_choice", "auto" if tools else "none"), names)
-    if not tools or choice == "none":
+    if not tools or fields.get("tool_choice") == "none":
         return None, None
     if not chat_format.takes_tools or chat_format.tool_format is None:
         lacks = "shows calls in a way that this server does not know"
@@ -74,17 +73,40 @@ def _read_name(tool: dict[str, Any], path: str) -> str:
     return name
 
 
-def _read_choice(choice: str | dict[str, Any], names: tuple[str, ...]) -> str:
-    """`none` or `auto`; the others need a grammar and are refused."""
-    named = choice if isinstance(choice, str) else choice["type"]
-    if named in ("none", "auto"):
-        return named
-    if not names:
+def read_must_call(fields: dict[str, Any], calls: CallReading | None) -> tuple[str, ...]:
+    """Names of the tools one of which must be called. Raises InvalidRequestError."""
+    choice = fields.get("tool_choice", "auto")
+    if choice in ("none", "auto"):
+        return ()
+    if calls is None:
         raise InvalidRequestError(
             "tool_choice asks for a call and there are no tools", param="tool_choice"
         )
-    raise InvalidRequestError(
-        f"tool_choice {named[:40]!r} is not supported by this server; send none or auto",
-        param="tool_choice",
-        code="unsupported_parameter",
-    )
+    if choice == "required":
+        return calls.names
+    name = _read_named(choice)
+    if name not in calls.names:
+        raise InvalidRequestError(
+            f"tool_choice names {name[:80]!a}, which is none of the tools",
+            param="tool_choice.function.name",
+        )
+    return (name,)
+
+
+def _read_named(choice: str | dict[str, Any]) -> str:
+    if isinstance(choice, str):
+        raise InvalidRequestError(
+            f"tool_choice is {choice[:40]!a}; it must be none, auto, required or name a function",
+            param="tool_choice",
+        )
+    if choice["type"] != "function":
+        raise InvalidRequestError(
+            f"tool_choice of type {choice['type'][:40]!a} is not supported by this server",
+            param="tool_choice.type",
+            code="unsupported_parameter",
+        )
+    function = choice.get("function")
+    if function is None:
+        raise InvalidRequestError("tool_choice.function is missing", param="tool_choice.function")
+    name: str = function["name"]
+    return name

@@ -30,11 +30,11 @@ class GrammarChecker:
 
     def __init__(self, vocabulary: Vocabulary | MinisrvError) -> None:
         self._vocabulary = vocabulary
-        self._good: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._good: OrderedDict[tuple[str, str, str], None] = OrderedDict()
 
     def check(self, grammar: Grammar) -> None:
         """Raise InvalidRequestError unless the grammar compiles within the limits."""
-        key = (grammar.kind, grammar.text)
+        key = (grammar.kind, grammar.text, grammar.before)
         if key in self._good:
             self._good.move_to_end(key)
             return

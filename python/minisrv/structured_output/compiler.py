@@ -26,7 +26,7 @@ _BYTES_EACH = 256 * 2**10
 _BYTES_PER_BYTE = 100
 
 Outcome = Matcher | MinisrvError
-_Key = tuple[str, str]
+_Key = tuple[str, str, str]
 
 
 @dataclass(slots=True, eq=False)
@@ -65,7 +65,7 @@ class GrammarCompiler:
 
     def request(self, grammar: Grammar, ticket: int) -> Matcher | None:
         """A new matcher if the grammar is kept; else None, and it is being compiled."""
-        key = (grammar.kind, grammar.text)
+        key = (grammar.kind, grammar.text, grammar.before)
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key].copy()

@@ -15,7 +15,7 @@ MAX_CHOICES = 10_000
 
 # Between two JSON tokens: nothing, a space, or a new line with its indent. Without a bound a model
 # may go on with blanks to the end of its budget.
-_JSON_OPTIONS: Any = {
+JSON_OPTIONS: Any = {
     "whitespace_flexible": True,
     "whitespace_pattern": r"[ ]|\n[ \t]{0,24}",
     "coerce_one_of": False,
@@ -25,6 +25,20 @@ _JSON_OPTIONS: Any = {
 
 def to_source(grammar: Grammar) -> str:
     """What llguidance compiles. Raises InvalidRequestError for what it cannot even read."""
+    source = _text_source(grammar)
+    return _behind(source, grammar.before) if grammar.before else source
+
+
+def _behind(source: str, before: str) -> str:
+    """The grammar `source` as `@text` of a Lark grammar that begins with the rule `before`."""
+    text = {"lark_grammar": source}
+    if source.startswith("{"):
+        (text,) = json.loads(source)["grammars"]
+    main = {"lark_grammar": f"start: {before}"}
+    return json.dumps({"grammars": [main, {**text, "name": "text"}]})
+
+
+def _text_source(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema":
             return _json_source(grammar)
@@ -75,7 +89,7 @@ def json_source(schema: Any) -> str:
 
     Raises ValueError for one that is nested too deeply.
     """
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
 
 
 def _choice_lark(grammar: Grammar) -> str:

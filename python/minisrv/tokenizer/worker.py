@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,10 @@ from minisrv.messages import (
     UserReply,
     failure_reply,
 )
+from minisrv.sampling_params import SamplingParams
 from minisrv.structured_output.checker import GrammarChecker
 from minisrv.tokenizer.chat_template import ChatTemplate
+from minisrv.tokenizer.reply_grammar import ReplyGrammars
 
 logger = logging.getLogger("minisrv.tokenizer")
 
@@ -54,6 +57,7 @@ class TokenizerWorker:
         self.chat_format = find_chat_format(tokenizer.chat_templates)
         self._max_seq_len = max_seq_len
         self._vocab_size = vocab_size
+        self._grammars = ReplyGrammars(tokenizer, self.chat_format)
         self._epoch = epoch
         self._grammar_checker = grammar_checker
 
@@ -69,13 +73,11 @@ class TokenizerWorker:
         try:
             prompt_ids, parts = self._prompt(message)
             self._check(prompt_ids, message)
-            if message.sampling.grammar is not None:
-                self._grammar_checker.check(message.sampling.grammar)
             return [
                 GenerateMsg(
                     uid=message.uid,
                     prompt_ids=np.asarray(prompt_ids, np.int32),
-                    sampling=message.sampling,
+                    sampling=self._sampling(message, parts),
                     parts=parts,
                     epoch=self._epoch,
                 )
@@ -96,6 +98,18 @@ class TokenizerWorker:
             parts |= self._thought_part(text)
         # The template writes the special tokens itself: a second BOS would be wrong.
         return self._encode(text, False, "messages"), parts
+
+    def _sampling(self, message: TokenizeMsg, parts: Parts) -> SamplingParams:
+        """With the grammar that holds for all of the reply, checked."""
+        grammar = message.sampling.grammar
+        if message.must_call:
+            assert message.tools is not None
+            grammar = self._grammars.calls(message.tools, message.must_call, message.parallel_calls)
+        if grammar is None:
+            return message.sampling
+        grammar = self._grammars.behind_thought(grammar, parts)
+        self._grammar_checker.check(grammar)
+        return replace(message.sampling, grammar=grammar)
 
     def _thought_part(self, prompt: str) -> Parts:
         """Whether the reply begins in a thought, may begin with one, or has none."""

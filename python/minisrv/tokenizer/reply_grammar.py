@@ -1,0 +1,86 @@
+"""Grammars of whole replies: calls that must be made, and text behind a thought.
+
+Written here because the prompt and the special tokens are known here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from minisrv.chat_format import ChatFormat
+from minisrv.hf_tokenizer import HFTokenizer
+from minisrv.messages import Parts
+from minisrv.sampling_params import Grammar
+from minisrv.structured_output.source import JSON_OPTIONS
+
+Tools = Sequence[Mapping[str, Any]]
+
+
+class ReplyGrammars:
+    """Writes the grammars of one model's replies, in Lark as llguidance knows it."""
+
+    def __init__(self, tokenizer: HFTokenizer, chat_format: ChatFormat) -> None:
+        self._format = chat_format
+        named = "\n".join(tokenizer.chat_templates.values())
+        self._has_arguments_mark = "[ARGS]" in named
+        marks = (*chat_format.call_markers, *(chat_format.thought or ()))
+        self._ids = {mark: id for mark in marks if (id := tokenizer.token_id(mark)) is not None}
+
+    def calls(self, tools: Tools, names: Sequence[str], parallel: bool) -> Grammar:
+        """A call of one of `names`, or with `parallel` several, in the model's own form."""
+        functions = [t["function"] for t in tools if t["function"]["name"] in names]
+        rules = [f"call{i}: {self._call(function)}" for i, function in enumerate(functions)]
+        call = "(" + " | ".join(f"call{i}" for i in range(len(rules))) + ")"
+        return Grammar.lark("\n".join([f"start: {self._reply(call, parallel)}", *rules]), "tools")
+
+    def behind_thought(self, grammar: Grammar, parts: Parts) -> Grammar:
+        """`grammar` for what follows the thought that the reply has, or may have."""
+        if self._format.thought is None or not parts & (Parts.THOUGHT | Parts.OPEN_THOUGHT):
+            return grammar
+        begin, end = self._format.thought
+        opening = "" if parts & Parts.OPEN_THOUGHT else f"{self._mark(begin)} "
+        if end in self._ids:
+            rule = f"thought: {opening}/(?s:.*)/ {self._mark(end)}"
+        else:
+            # One lexeme from tag to tag, as short as can be: it ends at the first closing tag.
+            begins = "" if parts & Parts.OPEN_THOUGHT else _escape(begin)
+            rule = f"thought[lazy]: /{begins}(?s:.*){_escape(end)}/"
+        optional = "" if parts & Parts.OPEN_THOUGHT else "?"
+        return replace(grammar, before=f"(thought /\\n*/){optional} @text\n{rule}")
+
+    def _reply(self, call: str, parallel: bool) -> str:
+        match self._format.tool_format:
+            case "hermes":
+                opening, closing = self._mark("<tool_call>"), self._mark("</tool_call>")
+                tagged = rf'{opening} "\n" {call} "\n" {closing}'
+                return rf'{tagged} ("\n" {tagged})*' if parallel else tagged
+            case "llama":
+                return f'{call} ("; " {call})*' if parallel else call
+        mark = self._mark("[TOOL_CALLS]")
+        if self._has_arguments_mark:
+            return f"({mark} {call})+" if parallel else f"{mark} {call}"
+        more = f'(", " {call})*' if parallel else ""
+        return f'{mark} / ?\\[/ {call} {more} "]"'
+
+    def _call(self, function: Mapping[str, Any]) -> str:
+        name = json.dumps(function["name"])
+        schema = {**(function.get("parameters") or {}), "type": "object"}
+        arguments = f"%json {json.dumps({'x-guidance': JSON_OPTIONS, **schema})}"
+        if self._format.tool_format == "mistral" and self._has_arguments_mark:
+            return f"{name} {self._mark('[ARGS]')} {arguments}"
+        key = "parameters" if self._format.tool_format == "llama" else "arguments"
+        head = json.dumps(f'{{"name": {name}, "{key}": ')
+        return f'{head} {arguments} "}}"'
+
+    def _mark(self, text: str) -> str:
+        """A mark that is a token is named by its id: llguidance lets no text spell it."""
+        return f"<[{self._ids[text]}]>" if text in self._ids else json.dumps(text)
+
+
+def _escape(text: str) -> str:
+    """For a Lark pattern; the tags have no other characters that mean something there."""
+    return re.sub(r"([/\[\]])", r"\\\1", text)

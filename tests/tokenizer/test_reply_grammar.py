@@ -1,0 +1,170 @@
+"""Grammars of whole replies: what they take and refuse, read by the parsers that read replies."""
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken
+
+import own_tokenizers
+from minisrv.chat_format import find_chat_format
+from minisrv.frontend.tool_calls.formats import make_parser
+from minisrv.frontend.tool_calls.pieces import CallArguments, CallStart
+from minisrv.hf_tokenizer import HFTokenizer
+from minisrv.messages import Parts
+from minisrv.sampling_params import Grammar
+from minisrv.structured_output.checker import GrammarChecker
+from minisrv.structured_output.source import to_source
+from minisrv.structured_output.vocabulary import Vocabulary
+from minisrv.tokenizer.reply_grammar import ReplyGrammars
+
+TEMPLATES = {
+    "hermes": "{{ tools }}<tool_call></tool_call></think>",
+    "llama": "{{ tools }}<|python_tag|>",
+    "mistral list": "{{ tools }}[TOOL_CALLS]",
+    "mistral": "{{ tools }}[TOOL_CALLS]x[ARGS][THINK][/THINK]",
+}
+SPECIAL = ["<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]"]
+TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "parameters": {
+                "type": "object",
+                "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+                "required": ["a", "b"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now"}},
+]
+ADD = '{"a": 1, "b": 22}'
+
+
+class Replies:
+    """The grammars of one model, and which replies they take."""
+
+    def __init__(self, template: str) -> None:
+        backend = own_tokenizers.byte_level_bpe()
+        backend.add_special_tokens(SPECIAL)
+        tags = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
+        backend.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
+        named = dict(own_tokenizers.NAMED)
+        self.tokenizer = HFTokenizer(backend, named, {"default": TEMPLATES[template]})
+        self.chat_format = find_chat_format(self.tokenizer.chat_templates)
+        self.vocabulary = Vocabulary(self.tokenizer, self.tokenizer.vocab_size, [2])
+        self.grammars = ReplyGrammars(self.tokenizer, self.chat_format)
+
+    def takes(self, grammar: Grammar, reply: str) -> bool:
+        """Whether `reply` may be the whole. Raises AssertionError where it cannot even begin so."""
+        GrammarChecker(self.vocabulary).check(grammar)
+        matcher = self.vocabulary.compile(to_source(grammar))
+        for token_id in self.tokenizer.encode(reply, add_special_tokens=False):
+            matcher.advance(token_id)
+            assert matcher.error is None, matcher.error
+        return matcher.accepts
+
+
+def write(template: str, *calls: tuple[str, str]) -> str:
+    objects = [f'{{"name": "{name}", "arguments": {text}}}' for name, text in calls]
+    if template == "hermes":
+        return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in objects)
+    if template == "llama":
+        return "; ".join(objects).replace('"arguments"', '"parameters"')
+    if template == "mistral list":
+        return f"[TOOL_CALLS] [{', '.join(objects)}]"
+    return "".join(f"[TOOL_CALLS]{name}[ARGS]{text}" for name, text in calls)
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def template(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def replies(template: str) -> Replies:
+    return Replies(template)
+
+
+def test_one_call_or_with_parallel_several_are_taken(replies: Replies, template: str) -> None:
+    one, two = (("add", ADD),), (("add", ADD), ("now", '{"zone": [null]}'))
+    for parallel, calls in itertools.product((True, False), (one, two)):
+        grammar = replies.grammars.calls(TOOLS, ("add", "now"), parallel)
+        reply = write(template, *calls)
+        if parallel or calls == one:
+            assert replies.takes(grammar, reply)
+        else:
+            with pytest.raises(AssertionError):
+                replies.takes(grammar, reply)
+
+
+def test_what_is_taken_is_read_as_that_call(replies: Replies, template: str) -> None:
+    reply = write(template, ("add", ADD))
+    assert replies.chat_format.tool_format is not None
+    parser = make_parser(replies.chat_format.tool_format, ("add", "now"), True)
+    assert parser.push(reply) + parser.flush() == [CallStart(0, "add"), CallArguments(0, ADD)]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("add", '{"a": 1}'),
+        ("add", '{"a": "1", "b": 2}'),
+        ("sub", ADD),
+        ("now", "[]"),
+        ("now", "{}"),
+    ],
+)
+def test_other_names_and_arguments_are_refused(
+    replies: Replies, template: str, name: str, arguments: str
+) -> None:
+    """The tool `now` is not among the names that may be called."""
+    grammar = replies.grammars.calls(TOOLS, ("add",), True)
+    with pytest.raises(AssertionError):
+        replies.takes(grammar, write(template, (name, arguments)))
+
+
+def test_text_and_an_empty_reply_are_no_call(replies: Replies) -> None:
+    grammar = replies.grammars.calls(TOOLS, ("add", "now"), True)
+    assert not replies.takes(grammar, "")
+    with pytest.raises(AssertionError):
+        replies.takes(grammar, "Hello")
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar.json_schema({"type": "object", "required": ["a"]}),
+        Grammar.regex(r'\{"a": [1-9]\}'),
+        Grammar.choice(['{"a": 1}', "no"]),
+        Grammar.lark('start: "{" thought "}"\nthought: "\\"a\\": 1"'),
+    ],
+)
+@pytest.mark.parametrize("name", ["hermes", "mistral"])
+def test_a_grammar_begins_behind_the_thought(grammar: Grammar, name: str) -> None:
+    replies = Replies(name)
+    begin, end = replies.chat_format.thought or ("", "")
+    text, thought = '{"a": 1}', 'hm "}" <b>\n\u4f60\n'
+    may = replies.grammars.behind_thought(grammar, Parts.THOUGHT)
+    assert replies.takes(may, text)
+    assert replies.takes(may, f"{begin}\n{thought}{end}\n\n{text}")
+    assert not replies.takes(may, f"{begin}\n{thought}")
+    with pytest.raises(AssertionError):
+        replies.takes(may, f"{begin}\n{thought}{end}\n\nHello")
+    is_open = replies.grammars.behind_thought(grammar, Parts.OPEN_THOUGHT)
+    assert replies.takes(is_open, f"{thought}{end}\n\n{text}")
+    assert not replies.takes(is_open, text)
+    assert replies.grammars.behind_thought(grammar, Parts.CALLS) == grammar
+
+
+def test_calls_may_come_behind_a_thought() -> None:
+    replies = Replies("hermes")
+    calls = replies.grammars.calls(TOOLS, ("add",), parallel=False)
+    grammar = replies.grammars.behind_thought(calls, Parts.THOUGHT | Parts.CALLS)
+    call = write("hermes", ("add", ADD))
+    assert replies.takes(grammar, f"<think>\nhm\n</think>\n\n{call}")
+    assert replies.takes(grammar, call)
+    assert json.loads(ADD) == {"a": 1, "b": 22}
