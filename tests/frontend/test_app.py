@@ -73,7 +73,7 @@ def test_the_docs_load_nothing_from_elsewhere(server: HttpServer) -> None:
     body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]
     properties = body["content"]["application/json"]["schema"]["properties"]
     assert properties["temperature"]["type"] == "number"
-    assert "response_format" not in properties
+    assert "function_call" not in properties
     assert {"400", "404", "503"} <= schema["paths"]["/v1/completions"]["post"]["responses"].keys()
 
 

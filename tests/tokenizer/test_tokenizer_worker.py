@@ -214,7 +214,9 @@ def test_tools_reach_the_template_on_request() -> None:
     tokenizer = make_tokenizer()
     source = "{{ tools[0].function.name }}"
     template = ChatTemplate({"default": source}, tokenizer.special_tokens)
-    worker = TokenizerWorker(tokenizer, template, 100, tokenizer.vocab_size, 7)
+    vocabulary = open_vocabulary(tokenizer, tokenizer.vocab_size, [])
+    checker = GrammarChecker(vocabulary)
+    worker = TokenizerWorker(tokenizer, template, 100, tokenizer.vocab_size, 7, checker)
     query = EncodeMsg(
         query=1,
         messages=({"role": "user", "content": "hi"},),
