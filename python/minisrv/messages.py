@@ -103,6 +103,7 @@ class Start:
     stop: tuple[str, ...]
     skip_special_tokens: bool
     parts: int = 0
+    include_stop: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

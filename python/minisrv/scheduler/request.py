@@ -125,4 +125,5 @@ class Request:
             stop=self.sampling.stop,
             skip_special_tokens=self.sampling.skip_special_tokens,
             parts=self.parts,
+            include_stop=self.sampling.include_stop_str_in_output,
         )
