@@ -33,7 +33,7 @@ from minisrv.messages import (
     encode,
     failure_reply,
 )
-from minisrv.sampling_params import SamplingParams
+from minisrv.sampling_params import SamplingParams, TokenBias
 
 ALL = TOKENIZER_INBOX + SCHEDULER_INBOX + DETOKENIZER_INBOX + FRONTEND_INBOX
 
@@ -58,7 +58,12 @@ EXAMPLES = [
     TokenizeMsg(
         uid=2**40, prompt="h\u00e9llo \U0001f600", sampling=SamplingParams(seed=-5, temperature=0.5)
     ),
-    TokenizeMsg(uid=1, prompt=(1, 2, 3), sampling=SamplingParams(stop=("a", "b"), n=3), epoch=4),
+    TokenizeMsg(
+        uid=1,
+        prompt=(1, 2, 3),
+        sampling=SamplingParams(stop=("a", "b"), n=3, logit_bias=(TokenBias(5, -1.5),)),
+        epoch=4,
+    ),
     TokenizeMsg(
         uid=1,
         messages=({"role": "user", "content": [{"type": "text", "text": "x"}]},),

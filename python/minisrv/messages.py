@@ -156,6 +156,7 @@ class Start:
     return_token_ids: bool = False
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    include_stop: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 256
+MAX_BIASES = 1024
 MAX_GRAMMAR_BYTES = 2**17
 
 
@@ -70,6 +71,14 @@ class Grammar:
         return cls(kind="lark", text=grammar, param=param)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenBias:
+    """What is added to the logit of one token."""
+
+    token_id: int
+    value: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """One request's sampling. `None` means the model's default, see `with_defaults`.
@@ -79,6 +88,9 @@ class SamplingParams:
     seed: with it the text depends on (seed, choice index, position) alone.
     n: how many choices. max_tokens: output tokens; `None` is the rest of the context.
     min_tokens: no end-of-text and no stop token before so many output tokens.
+    presence_penalty, frequency_penalty: -2 to 2, over the output. repetition_penalty: above 0, up
+    to 2, over prompt and output; 1 is off. logit_bias: added to the logits, clamped to -100..100.
+    include_stop_str_in_output: the text holds the stop string that ends it.
     stop: the text ends before the first of these strings. stop_token_ids: it ends at these tokens.
     grammar: what the text must match; where the grammar ends, the text ends.
     return_token_ids: over HTTP, give the output's token ids beside the text.
@@ -100,6 +112,11 @@ class SamplingParams:
     skip_special_tokens: bool = True
     grammar: Grammar | None = None
     return_token_ids: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[TokenBias, ...] = ()
+    include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids"):
@@ -120,7 +137,21 @@ class SamplingParams:
                 f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}",
                 param="min_tokens",
             )
+        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.0, 2.0, open_low=True)
+        object.__setattr__(self, "logit_bias", _checked_biases(self.logit_bias))
         self._check_stops()
+
+    @property
+    def penalised(self) -> bool:
+        """Whether earlier tokens change the logits."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether logits are changed before the draw."""
+        return self.penalised or bool(self.logit_bias)
 
     def _check_stops(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -173,6 +204,27 @@ def _check_number(
     raise InvalidRequestError(
         f"{name} is {value!r}; it must be in {bracket}{low:g}, {high:g}]", param=name
     )
+
+
+def _checked_biases(biases: tuple[TokenBias, ...]) -> tuple[TokenBias, ...]:
+    if len(biases) > MAX_BIASES:
+        raise InvalidRequestError(
+            f"logit_bias has {len(biases)} tokens; the limit is {MAX_BIASES}", param="logit_bias"
+        )
+    for bias in biases:
+        _check_integer("logit_bias", bias.token_id, 0, 2**31 - 1)
+        _check_number("logit_bias", bias.value, -math.inf, math.inf)
+    return tuple(TokenBias(b.token_id, min(100.0, max(-100.0, b.value))) for b in biases)
+
+
+def read_logit_bias(biases: Mapping[str, float]) -> tuple[TokenBias, ...]:
+    """The biases of a request, whose keys are token ids as strings. Raises InvalidRequestError."""
+    for key in biases:
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise InvalidRequestError(
+                f"logit_bias has the key {key[:50]!r}; keys are token ids", param="logit_bias"
+            )
+    return tuple(TokenBias(int(key), value) for key, value in biases.items())
 
 
 def _check_integer(name: str, value: int | None, low: int, high: int) -> None:

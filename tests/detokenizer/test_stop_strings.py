@@ -78,3 +78,18 @@ def test_the_cost_of_a_character_does_not_grow_with_what_is_held(stop: str, char
 
 def test_without_stop_strings_all_text_passes() -> None:
     assert StopMatcher([]).push("text") == ("text", None)
+
+
+@given(SHORT, STOPS, st.lists(st.integers(0, 100)))
+def test_an_included_stop_string_ends_the_text(
+    text: str, stops: list[str], cuts: list[int]
+) -> None:
+    matcher, shown = StopMatcher(stops, include=True), ""
+    found = first_stop(text, stops)
+    for piece in cut(text, cuts):
+        new, stop = matcher.push(piece)
+        shown += new
+        if stop is not None:
+            break
+    expected = text if found is None else text[: found[0] + len(found[1])]
+    assert shown + ("" if found else matcher.flush()) == expected

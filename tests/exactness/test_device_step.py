@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,7 @@ from exactness.oracle import (
     run,
 )
 from minisrv.config import ServerConfig
+from minisrv.llm import LLM
 from minisrv.messages import AbortMsg, Finish, GenerateMsg
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.build import build_loop
@@ -73,6 +76,27 @@ def test_tokens_equal_those_of_transformers(
         outputs, _ = run(loop, prompts, at_once)
         assert not compare(model, prompts, expected, outputs)
     assert (repeat.replays > recorded) == bool(largest)
+
+
+@pytest.mark.parametrize("largest", [0, 256])
+def test_penalties_change_the_text_as_they_do_where_the_host_is_in_charge(
+    checkpoint: Path, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = make_prompts(8, load_reference(checkpoint).config.vocab_size, longest=100)
+    plain = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    penalised = replace(plain, presence_penalty=1.5, repetition_penalty=1.4)
+    params = [penalised, plain] * 4
+    options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "num_threads": 1}
+
+    def tokens() -> list[list[int]]:
+        with LLM(checkpoint, cuda_graph_max_bs=largest, **options) as llm:
+            outputs = llm.generate_outputs(prompts, params, use_tqdm=False)
+        return [output.outputs[0].token_ids for output in outputs]
+
+    on_host = tokens()
+    repeat = use_device_step(monkeypatch)
+    assert tokens() == on_host
+    assert bool(repeat.replays) == bool(largest)
 
 
 @pytest.mark.parametrize("overlap_depth", [0, 1])

@@ -12,6 +12,7 @@ import torch
 from exactness.oracle import load_reference, make_prompts, reference_tokens
 from minisrv import LLM, SamplingParams
 from minisrv.errors import ConfigError, InvalidRequestError
+from minisrv.sampling_params import TokenBias
 
 OPTIONS = {"dtype": torch.float32, "kv_memory": "64MiB", "num_threads": 1}
 
@@ -62,6 +63,19 @@ def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
     assert choice.text == whole[: whole.index(stop)]
     assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)
     assert len(choice.token_ids) < 24
+
+
+def test_an_included_stop_string_is_the_end_of_the_text(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    (whole,) = llm.generate("abc", params)
+    stop = whole[10:13]
+    (text,) = llm.generate("abc", params, stop=stop, include_stop_str_in_output=True)
+    assert text == whole[: whole.index(stop) + len(stop)]
+
+
+def test_a_biased_id_outside_the_vocabulary_is_refused(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="logit_bias holds 100000"):
+        llm.generate("abc", logit_bias=(TokenBias(100000, 1.0),))
 
 
 def test_a_repeat_is_cached(llm: LLM) -> None:

@@ -24,7 +24,7 @@ from minisrv.messages import (
     decode,
     encode,
 )
-from minisrv.sampling_params import SamplingParams
+from minisrv.sampling_params import SamplingParams, TokenBias
 from minisrv.structured_output.checker import GrammarChecker
 from minisrv.structured_output.vocabulary import open_vocabulary
 from minisrv.tokenizer.chat_template import ChatTemplate
@@ -104,6 +104,18 @@ def test_an_id_outside_the_vocabulary_is_an_invalid_request(ids: tuple[int, ...]
     failure = failed(make_worker(vocab_size=300), prompt=ids)
     assert (failure.status, failure.param) == (400, "prompt")
     assert str(ids[-1]) in failure.message
+
+
+@pytest.mark.parametrize(
+    ("name", "ids"), [("stop_token_ids", (300,)), ("logit_bias", (TokenBias(300, 1.0),))]
+)
+def test_a_named_id_outside_the_vocabulary_is_an_invalid_request(name: str, ids: Any) -> None:
+    sampling = SamplingParams(**{name: ids})
+    (reply,) = make_worker(vocab_size=300).handle(
+        TokenizeMsg(uid=40, sampling=sampling, prompt=(5,))
+    )
+    assert isinstance(reply, UserReply)
+    assert [(f.status, f.param) for f in reply.failures] == [(400, name)]
 
 
 def test_a_tokenizer_larger_than_the_model_cannot_send_its_ids() -> None:

@@ -18,10 +18,11 @@ class StopMatcher:
     what a text gives does not depend on how it was cut.
     """
 
-    __slots__ = ("_failures", "_held", "_states", "_stops")
+    __slots__ = ("_failures", "_held", "_include", "_states", "_stops")
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        """`stops` are not empty strings."""
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
+        """`stops` are not empty strings. include: the text goes up to the end of the stop."""
+        self._include = include
         self._stops = tuple(stops)
         self._failures = [_failure_function(stop) for stop in self._stops]
         self._states = [0] * len(self._stops)
@@ -40,7 +41,8 @@ class StopMatcher:
         if first is not None:
             self._held = ""
             stop = self._stops[first[1]]
-            return text[: num_held + first[0] - len(stop)], stop
+            end_of_text = num_held + first[0]
+            return text[: end_of_text if self._include else end_of_text - len(stop)], stop
         num_shown = len(text) - max(self._states, default=0)
         self._held = text[num_shown:]
         return text[:num_shown], None

@@ -141,7 +141,7 @@ class DetokenizerWorker:
         return _Request(
             uid=start.uid,
             stream=self._decoder.stream(start.skip_special_tokens, kept_ids),
-            matcher=StopMatcher(start.stop) if start.stop else None,
+            matcher=StopMatcher(start.stop, start.include_stop) if start.stop else None,
             splitter=ThoughtSplitter(*marks, bool(parts & Parts.OPEN_THOUGHT)) if marks else None,
             min_tokens=start.min_tokens,
             start=start,

@@ -26,6 +26,7 @@ from minisrv.engine.forward_batch import ForwardBatch, SamplingColumns
 from minisrv.engine.kernels.torch_native import mask_logits_
 from minisrv.engine.layers.decoder import Decoder
 from minisrv.engine.parallel.communicator import Communicator
+from minisrv.engine.sampling.adjust import LogitAdjuster
 from minisrv.engine.sampling.device_columns import DeviceColumns
 from minisrv.engine.step import StepHandle
 from minisrv.engine.step_buffer import SentStep, StepBuffer, StepLimits, StepTensors
@@ -89,6 +90,7 @@ class DeviceStep:
             for _ in range(_RESULTS_IN_FLIGHT)
         ]
         self._turn = 0
+        self._adjuster = LogitAdjuster()
 
     def pad_with(self, spare_page: int) -> None:
         """Which page of the cache belongs to padding."""
@@ -112,10 +114,15 @@ class DeviceStep:
             size = self._graph_size(batch)
             logits_SV, step = self._replay(batch, size) if size else self._run(batch)
             self._mask(batch.sampling, logits_SV, step)
+            extras = batch.extras if self._peers.partition.rank == 0 else None
+            if extras is not None:
+                self._adjuster.adjust_(logits_SV, extras)
             if size:
                 self._graphs[size].sampler()
             elif step.num_samples:
                 self._sample(logits_SV, step.num_samples)
+            if extras is not None:
+                self._adjuster.take(self._tensors.tokens_S, extras)
             handle = self._to_host(step.num_samples)
         self._buffer.done()
         return handle

@@ -50,6 +50,28 @@ class SamplingColumns:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingExtras:
+    """Penalties and biases of the samples that ask for them; rank 0 alone uses these.
+
+    Columns of the samples with penalties first. A request brings its tokens (prompt, then output)
+    in the step of its row's first sample: `begin_ids` are those of all `begin_rows` in turn.
+    """
+
+    samples: Int32Array  # [E] indices into S
+    rows: Int32Array  # [E] their rows
+    presence: Float32Array  # [E]
+    frequency: Float32Array  # [E]
+    repetition: Float32Array  # [E] 1 is off
+    begin_rows: Int32Array  # [B]
+    begin_lens: Int32Array  # [B]
+    begin_prompt_lens: Int32Array  # [B] how many of them are the prompt
+    begin_ids: Int32Array  # [sum of begin_lens]
+    bias_samples: Int32Array  # [any] indices into S
+    bias_ids: Int32Array  # [any]
+    bias_values: Float32Array  # [any]
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """One step: `num_decodes` sequences of one token first, then the prefill chunks.
 
@@ -70,6 +92,7 @@ class ForwardBatch:
     page_ids: Int32Array  # [P]
     sample_indices: Int32Array  # [S] ascending indices into R; the last token's logits are used
     sampling: SamplingColumns
+    extras: SamplingExtras | None = None  # None in nearly all steps
 
 
 @dataclass(frozen=True, slots=True)

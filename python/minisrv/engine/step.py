@@ -20,6 +20,7 @@ from minisrv.engine.kernels.base import Kernels
 from minisrv.engine.layers.decoder import Decoder
 from minisrv.engine.page_table import PageTable, token_positions
 from minisrv.engine.parallel.communicator import Communicator
+from minisrv.engine.sampling.adjust import LogitAdjuster
 from minisrv.engine.sampling.sampler import sample
 
 
@@ -56,6 +57,7 @@ class HostStep:
         self._model, self._attention, self._kernels = model, attention, kernels
         self._peers, self._page_table, self._device = peers, page_table, device
         num_rows = page_table.pages.shape[0]
+        self._adjuster = LogitAdjuster()
         self._last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)
 
     def compute(self, batch: ForwardBatch) -> StepHandle:
@@ -88,7 +90,12 @@ class HostStep:
             return torch.empty(logits_SV.shape[0], dtype=torch.int64, device=self._device)
         ends = batch.start_positions + batch.query_lens
         new_positions = ends[batch.sample_indices].astype(np.int64)
-        return sample(logits_SV, batch.sampling, new_positions, self._kernels)
+        if batch.extras is None:
+            return sample(logits_SV, batch.sampling, new_positions, self._kernels)
+        self._adjuster.adjust_(logits_SV, batch.extras)
+        token_ids_S = sample(logits_SV, batch.sampling, new_positions, self._kernels)
+        self._adjuster.take(token_ids_S, batch.extras)
+        return token_ids_S
 
     def _input_ids(self, batch: ForwardBatch) -> Tensor:
         decode_rows = batch.rows[: batch.num_decodes].astype(np.int64)

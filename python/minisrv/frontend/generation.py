@@ -11,7 +11,7 @@ from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.stream import StreamOptions
 from minisrv.frontend.structured_output import read_grammar
 from minisrv.messages import TokenizeMsg
-from minisrv.sampling_params import SamplingParams
+from minisrv.sampling_params import SamplingParams, read_logit_bias
 
 Prompt = str | tuple[int, ...]
 Messages = tuple[dict[str, Any], ...]
@@ -30,6 +30,10 @@ _SAMPLING_FIELDS = (
     "ignore_eos",
     "skip_special_tokens",
     "return_token_ids",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "include_stop_str_in_output",
 )
 
 
@@ -115,6 +119,7 @@ def read_sampling(
     """The request's sampling over the model's defaults. Raises InvalidRequestError."""
     max_tokens = _read_max_tokens(fields)
     given = {name: fields[name] for name in _SAMPLING_FIELDS if name in fields}
+    given["logit_bias"] = read_logit_bias(fields.get("logit_bias", {}))
     try:
         sampling = SamplingParams(
             max_tokens=default_max_tokens if max_tokens is None else max_tokens,
@@ -125,11 +130,12 @@ def read_sampling(
         if error.param == "max_tokens" and "max_tokens" not in fields:
             error.param = "max_completion_tokens"
         raise
-    for token_id in sampling.stop_token_ids:
-        if token_id >= model.vocab_size:
+    biased = tuple(bias.token_id for bias in sampling.logit_bias)
+    for name, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", biased)):
+        if ids and max(ids) >= model.vocab_size:
             raise InvalidRequestError(
-                f"stop_token_ids holds {token_id}; the vocabulary has {model.vocab_size} tokens",
-                param="stop_token_ids",
+                f"{name} holds {max(ids)}; the vocabulary has {model.vocab_size} tokens",
+                param=name,
             )
     return sampling.with_defaults(model.defaults)
 

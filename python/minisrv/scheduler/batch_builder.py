@@ -13,6 +13,7 @@ from minisrv.engine.forward_batch import (
     Int32Array,
     SamplingColumns,
 )
+from minisrv.scheduler.extras import build_extras
 from minisrv.scheduler.request import Request
 from minisrv.scheduler.step import Step
 
@@ -31,6 +32,7 @@ class BatchBuilder:
         self._choices = np.zeros(num_rows, np.int32)
         self._min_tokens = np.zeros(num_rows, np.int32)
         self._constrained = np.zeros(num_rows, np.bool_)
+        self._has_extras = np.zeros(num_rows, np.bool_)
 
     def build(self, step: Step, fill_masks: FillMasks) -> ForwardBatch:
         """The batch of a step; called once for each, in order.
@@ -48,6 +50,8 @@ class BatchBuilder:
         query_lens[len(decodes) :] = [chunk.length for chunk in prefills]
         sample_indices = np.arange(len(decodes) + len(step.sampling_prefills), dtype=np.int32)
         sample_indices[len(decodes) :] = [len(decodes) + i for i in step.sampling_prefills]
+        sample_rows = rows[sample_indices]
+        has_extras = self._has_extras[sample_rows].any()
         places = np.array(list(step.page_writes), np.int32).reshape(-1, 2)
         return ForwardBatch(
             step_id=step.step_id,
@@ -60,7 +64,8 @@ class BatchBuilder:
             page_columns=np.ascontiguousarray(places[:, 1]),
             page_ids=np.array(list(step.page_writes.values()), np.int32),
             sample_indices=sample_indices,
-            sampling=self._columns(step, rows[sample_indices], fill_masks),
+            sampling=self._columns(step, sample_rows, fill_masks),
+            extras=build_extras(step, sample_rows) if has_extras else None,
         )
 
     def _set_row(self, row: int, request: Request) -> None:
@@ -74,6 +79,7 @@ class BatchBuilder:
         self._choices[row] = request.choice
         self._min_tokens[row] = sampling.min_tokens
         self._constrained[row] = request.matcher is not None
+        self._has_extras[row] = sampling.has_extras
 
     def _columns(self, step: Step, rows: Int32Array, fill_masks: FillMasks) -> SamplingColumns:
         suppressed = []

@@ -133,4 +133,5 @@ class Request:
             return_token_ids=self.sampling.return_token_ids,
             queue_s=admitted_at - self.arrived_at,
             prefill_s=now - admitted_at,
+            include_stop=self.sampling.include_stop_str_in_output,
         )

@@ -178,6 +178,7 @@ class TokenizerWorker:
                 f"{param} gives no token; it must give at least one", param=param
             )
         self._check_length(len(prompt_ids), message.sampling.max_tokens, param)
+        self._check_named_ids(message.sampling)
         if min(prompt_ids) < 0 or max(prompt_ids) >= self._vocab_size:
             wrong = next(id for id in prompt_ids if not 0 <= id < self._vocab_size)
             raise InvalidRequestError(
@@ -185,6 +186,15 @@ class TokenizerWorker:
                 f"{self._vocab_size - 1}",
                 param=param,
             )
+
+    def _check_named_ids(self, sampling: SamplingParams) -> None:
+        biased = tuple(bias.token_id for bias in sampling.logit_bias)
+        for name, ids in (("logit_bias", biased), ("stop_token_ids", sampling.stop_token_ids)):
+            if ids and max(ids) >= self._vocab_size:
+                raise InvalidRequestError(
+                    f"{name} holds {max(ids)}; token ids go from 0 to {self._vocab_size - 1}",
+                    param=name,
+                )
 
     def _check_length(self, num_prompt: int, max_tokens: int | None, param: str) -> None:
         # The prompt alone must leave room for one token of output.

@@ -1,0 +1,87 @@
+"""Penalties and biases: what a request adds to its logits before it draws.
+
+The order: repetition penalty on the raw logits, then presence and frequency penalties, then the
+bias. Repetition looks at prompt and output (Keskar et al., 2019, arXiv:1909.05858); presence and
+frequency look at the output alone, by OpenAI's formula. The counts live on the device by row and
+take each drawn token there, so that a step need not wait for the tokens of the step before.
+"""
+
+# Shapes: S samples, V vocabulary.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisrv.engine.forward_batch import SamplingExtras
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """What one row has seen: tokens of prompt or output, and how often each was put out."""
+
+    seen_V: Tensor  # bool
+    output_V: Tensor  # float32
+
+
+class LogitAdjuster:
+    """Keeps the counts of the rows that have penalties; only steps with extras come here."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, _Counts] = {}
+
+    def adjust_(self, logits_SV: Tensor, extras: SamplingExtras) -> None:
+        """Change the logits of a step in place, before its tokens are drawn."""
+        self._begin(extras, logits_SV.shape[-1], logits_SV.device)
+        for i, (sample, row) in enumerate(_pairs(extras)):
+            logits_V = logits_SV[sample].float()
+            counts = self._counts[row]
+            repetition = float(extras.repetition[i])
+            if repetition != 1:
+                scaled = torch.where(logits_V > 0, logits_V / repetition, logits_V * repetition)
+                logits_V = torch.where(counts.seen_V, scaled, logits_V)
+            logits_V = logits_V - float(extras.frequency[i]) * counts.output_V
+            logits_V = logits_V - float(extras.presence[i]) * (counts.output_V > 0)
+            logits_SV[sample] = logits_V.to(logits_SV.dtype)
+        if extras.bias_ids.size:
+            device = logits_SV.device
+            at = (_to(extras.bias_samples, device).long(), _to(extras.bias_ids, device).long())
+            logits_SV[at] += _to(extras.bias_values, device).to(logits_SV.dtype)
+
+    def take(self, token_ids_S: Tensor, extras: SamplingExtras) -> None:
+        """Count the tokens that the step has drawn, where they are."""
+        for sample, row in _pairs(extras):
+            token_id = token_ids_S[sample : sample + 1].long()
+            counts = self._counts[row]
+            counts.seen_V.index_fill_(0, token_id, True)
+            counts.output_V.index_add_(0, token_id, torch.ones_like(token_id, dtype=torch.float32))
+
+    def _begin(self, extras: SamplingExtras, vocab_size: int, device: torch.device) -> None:
+        """Start the counts of rows that sample for the first time, with the tokens they bring."""
+        end = 0
+        begun = zip(
+            extras.begin_rows.tolist(),
+            extras.begin_lens.tolist(),
+            extras.begin_prompt_lens.tolist(),
+            strict=True,
+        )
+        for row, length, prompt_len in begun:
+            ids = _to(extras.begin_ids[end : end + length], device).long()
+            end += length
+            seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            output_V = torch.zeros(vocab_size, device=device)
+            output = ids[prompt_len:]
+            output_V.index_add_(0, output, torch.ones_like(output, dtype=torch.float32))
+            self._counts[row] = _Counts(seen_V.index_fill_(0, ids, True), output_V)
+
+
+def _pairs(extras: SamplingExtras) -> list[tuple[int, int]]:
+    return list(zip(extras.samples.tolist(), extras.rows.tolist(), strict=True))
+
+
+def _to(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,0 +1,49 @@
+"""The rare sampling parameters of a step: penalties and biases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from minisrv.engine.forward_batch import Int32Array, SamplingExtras
+from minisrv.scheduler.request import Request
+from minisrv.scheduler.step import Step
+
+
+def build_extras(step: Step, rows: Int32Array) -> SamplingExtras:
+    """The extras of a step; `rows` are those of its samples.
+
+    A request brings its tokens with the chunk that ends its prompt, the first step that samples.
+    After a retraction that chunk holds the output as well; none of it is in flight then.
+    """
+    samples = step.samples
+    penalised = [(i, request) for i, request in enumerate(samples) if request.sampling.penalised]
+    begun = [(i, request) for i, request in penalised if i >= len(step.decodes)]
+    biased = [
+        (i, bias) for i, request in enumerate(samples) for bias in request.sampling.logit_bias
+    ]
+    chosen = [i for i, _ in penalised]
+    params = [request.sampling for _, request in penalised]
+    return SamplingExtras(
+        samples=_ints(chosen),
+        rows=rows[chosen],
+        presence=np.array([p.presence_penalty for p in params], np.float32),
+        frequency=np.array([p.frequency_penalty for p in params], np.float32),
+        repetition=np.array([p.repetition_penalty for p in params], np.float32),
+        begin_rows=rows[[i for i, _ in begun]],
+        begin_lens=_ints([len(request.prefill_ids) for _, request in begun]),
+        begin_prompt_lens=_ints([len(request.prompt_ids) for _, request in begun]),
+        begin_ids=_joined([request for _, request in begun]),
+        bias_samples=_ints([i for i, _ in biased]),
+        bias_ids=_ints([bias.token_id for _, bias in biased]),
+        bias_values=np.array([bias.value for _, bias in biased], np.float32),
+    )
+
+
+def _joined(requests: Sequence[Request]) -> Int32Array:
+    return np.concatenate([np.empty(0, np.int32), *(r.prefill_ids for r in requests)])
+
+
+def _ints(values: Sequence[int]) -> Int32Array:
+    return np.array(values, np.int32)
