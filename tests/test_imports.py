@@ -12,7 +12,7 @@ LAYERS = [
     {"errors", "log"},
     {"sampling_params"},
     {"config", "model_config", "messages", "cards", "chat_format"},
-    {"child"},
+    {"child", "message_codec"},
     {"ipc", "metrics", "hf_tokenizer", "hub", "child_process"},
     {"kvcache", "structured_output", "engine"},
     {"frontend", "tokenizer", "scheduler", "detokenizer"},

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisrv.errors import DecodeError, InvalidRequestError
+from minisrv.message_codec import decode, encode
 from minisrv.messages import (
     DETOKENIZER_INBOX,
     FRONTEND_INBOX,
@@ -29,8 +30,6 @@ from minisrv.messages import (
     StatsMsg,
     TokenizeMsg,
     UserReply,
-    decode,
-    encode,
     failure_reply,
 )
 from minisrv.sampling_params import SamplingParams, TokenBias

@@ -24,6 +24,7 @@ import numpy as np
 from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput
 from minisrv.engine.page_table import PageTable, token_positions
 from minisrv.kvcache.manager import KVCacheManager
+from minisrv.message_codec import decode, encode
 from minisrv.messages import (
     SCHEDULER_INBOX,
     AnswerMsg,
@@ -32,8 +33,6 @@ from minisrv.messages import (
     GenerateMsg,
     Message,
     StatsMsg,
-    decode,
-    encode,
 )
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.loop import SchedulerLoop

@@ -18,7 +18,8 @@ import zmq
 import zmq.asyncio
 
 from minisrv.errors import DecodeError
-from minisrv.messages import InboxTypes, Message, decode, encode
+from minisrv.message_codec import decode, encode
+from minisrv.messages import InboxTypes, Message
 
 logger = logging.getLogger("minisrv.ipc")
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 import own_tokenizers
 from minisrv.detokenizer.worker import DetokenizerWorker
 from minisrv.hf_tokenizer import HFTokenizer
+from minisrv.message_codec import decode, encode
 from minisrv.messages import (
     FRONTEND_INBOX,
     AbortMsg,
@@ -19,8 +20,6 @@ from minisrv.messages import (
     Finish,
     Start,
     UserReply,
-    decode,
-    encode,
 )
 
 TOKENIZER = HFTokenizer(Tokenizer.from_str(own_tokenizers.byte_level_bpe().to_str()), {}, {})

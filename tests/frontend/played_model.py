@@ -18,6 +18,7 @@ from minisrv.detokenizer.worker import DetokenizerWorker
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.request_registry import RequestRegistry
 from minisrv.hf_tokenizer import HFTokenizer
+from minisrv.message_codec import decode, encode
 from minisrv.messages import (
     DETOKENIZER_INBOX,
     FRONTEND_INBOX,
@@ -29,8 +30,6 @@ from minisrv.messages import (
     Start,
     TokenizeMsg,
     UserReply,
-    decode,
-    encode,
 )
 from minisrv.sampling_params import Grammar
 from minisrv.structured_output.checker import GrammarChecker

@@ -9,6 +9,7 @@ import numpy as np
 
 from minisrv.errors import InvalidRequestError
 from minisrv.frontend.request_registry import RequestRegistry
+from minisrv.message_codec import decode, encode
 from minisrv.messages import (
     FRONTEND_INBOX,
     TOKENIZER_INBOX,
@@ -20,8 +21,6 @@ from minisrv.messages import (
     StatsMsg,
     TokenizeMsg,
     UserReply,
-    decode,
-    encode,
     failure_reply,
 )
 from minisrv.metrics import SECONDS, TOKENS, HistogramCounter

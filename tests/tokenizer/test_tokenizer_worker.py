@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 import own_tokenizers
 from minisrv.errors import MinisrvError
 from minisrv.hf_tokenizer import HFTokenizer
+from minisrv.message_codec import decode, encode
 from minisrv.messages import (
     FRONTEND_INBOX,
     SCHEDULER_INBOX,
@@ -21,8 +22,6 @@ from minisrv.messages import (
     GenerateMsg,
     TokenizeMsg,
     UserReply,
-    decode,
-    encode,
 )
 from minisrv.sampling_params import SamplingParams, TokenBias
 from minisrv.structured_output.checker import GrammarChecker
