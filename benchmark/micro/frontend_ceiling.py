@@ -73,8 +73,12 @@ def minisrv(replaced: dict[str, str]) -> Iterator[str]:
     )
     command = [sys.executable, "-c", program, "--port", "0", "--log-level", "warning"]
     with _process(command, r"http://\S+?(?=,)") as url:
-        while httpx.get(f"{url}/ready", timeout=60).status_code != 200:
+        for _ in range(300):
+            if httpx.get(f"{url}/ready", timeout=60).status_code == 200:
+                break
             time.sleep(0.1)
+        else:
+            raise TimeoutError("the server does not become ready")
         yield url
 
 

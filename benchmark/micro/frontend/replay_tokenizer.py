@@ -7,10 +7,12 @@ microseconds; all requests of a step go in one UserReply, as the detokenizer sen
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from minisrv.chat_format import ChatFormat
 from minisrv.child import Child, Ready, run_child
 from minisrv.ipc import Inbox, Outbox
 from minisrv.messages import TOKENIZER_INBOX, Finish, Start, TokenizeMsg, UserReply
@@ -22,7 +24,7 @@ def _serve(child: Child) -> None:
     boot, run_dir = child.boot, Path(child.boot.run_dir)
     inbox = Inbox(run_dir, f"tokenizer-{boot.index}", TOKENIZER_INBOX, boot.epoch)
     frontend = Outbox(run_dir, "frontend")
-    child.report(Ready())
+    child.report(Ready({"chat_format": asdict(ChatFormat())}))
     left: dict[int, int] = {}
     counts: dict[int, int] = {}
     period_s, due = 0.0, 0.0
