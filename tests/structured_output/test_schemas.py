@@ -48,10 +48,9 @@ def test_each_feature_is_in_many_of_the_schemas() -> None:
         assert sum(f'"{word}"' in schema for schema in text) >= 5, word
 
 
+@pytest.mark.parametrize("llm", ["demo"], indirect=True)
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda f: f.__name__)
 def test_every_text_of_a_feature_is_valid(llm: LLM, feature: Any) -> None:
-    if llm.config.model != "demo":
-        pytest.skip("the demo model is enough here")
     counts = check_texts(llm, [feature(Random(seed), 1) for seed in range(3)])
     assert counts["finished"] >= 2
 

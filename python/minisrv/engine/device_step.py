@@ -30,6 +30,7 @@ from minisrv.engine.sampling.adjust import LogitAdjuster
 from minisrv.engine.sampling.device_columns import DeviceColumns
 from minisrv.engine.step import StepHandle
 from minisrv.engine.step_buffer import SentStep, StepBuffer, StepLimits, StepTensors
+from minisrv.engine.upload import upload
 
 logger = logging.getLogger("minisrv.engine")
 
@@ -113,8 +114,10 @@ class DeviceStep:
         with torch.inference_mode():
             size = self._graph_size(batch)
             logits_SV, step = self._replay(batch, size) if size else self._run(batch)
-            self._mask(batch.sampling, logits_SV, step)
+            # The other ranks have a share of the vocabulary, and none of this is for them.
             extras = batch.extras if self._peers.partition.rank == 0 else None
+            if self._peers.partition.rank == 0:
+                self._mask(batch.sampling, logits_SV, step)
             if extras is not None:
                 self._adjuster.adjust_(logits_SV, extras)
             if size:
@@ -217,10 +220,7 @@ class DeviceStep:
         return StepHandle(host, done)
 
     def _copied(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self._device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+        return upload(array, self._device)
 
 
 _NONE = np.empty(0, np.int32)

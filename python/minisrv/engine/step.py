@@ -22,6 +22,7 @@ from minisrv.engine.page_table import PageTable, token_positions
 from minisrv.engine.parallel.communicator import Communicator
 from minisrv.engine.sampling.adjust import LogitAdjuster
 from minisrv.engine.sampling.sampler import sample
+from minisrv.engine.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +106,7 @@ class HostStep:
         return torch.cat([decode_ids, self._to_device(batch.prefill_ids.astype(np.int64))])
 
     def _to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self._device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+        return upload(array, self._device)
 
     def _to_host(self, token_ids_S: Tensor) -> StepHandle:
         if self._device.type == "cpu":

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.engine.sampling.device_columns import DeviceColumns
+from minisrv.engine.upload import upload
 
 _STEPS_IN_FLIGHT = 3
 
@@ -202,16 +203,10 @@ class StepBuffer:
         room = self._limits.num_writes
         if batch.page_ids.size > room:
             rows, columns, pages = (
-                self._copied(array[room:])
+                upload(array[room:], self._tensors.page_table.device)
                 for array in (batch.page_rows, batch.page_columns, batch.page_ids)
             )
             self._tensors.page_table.index_put_((rows.long(), columns.long()), pages)
-
-    def _copied(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if not self._on_device:
-            return tensor
-        return tensor.pin_memory().to(self._tensors.page_table.device, non_blocking=True)
 
 
 def _fill(

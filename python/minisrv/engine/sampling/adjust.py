@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from minisrv.engine.forward_batch import SamplingExtras
+from minisrv.engine.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,11 @@ class LogitAdjuster:
             logits_SV[sample] = logits_V.to(logits_SV.dtype)
         if extras.bias_ids.size:
             device = logits_SV.device
-            at = (_to(extras.bias_samples, device).long(), _to(extras.bias_ids, device).long())
-            logits_SV[at] += _to(extras.bias_values, device).to(logits_SV.dtype)
+            at = (
+                upload(extras.bias_samples, device).long(),
+                upload(extras.bias_ids, device).long(),
+            )
+            logits_SV[at] += upload(extras.bias_values, device).to(logits_SV.dtype)
 
     def take(self, token_ids_S: Tensor, extras: SamplingExtras) -> None:
         """Count the tokens that the step has drawn, where they are."""
@@ -69,7 +72,7 @@ class LogitAdjuster:
             strict=True,
         )
         for row, length, prompt_len in begun:
-            ids = _to(extras.begin_ids[end : end + length], device).long()
+            ids = upload(extras.begin_ids[end : end + length], device).long()
             end += length
             seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             output_V = torch.zeros(vocab_size, device=device)
@@ -80,8 +83,3 @@ class LogitAdjuster:
 
 def _pairs(extras: SamplingExtras) -> list[tuple[int, int]]:
     return list(zip(extras.samples.tolist(), extras.rows.tolist(), strict=True))
-
-
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
