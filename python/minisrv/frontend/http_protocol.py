@@ -22,15 +22,16 @@ class HttpProtocol(HttpToolsProtocol):
     """One connection. Nothing of the application runs before a head is whole and within bounds."""
 
     _in_head = False
+    _begun = False  # in the data at hand
     _too_large = False
     _head_bytes = 0
 
     def data_received(self, data: bytes) -> None:
         """Parse what has come; a head that goes on for too long is cut off."""
         # What a head begins in may have the end of another request before it, and is bounded.
-        going_on = self._in_head
+        self._begun = False
         super().data_received(data)
-        if going_on and self._in_head and not self.transport.is_closing():
+        if self._in_head and not self._begun and not self.transport.is_closing():
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._too_large = True
@@ -39,7 +40,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._begun, self._head_bytes = True, True, 0
 
     def on_headers_complete(self) -> None:
         """Its head is whole."""
