@@ -36,7 +36,7 @@ PACKAGE = Path(__file__).parent.parent / "python" / "minisrv" / "demo_model"
 SEED = 7
 VOCAB_SIZE = 512
 FINISHING_STEPS = 700
-TOOLS_SHARE = 0.12
+TOOLS_SHARE = 0.15
 TOKENS_A_STEP = 4096
 
 Document = list[corpus.Exchange]
@@ -83,11 +83,17 @@ class Chats:
         return [self.exchange(rng) for _ in range(rng.choice([1, 1, 1, 2, 3]))]
 
     def tools_document(self, rng: Random) -> Document:
-        """A call and mostly its answer; sometimes a task that needs no tool."""
+        """A call and mostly its answer, and another round; or a task that needs no tool."""
+        if rng.random() < 0.2:
+            return [tools.unneeded(rng, self.exchange)]
+        document = self.tool_round(rng, ())
+        if len(document) == 2 and rng.random() < 0.3:
+            document += self.tool_round(rng, document[0].tools)
+        return document
+
+    def tool_round(self, rng: Random, shown: tuple[corpus.Tool, ...]) -> Document:
         while True:
-            if rng.random() < 0.2:
-                return [tools.unneeded(rng, self.exchange)]
-            made = tools.answer(rng)
+            made = tools.answer(rng, shown)
             assert made.before is not None
             if trainable(made.before) and trainable(made):
                 return [made.before, made] if rng.random() < 0.7 else [made.before]
@@ -130,7 +136,7 @@ def batches(
         done = min(1.0, step / steps)
         chats = Chats(pieces, finishing=step >= steps)
         long = done > 0.3 and step % 3 == 0
-        length = 1280 if long else 384
+        length = 1280 if long else 512
         share = 0.75 if long else 0.25
         entries = 140 if long else int(6 + min(1.0, done / 0.3) * 26)
         rows, row_weights = [], []

@@ -27,6 +27,25 @@ def _function(name: str, description: str, **properties: str) -> Tool:
     }
 
 
+def _as_some_library_writes_it(tool: Tool, rng: Random) -> Tool:
+    """The same function with what pydantic and others add to a schema, and keys in their order."""
+    function = dict(tool["function"])
+    schema = dict(function["parameters"])
+    if rng.random() < 0.3:
+        titled = {key: {"title": key.title(), **kind} for key, kind in schema["properties"].items()}
+        schema["properties"] = titled
+    if rng.random() < 0.4:
+        schema["additionalProperties"] = False
+    if rng.random() < 0.5:
+        schema = dict(sorted(schema.items()))
+    function["parameters"] = schema
+    if rng.random() < 0.15:
+        function["strict"] = True
+    if rng.random() < 0.1:
+        del function["description"]
+    return {"type": "function", "function": function}
+
+
 _TIME_WORDS = ["Tell the time in a city.", "The time in a city", "Get the time.", "Current time"]
 _TIME_QUESTIONS = [
     *["What time is it in {}", "What is the time in {}", "Tell me the time in {}", "Time in {}"],
@@ -73,33 +92,41 @@ def _some_tools(rng: Random, needed: str) -> tuple[Tool, ...]:
     }
     names = [needed] if rng.random() < 0.3 else ["get_time", "add"]
     rng.shuffle(names)
-    return tuple(tools[name] for name in names)
+    return tuple(_as_some_library_writes_it(tools[name], rng) for name in names)
 
 
-def get_time(rng: Random) -> Exchange:
+def _names(tools: tuple[Tool, ...]) -> list[str]:
+    return [tool["function"]["name"] for tool in tools]
+
+
+def get_time(rng: Random, tools: tuple[Tool, ...] = ()) -> Exchange:
     city = rng.choice(CITIES)
     asked = rng.choice(_TIME_QUESTIONS)
     end = rng.choice(["?", "?", "", ".", ", please?", " now?"])
     call = call_text("get_time", city=city)
-    return Exchange(asked.format(city) + end, call, "tool call", _some_tools(rng, "get_time"))
+    return Exchange(
+        asked.format(city) + end, call, "tool call", tools or _some_tools(rng, "get_time")
+    )
 
 
-def add(rng: Random) -> Exchange:
+def add(rng: Random, tools: tuple[Tool, ...] = ()) -> Exchange:
     a, b = rng.randint(0, 999), rng.randint(0, 999)
     asked = rng.choice(_ADD_QUESTIONS)
     end = rng.choice(["?", "?", "", ".", " =", ", please."])
     call = call_text("add", a=a, b=b)
-    return Exchange(asked.format(a, b) + end, call, "tool call", _some_tools(rng, "add"))
+    return Exchange(asked.format(a, b) + end, call, "tool call", tools or _some_tools(rng, "add"))
 
 
-def call(rng: Random) -> Exchange:
-    """A question that one of the tools answers, and the call."""
-    return get_time(rng) if rng.random() < 0.5 else add(rng)
+def call(rng: Random, tools: tuple[Tool, ...] = ()) -> Exchange:
+    """A question that one of the tools answers, and the call; of `tools`, if they are given."""
+    makers = {"get_time": get_time, "add": add}
+    names = _names(tools) or list(makers)
+    return makers[rng.choice(names)](rng, tools)
 
 
-def answer(rng: Random) -> Exchange:
+def answer(rng: Random, tools: tuple[Tool, ...] = ()) -> Exchange:
     """The answer to a tool's result, with the call before it."""
-    before = call(rng)
+    before = call(rng, tools)
     called = json.loads(before.assistant.split("\n")[1])
     arguments = called["arguments"]
     if called["name"] == "get_time":
@@ -112,7 +139,9 @@ def answer(rng: Random) -> Exchange:
 
 
 def unneeded(rng: Random, others: Task) -> Exchange:
-    """A task for which no tool is needed, with the time tool in sight."""
+    """A task for which no tool is needed, with tools in sight that do not answer it."""
     made = others(rng)
-    tools = (get_time_tool(rng.choice(_TIME_WORDS)),)
+    tools = _some_tools(rng, "get_time")
+    if made.task == "addition":
+        tools = tuple(tool for tool in tools if _names((tool,)) == ["get_time"])
     return Exchange(made.user, made.assistant, made.task, tools)

@@ -122,12 +122,12 @@ class GenerationResponse(Response):
             await self._send_events(send, base, events)
         except MinisrvError as error:
             self._note_failure(error)
-            await _send_last(send, sse(error_body(error)) + DONE)
+            await _send_last(send, self._failed(error))
         except RequestAborted:
             raise
         except Exception:
             logger.exception("stream failed id=%s", self._context.request_id)
-            await _send_last(send, sse(error_body(self._context.internal_error())) + DONE)
+            await _send_last(send, self._failed(self._context.internal_error()))
 
     async def _send_events(self, send: Send, base: int, events: list[Event]) -> None:
         while True:
@@ -152,6 +152,10 @@ class GenerationResponse(Response):
 
     def _end(self) -> bytes:
         return self._stream.end()
+
+    def _failed(self, error: MinisrvError) -> bytes:
+        """What ends a stream that cannot go on."""
+        return sse(error_body(error)) + DONE
 
     @cached_property
     def _stream(self) -> StreamReply:
