@@ -2,17 +2,19 @@
 
 The slot of position p holds H(all slots before p, read through the page table; token; p), and the
 next token is a function of all slots up to p. A page that is aliased, stale, lost or read too early
-changes the text; `expected_output` is what the text must be.
+changes the text; `expected_output` is what the text must be. Log-probabilities are made of the same
+hashes: `expected_logprobs`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput, Int32Array
+from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput, Int32Array, Logprobs
 
 MASK = (1 << 64) - 1
 
@@ -32,6 +34,11 @@ def next_token(state: int, vocab_size: int) -> int:
     return mix(state) % vocab_size
 
 
+def logprob(state: int, token: int) -> float:
+    """What the engine tells of `token` after `state`: a number that float32 holds exactly."""
+    return -(mix(state ^ (token + 1)) % 4096) / 256
+
+
 def first_allowed(mask: Int32Array, token: int) -> int:
     """The first token from `token` on, and round from the end, that the mask allows."""
     allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
@@ -49,6 +56,15 @@ def expected_output(
         output.append(next_token(state, vocab_size))
         state ^= slot_value(state, output[-1], len(prompt) + len(output) - 1)
     return output
+
+
+def expected_logprobs(tokens: Sequence[int]) -> list[float]:
+    """The oracle: of all `tokens` but the first, each after those before it."""
+    state, logprobs = 0, list[float]()
+    for position, (token, following) in enumerate(itertools.pairwise(tokens)):
+        state ^= slot_value(state, token, position)
+        logprobs.append(logprob(state, following))
+    return logprobs
 
 
 class HashEngine:
@@ -116,7 +132,7 @@ class HashEngine:
     ) -> ForwardOutput:
         before = self.slots[:]
         prompt = iter(batch.prefill_ids.tolist())
-        states = []
+        states, token_states = [], []
         for i, (row, length, start) in enumerate(
             zip(
                 batch.rows.tolist(),
@@ -133,9 +149,35 @@ class HashEngine:
                 value = slot_value(state, token, position)
                 self.slots[self._slot(tables[i], position)] = value
                 state ^= value
+                token_states.append(state)
             states.append(state)
         assert next(prompt, None) is None
-        return ForwardOutput(self._sample(batch, states, masks))
+        tokens = self._sample(batch, states, masks)
+        return ForwardOutput(tokens, self._logprobs(batch, states, token_states, tokens))
+
+    def _logprobs(
+        self,
+        batch: ForwardBatch,
+        states: list[int],
+        token_states: list[int],
+        tokens: Int32Array,
+    ) -> Logprobs | None:
+        """Of what was asked for; the likeliest tokens are always 0, 1, 2 and so on."""
+        columns = batch.logprobs
+        if columns is None:
+            assert not batch.scored_tokens.size
+            return None
+        samples = columns.samples.tolist()
+        asked = [(states[batch.sample_indices[i]], int(tokens[i])) for i in samples]
+        scored = zip(batch.scored_tokens.tolist(), columns.prompt_ids.tolist(), strict=True)
+        asked += [(token_states[place], following) for place, following in scored]
+        top = [[logprob(state, id) for id in range(columns.num_top)] for state, _ in asked]
+        shape = (len(asked), columns.num_top)
+        return Logprobs(
+            np.array([logprob(state, token) for state, token in asked], np.float32),
+            np.broadcast_to(np.arange(columns.num_top, dtype=np.int32), shape),
+            np.array(top, np.float32).reshape(shape),
+        )
 
     def _slot(self, table: list[int], position: int) -> int:
         return table[position // self.page_size] * self.page_size + position % self.page_size

@@ -17,7 +17,7 @@ LAYERS = [
     {"kvcache", "structured_output", "engine"},
     {"frontend", "tokenizer", "scheduler", "detokenizer"},
     {"supervisor"},
-    {"launch_server", "frontend_manager", "llm"},
+    {"launch_server", "frontend_manager", "llm", "llm_outputs"},
     {"asgi", "batch", "plan"},
     {"cli"},
     {"__main__"},

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from minisrv.frontend.assistant_message import AssistantMessage
     from minisrv.frontend.generation import Generation
     from minisrv.frontend.model_info import ModelInfo
-    from minisrv.llm import LLM, CompletionOutput, RequestOutput
+    from minisrv.llm import LLM
+    from minisrv.llm_outputs import CompletionOutput, RequestOutput
     from minisrv.messages import GenerateMsg
 
 AT_ONCE = 1024

@@ -10,12 +10,11 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
-import numpy as np
 from tqdm import tqdm
 
 from minisrv.config import ServerConfig
@@ -23,15 +22,8 @@ from minisrv.detokenizer.worker import DetokenizerWorker
 from minisrv.errors import ConfigError, InvalidRequestError, MinisrvError
 from minisrv.hf_tokenizer import load_tokenizer, needs_conversion
 from minisrv.hub import resolve_model
-from minisrv.messages import (
-    AbortMsg,
-    DetokenizeMsg,
-    Failure,
-    Finish,
-    GenerateMsg,
-    TokenizeMsg,
-    UserReply,
-)
+from minisrv.llm_outputs import RequestOutput, Run, error_of
+from minisrv.messages import AbortMsg, GenerateMsg, TokenizeMsg, UserReply
 from minisrv.model_config import load_model_config
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.channel import LocalChannel
@@ -45,59 +37,6 @@ if TYPE_CHECKING:
 
 Prompt = str | list[int]
 Chat = list[dict[str, Any]]
-
-_FINISH_REASONS = {
-    Finish.STOP: "stop",
-    Finish.STOP_TOKEN: "stop",
-    Finish.COMPLETE: "stop",
-    Finish.LENGTH: "length",
-    Finish.ABORT: "abort",
-}
-
-
-@dataclass(slots=True, kw_only=True)
-class CompletionOutput:
-    """One choice. finish_reason: stop or length. stop_reason: the stop string or token id.
-
-    thought: what the model thought, for a request with `split_thought`.
-    The end-of-text token and stop tokens count in `token_ids` and are not in `text`.
-    """
-
-    index: int
-    text: str = ""
-    thought: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """Token counts of a request; cached_tokens is the part of the prompt found in the cache."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-
-
-@dataclass(slots=True, kw_only=True)
-class RequestOutput:
-    """What came of the prompt at place `index`. `prompt` is None for messages and token ids."""
-
-    index: int
-    prompt: str | None = None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    cached_tokens: int = 0
-
-    @property
-    def usage(self) -> Usage:
-        """Token counts of prompt and all choices."""
-        return Usage(
-            prompt_tokens=len(self.prompt_token_ids),
-            completion_tokens=sum(len(output.token_ids) for output in self.outputs),
-            cached_tokens=self.cached_tokens,
-        )
 
 
 class LLM:
@@ -217,7 +156,7 @@ class LLM:
         sampling = request.sampling.with_defaults(self.model_config.sampling_defaults)
         (made,) = self._tokenizer.handle(replace(request, uid=self._next_uid, sampling=sampling))
         if isinstance(made, UserReply):
-            raise _error_of(made.failures[0])
+            raise error_of(made.failures[0])
         assert isinstance(made, GenerateMsg)
         self._next_uid += sampling.n
         return made
@@ -229,7 +168,7 @@ class LLM:
         """
         if self._closed:
             raise RuntimeError("this LLM is closed")
-        run = _Run(messages)
+        run = Run(messages)
         self._channel.inbox.extend(messages)
         try:
             while run.num_open or self._loop.busy:
@@ -289,7 +228,7 @@ class LLM:
             done[index].prompt = request.prompt if isinstance(request.prompt, str) else None
         return [done[index] for index in range(len(requests))]
 
-    def _take(self, run: _Run) -> Iterator[RequestOutput]:
+    def _take(self, run: Run) -> Iterator[RequestOutput]:
         """What the last turn gave."""
         outbox = self._channel.outbox
         while outbox:
@@ -301,7 +240,7 @@ class LLM:
             if reply is not None:
                 yield from run.take_texts(reply)
 
-    def _drop(self, run: _Run) -> None:
+    def _drop(self, run: Run) -> None:
         """End what is still open, so that the next call finds an idle engine."""
         if self._closed:
             return
@@ -310,74 +249,6 @@ class LLM:
             self._loop.turn()
             for _ in self._take(run):
                 pass
-
-
-class _Run:
-    """The requests of one call, and what is known of their choices."""
-
-    def __init__(self, messages: Sequence[GenerateMsg]) -> None:
-        self.choices: dict[int, tuple[RequestOutput, CompletionOutput]] = {}
-        self._missing: dict[int, int] = {}
-        for index, message in enumerate(messages):
-            self._open(index, message)
-
-    @property
-    def num_open(self) -> int:
-        """Choices that have not ended."""
-        return len(self.choices)
-
-    def _open(self, index: int, message: GenerateMsg) -> None:
-        self._missing[index] = message.sampling.n
-        output = RequestOutput(
-            index=index,
-            prompt_token_ids=message.prompt_ids.tolist(),
-            outputs=[CompletionOutput(index=choice) for choice in range(message.sampling.n)],
-        )
-        for choice in output.outputs:
-            self.choices[message.uid + choice.index] = (output, choice)
-
-    def take_tokens(self, message: DetokenizeMsg) -> None:
-        for start in message.starts:
-            if start.uid in self.choices:
-                output, choice = self.choices[start.uid]
-                if choice.index == 0:
-                    output.cached_tokens = start.cached_tokens
-        tokens = np.flatnonzero(message.finishes != Finish.ABORT)
-        for uid, token_id in zip(
-            message.uids[tokens].tolist(), message.token_ids[tokens].tolist(), strict=True
-        ):
-            if uid in self.choices:
-                self.choices[uid][1].token_ids.append(token_id)
-
-    def take_texts(self, reply: UserReply) -> Iterator[RequestOutput]:
-        for failure in reply.failures:
-            if failure.uid in self.choices:
-                raise _error_of(failure)
-        for thought in reply.thoughts:
-            if thought.uid in self.choices:
-                self.choices[thought.uid][1].thought += thought.text
-        columns = zip(
-            reply.uids.tolist(),
-            reply.texts,
-            reply.output_tokens.tolist(),
-            reply.finishes.tolist(),
-            reply.stop_reasons,
-            strict=True,
-        )
-        for uid, text, num_tokens, finish, stop_reason in columns:
-            if uid not in self.choices:
-                continue
-            output, choice = self.choices[uid]
-            choice.text += text
-            if not finish:
-                continue
-            del choice.token_ids[num_tokens:]
-            choice.finish_reason = _FINISH_REASONS[Finish(finish)]
-            choice.stop_reason = stop_reason
-            del self.choices[uid]
-            self._missing[output.index] -= 1
-            if not self._missing[output.index]:
-                yield output
 
 
 @contextmanager
@@ -460,8 +331,3 @@ def _params_for(
             f"there are {count} prompts and {len(listed)} sampling_params", param="sampling_params"
         )
     return [replace(p, **sampling_fields) for p in listed] if sampling_fields else listed
-
-
-def _error_of(failure: Failure) -> MinisrvError:
-    kind = InvalidRequestError if failure.status < 500 else MinisrvError
-    return kind(failure.message, param=failure.param, code=failure.code)

@@ -19,6 +19,7 @@ from minisrv.sampling_params import SamplingParams
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 UInt8Array = npt.NDArray[np.uint8]
+Float32Array = npt.NDArray[np.float32]
 
 
 class Finish(IntEnum):
@@ -136,10 +137,26 @@ class FlushMsg:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probabilities of N tokens of a request in a row, and of the K likeliest in each place.
+
+    The K of a place are best first, those of all places one after the other.
+    """
+
+    uid: int
+    token_ids: Int32Array  # [N]
+    logprobs: Float32Array  # [N]
+    top_ids: Int32Array  # [N * K]
+    top_logprobs: Float32Array  # [N * K]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """What is known of a request when its first token comes; `cached_tokens` of its prompt.
 
     queue_s: from its arrival at the scheduler to its first step; prefill_s: on to the first token.
+    prompt_ids: of a request whose prompt is echoed. prompt_logprobs: of all its tokens but the
+    first. logprobs: whether they come with each token.
     """
 
     uid: int
@@ -153,6 +170,9 @@ class Start:
     queue_s: float = 0.0
     prefill_s: float = 0.0
     include_stop: bool = False
+    prompt_ids: Int32Array | None = None
+    prompt_logprobs: TokenLogprobs | None = None
+    logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,8 +212,9 @@ class Failure:
 class DetokenizeMsg:
     """Scheduler to detokenizer, one a step: columns of equal length, a token (or end) each.
 
-    A request's `Start` is in the message of its first entry. An ABORT entry has token -1.
-    The token of a STOP or STOP_TOKEN entry counts in the usage and is not text.
+    A request's `Start` is in the message of its first entry. An ABORT entry has token -1, and so
+    has the end of a request that asked for no token. The token of a STOP or STOP_TOKEN entry counts
+    in the usage and is not text. `logprobs`: one for each token of a request that asked for them.
     """
 
     uids: Int64Array
@@ -201,6 +222,7 @@ class DetokenizeMsg:
     finishes: UInt8Array
     starts: tuple[Start, ...] = ()
     failures: tuple[Failure, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
     epoch: int = 0
 
 
@@ -210,6 +232,44 @@ class OutputIds:
 
     uid: int
     ids: Int32Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredToken:
+    """A token's bytes, which may be a part of a character, and its log-probability."""
+
+    token: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScore:
+    """A token of a text: `top` are the likeliest in its place, best first.
+
+    offset: where in the text it begins, in characters. logprob: None for a prompt's first token.
+    """
+
+    token: bytes
+    logprob: float | None
+    top: tuple[ScoredToken, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputScores:
+    """Scores of a request's tokens, from where the last ones ended."""
+
+    uid: int
+    tokens: tuple[TokenScore, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptEcho:
+    """The text of a prompt, in front of what its request puts out; `scores` if asked for."""
+
+    uid: int
+    text: str
+    scores: tuple[TokenScore, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,6 +291,8 @@ class UserReply:
     starts: tuple[Start, ...] = ()
     failures: tuple[Failure, ...] = ()
     thoughts: tuple[Thought, ...] = ()
+    echoes: tuple[PromptEcho, ...] = ()
+    scores: tuple[OutputScores, ...] = ()
     epoch: int = 0
 
 

@@ -18,6 +18,7 @@ MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 256
 MAX_BIASES = 1024
 MAX_GRAMMAR_BYTES = 2**17
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,8 @@ class SamplingParams:
     temperature: 0 is greedy; at most 2.
     top_k: 0 or -1 keeps all tokens. top_p in (0, 1]. min_p in [0, 1], relative to the best token.
     seed: with it the text depends on (seed, choice index, position) alone.
-    n: how many choices. max_tokens: output tokens; `None` is the rest of the context.
+    n: how many choices. max_tokens: output tokens; `None` is the rest of the context; 0 computes
+    the prompt alone, for its echo or its log-probabilities.
     min_tokens: no end-of-text and no stop token before so many output tokens.
     presence_penalty, frequency_penalty: -2 to 2, over the output. repetition_penalty: above 0, up
     to 2, over prompt and output; 1 is off. logit_bias: added to the logits, clamped to -100..100.
@@ -94,6 +96,10 @@ class SamplingParams:
     stop: the text ends before the first of these strings. stop_token_ids: it ends at these tokens.
     grammar: what the text must match; where the grammar ends, the text ends.
     return_token_ids: over HTTP, give the output's token ids beside the text.
+    echo: over HTTP, give the prompt's text before the output's.
+    logprobs, prompt_logprobs: 0 to 20; tell the log-probability of each token of the output, of the
+    prompt, and so many of the likeliest in its place. They are those of the model itself: before
+    temperature, penalties, biases and grammar.
 
     Raises InvalidRequestError for a value out of range.
     """
@@ -117,6 +123,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: tuple[TokenBias, ...] = ()
     include_stop_str_in_output: bool = False
+    echo: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids"):
@@ -130,7 +139,10 @@ class SamplingParams:
         _check_integer("top_k", self.top_k, -1, 2**31 - 1)
         _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
         _check_integer("n", self.n, 1, MAX_CHOICES)
-        _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        without_output = self.echo or self.prompt_logprobs is not None
+        _check_integer("max_tokens", self.max_tokens, 0 if without_output else 1, 2**31 - 1)
+        _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _check_integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         _check_integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
@@ -152,6 +164,11 @@ class SamplingParams:
     def has_extras(self) -> bool:
         """Whether logits are changed before the draw."""
         return self.penalised or bool(self.logit_bias)
+
+    @property
+    def num_top_logprobs(self) -> int:
+        """The most of the likeliest tokens that are wanted for a place."""
+        return max(self.logprobs or 0, self.prompt_logprobs or 0)
 
     def _check_stops(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:

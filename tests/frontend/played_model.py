@@ -6,6 +6,7 @@ Templates are rendered, the text is encoded and goes token by token through the 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -29,6 +30,7 @@ from minisrv.messages import (
     GenerateMsg,
     Start,
     TokenizeMsg,
+    TokenLogprobs,
     UserReply,
 )
 from minisrv.sampling_params import Grammar
@@ -73,6 +75,19 @@ def make_tokenizer(template: str) -> HFTokenizer:
     return HFTokenizer(backend, dict(own_tokenizers.NAMED), {"default": template})
 
 
+def played_logprobs(uid: int, token_ids: Sequence[int], num_top: int) -> TokenLogprobs:
+    """-1 for every token; in the places the token itself and those before it, each 1 less."""
+    top = [[max(0, token_id - i) for i in range(num_top)] for token_id in token_ids]
+    values = [[-1.0 - i for i in range(num_top)] for _ in token_ids]
+    return TokenLogprobs(
+        uid=uid,
+        token_ids=np.array(token_ids, np.int32),
+        logprobs=np.full(len(token_ids), -1, np.float32),
+        top_ids=np.array(top, np.int32).reshape(-1),
+        top_logprobs=np.array(values, np.float32).reshape(-1),
+    )
+
+
 class PlayedModel:
     """Says `text` to every request; ends by itself, or as `max_tokens` has it."""
 
@@ -114,26 +129,41 @@ class PlayedModel:
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
 
-    async def _generate(self, uid: int, message: GenerateMsg) -> None:
-        ids = [*self.tokenizer.encode(self.text, add_special_tokens=False), EOS]
-        limit = message.sampling.max_tokens or len(ids)
-        start = Start(
+    def _start(self, uid: int, message: GenerateMsg) -> Start:
+        sampling, prompt_logprobs = message.sampling, None
+        if sampling.prompt_logprobs is not None:
+            following = message.prompt_ids[1:].tolist()
+            prompt_logprobs = played_logprobs(uid, following, sampling.prompt_logprobs)
+        return Start(
             uid=uid,
             prompt_tokens=len(message.prompt_ids),
             cached_tokens=0,
             min_tokens=0,
-            stop=message.sampling.stop,
-            skip_special_tokens=message.sampling.skip_special_tokens,
+            stop=sampling.stop,
+            skip_special_tokens=sampling.skip_special_tokens,
             parts=message.parts,
+            prompt_ids=message.prompt_ids if sampling.echo else None,
+            prompt_logprobs=prompt_logprobs,
+            logprobs=sampling.logprobs is not None,
         )
-        for i, token_id in enumerate(ids[:limit]):
-            finish = Finish.LENGTH if i + 1 == limit else Finish.NONE
+
+    async def _generate(self, uid: int, message: GenerateMsg) -> None:
+        ids = [*self.tokenizer.encode(self.text, add_special_tokens=False), EOS]
+        sampling = message.sampling
+        limit = len(ids) if sampling.max_tokens is None else sampling.max_tokens
+        start, ids = self._start(uid, message), ids[:limit] or [-1]
+        for i, token_id in enumerate(ids):
+            finish = Finish.LENGTH if i + 1 == max(1, limit) else Finish.NONE
             finish = Finish.STOP if token_id == EOS else finish
+            told = sampling.logprobs is not None and token_id >= 0
             step = DetokenizeMsg(
                 uids=np.array([uid], np.int64),
                 token_ids=np.array([token_id], np.int32),
                 finishes=np.array([finish], np.uint8),
                 starts=() if i else (start,),
+                logprobs=(played_logprobs(uid, [token_id], sampling.logprobs or 0),)
+                if told
+                else (),
                 epoch=self._registry.epoch,
             )
             reply, abort = self._detokenizer.handle(decode(encode(step), DETOKENIZER_INBOX))  # type: ignore[arg-type]

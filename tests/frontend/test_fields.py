@@ -92,7 +92,7 @@ def test_a_null_and_a_neutral_value_never_fail(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("logprobs", 0), ("echo", 0), ("best_of", 2), ("functions", [{}])],
+    [("suffix", 0), ("top_logprobs", False), ("best_of", 2), ("functions", [{}])],
 )
 def test_a_value_that_only_resembles_a_neutral_one_is_refused(
     server: HttpServer, name: str, value: Any

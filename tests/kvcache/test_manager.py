@@ -86,6 +86,20 @@ def test_evicted_pages_wait_for_the_last_step_that_reads_them() -> None:
     cache.check([lease])
 
 
+def test_what_a_closed_lease_had_to_write_is_not_written_into_the_row_of_the_next() -> None:
+    cache = KVCacheManager(num_pages=8, num_rows=1, page_size=2, radix_cache=True)
+    lease = cache.open()
+    cache.grow(lease, 7)
+    cache.close(lease, np.arange(7, dtype=np.int32), 7)
+    cached = cache.open()
+    assert cache.extend_match(cached, np.arange(7, dtype=np.int32), 0, 1) == 6
+    cache.close(cached, np.arange(7, dtype=np.int32), 6)
+    after = cache.open()
+    assert after.row == cached.row
+    cache.grow(after, 1)
+    assert cache.take_page_writes() == {(after.row, 0): after.pages[0]}
+
+
 def test_without_the_radix_cache_nothing_is_kept() -> None:
     cache = KVCacheManager(4, 2, 4, radix_cache=False)
     lease = computed_lease(cache, 1)

@@ -1,4 +1,7 @@
-"""Any order of requests, steps, aborts, evictions and retractions gives the text of the oracle."""
+"""Any order of requests, steps, aborts, evictions and retractions gives the text of the oracle.
+
+And its log-probabilities, where a request asks for them.
+"""
 
 import os
 from collections import defaultdict
@@ -9,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from builders import generate_msg, hash_loop
-from hash_engine import expected_output
-from minisrv.messages import AbortMsg, Finish
+from hash_engine import expected_logprobs, expected_output
+from minisrv.messages import AbortMsg, DetokenizeMsg, Finish
 
 VOCAB = 30
 EOS = 7
@@ -36,6 +39,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.outputs: dict[int, list[int]] = defaultdict(list)
         self.ends: dict[int, Finish] = {}
         self.aborted: set[int] = set()
+        self.scored: set[int] = set()
+        self.prompt_logprobs: dict[int, list[float]] = {}
+        self.logprobs: dict[int, list[float]] = defaultdict(list)
         self.next_uid = 0
 
     @precondition(lambda self: len(self.open_uids()) < 8)
@@ -44,12 +50,18 @@ class CacheMachine(RuleBasedStateMachine):
         tails=st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=1, max_size=4),
         max_tokens=st.integers(2, 12),
         choices=st.sampled_from([1, 1, 1, 2]),
+        scored=st.sampled_from([False, False, True]),
     )
     def add(
-        self, stem: tuple[int, ...], tails: list[list[int]], max_tokens: int, choices: int
+        self,
+        stem: tuple[int, ...],
+        tails: list[list[int]],
+        max_tokens: int,
+        choices: int,
+        scored: bool,
     ) -> None:
         for tail in tails:
-            self.add_one([*stem, *tail], max_tokens, choices)
+            self.add_one([*stem, *tail], max_tokens, choices, scored)
 
     @rule(turns=st.integers(1, 5))
     def step(self, turns: int) -> None:
@@ -72,14 +84,17 @@ class CacheMachine(RuleBasedStateMachine):
         self.aborted.update(uids)
         self.loop.channel.inbox.append(AbortMsg(uids=(*uids, 10**6)))
 
-    def add_one(self, prompt: list[int], max_tokens: int, choices: int) -> None:
+    def add_one(self, prompt: list[int], max_tokens: int, choices: int, scored: bool) -> None:
         fits = prompt and len(prompt) + max_tokens <= self.scheduler.max_seq_len
-        message = generate_msg(self.next_uid, prompt, max_tokens=max_tokens, n=choices)
+        wanted = {"logprobs": 1, "prompt_logprobs": 2} if scored else {}
+        message = generate_msg(self.next_uid, prompt, max_tokens=max_tokens, n=choices, **wanted)
         self.loop.channel.inbox.append(message)
         for _ in range(choices):
             if fits:
                 self.prompts[self.next_uid] = prompt
                 self.limits[self.next_uid] = max_tokens
+                if scored:
+                    self.scored.add(self.next_uid)
             self.next_uid += 1
 
     @invariant()
@@ -95,6 +110,7 @@ class CacheMachine(RuleBasedStateMachine):
         outbox = self.loop.channel.outbox
         while outbox:
             message = outbox.popleft()
+            self.take_logprobs(message)
             for uid, token, finish in zip(
                 message.uids.tolist(), message.token_ids.tolist(), message.finishes, strict=True
             ):
@@ -107,6 +123,14 @@ class CacheMachine(RuleBasedStateMachine):
                     self.ends[uid] = Finish(finish)
                 self.compare(uid)
 
+    def take_logprobs(self, message: DetokenizeMsg) -> None:
+        for start in message.starts:
+            if start.prompt_logprobs is not None:
+                self.prompt_logprobs[start.uid] = start.prompt_logprobs.logprobs.tolist()
+                assert len(start.prompt_logprobs.top_ids) == 2 * (start.prompt_tokens - 1)
+        for told in message.logprobs:
+            self.logprobs[told.uid] += told.logprobs.tolist()
+
     def compare(self, uid: int) -> None:
         expected = expected_output(self.prompts[uid], self.limits[uid], VOCAB, [EOS])
         output = self.outputs[uid]
@@ -114,6 +138,16 @@ class CacheMachine(RuleBasedStateMachine):
         if self.ends.get(uid) in (Finish.STOP, Finish.LENGTH):
             assert output == expected
             assert (self.ends[uid] is Finish.STOP) == (output[-1] == EOS)
+        if self.ends.get(uid) != Finish.ABORT:
+            self.compare_logprobs(uid)
+
+    def compare_logprobs(self, uid: int) -> None:
+        if uid not in self.scored:
+            assert uid not in self.prompt_logprobs
+            assert not self.logprobs[uid]
+            return
+        told = self.prompt_logprobs[uid] + self.logprobs[uid]
+        assert told == expected_logprobs(self.prompts[uid] + self.outputs[uid])
 
     def teardown(self) -> None:
         if not hasattr(self, "loop"):

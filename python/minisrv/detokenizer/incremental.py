@@ -39,7 +39,9 @@ class TextDecoder:
         if not self._is_byte_level:
             _check_local(steps)
         has_bytes = any(step["type"] == "ByteFallback" for step in steps)
+        self._tokenizer = tokenizer
         self._special_ids = tokenizer.special_ids
+        self._spelled: dict[int, bytes] = {}
         self._bytes = cache(lambda skipped: _TokenBytes(tokenizer, skipped))
         self._texts = cache(lambda skipped: _TokenTexts(tokenizer, skipped, has_bytes))
 
@@ -51,6 +53,30 @@ class TextDecoder:
         if self._is_byte_level:
             return _ByteLevelStream(self._bytes(skipped))
         return _WindowStream(self._texts(skipped))
+
+    def spell(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text, special tokens as they are written.
+
+        It may be a part of a character. A space at its front is there, though the text of a request
+        that begins with it may not have it.
+        """
+        known = self._spelled.get(token_id)
+        if known is None:
+            known = self._spelled[token_id] = self._spell(token_id)
+        return known
+
+    def _spell(self, token_id: int) -> bytes:
+        if self._is_byte_level:
+            return self._bytes(frozenset())[token_id]
+        texts = self._texts(frozenset())
+        left_out, is_byte, alone = texts[token_id]
+        if left_out:
+            return b""
+        if is_byte:
+            token = self._tokenizer.token(token_id)
+            assert token is not None
+            return bytes([int(token[3:5], 16)])
+        return texts.decode([token_id, token_id])[len(alone) :].encode()
 
 
 class _TokenBytes:

@@ -10,6 +10,7 @@ import numpy as np
 
 from minisrv.chat_format import find_chat_format
 from minisrv.detokenizer.incremental import TextDecoder, TextStream
+from minisrv.detokenizer.scores import Scorer, echo_prompt
 from minisrv.detokenizer.stop_strings import StopMatcher
 from minisrv.detokenizer.thought import ThoughtSplitter
 from minisrv.errors import MinisrvError
@@ -20,7 +21,9 @@ from minisrv.messages import (
     Failure,
     Finish,
     OutputIds,
+    OutputScores,
     Parts,
+    PromptEcho,
     Start,
     Thought,
     UserReply,
@@ -37,6 +40,7 @@ class _Request:
 
     splitter: None where no thought can come, or none any more.
     new_ids: what has not been told yet; None for a request that does not want ids.
+    scorer: None for a request that wants no log-probabilities.
     """
 
     uid: int
@@ -47,6 +51,7 @@ class _Request:
     start: Start | None
     num_tokens: int = 0
     new_ids: list[int] | None = None
+    scorer: Scorer | None = None
 
 
 @dataclass(slots=True)
@@ -63,6 +68,8 @@ class _Columns:
     thoughts: list[Thought] = field(default_factory=list)
     aborts: list[int] = field(default_factory=list)
     output_ids: list[OutputIds] = field(default_factory=list)
+    echoes: list[PromptEcho] = field(default_factory=list)
+    scores: list[OutputScores] = field(default_factory=list)
 
     def add(self, uid: int, text: str, count: int, finish: int, reason: str | int | None) -> None:
         self.uids.append(uid)
@@ -84,6 +91,8 @@ class _Columns:
             starts=tuple(self.starts),
             failures=tuple(self.failures),
             thoughts=tuple(self.thoughts),
+            echoes=tuple(self.echoes),
+            scores=tuple(self.scores),
             epoch=epoch,
         )
 
@@ -114,7 +123,11 @@ class DetokenizerWorker:
         """The reply to the frontend, and the uids that the scheduler need not continue."""
         columns = _Columns()
         for start in message.starts:
-            self._requests[start.uid] = self._open(start)
+            self._requests[start.uid] = self._open(start, columns)
+        for logprobs in message.logprobs:
+            request = self._requests.get(logprobs.uid)
+            if request is not None and request.scorer is not None:
+                request.scorer.expect(logprobs)
         entries = zip(
             message.uids.tolist(),
             message.token_ids.tolist(),
@@ -132,20 +145,27 @@ class DetokenizerWorker:
         aborts = AbortMsg(uids=tuple(columns.aborts), epoch=self._epoch) if columns.aborts else None
         return columns.reply(self._epoch), aborts
 
-    def _open(self, start: Start) -> _Request:
+    def _open(self, start: Start, columns: _Columns) -> _Request:
         parts = Parts(start.parts)
         marks = self._format.thought if parts & (Parts.THOUGHT | Parts.OPEN_THOUGHT) else None
         kept_ids = (self._call_ids if parts & Parts.CALLS else frozenset()) | (
             self._thought_ids if marks else frozenset()
         )
+        stream = self._decoder.stream(start.skip_special_tokens, kept_ids)
+        num_chars = 0
+        if start.prompt_ids is not None:
+            echo = echo_prompt(start, start.prompt_ids, stream, self._decoder)
+            columns.echoes.append(echo)
+            num_chars = len(echo.text)
         return _Request(
             uid=start.uid,
-            stream=self._decoder.stream(start.skip_special_tokens, kept_ids),
+            stream=stream,
             matcher=StopMatcher(start.stop, start.include_stop) if start.stop else None,
             splitter=ThoughtSplitter(*marks, bool(parts & Parts.OPEN_THOUGHT)) if marks else None,
             min_tokens=start.min_tokens,
             start=start,
             new_ids=[] if start.return_token_ids else None,
+            scorer=Scorer(self._decoder, num_chars) if start.logprobs else None,
         )
 
     def _take(self, uid: int, token_id: int, finish: int, columns: _Columns) -> None:
@@ -153,7 +173,7 @@ class DetokenizerWorker:
         if request is None:
             self._take_unknown(uid, finish, columns)
             return
-        if finish == _ABORT:
+        if finish == _ABORT or (finish and token_id < 0):
             self._close(request, columns, "", finish, None)
             return
         request.num_tokens += 1
@@ -186,6 +206,8 @@ class DetokenizerWorker:
             ids = np.array(request.new_ids, np.int32)
             columns.output_ids.append(OutputIds(uid=request.uid, ids=ids))
             request.new_ids = []
+        if request.scorer is not None and request.scorer.scores:
+            columns.scores.append(OutputScores(uid=request.uid, tokens=request.scorer.take()))
 
     def _close(
         self,
@@ -242,6 +264,8 @@ def _next_text(
     text = request.stream.push(token_id) if is_text else ""
     if finish:
         text += request.stream.flush()
+    if request.scorer is not None:
+        request.scorer.add(text)
     thought = None
     if request.splitter is not None:
         text, thought = _split(request, request.splitter, text, finish)

@@ -8,15 +8,23 @@ import numpy as np
 import torch
 
 from minisrv.config import ServerConfig
-from minisrv.engine.forward_batch import ForwardBatch, SamplingColumns
+from minisrv.engine.forward_batch import ForwardBatch, LogprobColumns, SamplingColumns
+from minisrv.engine.sampling.logprobs import SLICE
+from minisrv.sampling_params import MAX_LOGPROBS
 
 
-def largest_batch(num_sequences: int, num_tokens: int, page_size: int) -> ForwardBatch:
-    """Fresh prompts of equal length in pages 0, 1, 2...; all of them sample with every filter."""
+def largest_batch(
+    num_sequences: int, num_tokens: int, page_size: int, *, tells_logprobs: bool
+) -> ForwardBatch:
+    """Fresh prompts of equal length in pages 0, 1, 2...; all of them sample with every filter.
+
+    tells_logprobs: of all samples and of a slice of prompt tokens; not on a rank above 0.
+    """
     length = max(1, num_tokens // num_sequences)
     columns = -(-length // page_size)
     rows = np.arange(num_sequences, dtype=np.int32)
     every = np.ones(num_sequences, np.float32)
+    scored = np.arange(min(SLICE, num_sequences * length), dtype=np.int32)
     return ForwardBatch(
         step_id=0,
         num_decodes=0,
@@ -38,6 +46,10 @@ def largest_batch(num_sequences: int, num_tokens: int, page_size: int) -> Forwar
             suppress_samples=np.empty(0, np.int32),
             suppress_ids=np.empty(0, np.int32),
         ),
+        scored_tokens=scored,
+        logprobs=LogprobColumns(MAX_LOGPROBS, rows, np.zeros_like(scored))
+        if tells_logprobs
+        else None,
     )
 
 

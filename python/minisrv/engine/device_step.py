@@ -28,7 +28,8 @@ from minisrv.engine.layers.decoder import Decoder
 from minisrv.engine.parallel.communicator import Communicator
 from minisrv.engine.sampling.adjust import LogitAdjuster
 from minisrv.engine.sampling.device_columns import DeviceColumns
-from minisrv.engine.step import StepHandle
+from minisrv.engine.sampling.logprobs import StepScores, score_prompt
+from minisrv.engine.step import StepHandle, to_pinned
 from minisrv.engine.step_buffer import SentStep, StepBuffer, StepLimits, StepTensors
 from minisrv.engine.upload import upload
 
@@ -113,7 +114,7 @@ class DeviceStep:
         """See Step."""
         with torch.inference_mode():
             size = self._graph_size(batch)
-            logits_SV, step = self._replay(batch, size) if size else self._run(batch)
+            logits_SV, step, scores = self._replay(batch, size) if size else self._run(batch)
             # The other ranks have a share of the vocabulary, and none of this is for them.
             extras = batch.extras if self._peers.partition.rank == 0 else None
             if self._peers.partition.rank == 0:
@@ -126,14 +127,14 @@ class DeviceStep:
                 self._sample(logits_SV, step.num_samples)
             if extras is not None:
                 self._adjuster.take(self._tensors.tokens_S, extras)
-            handle = self._to_host(step.num_samples)
+            handle = self._to_host(step.num_samples, scores)
         self._buffer.done()
         return handle
 
     def logits(self, batch: ForwardBatch) -> Tensor:
         """See Step."""
         with torch.inference_mode():
-            logits_SV, _ = self._run(batch)
+            logits_SV, _, _ = self._run(batch)
         self._buffer.done()
         return logits_SV
 
@@ -154,24 +155,33 @@ class DeviceStep:
             )
         return 0
 
-    def _replay(self, batch: ForwardBatch, size: int) -> tuple[Tensor, SentStep]:
+    def _replay(self, batch: ForwardBatch, size: int) -> tuple[Tensor, SentStep, StepScores | None]:
         step = self._buffer.send(batch, padded_to=size)
         self._attention.plan_for_graph(step)
         self._graphs[size].forward()
-        return self._graphs[size].logits[0], step
+        logits_SV = self._graphs[size].logits[0]
+        return logits_SV, step, _open_scores(batch, logits_SV)
 
-    def _run(self, batch: ForwardBatch) -> tuple[Tensor, SentStep]:
+    def _run(self, batch: ForwardBatch) -> tuple[Tensor, SentStep, StepScores | None]:
         step = self._buffer.send(batch)
         self._attention.plan(step)
         num_sequences = step.num_decodes + step.num_prefills
-        return self._forward(num_sequences, step.num_tokens, step.num_samples), step
+        x_TC = self._hidden(num_sequences, step.num_tokens)
+        logits_SV = self._logits(x_TC, step.num_samples)
+        scores = _open_scores(batch, logits_SV)
+        if batch.scored_tokens.size:
+            tokens_Q = self._copied(batch.scored_tokens)
+            score_prompt(scores, tokens_Q, lambda tokens: self._model.logits(x_TC, tokens))
+        return logits_SV, step, scores
 
-    def _forward(self, num_sequences: int, num_tokens: int, num_samples: int) -> Tensor:
-        """Logits [S, V] of what the words say."""
+    def _hidden(self, num_sequences: int, num_tokens: int) -> Tensor:
+        """The model's last hidden states [T, C] of what the words say."""
         tensors = self._tensors
         self._kernels.expand(tensors, self._limits, num_sequences)
-        x_TC = self._model.forward(tensors.ids_T[:num_tokens], tensors.positions_T[:num_tokens])
-        return self._model.logits(x_TC, tensors.words["sample_tokens"][:num_samples])
+        return self._model.forward(tensors.ids_T[:num_tokens], tensors.positions_T[:num_tokens])
+
+    def _logits(self, x_TC: Tensor, num_samples: int) -> Tensor:
+        return self._model.logits(x_TC, self._tensors.words["sample_tokens"][:num_samples])
 
     def _mask(self, columns: SamplingColumns, logits_SV: Tensor, step: SentStep) -> None:
         """Forbid here what grammars do not allow, and what was too much for the words."""
@@ -201,7 +211,7 @@ class DeviceStep:
         logits: list[Tensor] = []
 
         def forward() -> None:
-            logits[:] = [self._forward(size, size, size)]
+            logits[:] = [self._logits(self._hidden(size, size), size)]
 
         replay = recorder.record(forward)
         replay()
@@ -209,18 +219,24 @@ class DeviceStep:
         self._buffer.done()
         return _Graphs(replay, sampler, logits)
 
-    def _to_host(self, size: int) -> StepHandle:
+    def _to_host(self, size: int, scores: StepScores | None) -> StepHandle:
         host = self._results[self._turn][:size]
         self._turn = (self._turn + 1) % _RESULTS_IN_FLIGHT
-        host.copy_(self._tensors.tokens_S[:size], non_blocking=True)
+        tokens_S = self._tensors.tokens_S[:size]
+        host.copy_(tokens_S, non_blocking=True)
+        host_scores = None if scores is None else scores.finish(tokens_S).map(to_pinned)
         if self._device.type == "cpu":
-            return StepHandle(host, None)
+            return StepHandle(host, host_scores, None)
         done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        return StepHandle(host, done)
+        return StepHandle(host, host_scores, done)
 
     def _copied(self, array: np.ndarray) -> Tensor:
         return upload(array, self._device)
+
+
+def _open_scores(batch: ForwardBatch, logits_SV: Tensor) -> StepScores | None:
+    return None if batch.logprobs is None else StepScores(logits_SV, batch.logprobs)
 
 
 _NONE = np.empty(0, np.int32)

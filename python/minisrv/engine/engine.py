@@ -174,7 +174,10 @@ class Engine:
         """See ForwardEngine."""
         if handle.done is not None:
             handle.done.synchronize()
-        return ForwardOutput(handle.token_ids_S.numpy())
+        scores = handle.scores
+        return ForwardOutput(
+            handle.token_ids_S.numpy(), None if scores is None else scores.arrays()
+        )
 
     def compute_logits(self, batch: ForwardBatch) -> Tensor:
         """As `launch` without drawing: the logits [S, V] of the sequences that sample.
@@ -244,7 +247,12 @@ class Engine:
 
     def _run_largest_step(self, config: ServerConfig) -> Callable[[], object]:
         num_sequences = min(config.max_running_requests, self.max_prefill_tokens)
-        batch = largest_batch(num_sequences, self.max_prefill_tokens, self.page_size)
+        batch = largest_batch(
+            num_sequences,
+            self.max_prefill_tokens,
+            self.page_size,
+            tells_logprobs=self._peers.partition.rank == 0,
+        )
         self._allocate(batch.page_ids.size)
         return lambda: self.wait(self._step.compute(batch))
 

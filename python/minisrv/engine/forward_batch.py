@@ -7,7 +7,7 @@ Plain numpy, so that the scheduler and a fake engine need no torch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,6 +72,32 @@ class SamplingExtras:
 
 
 @dataclass(frozen=True, slots=True)
+class LogprobColumns:
+    """Whose log-probabilities are wanted; rank 0 alone uses these.
+
+    Those of the tokens that `samples` get, and of prompt tokens: `prompt_ids` are the tokens that
+    follow the batch's `scored_tokens`.
+    """
+
+    num_top: int  # K, the likeliest tokens to tell for each
+    samples: Int32Array  # [L] ascending indices into S
+    prompt_ids: Int32Array  # [Q]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities of the L samples that asked, then of the Q prompt tokens."""
+
+    logprobs: Float32Array  # [L + Q]
+    top_ids: Int32Array  # [L + Q, K] best first
+    top_logprobs: Float32Array  # [L + Q, K]
+
+
+def _no_tokens() -> Int32Array:
+    return np.empty(0, np.int32)
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """One step: `num_decodes` sequences of one token first, then the prefill chunks.
 
@@ -93,6 +119,8 @@ class ForwardBatch:
     sample_indices: Int32Array  # [S] ascending indices into R; the last token's logits are used
     sampling: SamplingColumns
     extras: SamplingExtras | None = None  # None in nearly all steps
+    scored_tokens: Int32Array = field(default_factory=_no_tokens)  # [Q] indices into T
+    logprobs: LogprobColumns | None = None  # None in nearly all steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +128,7 @@ class ForwardOutput:
     """What a step gave."""
 
     token_ids: Int32Array  # [S] in the order of `sample_indices`
+    logprobs: Logprobs | None = None  # where the batch asked for them
 
 
 class ForwardEngine(Protocol):

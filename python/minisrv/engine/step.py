@@ -21,15 +21,17 @@ from minisrv.engine.layers.decoder import Decoder
 from minisrv.engine.page_table import PageTable, token_positions
 from minisrv.engine.parallel.communicator import Communicator
 from minisrv.engine.sampling.adjust import LogitAdjuster
+from minisrv.engine.sampling.logprobs import Scores, StepScores, score_prompt
 from minisrv.engine.sampling.sampler import sample
 from minisrv.engine.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
 class StepHandle:
-    """A launched step: its tokens in host memory, there once `done` has happened."""
+    """A launched step: what came of it in host memory, there once `done` has happened."""
 
     token_ids_S: Tensor
+    scores: Scores | None
     done: Any  # a CUDA event, or None
 
 
@@ -64,26 +66,46 @@ class HostStep:
     def compute(self, batch: ForwardBatch) -> StepHandle:
         """See Step."""
         with torch.inference_mode():
-            return self._to_host(self._forward(batch))
+            return self._to_host(*self._forward(batch))
 
     def logits(self, batch: ForwardBatch) -> Tensor:
         """See Step."""
         with torch.inference_mode():
-            self._page_table.apply(batch)
-            positions = token_positions(batch)
-            self._attention.plan(batch, self._page_table)
-            x_TC = self._model.forward(self._input_ids(batch), self._to_device(positions))
-            last_tokens = (np.cumsum(batch.query_lens) - 1)[batch.sample_indices]
-            return self._model.logits(x_TC, self._to_device(last_tokens))
+            return self._logits(batch, self._hidden(batch))
 
-    def _forward(self, batch: ForwardBatch) -> Tensor:
-        logits_SV = self.logits(batch)
-        if not batch.sample_indices.size:
-            return torch.empty(0, dtype=torch.int64, device=self._device)
-        token_ids_S = self._peers.from_rank_0_(self._sample(batch, logits_SV))
-        rows = self._to_device(batch.rows[batch.sample_indices].astype(np.int64))
-        self._last_token.index_copy_(0, rows, token_ids_S)
-        return token_ids_S
+    def _hidden(self, batch: ForwardBatch) -> Tensor:
+        """The model's last hidden states [T, C]."""
+        self._page_table.apply(batch)
+        positions = token_positions(batch)
+        self._attention.plan(batch, self._page_table)
+        return self._model.forward(self._input_ids(batch), self._to_device(positions))
+
+    def _logits(self, batch: ForwardBatch, x_TC: Tensor) -> Tensor:
+        last_tokens = (np.cumsum(batch.query_lens) - 1)[batch.sample_indices]
+        return self._model.logits(x_TC, self._to_device(last_tokens))
+
+    def _forward(self, batch: ForwardBatch) -> tuple[Tensor, Scores | None]:
+        """The tokens [S], and the log-probabilities that were asked for."""
+        x_TC = self._hidden(batch)
+        logits_SV = self._logits(batch, x_TC)
+        scores = self._open_scores(batch, logits_SV, x_TC)
+        token_ids_S = torch.empty(0, dtype=torch.int64, device=self._device)
+        if batch.sample_indices.size:
+            token_ids_S = self._peers.from_rank_0_(self._sample(batch, logits_SV))
+            rows = self._to_device(batch.rows[batch.sample_indices].astype(np.int64))
+            self._last_token.index_copy_(0, rows, token_ids_S)
+        return token_ids_S, None if scores is None else scores.finish(token_ids_S)
+
+    def _open_scores(
+        self, batch: ForwardBatch, logits_SV: Tensor, x_TC: Tensor
+    ) -> StepScores | None:
+        """What is told of the logits, which the draw overwrites."""
+        columns = batch.logprobs
+        scores = None if columns is None else StepScores(logits_SV, columns)
+        if batch.scored_tokens.size:
+            tokens_Q = self._to_device(batch.scored_tokens.astype(np.int64))
+            score_prompt(scores, tokens_Q, lambda tokens: self._model.logits(x_TC, tokens))
+        return scores
 
     def _sample(self, batch: ForwardBatch, logits_SV: Tensor) -> Tensor:
         """The tokens [S]; on a rank above 0, which has not all logits, room for them."""
@@ -108,11 +130,17 @@ class HostStep:
     def _to_device(self, array: np.ndarray) -> Tensor:
         return upload(array, self._device)
 
-    def _to_host(self, token_ids_S: Tensor) -> StepHandle:
+    def _to_host(self, token_ids_S: Tensor, scores: Scores | None) -> StepHandle:
         if self._device.type == "cpu":
-            return StepHandle(token_ids_S.int(), None)
-        host = torch.empty(token_ids_S.shape, dtype=torch.int32, pin_memory=True)
-        host.copy_(token_ids_S, non_blocking=True)
+            return StepHandle(token_ids_S.int(), scores, None)
+        host = to_pinned(token_ids_S.int())
+        host_scores = None if scores is None else scores.map(to_pinned)
         done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        return StepHandle(host, done)
+        return StepHandle(host, host_scores, done)
+
+
+def to_pinned(tensor: Tensor) -> Tensor:
+    """A copy on its way to host memory, there when what is before it in the stream is done."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)

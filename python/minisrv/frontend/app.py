@@ -171,6 +171,7 @@ def _add_generation_routes(
             choices_per_prompt=generation.sampling.n,
             calls=generation.calls,
             reasoning_fields=config.reasoning_fields,
+            echoed=tuple(p if isinstance(p, str) else None for p in generation.prompts),
         )
         timings = fields.get("timings", False)
         return GenerationResponse(

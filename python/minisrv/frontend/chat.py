@@ -13,6 +13,7 @@ from minisrv.frontend.generation import (
     read_token_ids,
 )
 from minisrv.frontend.http_body import parse_json
+from minisrv.frontend.logprobs import read_chat_logprobs
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.reasoning_fields import read_reasoning
 from minisrv.frontend.tool_fields import read_must_call, read_tools
@@ -39,7 +40,7 @@ _RESERVED_VARIABLES = (
 def read_chat(fields: dict[str, Any], model: ModelInfo) -> Generation:
     """Check the fields of a chat completion. Raises InvalidRequestError."""
     check_model(fields, model)
-    sampling = read_sampling(fields, model, None)
+    sampling = read_sampling(fields, model, None, logprobs=read_chat_logprobs(fields))
     stream = read_stream(fields)
     template_kwargs = read_reasoning(fields, model.chat_format)
     template_kwargs |= _read_template_kwargs(fields.get("chat_template_kwargs", {}))

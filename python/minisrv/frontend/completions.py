@@ -13,6 +13,7 @@ from minisrv.frontend.generation import (
     read_stream,
     read_token_ids,
 )
+from minisrv.frontend.logprobs import read_text_logprobs
 from minisrv.frontend.model_info import ModelInfo
 
 DEFAULT_MAX_TOKENS = 16
@@ -21,7 +22,15 @@ DEFAULT_MAX_TOKENS = 16
 def read_completion(fields: dict[str, Any], model: ModelInfo) -> Generation:
     """Check the fields of a completion. Raises InvalidRequestError."""
     check_model(fields, model)
-    sampling = read_sampling(fields, model, DEFAULT_MAX_TOKENS)
+    echo, logprobs = fields.get("echo", False), read_text_logprobs(fields)
+    sampling = read_sampling(
+        fields,
+        model,
+        DEFAULT_MAX_TOKENS,
+        echo=echo,
+        logprobs=logprobs,
+        prompt_logprobs=logprobs if echo else None,
+    )
     if fields.get("best_of", 1) not in (1, sampling.n):
         raise InvalidRequestError(
             f"best_of is {fields['best_of']}; this server returns every choice that it "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from minisrv.errors import RequestFailedError
-from minisrv.messages import Failure, Finish, Start
+from minisrv.messages import Failure, Finish, PromptEcho, Start, TokenScore
 
 
 @dataclass(slots=True)
@@ -16,7 +16,8 @@ class Event:
     thoughts: of the reply's thought, before all deltas. reasoning_tokens: its count so far, 0 in
     an event without a thought.
     output_tokens: the count so far. `start` is set in the first event that follows the prompt.
-    token_ids: the output's, of a request that asked for them. started_at and ended_at are on the
+    token_ids and scores: of the output's tokens, where the request asked for them. echo: of the
+    prompt, likewise, before all deltas. started_at and ended_at are on the
     clock of the event loop. The last event of a uid has a `finish` other than NONE, or a `failure`.
     """
 
@@ -31,6 +32,8 @@ class Event:
     start: Start | None = None
     failure: Failure | None = None
     token_ids: list[int] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)
+    echo: PromptEcho | None = None
     started_at: float = 0.0
     ended_at: float = 0.0
 

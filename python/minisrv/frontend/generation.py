@@ -114,11 +114,17 @@ def model_not_found(name: str, model: ModelInfo) -> ModelNotFoundError:
 
 
 def read_sampling(
-    fields: dict[str, Any], model: ModelInfo, default_max_tokens: int | None
+    fields: dict[str, Any],
+    model: ModelInfo,
+    default_max_tokens: int | None,
+    **more: int | bool | None,
 ) -> SamplingParams:
-    """The request's sampling over the model's defaults. Raises InvalidRequestError."""
+    """The request's sampling over the model's defaults; `more` are parameters that have been read.
+
+    Raises InvalidRequestError.
+    """
     max_tokens = _read_max_tokens(fields)
-    given = {name: fields[name] for name in _SAMPLING_FIELDS if name in fields}
+    given = {name: fields[name] for name in _SAMPLING_FIELDS if name in fields} | more
     given["logit_bias"] = read_logit_bias(fields.get("logit_bias", {}))
     try:
         sampling = SamplingParams(

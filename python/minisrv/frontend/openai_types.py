@@ -162,7 +162,6 @@ _GENERATION_FIELDS: dict[str, Field] = {
     "verbosity": _harmless(),
     "prediction": _harmless(),
     "repeat_penalty": _unsupported(1),
-    "top_logprobs": _unsupported(0),
     "stop_regex": _unsupported([]),
     "no_stop_trim": _unsupported(False),
     "spaces_between_special_tokens": _unsupported(True),
@@ -192,7 +191,8 @@ CHAT_FIELDS: dict[str, Field] = {
         INTEGER, "Most output tokens. Default: the rest of the context."
     ),
     "chat_template_kwargs": _honoured(OBJECT, "Variables for the chat template."),
-    "logprobs": _unsupported(False),
+    "logprobs": _honoured(BOOLEAN, "Tell each token's log-probability, before any change to it."),
+    "top_logprobs": _honoured(INTEGER, "Tell the likeliest tokens too, 0 to 20; needs logprobs."),
     "tools": _honoured(array_of(_TOOL), "Functions that the model may call; see docs/tools.md."),
     "tool_choice": _honoured(
         _TOOL_CHOICE, "none, auto, required or a function. Default: auto with tools."
@@ -220,9 +220,12 @@ COMPLETION_FIELDS: dict[str, Field] = {
     ),
     **_GENERATION_FIELDS,
     "best_of": _honoured(INTEGER, "1 or n: each choice that is generated is returned."),
-    "echo": _unsupported(False),
+    "echo": _honoured(BOOLEAN, "Put the prompt before the text; max_tokens may be 0 then."),
     "suffix": _unsupported(""),
-    "logprobs": _unsupported(False),
+    "logprobs": _honoured(
+        INTEGER, "Tell log-probabilities of the text and of so many likeliest tokens, 0 to 20."
+    ),
+    "top_logprobs": _unsupported(0),
     "messages": _unsupported(),
 }
 

@@ -232,6 +232,12 @@ class RequestRegistry:
         for output in reply.output_ids:
             if (request := self._owners.get(output.uid)) is not None:
                 request.event(output.uid).token_ids += output.ids.tolist()
+        for echo in reply.echoes:
+            if (request := self._owners.get(echo.uid)) is not None:
+                request.event(echo.uid).echo = echo
+        for scores in reply.scores:
+            if (request := self._owners.get(scores.uid)) is not None:
+                request.event(scores.uid).scores += scores.tokens
         self._deliver_columns(reply, touched)
         for failure in reply.failures:
             if (request := self._owners.get(failure.uid)) is not None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from minisrv.frontend.assistant_message import AssistantMessage, CallReading
 from minisrv.frontend.events import Event
-from minisrv.messages import Finish
+from minisrv.frontend.logprobs import chat_logprobs, text_logprobs
+from minisrv.messages import Finish, TokenScore
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
@@ -36,7 +37,10 @@ class StreamOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplyHeader:
-    """What all chunks of a reply share, and how its messages are read and written."""
+    """What all chunks of a reply share, and how its messages are read and written.
+
+    echoed: prompts as they were sent, where they were text and are to stand before the output.
+    """
 
     id: str
     chat: bool
@@ -46,6 +50,7 @@ class ReplyHeader:
     choices_per_prompt: int
     calls: CallReading | None = None
     reasoning_fields: tuple[str, ...] = ("reasoning_content",)
+    echoed: tuple[str | None, ...] = ()
 
     def reply(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """A chunk or a whole reply, without usage."""
@@ -61,6 +66,13 @@ class ReplyHeader:
     def message(self) -> AssistantMessage:
         """A new choice's message."""
         return AssistantMessage(self.calls, self.reasoning_fields)
+
+    def text(self, event: Event) -> str:
+        """What an event adds to the text of a completion."""
+        if event.echo is None:
+            return event.text
+        sent = self.echoed[event.index // self.choices_per_prompt]
+        return (event.echo.text if sent is None else sent) + event.text
 
 
 class Usage:
@@ -116,6 +128,7 @@ class StreamReply:
         self._options = options
         self._object = "chat.completion.chunk" if header.chat else "text_completion"
         self._messages: dict[int, AssistantMessage] = {}
+        self._held_scores: dict[int, list[TokenScore]] = {}
         self._empty = b'"content":""' if header.chat else b'"text":""'
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
@@ -129,18 +142,28 @@ class StreamReply:
         if message is None:
             message = self._messages[event.index] = self._header.message()
             chunks.append(self._chunk(event.index, {"role": "assistant", "content": ""}))
+        scores = self._held_scores.pop(event.index, []) + event.scores
         for delta in message.deltas(event):
             text = delta.get("content")
-            chunks.append(
-                self._text_chunk(event.index, text) if text else self._chunk(event.index, delta)
-            )
+            if text and not scores:
+                chunks.append(self._text_chunk(event.index, text))
+                continue
+            logprobs = chat_logprobs(scores) if scores else None
+            chunks.append(self._chunk(event.index, delta, logprobs=logprobs))
+            scores = []
         if event.final:
-            chunks.append(self._chunk(event.index, {}, _ending(event, message)))
+            logprobs = chat_logprobs(scores) if scores else None
+            chunks.append(self._chunk(event.index, {}, _ending(event, message), logprobs))
+        elif scores:  # their text is held back
+            self._held_scores[event.index] = scores
         return b"".join(chunks)
 
     def _text_chunks(self, event: Event) -> bytes:
-        text = event.text
-        chunk = self._text_chunk(event.index, text) if text else b""
+        text, scores, chunk = self._header.text(event), _completion_scores(event), b""
+        if scores:
+            chunk = self._chunk(event.index, text, logprobs=text_logprobs(scores))
+        elif text:
+            chunk = self._text_chunk(event.index, text)
         return chunk + self._chunk(event.index, "", _ending(event)) if event.final else chunk
 
     def end(self) -> bytes:
@@ -164,12 +187,16 @@ class StreamReply:
         return {"content": text} if self._header.chat else text
 
     def _chunk(
-        self, index: int, delta: dict[str, Any] | str, ending: dict[str, Any] | None = None
+        self,
+        index: int,
+        delta: dict[str, Any] | str,
+        ending: dict[str, Any] | None = None,
+        logprobs: dict[str, Any] | None = None,
     ) -> bytes:
         choice: dict[str, Any] = {
             "index": index,
             "delta" if self._header.chat else "text": delta,
-            "logprobs": None,
+            "logprobs": logprobs,
             "finish_reason": None,
         }
         if ending is not None:
@@ -187,12 +214,23 @@ def whole_reply(header: ReplyHeader, events: list[Event], usage: Usage) -> dict[
     choices = []
     for event in sorted(events, key=lambda event: event.index):
         usage.add(event)
-        message = header.message() if header.chat else None
-        text = {"message": message.whole(event)} if message else {"text": event.text}
-        choice = {"index": event.index, **text, "logprobs": None, **_ending(event, message)}
-        choices.append(choice)
+        choice: dict[str, Any] = {"index": event.index}
+        message, logprobs = None, None
+        if header.chat:
+            message = header.message()
+            choice["message"] = message.whole(event)
+            logprobs = chat_logprobs(event.scores) if event.scores else None
+        else:
+            choice["text"], scores = header.text(event), _completion_scores(event)
+            logprobs = text_logprobs(scores) if scores else None
+        choices.append({**choice, "logprobs": logprobs, **_ending(event, message)})
     object_name = "chat.completion" if header.chat else "text_completion"
     return {**header.reply(object_name, choices), "usage": usage.body()}
+
+
+def _completion_scores(event: Event) -> list[TokenScore]:
+    """Those of the prompt, where it is echoed with them, and of the output."""
+    return [*(event.echo.scores if event.echo else ()), *event.scores]
 
 
 def sse(value: dict[str, Any]) -> bytes:

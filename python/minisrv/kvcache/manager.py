@@ -141,6 +141,8 @@ class KVCacheManager:
         unused = lease.pages[start : start + known] + lease.pages[end:]
         self.pages.release(unused, lease.last_step)
         self.rows.release([lease.row], lease.last_step)
+        for column in range(len(lease.pages)):  # the row's next owner has its own
+            self._page_writes.pop((lease.row, column), None)
         lease.pages, lease.num_shared, lease.node = [], 0, self.tree.root
 
     def evict(self, count: int) -> None:

@@ -14,10 +14,13 @@ from minisrv.engine.forward_batch import (
     SamplingColumns,
 )
 from minisrv.scheduler.extras import build_extras
+from minisrv.scheduler.logprobs import build_logprobs
 from minisrv.scheduler.request import Request
 from minisrv.scheduler.step import Step
 
 FillMasks = Callable[[list[Request]], Int32Array]
+
+_NO_TOKENS = np.empty(0, np.int32)
 
 
 class BatchBuilder:
@@ -33,6 +36,7 @@ class BatchBuilder:
         self._min_tokens = np.zeros(num_rows, np.int32)
         self._constrained = np.zeros(num_rows, np.bool_)
         self._has_extras = np.zeros(num_rows, np.bool_)
+        self._has_logprobs = np.zeros(num_rows, np.bool_)
 
     def build(self, step: Step, fill_masks: FillMasks) -> ForwardBatch:
         """The batch of a step; called once for each, in order.
@@ -52,6 +56,8 @@ class BatchBuilder:
         sample_indices[len(decodes) :] = [len(decodes) + i for i in step.sampling_prefills]
         sample_rows = rows[sample_indices]
         has_extras = self._has_extras[sample_rows].any()
+        has_logprobs = step.scored or self._has_logprobs[sample_rows].any()
+        scored, logprobs = build_logprobs(step) if has_logprobs else (_NO_TOKENS, None)
         places = np.array(list(step.page_writes), np.int32).reshape(-1, 2)
         return ForwardBatch(
             step_id=step.step_id,
@@ -66,6 +72,8 @@ class BatchBuilder:
             sample_indices=sample_indices,
             sampling=self._columns(step, sample_rows, fill_masks),
             extras=build_extras(step, sample_rows) if has_extras else None,
+            scored_tokens=scored,
+            logprobs=logprobs,
         )
 
     def _set_row(self, row: int, request: Request) -> None:
@@ -80,6 +88,7 @@ class BatchBuilder:
         self._min_tokens[row] = sampling.min_tokens
         self._constrained[row] = request.matcher is not None
         self._has_extras[row] = sampling.has_extras
+        self._has_logprobs[row] = sampling.logprobs is not None
 
     def _columns(self, step: Step, rows: Int32Array, fill_masks: FillMasks) -> SamplingColumns:
         suppressed = []

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minisrv.engine.forward_batch import ForwardEngine, Int32Array
+from minisrv.engine.forward_batch import ForwardEngine, ForwardOutput, Int32Array
 from minisrv.errors import InvalidRequestError
 from minisrv.messages import (
     AbortMsg,
@@ -95,12 +95,13 @@ class SchedulerLoop:
         """Settle steps, oldest first, until `depth` are in flight."""
         while len(self._in_flight) > depth:
             settled, handle = self._in_flight.popleft()
-            self._settle_step(settled, self.engine.wait(handle).token_ids.tolist())
+            self._settle_step(settled, self.engine.wait(handle))
 
-    def _settle_step(self, step: Step, token_ids: list[int]) -> None:
+    def _settle_step(self, step: Step, output: ForwardOutput) -> None:
         now = self.scheduler.now = time.monotonic()
         num_first = self.stats.first_tokens(step, now) if step.sampling_prefills else 0
-        self.stats.count_tokens(self.scheduler.settle(step, token_ids), num_first, now)
+        count = self.scheduler.settle(step, output.token_ids.tolist(), output.logprobs)
+        self.stats.count_tokens(count, num_first, now)
 
     def _fill_masks(self, requests: list[Request]) -> Int32Array:
         """The masks of the step that is being launched, which is not in flight yet."""
@@ -152,6 +153,7 @@ class SchedulerLoop:
                 finishes=np.frombuffer(bytes(replies.finishes), np.uint8),
                 starts=tuple(replies.starts),
                 failures=tuple(replies.failures),
+                logprobs=tuple(replies.logprobs),
                 epoch=self.channel.epoch,
             )
         )

@@ -8,8 +8,9 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
+from minisrv.engine.forward_batch import Logprobs
 from minisrv.kvcache.manager import Lease
-from minisrv.messages import Finish, Start
+from minisrv.messages import Finish, Start, TokenLogprobs
 from minisrv.sampling_params import SamplingParams
 from minisrv.structured_output.matcher import Matcher
 
@@ -33,6 +34,7 @@ class Request:
     the output so far. `computed` counts the positions computed or in a launched step; `pending`
     the sampled tokens that have not come back; `last_step` is the last step that it was in.
     `matcher` follows the output; a request with a grammar waits until it has one.
+    `prompt_logprobs` are those of its second token first, as far as they are computed.
     `arrived_at`, `admitted_at` (the first time) and `retracted_at` are on the scheduler's clock.
     """
 
@@ -57,6 +59,7 @@ class Request:
     bypassed: int = 0
     last_step: int = 0
     matcher: Matcher | None = None
+    prompt_logprobs: Logprobs | None = None
     arrived_at: float = 0.0
     admitted_at: float | None = None
     retracted_at: float = 0.0
@@ -78,6 +81,11 @@ class Request:
         return self.computed < len(self.prefill_ids)
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether all of its prompt must be computed, cached or not, for its log-probabilities."""
+        return self.sampling.prompt_logprobs is not None and not self.started
+
+    @property
     def compiling(self) -> bool:
         """Whether it waits for its grammar."""
         return self.sampling.grammar is not None and self.matcher is None
@@ -95,7 +103,12 @@ class Request:
         return np.concatenate([self.prompt_ids, np.asarray(self.output_ids, np.int32)])
 
     def append(self, token_id: int) -> Finish:
-        """Take a sampled token; says whether it ends the request, ABORT if its grammar fails."""
+        """Take a sampled token; says whether it ends the request, ABORT if its grammar fails.
+
+        A request that wants no token takes none, and ends.
+        """
+        if not self.max_tokens:
+            return Finish.LENGTH
         output = self.output_ids
         output.append(token_id)
         if self.matcher is not None:
@@ -134,4 +147,19 @@ class Request:
             queue_s=admitted_at - self.arrived_at,
             prefill_s=now - admitted_at,
             include_stop=self.sampling.include_stop_str_in_output,
+            prompt_ids=self.prompt_ids if self.sampling.echo else None,
+            prompt_logprobs=self._prompt_logprobs(),
+            logprobs=self.sampling.logprobs is not None,
+        )
+
+    def _prompt_logprobs(self) -> TokenLogprobs | None:
+        kept = self.prompt_logprobs
+        if kept is None:
+            return None
+        return TokenLogprobs(
+            uid=self.uid,
+            token_ids=self.prompt_ids[1:],
+            logprobs=kept.logprobs,
+            top_ids=kept.top_ids.reshape(-1),
+            top_logprobs=kept.top_logprobs.reshape(-1),
         )

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from minisrv.engine.forward_batch import Logprobs
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.kvcache.manager import KVCacheManager
-from minisrv.messages import Failure, Finish, GenerateMsg, Start
+from minisrv.messages import Failure, Finish, GenerateMsg, Start, TokenLogprobs
+from minisrv.scheduler.logprobs import take_logprobs
 from minisrv.scheduler.request import Request, Status
 from minisrv.scheduler.step import Chunk, Step
 from minisrv.scheduler.waiting_queue import WaitingQueue
@@ -31,6 +33,7 @@ class Replies:
     finishes: list[Finish] = field(default_factory=list)
     starts: list[Start] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def add(self, request: Request, token_id: int, finish: Finish, now: float) -> None:
         """Tell of one token, or with ABORT of an end without one."""
@@ -145,16 +148,19 @@ class Scheduler:
             if not chunk.request.prefilling:
                 chunk.request.pending += 1
                 step.sampling_prefills.append(index)
+        step.scored = [chunk for chunk in step.prefills if chunk.request.scores_prompt]
         step.page_writes = self.cache.take_page_writes()
         return step
 
-    def settle(self, step: Step, token_ids: list[int]) -> int:
+    def settle(self, step: Step, token_ids: list[int], logprobs: Logprobs | None = None) -> int:
         """Take the tokens of a step that is done; `token_ids` in the order of `step.samples`.
 
         Returns how many of them count: those of requests that had not ended.
         """
         self.cache.settle(step.step_id)
         replies, finished = self._replies, Status.FINISHED
+        if logprobs is not None:
+            replies.logprobs += take_logprobs(step, token_ids, logprobs)
         told = len(replies.uids)
         add_uid, add_token = replies.uids.append, replies.token_ids.append
         add_finish = replies.finishes.append
@@ -171,7 +177,7 @@ class Scheduler:
                 add_uid(request.uid)
                 add_token(token_id)
                 add_finish(finish)
-        return len(replies.uids) - told
+        return len(replies.uids) - told - replies.token_ids[told:].count(-1)
 
     def take_replies(self) -> Replies:
         """What has come since the last call."""
@@ -200,13 +206,14 @@ class Scheduler:
         """max_tokens of a request. Raises InvalidRequestError when it is over the context."""
         prompt = len(message.prompt_ids)
         asked = message.sampling.max_tokens
-        if prompt and prompt + (asked or 1) <= self.max_seq_len:
-            return asked or self.max_seq_len - prompt
+        output = 1 if asked is None else asked
+        if prompt and prompt + output <= self.max_seq_len:
+            return self.max_seq_len - prompt if asked is None else asked
         if not prompt:
             raise InvalidRequestError("the prompt has no tokens", param="prompt")
         raise InvalidRequestError(
             f"This model's maximum context length is {self.max_seq_len} tokens. However, you "
-            f"requested {prompt + (asked or 1)} tokens ({prompt} in the messages, {asked or 1} in "
+            f"requested {prompt + output} tokens ({prompt} in the messages, {output} in "
             "the completion). Please reduce the length of the messages or completion.",
             code="context_length_exceeded",
         )
@@ -286,7 +293,9 @@ class Scheduler:
     def _admit(self, request: Request, step_id: int) -> bool:
         """Give a waiting request a row and its cached pages, if its prompt has room."""
         ids = request.all_ids() if request.output_ids else request.prompt_ids
-        cached, evictable, pending = self.cache.peek(ids, step_id)
+        cached, evictable, pending = 0, 0, False
+        if not request.scores_prompt:
+            cached, evictable, pending = self.cache.peek(ids, step_id)
         promised = sum(
             self.cache.pages_for(len(r.prefill_ids)) - len(r.lease.pages)
             for r in self.running
@@ -309,6 +318,8 @@ class Scheduler:
     def _match(self, request: Request, step_id: int) -> bool:
         """Take what the cache has; False when the rest is being computed in this very step."""
         assert request.lease is not None
+        if request.scores_prompt:
+            return True
         before = request.computed
         computed = self.cache.extend_match(
             request.lease, request.prefill_ids, request.computed, step_id
@@ -376,7 +387,7 @@ class Scheduler:
 
     def _end(self, request: Request, token_id: int, finish: Finish) -> None:
         if finish is not Finish.ABORT:
-            self._finish(request, token_id, finish)
+            self._finish(request, token_id if request.max_tokens else -1, finish)
             return
         assert request.matcher is not None
         assert request.matcher.error is not None

@@ -21,7 +21,7 @@ class Step:
     """Decodes of one token first, each the position before its request's `computed`, then chunks.
 
     All decodes get a token, and the chunks that end their prompt: `sampling_prefills` are indices
-    into `prefills`.
+    into `prefills`. The log-probabilities of the prompt are wanted of the chunks `scored`.
     """
 
     step_id: int
@@ -29,6 +29,7 @@ class Step:
     prefills: list[Chunk] = field(default_factory=list)
     sampling_prefills: list[int] = field(default_factory=list)
     page_writes: dict[tuple[int, int], int] = field(default_factory=dict)
+    scored: list[Chunk] = field(default_factory=list)
 
     @property
     def samples(self) -> list[Request]:

@@ -197,7 +197,7 @@ class TokenizerWorker:
                 )
 
     def _check_length(self, num_prompt: int, max_tokens: int | None, param: str) -> None:
-        # The prompt alone must leave room for one token of output.
+        # Without max_tokens the prompt must leave room for one token of output.
         num_output = 1 if max_tokens is None else max_tokens
         if num_prompt + num_output <= self._max_seq_len:
             return

@@ -1,0 +1,91 @@
+"""Log-probabilities of a step: what is asked of the engine, and whose they are that come back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from minisrv.engine.forward_batch import Int32Array, LogprobColumns, Logprobs
+from minisrv.messages import TokenLogprobs
+from minisrv.scheduler.request import Request, Status
+from minisrv.scheduler.step import Chunk, Step
+
+
+def build_logprobs(step: Step) -> tuple[Int32Array, LogprobColumns | None]:
+    """The batch's `scored_tokens` and `logprobs`: (none, None) when nobody asks."""
+    samples = _asking(step)
+    chunks = step.scored
+    asking = [request for _, request in samples] + [chunk.request for chunk in chunks]
+    if not asking:
+        return np.empty(0, np.int32), None
+    ids = [chunk.request.prompt_ids[chunk.start + 1 : _end(chunk) + 1] for chunk in chunks]
+    columns = LogprobColumns(
+        num_top=max(request.sampling.num_top_logprobs for request in asking),
+        samples=np.array([sample for sample, _ in samples], np.int32),
+        prompt_ids=np.concatenate([np.empty(0, np.int32), *ids]),
+    )
+    return _scored_tokens(step), columns
+
+
+def take_logprobs(
+    step: Step, token_ids: Sequence[int], logprobs: Logprobs
+) -> Iterator[TokenLogprobs]:
+    """What is to be told of the step's tokens; those of prompts are kept until the first token.
+
+    Called before the step is settled.
+    """
+    samples = _asking(step)
+    for row, (sample, request) in enumerate(samples):
+        if request.status is not Status.FINISHED and request.max_tokens:
+            assert request.sampling.logprobs is not None
+            num_top = request.sampling.logprobs
+            yield TokenLogprobs(
+                uid=request.uid,
+                token_ids=np.array([token_ids[sample]], np.int32),
+                logprobs=logprobs.logprobs[row : row + 1],
+                top_ids=logprobs.top_ids[row, :num_top],
+                top_logprobs=logprobs.top_logprobs[row, :num_top],
+            )
+    first = len(samples)
+    for chunk in step.scored:
+        length = _end(chunk) - chunk.start
+        _keep(chunk, logprobs, first, first + length)
+        first += length
+
+
+def _asking(step: Step) -> list[tuple[int, Request]]:
+    return [(i, r) for i, r in enumerate(step.samples) if r.sampling.logprobs is not None]
+
+
+def _end(chunk: Chunk) -> int:
+    """Where the chunk's positions end that have a prompt token behind them."""
+    return min(chunk.start + chunk.length, len(chunk.request.prompt_ids) - 1)
+
+
+def _scored_tokens(step: Step) -> Int32Array:
+    places = [np.empty(0, np.int32)]
+    first = len(step.decodes)
+    scored = {id(chunk) for chunk in step.scored}
+    for chunk in step.prefills:
+        if id(chunk) in scored:
+            places.append(np.arange(first, first + _end(chunk) - chunk.start, dtype=np.int32))
+        first += chunk.length
+    return np.concatenate(places)
+
+
+def _keep(chunk: Chunk, logprobs: Logprobs, first: int, end: int) -> None:
+    """Put a part of a prompt's log-probabilities to the others, in place of an earlier try's."""
+    request = chunk.request
+    assert request.sampling.prompt_logprobs is not None
+    num_top, shape = request.sampling.prompt_logprobs, len(request.prompt_ids) - 1
+    if request.prompt_logprobs is None:
+        request.prompt_logprobs = Logprobs(
+            np.empty(shape, np.float32),
+            np.empty((shape, num_top), np.int32),
+            np.empty((shape, num_top), np.float32),
+        )
+    kept, there = request.prompt_logprobs, slice(chunk.start, _end(chunk))
+    kept.logprobs[there] = logprobs.logprobs[first:end]
+    kept.top_ids[there] = logprobs.top_ids[first:end, :num_top]
+    kept.top_logprobs[there] = logprobs.top_logprobs[first:end, :num_top]

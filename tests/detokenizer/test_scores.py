@@ -1,0 +1,74 @@
+"""Tokens are spelled in bytes, and begin in the text where their offset says."""
+
+import numpy as np
+import pytest
+
+import own_tokenizers
+from minisrv.detokenizer.incremental import TextDecoder
+from minisrv.detokenizer.scores import Scorer
+from minisrv.hf_tokenizer import HFTokenizer
+from minisrv.messages import TokenLogprobs
+
+TEXTS = [*own_tokenizers.SENTENCES, "\U0001f600 smile \U0001f469\u200d\U0001f52c", "cafe\u0301"]
+KINDS = ["byte_level_bpe", "llama_like", "gemma_like", "metaspace_bytes"]
+
+
+def make(kind: str) -> HFTokenizer:
+    return HFTokenizer(getattr(own_tokenizers, kind)(), dict(own_tokenizers.NAMED), {})
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_spellings_of_a_text_join_to_its_bytes(kind: str, text: str) -> None:
+    tokenizer = make(kind)
+    decoder = TextDecoder(tokenizer)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    spelled = b"".join(map(decoder.spell, ids))
+    assert spelled.decode().removeprefix(" ") == tokenizer.decode(ids).removeprefix(" ")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_token_has_a_spelling_that_is_stable(kind: str) -> None:
+    tokenizer = make(kind)
+    decoder = TextDecoder(tokenizer)
+    for token_id in range(tokenizer.vocab_size):
+        assert decoder.spell(token_id) == decoder.spell(token_id)
+        assert isinstance(decoder.spell(token_id), bytes)
+    assert decoder.spell(10**6) == b""
+
+
+def test_special_tokens_are_spelled_as_they_are_written() -> None:
+    for kind in KINDS:
+        tokenizer = make(kind)
+        assert tokenizer.token_id("</s>") is not None
+        assert TextDecoder(tokenizer).spell(tokenizer.token_id("</s>") or 0) == b"</s>"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_begins_where_its_offset_says(kind: str, text: str) -> None:
+    tokenizer = make(kind)
+    decoder = TextDecoder(tokenizer)
+    scorer, stream, shown = Scorer(decoder, 0), decoder.stream(True), ""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    for token_id in ids:
+        scorer.expect(
+            TokenLogprobs(
+                uid=1,
+                token_ids=np.array([token_id], np.int32),
+                logprobs=np.array([-1], np.float32),
+                top_ids=np.array([token_id, 0], np.int32),
+                top_logprobs=np.array([-1, -2], np.float32),
+            )
+        )
+        delta = stream.push(token_id)
+        scorer.add(delta)
+        shown += delta
+    scores = scorer.take()
+    assert scorer.take() == ()
+    assert len(scores) == len(ids)
+    for score in scores:
+        spelled = score.token.decode(errors="ignore").lstrip(" ")
+        whole = spelled.encode() == score.token.lstrip(b" ")
+        assert not whole or shown[score.offset :].lstrip(" ").startswith(spelled)
+        assert [top.logprob for top in score.top] == [-1, -2]
