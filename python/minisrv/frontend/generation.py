@@ -7,6 +7,7 @@ from typing import Any
 
 from minisrv.errors import InvalidRequestError, ModelNotFoundError
 from minisrv.frontend.assistant_message import CallReading
+from minisrv.frontend.field_aliases import merge_aliases, name_sent
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.stream import StreamOptions
 from minisrv.frontend.structured_output import read_grammar
@@ -118,7 +119,8 @@ def read_sampling(
 ) -> SamplingParams:
     """The request's sampling over the model's defaults. Raises InvalidRequestError."""
     max_tokens = _read_max_tokens(fields)
-    given = {name: fields[name] for name in _SAMPLING_FIELDS if name in fields}
+    merged = merge_aliases(fields)
+    given = {name: merged[name] for name in _SAMPLING_FIELDS if name in merged}
     given["logit_bias"] = read_logit_bias(fields.get("logit_bias", {}))
     try:
         sampling = SamplingParams(
@@ -129,6 +131,7 @@ def read_sampling(
     except InvalidRequestError as error:
         if error.param == "max_tokens" and "max_tokens" not in fields:
             error.param = "max_completion_tokens"
+        error.param = name_sent(error.param, fields)
         raise
     biased = tuple(bias.token_id for bias in sampling.logit_bias)
     for name, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", biased)):
