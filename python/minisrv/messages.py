@@ -48,6 +48,14 @@ class Parts(IntFlag):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShownPrompt:
+    """What a client that asks is told of its prompt: the token ids, the text, or both."""
+
+    ids: Int32Array | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizeMsg:
     """Frontend to tokenizer: either a prompt (text or token ids) or messages for the template.
 
@@ -55,6 +63,7 @@ class TokenizeMsg:
     and seed. `tools` are shown to the template, and calls of them looked for in the reply.
     must_call: the reply must be a call of one of these tools; with `parallel_calls` maybe several.
     split_thought: whether a thought comes apart from the text.
+    show_prompt_ids, show_prompt_text: what the first `Start` has of the prompt.
     """
 
     uid: int
@@ -66,6 +75,8 @@ class TokenizeMsg:
     must_call: tuple[str, ...] = ()
     parallel_calls: bool = True
     split_thought: bool = False
+    show_prompt_ids: bool = False
+    show_prompt_text: bool = False
     epoch: int = 0
 
 
@@ -88,6 +99,7 @@ class GenerateMsg:
     prompt_ids: Int32Array
     sampling: SamplingParams
     parts: int = 0
+    shown_prompt: ShownPrompt | None = None
     epoch: int = 0
 
 
@@ -153,6 +165,7 @@ class Start:
     queue_s: float = 0.0
     prefill_s: float = 0.0
     include_stop: bool = False
+    shown_prompt: ShownPrompt | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -125,6 +125,9 @@ class PlayedModel:
             stop=message.sampling.stop,
             skip_special_tokens=message.sampling.skip_special_tokens,
             parts=message.parts,
+            return_token_ids=message.sampling.return_token_ids,
+            include_stop=message.sampling.include_stop_str_in_output,
+            shown_prompt=None if uid > message.uid else message.shown_prompt,
         )
         for i, token_id in enumerate(ids[:limit]):
             finish = Finish.LENGTH if i + 1 == limit else Finish.NONE

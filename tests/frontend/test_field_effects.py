@@ -1,13 +1,28 @@
 """What fields of a request do, seen in what goes to the engine and in what comes back."""
 
+import functools
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from http_server import HttpServer
+from http_server import HttpServer, serve
+from played_model import EOS, TEMPLATES, PlayedModel
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 ROUTES = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+SAYS = f"Well \u4f60\u597d \U0001f600.{CALL}"
+ADD = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+HI = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def played() -> Iterator[HttpServer]:
+    with serve(make_backend=functools.partial(PlayedModel, template=TEMPLATES["hermes"])) as server:
+        server.backend.text = SAYS  # type: ignore[attr-defined]
+        yield server
 
 
 def post(server: HttpServer, path: str, **fields: Any) -> Any:
@@ -47,3 +62,83 @@ def test_an_alias_does_what_its_field_does_and_must_agree_with_it(
 def test_an_error_names_the_field_as_the_request_does(server: HttpServer, path: str) -> None:
     assert post(server, path, repeat_penalty=3)["param"] == "repeat_penalty"
     assert post(server, path, repetition_penalty=3)["param"] == "repetition_penalty"
+
+
+def ids_of(server: HttpServer, text: str, special: bool = False) -> list[int]:
+    return server.backend.tokenizer.encode(text, special)  # type: ignore[attr-defined,no-any-return]
+
+
+def stream(server: HttpServer, path: str, **fields: Any) -> list[dict[str, Any]]:
+    response = server.http.post(path, json={"stream": True, **fields})
+    assert response.status_code == 200, response.text
+    events = response.content.decode().split("\n\n")[:-2]
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+@pytest.mark.parametrize("name", ["return_token_ids", "return_tokens"])
+def test_return_token_ids_gives_a_chat_its_prompt_once_and_each_choice_its_output(
+    played: HttpServer, name: str
+) -> None:
+    body = {"messages": HI, "tools": ADD, "n": 2, name: True}
+    reply = played.http.post(CHAT, json=body).json()
+    output = [*ids_of(played, SAYS), EOS]
+    prompt = ids_of(played, played.backend.prompts[-1])  # type: ignore[attr-defined]
+    assert reply["prompt_token_ids"] == prompt
+    assert [choice["token_ids"] for choice in reply["choices"]] == [output, output]
+    assert "prompt" not in reply
+
+    chunks = stream(played, CHAT, **body)
+    assert chunks[0]["prompt_token_ids"] == prompt
+    assert all("prompt_token_ids" not in chunk for chunk in chunks[1:])
+    joined: dict[int, list[int]] = {0: [], 1: []}
+    for chunk in chunks:
+        joined[chunk["choices"][0]["index"]] += chunk["choices"][0]["token_ids"]
+    assert joined == {0: output, 1: output}
+
+
+def test_a_chunk_has_the_ids_of_its_text(played: HttpServer) -> None:
+    tokenizer = played.backend.tokenizer  # type: ignore[attr-defined]
+    ids, text = list[int](), ""
+    for chunk in stream(played, COMPLETIONS, prompt="hi", max_tokens=99, return_token_ids=True):
+        ids += chunk["choices"][0]["token_ids"]
+        text += chunk["choices"][0]["text"]
+        assert tokenizer.decode(ids, True) == text
+    assert text == SAYS
+
+
+def test_the_ids_of_a_stop_string_are_returned_too(played: HttpServer) -> None:
+    body = {"prompt": "hi", "stop": "ell", "return_token_ids": True}
+    (choice,) = played.http.post(COMPLETIONS, json=body).json()["choices"]
+    assert choice["text"] == "W"
+    assert played.backend.tokenizer.decode(choice["token_ids"], True).startswith("Well")  # type: ignore[attr-defined]
+
+
+def test_return_prompt_gives_each_prompt_as_the_model_saw_it(played: HttpServer) -> None:
+    reply = played.http.post(CHAT, json={"messages": HI, "return_prompt": True}).json()
+    assert reply["prompt"] == played.backend.prompts[-1] == "<|user|>hi<|assistant|>"  # type: ignore[attr-defined]
+    assert "prompt_token_ids" not in reply
+    assert "token_ids" not in reply["choices"][0]
+    prompts = [[ids_of(played, "one")[0]], [EOS]]
+    body = {"prompt": prompts, "n": 2, "return_prompt": True, "return_token_ids": True}
+    choices = played.http.post(COMPLETIONS, json=body).json()["choices"]
+    texts = [played.backend.tokenizer.decode(ids, False) for ids in prompts]  # type: ignore[attr-defined]
+    assert [choice.get("prompt") for choice in choices] == [texts[0], None, texts[1], None]
+    assert [choice.get("prompt_token_ids") for choice in choices] == [prompts[0], None, [2], None]
+    seen = {}
+    for chunk in stream(played, COMPLETIONS, **body):
+        (choice,) = chunk["choices"]
+        if "prompt" in choice:
+            assert choice["index"] not in seen
+            seen[choice["index"]] = choice["prompt"]
+    assert seen == {0: texts[0], 2: texts[1]}
+
+
+@ROUTES
+@pytest.mark.parametrize("streamed", [False, True])
+def test_nobody_else_gets_ids_or_prompts(played: HttpServer, path: str, streamed: bool) -> None:
+    body = {"prompt": "hi", "stream": streamed}
+    body |= {"return_token_ids": False, "return_tokens": False, "return_prompt": False}
+    text = played.http.post(path, json=body).text
+    assert '"token_ids"' not in text
+    assert '"prompt_token_ids"' not in text
+    assert '"prompt"' not in text

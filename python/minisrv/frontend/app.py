@@ -171,6 +171,7 @@ def _add_generation_routes(
             choices_per_prompt=generation.sampling.n,
             calls=generation.calls,
             reasoning_fields=config.reasoning_fields,
+            returned=generation.returned,
         )
         timings = fields.get("timings", False)
         return GenerationResponse(

@@ -15,6 +15,7 @@ from minisrv.frontend.generation import (
 from minisrv.frontend.http_body import parse_json
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.reasoning_fields import read_reasoning
+from minisrv.frontend.returned_tokens import read_returned
 from minisrv.frontend.tool_fields import read_must_call, read_tools
 
 # What a prompt cannot have: no template is applied to it.
@@ -41,6 +42,7 @@ def read_chat(fields: dict[str, Any], model: ModelInfo) -> Generation:
     check_model(fields, model)
     sampling = read_sampling(fields, model, None)
     stream = read_stream(fields)
+    returned = read_returned(fields)
     template_kwargs = read_reasoning(fields, model.chat_format)
     template_kwargs |= _read_template_kwargs(fields.get("chat_template_kwargs", {}))
     tools, calls = read_tools(fields, model.chat_format)
@@ -59,6 +61,7 @@ def read_chat(fields: dict[str, Any], model: ModelInfo) -> Generation:
             must_call=must_call,
             sampling=sampling,
             stream=stream,
+            returned=returned,
         )
     for name in ("messages", *_TEMPLATE_FIELDS):
         if fields.get(name):
@@ -68,6 +71,7 @@ def read_chat(fields: dict[str, Any], model: ModelInfo) -> Generation:
         prompts=(prompt if isinstance(prompt, str) else read_token_ids(prompt, model, "prompt"),),
         sampling=sampling,
         stream=stream,
+        returned=returned,
     )
 
 

@@ -14,6 +14,7 @@ from minisrv.frontend.generation import (
     read_token_ids,
 )
 from minisrv.frontend.model_info import ModelInfo
+from minisrv.frontend.returned_tokens import read_returned
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -35,6 +36,7 @@ def read_completion(fields: dict[str, Any], model: ModelInfo) -> Generation:
         prompts=_read_prompts(fields["prompt"], model),
         sampling=sampling,
         stream=read_stream(fields),
+        returned=read_returned(fields),
     )
 
 

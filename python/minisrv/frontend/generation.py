@@ -9,6 +9,7 @@ from minisrv.errors import InvalidRequestError, ModelNotFoundError
 from minisrv.frontend.assistant_message import CallReading
 from minisrv.frontend.field_aliases import merge_aliases, name_sent
 from minisrv.frontend.model_info import ModelInfo
+from minisrv.frontend.returned_tokens import Returned
 from minisrv.frontend.stream import StreamOptions
 from minisrv.frontend.structured_output import read_grammar
 from minisrv.messages import TokenizeMsg
@@ -44,6 +45,7 @@ class Generation:
 
     tools: what the template shows. calls: how calls are found in the reply, None if they are not.
     must_call: names of the tools one of which must be called.
+    returned: what the reply tells of tokens and prompt.
     stream: None for a whole reply.
     """
 
@@ -53,6 +55,7 @@ class Generation:
     tools: tuple[dict[str, Any], ...] | None = None
     calls: CallReading | None = None
     must_call: tuple[str, ...] = ()
+    returned: Returned | None = None
     sampling: SamplingParams
     stream: StreamOptions | None
 
@@ -77,6 +80,12 @@ class Generation:
 
     def tokenize_messages(self, base: int, epoch: int) -> list[TokenizeMsg]:
         """One message a prompt; choice i of the reply answers under uid `base + i`."""
+        common: dict[str, Any] = {
+            "sampling": self.sampling,
+            "epoch": epoch,
+            "show_prompt_ids": self.returned is not None and self.returned.token_ids,
+            "show_prompt_text": self.returned is not None and self.returned.prompt,
+        }
         if self.messages is not None:
             return [
                 TokenizeMsg(
@@ -87,14 +96,11 @@ class Generation:
                     must_call=self.must_call,
                     parallel_calls=self.calls is None or self.calls.parallel,
                     split_thought=True,
-                    sampling=self.sampling,
-                    epoch=epoch,
+                    **common,
                 )
             ]
         return [
-            TokenizeMsg(
-                uid=base + i * self.sampling.n, prompt=prompt, sampling=self.sampling, epoch=epoch
-            )
+            TokenizeMsg(uid=base + i * self.sampling.n, prompt=prompt, **common)
             for i, prompt in enumerate(self.prompts)
         ]
 

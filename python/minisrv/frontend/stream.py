@@ -13,6 +13,7 @@ from typing import Any
 
 from minisrv.frontend.assistant_message import AssistantMessage, CallReading
 from minisrv.frontend.events import Event
+from minisrv.frontend.returned_tokens import Returned, ReturnedTokens
 from minisrv.messages import Finish
 
 DONE = b"data: [DONE]\n\n"
@@ -46,6 +47,7 @@ class ReplyHeader:
     choices_per_prompt: int
     calls: CallReading | None = None
     reasoning_fields: tuple[str, ...] = ("reasoning_content",)
+    returned: Returned | None = None
 
     def reply(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """A chunk or a whole reply, without usage."""
@@ -61,6 +63,10 @@ class ReplyHeader:
     def message(self) -> AssistantMessage:
         """A new choice's message."""
         return AssistantMessage(self.calls, self.reasoning_fields)
+
+    def returned_tokens(self) -> ReturnedTokens | None:
+        """A new reply's ids and prompts, if it shows any."""
+        return ReturnedTokens(self.returned, chat=self.chat) if self.returned else None
 
 
 class Usage:
@@ -118,10 +124,13 @@ class StreamReply:
         self._messages: dict[int, AssistantMessage] = {}
         self._empty = b'"content":""' if header.chat else b'"text":""'
         self._frames: dict[int, tuple[bytes, bytes]] = {}
+        self._tokens = header.returned_tokens()
 
     def chunks(self, event: Event) -> bytes:
         """The chunks of one event without a failure."""
         self._usage.add(event)
+        if self._tokens is not None:
+            self._tokens.take_prompt(event)
         if not self._header.chat:
             return self._text_chunks(event)
         chunks = []
@@ -129,6 +138,8 @@ class StreamReply:
         if message is None:
             message = self._messages[event.index] = self._header.message()
             chunks.append(self._chunk(event.index, {"role": "assistant", "content": ""}))
+        if self._tokens is not None:
+            self._tokens.take_ids(event)
         for delta in message.deltas(event):
             text = delta.get("content")
             chunks.append(
@@ -139,6 +150,8 @@ class StreamReply:
         return b"".join(chunks)
 
     def _text_chunks(self, event: Event) -> bytes:
+        if self._tokens is not None:
+            self._tokens.take_ids(event)
         text = event.text
         chunk = self._text_chunk(event.index, text) if text else b""
         return chunk + self._chunk(event.index, "", _ending(event)) if event.final else chunk
@@ -152,7 +165,7 @@ class StreamReply:
 
     def _text_chunk(self, index: int, text: str) -> bytes:
         """All but the text is the same in each such chunk of a choice: it is encoded once."""
-        if self._options.continuous_usage:
+        if self._options.continuous_usage or self._tokens is not None:
             return self._chunk(index, self._delta(text))
         frame = self._frames.get(index)
         if frame is None:
@@ -175,6 +188,8 @@ class StreamReply:
         if ending is not None:
             choice.update(ending)
         chunk = self._header.reply(self._object, [choice])
+        if self._tokens is not None:
+            self._tokens.put(index, choice, chunk)
         if self._options.continuous_usage:
             chunk["usage"] = self._usage.body()
         elif self._options.include_usage:
@@ -184,15 +199,20 @@ class StreamReply:
 
 def whole_reply(header: ReplyHeader, events: list[Event], usage: Usage) -> dict[str, Any]:
     """The reply to a request without `stream`: each choice has had its final, none a failure."""
-    choices = []
+    choices: list[dict[str, Any]] = []
+    reply = header.reply("chat.completion" if header.chat else "text_completion", choices)
+    tokens = header.returned_tokens()
     for event in sorted(events, key=lambda event: event.index):
         usage.add(event)
         message = header.message() if header.chat else None
         text = {"message": message.whole(event)} if message else {"text": event.text}
         choice = {"index": event.index, **text, "logprobs": None, **_ending(event, message)}
+        if tokens is not None:
+            tokens.take_prompt(event)
+            tokens.take_ids(event)
+            tokens.put(event.index, choice, reply)
         choices.append(choice)
-    object_name = "chat.completion" if header.chat else "text_completion"
-    return {**header.reply(object_name, choices), "usage": usage.body()}
+    return {**reply, "usage": usage.body()}
 
 
 def sse(value: dict[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisrv.kvcache.manager import Lease
-from minisrv.messages import Finish, Start
+from minisrv.messages import Finish, ShownPrompt, Start
 from minisrv.sampling_params import SamplingParams
 from minisrv.structured_output.matcher import Matcher
 
@@ -45,6 +45,7 @@ class Request:
     max_tokens: int
     eos_ids: frozenset[int]
     parts: int = 0
+    shown_prompt: ShownPrompt | None = None
     prefill_ids: Int32Array = field(init=False)
     output_ids: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
@@ -134,4 +135,5 @@ class Request:
             queue_s=admitted_at - self.arrived_at,
             prefill_s=now - admitted_at,
             include_stop=self.sampling.include_stop_str_in_output,
+            shown_prompt=None if self.choice else self.shown_prompt,
         )

@@ -109,6 +109,7 @@ class Scheduler:
                 max_tokens=max_tokens,
                 eos_ids=self._eos_ids,
                 parts=message.parts,
+                shown_prompt=message.shown_prompt,
                 arrived_at=self.now,
             )
             self._requests[request.uid] = request

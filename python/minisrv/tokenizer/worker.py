@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from minisrv.chat_format import find_chat_format
 from minisrv.errors import InvalidRequestError, MinisrvError
@@ -21,6 +22,7 @@ from minisrv.messages import (
     FlushMsg,
     GenerateMsg,
     Parts,
+    ShownPrompt,
     TokenizeMsg,
     TokenizerQuery,
     UserReply,
@@ -71,14 +73,16 @@ class TokenizerWorker:
         if not isinstance(message, TokenizeMsg):
             return [self._answer(message)]
         try:
-            prompt_ids, parts = self._prompt(message)
+            prompt_ids, text, parts = self._prompt(message)
             self._check(prompt_ids, message)
+            ids = np.asarray(prompt_ids, np.int32)
             return [
                 GenerateMsg(
                     uid=message.uid,
-                    prompt_ids=np.asarray(prompt_ids, np.int32),
+                    prompt_ids=ids,
                     sampling=self._sampling(message, parts),
                     parts=parts,
+                    shown_prompt=self._shown(message, ids, text),
                     epoch=self._epoch,
                 )
             ]
@@ -88,16 +92,29 @@ class TokenizerWorker:
             logger.exception("request uid=%d cannot be tokenized", message.uid)
             return [self._failure(message, MinisrvError("the prompt could not be tokenized"))]
 
-    def _prompt(self, message: TokenizeMsg) -> tuple[Sequence[int], Parts]:
-        """The ids, and what the reply may hold."""
+    def _prompt(self, message: TokenizeMsg) -> tuple[Sequence[int], str | None, Parts]:
+        """The ids, their text where there was one, and what the reply may hold."""
         if message.messages is None:
-            return self._prompt_ids(message), Parts(0)
+            text = message.prompt if isinstance(message.prompt, str) else None
+            return self._prompt_ids(message), text, Parts(0)
         text = self._template.render(message.messages, message.template_kwargs, message.tools)
         parts = Parts.CALLS if message.tools else Parts(0)
         if message.split_thought:
             parts |= self._thought_part(text)
         # The template writes the special tokens itself: a second BOS would be wrong.
-        return self._encode(text, False, "messages"), parts
+        return self._encode(text, False, "messages"), text, parts
+
+    def _shown(
+        self, message: TokenizeMsg, ids: npt.NDArray[np.int32], text: str | None
+    ) -> ShownPrompt | None:
+        if not message.show_prompt_ids and not message.show_prompt_text:
+            return None
+        if text is None and message.show_prompt_text:
+            text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        return ShownPrompt(
+            ids=ids if message.show_prompt_ids else None,
+            text=text if message.show_prompt_text else None,
+        )
 
     def _sampling(self, message: TokenizeMsg, parts: Parts) -> SamplingParams:
         """With the grammar that holds for all of the reply, checked."""
