@@ -63,6 +63,7 @@ class TokenizeMsg:
     and seed. `tools` are shown to the template, and calls of them looked for in the reply.
     must_call: the reply must be a call of one of these tools; with `parallel_calls` maybe several.
     split_thought: whether a thought comes apart from the text.
+    continue_final_message: the prompt ends where the content of the last message ends.
     show_prompt_ids, show_prompt_text: what the first `Start` has of the prompt.
     """
 
@@ -75,6 +76,8 @@ class TokenizeMsg:
     must_call: tuple[str, ...] = ()
     parallel_calls: bool = True
     split_thought: bool = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
     show_prompt_ids: bool = False
     show_prompt_text: bool = False
     epoch: int = 0
@@ -118,6 +121,7 @@ class EncodeMsg:
     tools: tuple[dict[str, Any], ...] | None = None
     add_special_tokens: bool
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
     epoch: int = 0
 
 

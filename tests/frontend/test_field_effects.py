@@ -142,3 +142,54 @@ def test_nobody_else_gets_ids_or_prompts(played: HttpServer, path: str, streamed
     assert '"token_ids"' not in text
     assert '"prompt_token_ids"' not in text
     assert '"prompt"' not in text
+
+
+def prompt_of(server: HttpServer, **fields: Any) -> str:
+    """What the model sees of a chat."""
+    assert "choices" in server.http.post(CHAT, json=fields).json()
+    return server.backend.prompts[-1]  # type: ignore[attr-defined,no-any-return]
+
+
+def test_the_assistants_turn_is_begun_or_not_or_its_text_continued(played: HttpServer) -> None:
+    chat = [*HI, {"role": "assistant", "content": "Once "}]
+    begun = "<|user|>hi<|assistant|>Once <|assistant|>"
+    assert prompt_of(played, messages=chat) == begun
+    assert prompt_of(played, messages=chat, add_generation_prompt=True) == begun
+    left_out = {"messages": chat, "add_generation_prompt": False}
+    assert prompt_of(played, **left_out) == "<|user|>hi<|assistant|>Once "
+    longer = [*HI, {"role": "assistant", "content": "Once", "tool_calls": [], "reasoning": "Hm."}]
+    assert prompt_of(played, messages=longer, continue_final_message=True) == (
+        "<|user|>hi<|assistant|><think>Hm.</think>Once"
+    )
+    both = {"messages": chat, "add_generation_prompt": True, "continue_final_message": True}
+    for path in (CHAT, "/apply_template"):
+        error = played.http.post(path, json=both).json()["error"]
+        assert error["param"] == "continue_final_message"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("continue_final_message", True), ("add_generation_prompt", False)]
+)
+def test_a_prompt_has_no_turn_to_end(server: HttpServer, name: str, value: bool) -> None:
+    assert post(server, CHAT, **{name: value})["param"] == name
+    assert "choices" in post(server, CHAT, **{name: not value})
+
+
+@pytest.mark.parametrize(
+    ("begun", "said", "thought", "content"),
+    [
+        ("<think>So", " far.</think>Good.", " far.", "Good."),
+        ("<think>So.</think>", "Good.", "", "Good."),
+        ("Go", "od <think>x</think>", "", "od <think>x</think>"),
+    ],
+)
+def test_a_continued_text_is_split_where_its_thought_ends(
+    played: HttpServer, begun: str, said: str, thought: str, content: str
+) -> None:
+    played.backend.text = said  # type: ignore[attr-defined]
+    chat = [*HI, {"role": "assistant", "content": begun}]
+    body = {"messages": chat, "continue_final_message": True}
+    message = played.http.post(CHAT, json=body).json()["choices"][0]["message"]
+    played.backend.text = SAYS  # type: ignore[attr-defined]
+    assert message.get("reasoning_content", "") == thought
+    assert message["content"] == content

@@ -53,6 +53,8 @@ class Generation:
     messages: Messages | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     tools: tuple[dict[str, Any], ...] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
     calls: CallReading | None = None
     must_call: tuple[str, ...] = ()
     returned: Returned | None = None
@@ -96,6 +98,8 @@ class Generation:
                     must_call=self.must_call,
                     parallel_calls=self.calls is None or self.calls.parallel,
                     split_thought=True,
+                    add_generation_prompt=self.add_generation_prompt,
+                    continue_final_message=self.continue_final_message,
                     **common,
                 )
             ]

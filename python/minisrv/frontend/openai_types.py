@@ -205,8 +205,12 @@ CHAT_FIELDS: dict[str, Field] = {
     ),
     "enable_thinking": _honoured(BOOLEAN, "Whether the model thinks first, where it can choose."),
     "chat_template": _unsupported(),
-    "add_generation_prompt": _unsupported(True),
-    "continue_final_message": _unsupported(False),
+    "add_generation_prompt": _honoured(
+        BOOLEAN, "End the prompt with the assistant's turn begun. Default: true."
+    ),
+    "continue_final_message": _honoured(
+        BOOLEAN, "Go on with the text of the last message instead of a new turn."
+    ),
     "modalities": _unsupported(["text"]),
     "audio": _unsupported(),
     "web_search_options": _unsupported(),

@@ -30,7 +30,7 @@ from minisrv.messages import (
 )
 from minisrv.sampling_params import SamplingParams
 from minisrv.structured_output.checker import GrammarChecker
-from minisrv.tokenizer.chat_template import ChatTemplate
+from minisrv.tokenizer.chat_template import ChatTemplate, Messages
 from minisrv.tokenizer.reply_grammar import ReplyGrammars
 
 logger = logging.getLogger("minisrv.tokenizer")
@@ -97,12 +97,22 @@ class TokenizerWorker:
         if message.messages is None:
             text = message.prompt if isinstance(message.prompt, str) else None
             return self._prompt_ids(message), text, Parts(0)
-        text = self._template.render(message.messages, message.template_kwargs, message.tools)
+        text = self._render(message, message.messages)
         parts = Parts.CALLS if message.tools else Parts(0)
         if message.split_thought:
-            parts |= self._thought_part(text)
+            continued = message.messages[-1]["content"] if message.continue_final_message else ""
+            parts |= self._thought_part(text, continued)
         # The template writes the special tokens itself: a second BOS would be wrong.
         return self._encode(text, False, "messages"), text, parts
+
+    def _render(self, message: TokenizeMsg | EncodeMsg, messages: Messages) -> str:
+        return self._template.render(
+            messages,
+            message.template_kwargs,
+            message.tools,
+            add_generation_prompt=message.add_generation_prompt,
+            continue_final_message=message.continue_final_message,
+        )
 
     def _shown(
         self, message: TokenizeMsg, ids: npt.NDArray[np.int32], text: str | None
@@ -128,11 +138,17 @@ class TokenizerWorker:
         self._grammar_checker.check(grammar)
         return replace(message.sampling, grammar=grammar)
 
-    def _thought_part(self, prompt: str) -> Parts:
-        """Whether the reply begins in a thought, may begin with one, or has none."""
+    def _thought_part(self, prompt: str, continued: str) -> Parts:
+        """Whether the reply begins in a thought, may begin with one, or has none.
+
+        continued: the text that it goes on with, if it does.
+        """
         if self.chat_format.thought is None:
             return Parts(0)
         begin, end = self.chat_format.thought
+        if continued.strip():
+            is_open = continued.rfind(begin) > continued.rfind(end)
+            return Parts.OPEN_THOUGHT if is_open else Parts(0)
         written = prompt.rstrip()
         if written.endswith(begin):
             return Parts.OPEN_THOUGHT
@@ -152,12 +168,7 @@ class TokenizerWorker:
         if isinstance(message, EncodeMsg):
             text = message.prompt or ""
             if message.messages is not None:
-                text = self._template.render(
-                    message.messages,
-                    message.template_kwargs,
-                    message.tools,
-                    add_generation_prompt=message.add_generation_prompt,
-                )
+                text = self._render(message, message.messages)
             param = "prompt" if message.messages is None else "messages"
             ids = self._encode(text, message.add_special_tokens, param)
             return {"text": text, "ids": ids, "tokens": [self._tokenizer.token(id) for id in ids]}
