@@ -65,6 +65,7 @@ class TokenizeMsg:
     split_thought: whether a thought comes apart from the text.
     continue_final_message: the prompt ends where the content of the last message ends.
     show_prompt_ids, show_prompt_text: what the first `Start` has of the prompt.
+    cache_salt: cached pages are shared among requests of the same salt alone.
     """
 
     uid: int
@@ -80,6 +81,7 @@ class TokenizeMsg:
     continue_final_message: bool = False
     show_prompt_ids: bool = False
     show_prompt_text: bool = False
+    cache_salt: str = ""
     epoch: int = 0
 
 
@@ -103,6 +105,7 @@ class GenerateMsg:
     sampling: SamplingParams
     parts: int = 0
     shown_prompt: ShownPrompt | None = None
+    cache_salt: str = ""
     epoch: int = 0
 
 

@@ -22,6 +22,7 @@ from minisrv.message_codec import decode, encode
 from minisrv.messages import (
     DETOKENIZER_INBOX,
     FRONTEND_INBOX,
+    SCHEDULER_INBOX,
     TOKENIZER_INBOX,
     AbortMsg,
     DetokenizeMsg,
@@ -79,6 +80,7 @@ class PlayedModel:
     def __init__(self, registry: RequestRegistry, template: str) -> None:
         self.text = ""
         self.prompts: list[str] = []
+        self.messages: list[GenerateMsg] = []
         self.grammars: list[Grammar | None] = []
         self.batch = 1
         self.tokenizer = make_tokenizer(template)
@@ -107,6 +109,7 @@ class PlayedModel:
             if isinstance(outgoing, UserReply):
                 self._registry.deliver(outgoing)
             elif isinstance(outgoing, GenerateMsg):
+                self.messages.append(decode(encode(outgoing), SCHEDULER_INBOX))  # type: ignore[arg-type]
                 self.prompts.append(self.tokenizer.decode(outgoing.prompt_ids.tolist(), False))
                 self.grammars.append(outgoing.sampling.grammar)
                 for uid in range(outgoing.uid, outgoing.uid + outgoing.sampling.n):

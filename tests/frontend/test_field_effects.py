@@ -193,3 +193,12 @@ def test_a_continued_text_is_split_where_its_thought_ends(
     played.backend.text = SAYS  # type: ignore[attr-defined]
     assert message.get("reasoning_content", "") == thought
     assert message["content"] == content
+
+
+@ROUTES
+def test_a_cache_salt_goes_with_the_request_to_the_cache(played: HttpServer, path: str) -> None:
+    for fields, salt in (({}, ""), ({"cache_salt": "caf\u00e9" * 32}, "caf\u00e9" * 32)):
+        assert "choices" in post(played, path, **fields)
+        assert played.backend.messages[-1].cache_salt == salt  # type: ignore[attr-defined]
+    for wrong in ("", "x" * 129, 5):
+        assert post(played, path, cache_salt=wrong)["param"] == "cache_salt"

@@ -190,3 +190,24 @@ def test_the_prompt_that_is_shown_comes_with_the_start_of_the_first_choice_alone
         1: None,
         2: None,
     }
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_pages_are_shared_within_a_salt_and_with_no_other(depth: int) -> None:
+    loop = hash_loop(num_pages=60, page_size=4, num_rows=8, budget=64, depth=depth)
+    prompt = [*range(1, 14)]
+    salts = ["", "red", "blue"]
+    for uid, salt in enumerate(salts):
+        loop.channel.inbox.append(generate_msg(uid, prompt, salt, max_tokens=3))
+    together = drain(loop)
+    assert [together.starts[uid].cached_tokens for uid in range(3)] == [0, 0, 0]
+    assert loop.scheduler.cache.tree.num_pages == 3 * 3
+    for uid, salt in enumerate([*salts, "green"], 3):
+        loop.channel.inbox.append(generate_msg(uid, prompt, salt, max_tokens=3))
+    later = drain(loop)
+    assert [later.starts[uid].cached_tokens for uid in range(3, 7)] == [12, 12, 12, 0]
+    texts = [*together.tokens.values(), *later.tokens.values()]
+    assert texts == [expected_output(prompt, 3, VOCAB)] * 7
+    assert loop.scheduler.cache.tree.num_evictable == 4 * 3
+    loop.scheduler.cache.evict(100)
+    assert loop.scheduler.cache.tree.root.children == {}

@@ -1,7 +1,9 @@
-"""Any order of requests, steps, aborts, evictions and retractions gives the text of the oracle."""
+"""Any order of requests, steps, aborts, evictions and retractions gives the text of the oracle,
+and no request finds in the cache what none of its salt has put there."""
 
 import os
 from collections import defaultdict
+from itertools import takewhile
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
@@ -10,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from builders import generate_msg, hash_loop
 from hash_engine import expected_output
-from minisrv.messages import AbortMsg, Finish
+from minisrv.messages import AbortMsg, Finish, Start
 
 VOCAB = 30
 EOS = 7
@@ -35,6 +37,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.limits: dict[int, int] = {}
         self.outputs: dict[int, list[int]] = defaultdict(list)
         self.ends: dict[int, Finish] = {}
+        self.salts: dict[int, str] = {}
         self.aborted: set[int] = set()
         self.next_uid = 0
 
@@ -44,12 +47,18 @@ class CacheMachine(RuleBasedStateMachine):
         tails=st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=1, max_size=4),
         max_tokens=st.integers(2, 12),
         choices=st.sampled_from([1, 1, 1, 2]),
+        salt=st.sampled_from(["", "", "a", "b"]),
     )
     def add(
-        self, stem: tuple[int, ...], tails: list[list[int]], max_tokens: int, choices: int
+        self,
+        stem: tuple[int, ...],
+        tails: list[list[int]],
+        max_tokens: int,
+        choices: int,
+        salt: str,
     ) -> None:
         for tail in tails:
-            self.add_one([*stem, *tail], max_tokens, choices)
+            self.add_one([*stem, *tail], max_tokens, choices, salt)
 
     @rule(turns=st.integers(1, 5))
     def step(self, turns: int) -> None:
@@ -72,14 +81,15 @@ class CacheMachine(RuleBasedStateMachine):
         self.aborted.update(uids)
         self.loop.channel.inbox.append(AbortMsg(uids=(*uids, 10**6)))
 
-    def add_one(self, prompt: list[int], max_tokens: int, choices: int) -> None:
+    def add_one(self, prompt: list[int], max_tokens: int, choices: int, salt: str) -> None:
         fits = prompt and len(prompt) + max_tokens <= self.scheduler.max_seq_len
-        message = generate_msg(self.next_uid, prompt, max_tokens=max_tokens, n=choices)
+        message = generate_msg(self.next_uid, prompt, salt, max_tokens=max_tokens, n=choices)
         self.loop.channel.inbox.append(message)
         for _ in range(choices):
             if fits:
                 self.prompts[self.next_uid] = prompt
                 self.limits[self.next_uid] = max_tokens
+                self.salts[self.next_uid] = salt
             self.next_uid += 1
 
     @invariant()
@@ -95,6 +105,8 @@ class CacheMachine(RuleBasedStateMachine):
         outbox = self.loop.channel.outbox
         while outbox:
             message = outbox.popleft()
+            for start in message.starts:
+                self.check_hit(start)
             for uid, token, finish in zip(
                 message.uids.tolist(), message.token_ids.tolist(), message.finishes, strict=True
             ):
@@ -106,6 +118,15 @@ class CacheMachine(RuleBasedStateMachine):
                 if finish:
                     self.ends[uid] = Finish(finish)
                 self.compare(uid)
+
+    def check_hit(self, start: Start) -> None:
+        uid, longest = start.uid, 0
+        for other, prompt in self.prompts.items():
+            if other != uid and self.salts[other] == self.salts[uid]:
+                text = [*prompt, *expected_output(prompt, self.limits[other], VOCAB, [EOS])]
+                pairs = zip(self.prompts[uid], text, strict=False)
+                longest = max(longest, sum(1 for _ in takewhile(lambda p: p[0] == p[1], pairs)))
+        assert start.cached_tokens <= longest, f"request {uid} has read another salt's pages"
 
     def compare(self, uid: int) -> None:
         expected = expected_output(self.prompts[uid], self.limits[uid], VOCAB, [EOS])

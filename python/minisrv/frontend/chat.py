@@ -8,6 +8,7 @@ from minisrv.errors import InvalidRequestError
 from minisrv.frontend.generation import (
     Generation,
     check_model,
+    read_cache_salt,
     read_sampling,
     read_stream,
     read_token_ids,
@@ -26,6 +27,7 @@ def read_chat(fields: dict[str, Any], model: ModelInfo) -> Generation:
     sampling = read_sampling(fields, model, None)
     stream = read_stream(fields)
     returned = read_returned(fields)
+    cache_salt = read_cache_salt(fields)
     template_kwargs = read_reasoning(fields, model.chat_format)
     template_kwargs |= read_template_kwargs(fields.get("chat_template_kwargs", {}))
     tools, calls = read_tools(fields, model.chat_format)
@@ -45,6 +47,7 @@ def read_chat(fields: dict[str, Any], model: ModelInfo) -> Generation:
             sampling=sampling,
             stream=stream,
             returned=returned,
+            cache_salt=cache_salt,
             **read_turn(fields),
         )
     check_no_template(fields)
@@ -54,6 +57,7 @@ def read_chat(fields: dict[str, Any], model: ModelInfo) -> Generation:
         sampling=sampling,
         stream=stream,
         returned=returned,
+        cache_salt=cache_salt,
     )
 
 

@@ -9,6 +9,7 @@ from minisrv.frontend.generation import (
     Generation,
     Prompt,
     check_model,
+    read_cache_salt,
     read_sampling,
     read_stream,
     read_token_ids,
@@ -37,6 +38,7 @@ def read_completion(fields: dict[str, Any], model: ModelInfo) -> Generation:
         sampling=sampling,
         stream=read_stream(fields),
         returned=read_returned(fields),
+        cache_salt=read_cache_salt(fields),
     )
 
 

@@ -18,6 +18,7 @@ from minisrv.sampling_params import SamplingParams, read_logit_bias
 Prompt = str | tuple[int, ...]
 Messages = tuple[dict[str, Any], ...]
 
+MAX_SALT_CHARS = 128
 _MAX_TOKEN_ID = 2**31 - 1
 _SAMPLING_FIELDS = (
     "temperature",
@@ -58,6 +59,7 @@ class Generation:
     calls: CallReading | None = None
     must_call: tuple[str, ...] = ()
     returned: Returned | None = None
+    cache_salt: str = ""
     sampling: SamplingParams
     stream: StreamOptions | None
 
@@ -85,6 +87,7 @@ class Generation:
         common: dict[str, Any] = {
             "sampling": self.sampling,
             "epoch": epoch,
+            "cache_salt": self.cache_salt,
             "show_prompt_ids": self.returned is not None and self.returned.token_ids,
             "show_prompt_text": self.returned is not None and self.returned.prompt,
         }
@@ -151,6 +154,17 @@ def read_sampling(
                 param=name,
             )
     return sampling.with_defaults(model.defaults)
+
+
+def read_cache_salt(fields: dict[str, Any]) -> str:
+    """The salt of a request, empty without one. Raises InvalidRequestError."""
+    salt: str = fields.get("cache_salt", "")
+    if "cache_salt" in fields and not 0 < len(salt) <= MAX_SALT_CHARS:
+        raise InvalidRequestError(
+            f"cache_salt has {len(salt)} characters; it must have 1 to {MAX_SALT_CHARS}",
+            param="cache_salt",
+        )
+    return salt
 
 
 def read_stream(fields: dict[str, Any]) -> StreamOptions | None:

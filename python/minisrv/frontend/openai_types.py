@@ -144,6 +144,9 @@ _GENERATION_FIELDS: dict[str, Field] = {
     "regex": _honoured(STRING, "As guided_regex."),
     "grammar": _honoured(STRING, "As guided_grammar."),
     "ebnf": _honoured(STRING, "As guided_grammar."),
+    "cache_salt": _honoured(
+        STRING, "1 to 128 characters: cached prompts are shared with the same salt alone."
+    ),
     "timings": _honoured(BOOLEAN, "Tell what the request took, in `timings`."),
     "return_token_ids": _honoured(BOOLEAN, "Give the token ids of prompt and output."),
     "return_tokens": _honoured(BOOLEAN, "The same as return_token_ids."),
@@ -171,7 +174,6 @@ _GENERATION_FIELDS: dict[str, Field] = {
     "stop_regex": _unsupported([]),
     "spaces_between_special_tokens": _unsupported(True),
     "priority": _unsupported(0),
-    "cache_salt": _unsupported(),
     "truncate_prompt_tokens": _unsupported(),
     "thinking_token_budget": _unsupported(),
     "timings_per_token": _unsupported(False),

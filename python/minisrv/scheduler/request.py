@@ -46,6 +46,7 @@ class Request:
     eos_ids: frozenset[int]
     parts: int = 0
     shown_prompt: ShownPrompt | None = None
+    salt: bytes = b""
     prefill_ids: Int32Array = field(init=False)
     output_ids: list[int] = field(default_factory=list)
     status: Status = Status.WAITING

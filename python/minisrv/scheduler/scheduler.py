@@ -110,6 +110,7 @@ class Scheduler:
                 eos_ids=self._eos_ids,
                 parts=message.parts,
                 shown_prompt=message.shown_prompt,
+                salt=message.cache_salt.encode(),
                 arrived_at=self.now,
             )
             self._requests[request.uid] = request
@@ -287,7 +288,7 @@ class Scheduler:
     def _admit(self, request: Request, step_id: int) -> bool:
         """Give a waiting request a row and its cached pages, if its prompt has room."""
         ids = request.all_ids() if request.output_ids else request.prompt_ids
-        cached, evictable, pending = self.cache.peek(ids, step_id)
+        cached, evictable, pending = self.cache.peek(ids, step_id, request.salt)
         promised = sum(
             self.cache.pages_for(len(r.prefill_ids)) - len(r.lease.pages)
             for r in self.running
@@ -298,7 +299,7 @@ class Scheduler:
             return False
         self.waiting.remove(request)
         request.prefill_ids, request.computed = ids, 0
-        request.lease = self.cache.open()
+        request.lease = self.cache.open(request.salt)
         request.status = Status.RUNNING
         request.bypassed = 0
         if request.admitted_at is None:

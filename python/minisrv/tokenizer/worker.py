@@ -83,6 +83,7 @@ class TokenizerWorker:
                     sampling=self._sampling(message, parts),
                     parts=parts,
                     shown_prompt=self._shown(message, ids, text),
+                    cache_salt=message.cache_salt,
                     epoch=self._epoch,
                 )
             ]
