@@ -1,4 +1,4 @@
-"""Apply eleven cache bugs to a copy of the package, one at a time, and name the test that fails.
+"""Apply twelve cache bugs to a copy of the package, one at a time, and name the test that fails.
 
 Ends with status 1 when a bug passes the tests. Run: python scripts/seeded_bugs.py [NUMBER ...]
 """
@@ -99,6 +99,12 @@ BUGS = [
         "kvcache/manager.py",
         "            self.pages.release(pages, last_step)",
         "            self.pages.release(pages, 0)",
+    ),
+    Bug(
+        "a salt is forgotten when the first page is shared",
+        "kvcache/manager.py",
+        "start, own, step, lease.salt)",
+        "start, own, step)",
     ),
 ]
 

@@ -25,9 +25,16 @@ DEMO_EOS = 2
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def generate_msg(uid: int, prompt: Sequence[int], **sampling: Any) -> GenerateMsg:
+def generate_msg(
+    uid: int, prompt: Sequence[int], cache_salt: str = "", **sampling: Any
+) -> GenerateMsg:
     params = SamplingParams(**{"temperature": 0.0, **sampling}).with_defaults(GREEDY)
-    return GenerateMsg(uid=uid, prompt_ids=np.asarray(prompt, np.int32), sampling=params)
+    return GenerateMsg(
+        uid=uid,
+        prompt_ids=np.asarray(prompt, np.int32),
+        sampling=params,
+        cache_salt=cache_salt,
+    )
 
 
 def hash_loop(

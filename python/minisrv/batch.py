@@ -44,6 +44,8 @@ SAMPLING_FLAGS = {
     "seed": int,
     "n": int,
 }
+# What a batch's answers have no place for.
+_ONLINE_FIELDS = ("stream", "timings", "return_token_ids", "return_tokens", "return_prompt")
 _CHAT_URL, _COMPLETION_URL = "/v1/chat/completions", "/v1/completions"
 
 
@@ -274,8 +276,9 @@ def _read_generation(line: Line, model: ModelInfo, defaults: dict[str, Any]) -> 
     fields, unknown = read_fields({**defaults, **body}, CHAT_FIELDS if chat else COMPLETION_FIELDS)
     if unknown:
         raise InvalidRequestError(f"unknown field {unknown[0]}", param=unknown[0])
-    if fields.get("stream"):
-        raise InvalidRequestError("a batch cannot stream", param="stream")
+    for name in _ONLINE_FIELDS:
+        if fields.get(name):
+            raise InvalidRequestError(f"a batch does not take {name}", param=name)
     return (read_chat if chat else read_completion)(fields, model)
 
 

@@ -49,6 +49,14 @@ class Parts(IntFlag):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShownPrompt:
+    """What a client that asks is told of its prompt: the token ids, the text, or both."""
+
+    ids: Int32Array | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizeMsg:
     """Frontend to tokenizer: either a prompt (text or token ids) or messages for the template.
 
@@ -56,6 +64,9 @@ class TokenizeMsg:
     and seed. `tools` are shown to the template, and calls of them looked for in the reply.
     must_call: the reply must be a call of one of these tools; with `parallel_calls` maybe several.
     split_thought: whether a thought comes apart from the text.
+    continue_final_message: the prompt ends where the content of the last message ends.
+    show_prompt_ids, show_prompt_text: what the first `Start` has of the prompt.
+    cache_salt: cached pages are shared among requests of the same salt alone.
     """
 
     uid: int
@@ -67,6 +78,11 @@ class TokenizeMsg:
     must_call: tuple[str, ...] = ()
     parallel_calls: bool = True
     split_thought: bool = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    show_prompt_ids: bool = False
+    show_prompt_text: bool = False
+    cache_salt: str = ""
     epoch: int = 0
 
 
@@ -89,6 +105,8 @@ class GenerateMsg:
     prompt_ids: Int32Array
     sampling: SamplingParams
     parts: int = 0
+    shown_prompt: ShownPrompt | None = None
+    cache_salt: str = ""
     epoch: int = 0
 
 
@@ -107,6 +125,7 @@ class EncodeMsg:
     tools: tuple[dict[str, Any], ...] | None = None
     add_special_tokens: bool
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
     epoch: int = 0
 
 
@@ -173,6 +192,7 @@ class Start:
     prompt_ids: Int32Array | None = None
     prompt_logprobs: TokenLogprobs | None = None
     logprobs: bool = False
+    shown_prompt: ShownPrompt | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from minisrv.message_codec import decode, encode
 from minisrv.messages import (
     DETOKENIZER_INBOX,
     FRONTEND_INBOX,
+    SCHEDULER_INBOX,
     TOKENIZER_INBOX,
     AbortMsg,
     DetokenizeMsg,
@@ -94,6 +95,7 @@ class PlayedModel:
     def __init__(self, registry: RequestRegistry, template: str) -> None:
         self.text = ""
         self.prompts: list[str] = []
+        self.messages: list[GenerateMsg] = []
         self.grammars: list[Grammar | None] = []
         self.batch = 1
         self.tokenizer = make_tokenizer(template)
@@ -122,6 +124,7 @@ class PlayedModel:
             if isinstance(outgoing, UserReply):
                 self._registry.deliver(outgoing)
             elif isinstance(outgoing, GenerateMsg):
+                self.messages.append(decode(encode(outgoing), SCHEDULER_INBOX))  # type: ignore[arg-type]
                 self.prompts.append(self.tokenizer.decode(outgoing.prompt_ids.tolist(), False))
                 self.grammars.append(outgoing.sampling.grammar)
                 for uid in range(outgoing.uid, outgoing.uid + outgoing.sampling.n):
@@ -145,6 +148,9 @@ class PlayedModel:
             prompt_ids=message.prompt_ids if sampling.echo else None,
             prompt_logprobs=prompt_logprobs,
             logprobs=sampling.logprobs is not None,
+            return_token_ids=sampling.return_token_ids,
+            include_stop=sampling.include_stop_str_in_output,
+            shown_prompt=None if uid > message.uid else message.shown_prompt,
         )
 
     async def _generate(self, uid: int, message: GenerateMsg) -> None:

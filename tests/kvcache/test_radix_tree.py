@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from minisrv.kvcache.radix_tree import Node, RadixTree
 
 NOBODY = -1
+# The last two look like token ids.
+SALTS = st.sampled_from([b"", b"a", b"ab", b"\0\0\0\0", b"\1\0\0\0"])
 
 
 def array(tokens: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
@@ -17,9 +19,9 @@ def insert(tree: RadixTree, tokens: list[int], pages: list[int], step: int = 0) 
     return tree.insert(tree.root, array(tokens), 0, pages, step)[0]
 
 
-def found(tree: RadixTree, tokens: list[int], step: int = NOBODY) -> list[int]:
+def found(tree: RadixTree, tokens: list[int], step: int = NOBODY, salt: bytes = b"") -> list[int]:
     limit = len(tokens) // tree.page_size
-    return tree.match(tree.root, array(tokens), 0, limit, step).pages
+    return tree.match(tree.root, array(tokens), 0, limit, step, salt).pages
 
 
 def evicted(tree: RadixTree, count: int) -> list[int]:
@@ -87,29 +89,33 @@ def test_pages_of_the_step_being_built_are_pending_and_later_ones_are_not() -> N
 
 @given(
     st.sampled_from([1, 2, 3]),
-    st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=12),
-    st.lists(st.integers(0, 2), max_size=9),
+    st.lists(st.tuples(SALTS, st.lists(st.integers(0, 2), max_size=9)), max_size=12),
+    st.tuples(SALTS, st.lists(st.integers(0, 2), max_size=9)),
     st.integers(0, 20),
 )
 def test_matches_equal_those_of_a_table_of_all_prefixes(
-    page_size: int, prompts: list[list[int]], query: list[int], num_evicted: int
+    page_size: int,
+    prompts: list[tuple[bytes, list[int]]],
+    query: tuple[bytes, list[int]],
+    num_evicted: int,
 ) -> None:
-    tree, table, next_page = RadixTree(page_size), dict[tuple[int, ...], int](), 0
-    for tokens in prompts:
+    tree, table, next_page = RadixTree(page_size), dict[tuple[bytes, tuple[int, ...]], int](), 0
+    for salt, tokens in prompts:
         count = len(tokens) // page_size
         pages = list(range(next_page, next_page + count))
         next_page += count
-        tree.insert(tree.root, array(tokens), 0, pages, 0)
+        tree.insert(tree.root, array(tokens), 0, pages, 0, salt)
         for i, page in enumerate(pages):
-            table.setdefault(tuple(tokens[: (i + 1) * page_size]), page)
+            table.setdefault((salt, tuple(tokens[: (i + 1) * page_size])), page)
         tree.check()
     gone = set(evicted(tree, num_evicted))
     tree.check()
     assert len(gone) == min(num_evicted, len(table))
     expected = []
-    for end in range(page_size, len(query) + 1, page_size):
-        page = table.get(tuple(query[:end]))
+    salt, tokens = query
+    for end in range(page_size, len(tokens) + 1, page_size):
+        page = table.get((salt, tuple(tokens[:end])))
         if page is None or page in gone:
             break
         expected.append(page)
-    assert found(tree, query) == expected
+    assert found(tree, tokens, salt=salt) == expected

@@ -1,12 +1,13 @@
 """The loop, scheduler and cache together on the hash engine: what a step does for whom."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 
 from builders import generate_msg, hash_loop
 from hash_engine import expected_output
-from minisrv.messages import AbortMsg, Finish, Start
+from minisrv.messages import AbortMsg, Finish, ShownPrompt, Start
 from minisrv.scheduler.loop import SchedulerLoop
 
 VOCAB = 50
@@ -175,3 +176,38 @@ def test_a_burst_that_shares_a_prefix_computes_it_once() -> None:
     for uid in range(32):
         assert result.tokens[uid] == expected_output([*stem, uid, uid], 2, VOCAB)
     assert all(result.starts[uid].cached_tokens == 200 for uid in range(1, 32))
+
+
+def test_the_prompt_that_is_shown_comes_with_the_start_of_the_first_choice_alone() -> None:
+    loop = hash_loop()
+    message = generate_msg(0, [1, 2, 3], max_tokens=2, n=2)
+    shown = ShownPrompt(ids=message.prompt_ids, text="one two three")
+    loop.channel.inbox.append(replace(message, shown_prompt=shown))
+    loop.channel.inbox.append(generate_msg(2, [1, 2, 3], max_tokens=2))
+    starts = drain(loop).starts
+    assert {uid: start.shown_prompt for uid, start in starts.items()} == {
+        0: shown,
+        1: None,
+        2: None,
+    }
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_pages_are_shared_within_a_salt_and_with_no_other(depth: int) -> None:
+    loop = hash_loop(num_pages=60, page_size=4, num_rows=8, budget=64, depth=depth)
+    prompt = [*range(1, 14)]
+    salts = ["", "red", "blue"]
+    for uid, salt in enumerate(salts):
+        loop.channel.inbox.append(generate_msg(uid, prompt, salt, max_tokens=3))
+    together = drain(loop)
+    assert [together.starts[uid].cached_tokens for uid in range(3)] == [0, 0, 0]
+    assert loop.scheduler.cache.tree.num_pages == 3 * 3
+    for uid, salt in enumerate([*salts, "green"], 3):
+        loop.channel.inbox.append(generate_msg(uid, prompt, salt, max_tokens=3))
+    later = drain(loop)
+    assert [later.starts[uid].cached_tokens for uid in range(3, 7)] == [12, 12, 12, 0]
+    texts = [*together.tokens.values(), *later.tokens.values()]
+    assert texts == [expected_output(prompt, 3, VOCAB)] * 7
+    assert loop.scheduler.cache.tree.num_evictable == 4 * 3
+    loop.scheduler.cache.evict(100)
+    assert loop.scheduler.cache.tree.root.children == {}

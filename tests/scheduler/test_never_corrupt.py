@@ -1,10 +1,10 @@
-"""Any order of requests, steps, aborts, evictions and retractions gives the text of the oracle.
-
-And its log-probabilities, where a request asks for them.
-"""
+"""Any order of requests, steps, aborts, evictions and retractions gives the text of the oracle,
+with its log-probabilities, where a request asks for them; and no request finds in the cache what
+none of its salt has put there."""
 
 import os
 from collections import defaultdict
+from itertools import takewhile
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from builders import generate_msg, hash_loop
 from hash_engine import expected_logprobs, expected_output
-from minisrv.messages import AbortMsg, DetokenizeMsg, Finish
+from minisrv.messages import AbortMsg, DetokenizeMsg, Finish, Start
 
 VOCAB = 30
 EOS = 7
@@ -38,6 +38,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.limits: dict[int, int] = {}
         self.outputs: dict[int, list[int]] = defaultdict(list)
         self.ends: dict[int, Finish] = {}
+        self.salts: dict[int, str] = {}
         self.aborted: set[int] = set()
         self.scored: set[int] = set()
         self.prompt_logprobs: dict[int, list[float]] = {}
@@ -51,6 +52,7 @@ class CacheMachine(RuleBasedStateMachine):
         max_tokens=st.integers(2, 12),
         choices=st.sampled_from([1, 1, 1, 2]),
         scored=st.sampled_from([False, False, True]),
+        salt=st.sampled_from(["", "", "a", "b"]),
     )
     def add(
         self,
@@ -59,9 +61,10 @@ class CacheMachine(RuleBasedStateMachine):
         max_tokens: int,
         choices: int,
         scored: bool,
+        salt: str,
     ) -> None:
         for tail in tails:
-            self.add_one([*stem, *tail], max_tokens, choices, scored)
+            self.add_one([*stem, *tail], max_tokens, choices, scored, salt)
 
     @rule(turns=st.integers(1, 5))
     def step(self, turns: int) -> None:
@@ -84,10 +87,14 @@ class CacheMachine(RuleBasedStateMachine):
         self.aborted.update(uids)
         self.loop.channel.inbox.append(AbortMsg(uids=(*uids, 10**6)))
 
-    def add_one(self, prompt: list[int], max_tokens: int, choices: int, scored: bool) -> None:
+    def add_one(
+        self, prompt: list[int], max_tokens: int, choices: int, scored: bool, salt: str
+    ) -> None:
         fits = prompt and len(prompt) + max_tokens <= self.scheduler.max_seq_len
         wanted = {"logprobs": 1, "prompt_logprobs": 2} if scored else {}
-        message = generate_msg(self.next_uid, prompt, max_tokens=max_tokens, n=choices, **wanted)
+        message = generate_msg(
+            self.next_uid, prompt, salt, max_tokens=max_tokens, n=choices, **wanted
+        )
         self.loop.channel.inbox.append(message)
         for _ in range(choices):
             if fits:
@@ -95,6 +102,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.limits[self.next_uid] = max_tokens
                 if scored:
                     self.scored.add(self.next_uid)
+                self.salts[self.next_uid] = salt
             self.next_uid += 1
 
     @invariant()
@@ -111,6 +119,8 @@ class CacheMachine(RuleBasedStateMachine):
         while outbox:
             message = outbox.popleft()
             self.take_logprobs(message)
+            for start in message.starts:
+                self.check_hit(start)
             for uid, token, finish in zip(
                 message.uids.tolist(), message.token_ids.tolist(), message.finishes, strict=True
             ):
@@ -130,6 +140,15 @@ class CacheMachine(RuleBasedStateMachine):
                 assert len(start.prompt_logprobs.top_ids) == 2 * (start.prompt_tokens - 1)
         for told in message.logprobs:
             self.logprobs[told.uid] += told.logprobs.tolist()
+
+    def check_hit(self, start: Start) -> None:
+        uid, longest = start.uid, 0
+        for other, prompt in self.prompts.items():
+            if other != uid and self.salts[other] == self.salts[uid]:
+                text = [*prompt, *expected_output(prompt, self.limits[other], VOCAB, [EOS])]
+                pairs = zip(self.prompts[uid], text, strict=False)
+                longest = max(longest, sum(1 for _ in takewhile(lambda p: p[0] == p[1], pairs)))
+        assert start.cached_tokens <= longest, f"request {uid} has read another salt's pages"
 
     def compare(self, uid: int) -> None:
         expected = expected_output(self.prompts[uid], self.limits[uid], VOCAB, [EOS])

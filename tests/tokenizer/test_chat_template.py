@@ -1,3 +1,4 @@
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,32 @@ def test_the_prompt_equals_that_of_transformers(
     assert rendered in (text, expected())  # the date may turn between the two
 
 
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_continued_message_ends_the_prompt_as_in_transformers(
+    theirs: Any, name: str, chat: str
+) -> None:
+    """Transformers also refuses a message that the template changes, such as to JSON."""
+
+    def expected() -> str:
+        return theirs.apply_chat_template(  # type: ignore[no-any-return]
+            CHATS[chat],
+            chat_template=TEMPLATES[name],
+            tokenize=False,
+            continue_final_message=True,
+        )
+
+    template = ChatTemplate({"default": TEMPLATES[name]}, SPECIAL)
+    ours = functools.partial(
+        template.render, CHATS[chat], add_generation_prompt=False, continue_final_message=True
+    )
+    try:
+        text = expected()
+    except Exception:
+        return
+    assert ours() in (text, expected())
+
+
 def test_most_templates_render_most_chats(theirs: Any) -> None:
     """So that the test above compares texts and not failures."""
     rendered = 0
@@ -251,3 +278,27 @@ def test_a_template_that_joins_arguments_to_text_gets_them_as_text() -> None:
     )
     text = ChatTemplate({"default": source}, SPECIAL).render(CHATS["tool call"])
     assert text == 'ARGS {"city": "Z\u00fcrich", "n": [1, null, 2.5]}'
+
+
+def continued(source: str, *messages: dict[str, Any]) -> str:
+    template = ChatTemplate({"default": source}, SPECIAL)
+    return template.render(messages, add_generation_prompt=False, continue_final_message=True)
+
+
+def test_a_stripping_template_strips_before_the_continuation() -> None:
+    last = {"role": "assistant", "content": "Once upon "}
+    assert continued(CHATML, USER, last).endswith("<|im_start|>assistant\nOnce upon")
+
+
+@pytest.mark.parametrize("content", ["The end", " a b ", "", "im", "\uf8ff\ue000\uf8ff x"])
+def test_a_message_is_continued_at_its_own_end(content: str) -> None:
+    last = {"role": "assistant", "content": content}
+    text = continued(CHATML.replace(" | trim", ""), {"role": "user", "content": content}, last)
+    assert text == f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n{content}"
+
+
+def test_what_the_template_does_not_show_cannot_be_continued() -> None:
+    call = {"function": {"name": "f", "arguments": {}}}
+    for last in ({"role": "assistant", "content": None, "tool_calls": [call]}, USER):
+        with pytest.raises(InvalidRequestError, match="continue"):
+            continued("{{ messages | length }}", last)

@@ -1,4 +1,5 @@
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -211,6 +212,8 @@ def test_messages_are_rendered_on_request_with_or_without_the_assistants_turn() 
     chat = ({"role": "user", "content": "hi"},)
     query = EncodeMsg(query=1, messages=chat, add_special_tokens=False)
     assert answer(worker, query).value["text"] == "<s>[user]hi[assistant]"
+    query = replace(query, continue_final_message=True)
+    assert answer(worker, query).value["text"] == "<s>[user]hi"
     refused = answer(
         worker,
         EncodeMsg(

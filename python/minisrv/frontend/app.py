@@ -172,6 +172,7 @@ def _add_generation_routes(
             calls=generation.calls,
             reasoning_fields=config.reasoning_fields,
             echoed=tuple(p if isinstance(p, str) else None for p in generation.prompts),
+            returned=generation.returned,
         )
         timings = fields.get("timings", False)
         return GenerationResponse(

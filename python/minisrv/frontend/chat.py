@@ -8,6 +8,7 @@ from minisrv.errors import InvalidRequestError
 from minisrv.frontend.generation import (
     Generation,
     check_model,
+    read_cache_salt,
     read_sampling,
     read_stream,
     read_token_ids,
@@ -16,25 +17,9 @@ from minisrv.frontend.http_body import parse_json
 from minisrv.frontend.logprobs import read_chat_logprobs
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.reasoning_fields import read_reasoning
+from minisrv.frontend.returned_tokens import read_returned
+from minisrv.frontend.template_fields import check_no_template, read_template_kwargs, read_turn
 from minisrv.frontend.tool_fields import read_must_call, read_tools
-
-# What a prompt cannot have: no template is applied to it.
-_TEMPLATE_FIELDS = (
-    "chat_template_kwargs",
-    "tools",
-    "reasoning_effort",
-    "enable_thinking",
-)
-# What the server gives the template itself.
-_RESERVED_VARIABLES = (
-    "messages",
-    "tools",
-    "documents",
-    "chat_template",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tokenize",
-)
 
 
 def read_chat(fields: dict[str, Any], model: ModelInfo) -> Generation:
@@ -42,8 +27,10 @@ def read_chat(fields: dict[str, Any], model: ModelInfo) -> Generation:
     check_model(fields, model)
     sampling = read_sampling(fields, model, None, logprobs=read_chat_logprobs(fields))
     stream = read_stream(fields)
+    returned = read_returned(fields)
+    cache_salt = read_cache_salt(fields)
     template_kwargs = read_reasoning(fields, model.chat_format)
-    template_kwargs |= _read_template_kwargs(fields.get("chat_template_kwargs", {}))
+    template_kwargs |= read_template_kwargs(fields.get("chat_template_kwargs", {}))
     tools, calls = read_tools(fields, model.chat_format)
     must_call = read_must_call(fields, calls)
     if must_call and sampling.grammar is not None:
@@ -60,25 +47,19 @@ def read_chat(fields: dict[str, Any], model: ModelInfo) -> Generation:
             must_call=must_call,
             sampling=sampling,
             stream=stream,
+            returned=returned,
+            cache_salt=cache_salt,
+            **read_turn(fields),
         )
-    for name in ("messages", *_TEMPLATE_FIELDS):
-        if fields.get(name):
-            raise InvalidRequestError(f"send {name} or prompt, not both", param=name)
+    check_no_template(fields)
     prompt = fields["prompt"]
     return Generation(
         prompts=(prompt if isinstance(prompt, str) else read_token_ids(prompt, model, "prompt"),),
         sampling=sampling,
         stream=stream,
+        returned=returned,
+        cache_salt=cache_salt,
     )
-
-
-def _read_template_kwargs(variables: dict[str, Any]) -> dict[str, Any]:
-    for name in _RESERVED_VARIABLES:
-        if name in variables:
-            raise InvalidRequestError(
-                f"chat_template_kwargs may not set {name}", param=f"chat_template_kwargs.{name}"
-            )
-    return variables
 
 
 def _read_messages(messages: list[dict[str, Any]] | None) -> tuple[dict[str, Any], ...]:

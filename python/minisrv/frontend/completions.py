@@ -9,12 +9,14 @@ from minisrv.frontend.generation import (
     Generation,
     Prompt,
     check_model,
+    read_cache_salt,
     read_sampling,
     read_stream,
     read_token_ids,
 )
 from minisrv.frontend.logprobs import read_text_logprobs
 from minisrv.frontend.model_info import ModelInfo
+from minisrv.frontend.returned_tokens import read_returned
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -44,6 +46,8 @@ def read_completion(fields: dict[str, Any], model: ModelInfo) -> Generation:
         prompts=_read_prompts(fields["prompt"], model),
         sampling=sampling,
         stream=read_stream(fields),
+        returned=read_returned(fields),
+        cache_salt=read_cache_salt(fields),
     )
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from minisrv.errors import InvalidRequestError, ModelNotFoundError
 from minisrv.frontend.assistant_message import CallReading
+from minisrv.frontend.field_aliases import merge_aliases, name_sent
 from minisrv.frontend.model_info import ModelInfo
+from minisrv.frontend.returned_tokens import Returned
 from minisrv.frontend.stream import StreamOptions
 from minisrv.frontend.structured_output import read_grammar
 from minisrv.messages import TokenizeMsg
@@ -16,6 +18,7 @@ from minisrv.sampling_params import SamplingParams, read_logit_bias
 Prompt = str | tuple[int, ...]
 Messages = tuple[dict[str, Any], ...]
 
+MAX_SALT_CHARS = 128
 _MAX_TOKEN_ID = 2**31 - 1
 _SAMPLING_FIELDS = (
     "temperature",
@@ -43,6 +46,7 @@ class Generation:
 
     tools: what the template shows. calls: how calls are found in the reply, None if they are not.
     must_call: names of the tools one of which must be called.
+    returned: what the reply tells of tokens and prompt.
     stream: None for a whole reply.
     """
 
@@ -50,8 +54,12 @@ class Generation:
     messages: Messages | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     tools: tuple[dict[str, Any], ...] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
     calls: CallReading | None = None
     must_call: tuple[str, ...] = ()
+    returned: Returned | None = None
+    cache_salt: str = ""
     sampling: SamplingParams
     stream: StreamOptions | None
 
@@ -76,6 +84,13 @@ class Generation:
 
     def tokenize_messages(self, base: int, epoch: int) -> list[TokenizeMsg]:
         """One message a prompt; choice i of the reply answers under uid `base + i`."""
+        common: dict[str, Any] = {
+            "sampling": self.sampling,
+            "epoch": epoch,
+            "cache_salt": self.cache_salt,
+            "show_prompt_ids": self.returned is not None and self.returned.token_ids,
+            "show_prompt_text": self.returned is not None and self.returned.prompt,
+        }
         if self.messages is not None:
             return [
                 TokenizeMsg(
@@ -86,14 +101,13 @@ class Generation:
                     must_call=self.must_call,
                     parallel_calls=self.calls is None or self.calls.parallel,
                     split_thought=True,
-                    sampling=self.sampling,
-                    epoch=epoch,
+                    add_generation_prompt=self.add_generation_prompt,
+                    continue_final_message=self.continue_final_message,
+                    **common,
                 )
             ]
         return [
-            TokenizeMsg(
-                uid=base + i * self.sampling.n, prompt=prompt, sampling=self.sampling, epoch=epoch
-            )
+            TokenizeMsg(uid=base + i * self.sampling.n, prompt=prompt, **common)
             for i, prompt in enumerate(self.prompts)
         ]
 
@@ -124,7 +138,8 @@ def read_sampling(
     Raises InvalidRequestError.
     """
     max_tokens = _read_max_tokens(fields)
-    given = {name: fields[name] for name in _SAMPLING_FIELDS if name in fields} | more
+    merged = merge_aliases(fields)
+    given = {name: merged[name] for name in _SAMPLING_FIELDS if name in merged} | more
     given["logit_bias"] = read_logit_bias(fields.get("logit_bias", {}))
     try:
         sampling = SamplingParams(
@@ -135,6 +150,7 @@ def read_sampling(
     except InvalidRequestError as error:
         if error.param == "max_tokens" and "max_tokens" not in fields:
             error.param = "max_completion_tokens"
+        error.param = name_sent(error.param, fields)
         raise
     biased = tuple(bias.token_id for bias in sampling.logit_bias)
     for name, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", biased)):
@@ -144,6 +160,17 @@ def read_sampling(
                 param=name,
             )
     return sampling.with_defaults(model.defaults)
+
+
+def read_cache_salt(fields: dict[str, Any]) -> str:
+    """The salt of a request, empty without one. Raises InvalidRequestError."""
+    salt: str = fields.get("cache_salt", "")
+    if "cache_salt" in fields and not 0 < len(salt) <= MAX_SALT_CHARS:
+        raise InvalidRequestError(
+            f"cache_salt has {len(salt)} characters; it must have 1 to {MAX_SALT_CHARS}",
+            param="cache_salt",
+        )
+    return salt
 
 
 def read_stream(fields: dict[str, Any]) -> StreamOptions | None:

@@ -14,6 +14,7 @@ from typing import Any
 from minisrv.frontend.assistant_message import AssistantMessage, CallReading
 from minisrv.frontend.events import Event
 from minisrv.frontend.logprobs import chat_logprobs, text_logprobs
+from minisrv.frontend.returned_tokens import Returned, ReturnedTokens
 from minisrv.messages import Finish, TokenScore
 
 DONE = b"data: [DONE]\n\n"
@@ -51,6 +52,7 @@ class ReplyHeader:
     calls: CallReading | None = None
     reasoning_fields: tuple[str, ...] = ("reasoning_content",)
     echoed: tuple[str | None, ...] = ()
+    returned: Returned | None = None
 
     def reply(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """A chunk or a whole reply, without usage."""
@@ -73,6 +75,10 @@ class ReplyHeader:
             return event.text
         sent = self.echoed[event.index // self.choices_per_prompt]
         return (event.echo.text if sent is None else sent) + event.text
+
+    def returned_tokens(self) -> ReturnedTokens | None:
+        """A new reply's ids and prompts, if it shows any."""
+        return ReturnedTokens(self.returned, chat=self.chat) if self.returned else None
 
 
 class Usage:
@@ -131,10 +137,13 @@ class StreamReply:
         self._held_scores: dict[int, list[TokenScore]] = {}
         self._empty = b'"content":""' if header.chat else b'"text":""'
         self._frames: dict[int, tuple[bytes, bytes]] = {}
+        self._tokens = header.returned_tokens()
 
     def chunks(self, event: Event) -> bytes:
         """The chunks of one event without a failure."""
         self._usage.add(event)
+        if self._tokens is not None:
+            self._tokens.take_prompt(event)
         if not self._header.chat:
             return self._text_chunks(event)
         chunks = []
@@ -143,6 +152,8 @@ class StreamReply:
             message = self._messages[event.index] = self._header.message()
             chunks.append(self._chunk(event.index, {"role": "assistant", "content": ""}))
         scores = self._held_scores.pop(event.index, []) + event.scores
+        if self._tokens is not None:
+            self._tokens.take_ids(event)
         for delta in message.deltas(event):
             text = delta.get("content")
             if text and not scores:
@@ -159,6 +170,8 @@ class StreamReply:
         return b"".join(chunks)
 
     def _text_chunks(self, event: Event) -> bytes:
+        if self._tokens is not None:
+            self._tokens.take_ids(event)
         text, scores, chunk = self._header.text(event), _completion_scores(event), b""
         if scores:
             chunk = self._chunk(event.index, text, logprobs=text_logprobs(scores))
@@ -175,7 +188,7 @@ class StreamReply:
 
     def _text_chunk(self, index: int, text: str) -> bytes:
         """All but the text is the same in each such chunk of a choice: it is encoded once."""
-        if self._options.continuous_usage:
+        if self._options.continuous_usage or self._tokens is not None:
             return self._chunk(index, self._delta(text))
         frame = self._frames.get(index)
         if frame is None:
@@ -202,6 +215,8 @@ class StreamReply:
         if ending is not None:
             choice.update(ending)
         chunk = self._header.reply(self._object, [choice])
+        if self._tokens is not None:
+            self._tokens.put(index, choice, chunk)
         if self._options.continuous_usage:
             chunk["usage"] = self._usage.body()
         elif self._options.include_usage:
@@ -211,7 +226,9 @@ class StreamReply:
 
 def whole_reply(header: ReplyHeader, events: list[Event], usage: Usage) -> dict[str, Any]:
     """The reply to a request without `stream`: each choice has had its final, none a failure."""
-    choices = []
+    choices: list[dict[str, Any]] = []
+    reply = header.reply("chat.completion" if header.chat else "text_completion", choices)
+    tokens = header.returned_tokens()
     for event in sorted(events, key=lambda event: event.index):
         usage.add(event)
         choice: dict[str, Any] = {"index": event.index}
@@ -223,9 +240,13 @@ def whole_reply(header: ReplyHeader, events: list[Event], usage: Usage) -> dict[
         else:
             choice["text"], scores = header.text(event), _completion_scores(event)
             logprobs = text_logprobs(scores) if scores else None
-        choices.append({**choice, "logprobs": logprobs, **_ending(event, message)})
-    object_name = "chat.completion" if header.chat else "text_completion"
-    return {**header.reply(object_name, choices), "usage": usage.body()}
+        choice |= {"logprobs": logprobs, **_ending(event, message)}
+        if tokens is not None:
+            tokens.take_prompt(event)
+            tokens.take_ids(event)
+            tokens.put(event.index, choice, reply)
+        choices.append(choice)
+    return {**reply, "usage": usage.body()}
 
 
 def _completion_scores(event: Event) -> list[TokenScore]:

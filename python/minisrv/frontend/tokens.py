@@ -20,14 +20,10 @@ from minisrv.messages import DecodeMsg, DescribeMsg, EncodeMsg
 
 _CHAT_NAMES = (
     *("model", "messages", "chat_template_kwargs", "tools", "tool_choice"),
-    *("reasoning_effort", "enable_thinking"),
+    *("reasoning_effort", "enable_thinking", "add_generation_prompt", "continue_final_message"),
 )
-_GENERATION_PROMPT = honoured(BOOLEAN, "End with the assistant's turn begun. Default: true.")
 
-TEMPLATE_FIELDS: dict[str, Field] = {
-    **{name: CHAT_FIELDS[name] for name in _CHAT_NAMES},
-    "add_generation_prompt": _GENERATION_PROMPT,
-}
+TEMPLATE_FIELDS: dict[str, Field] = {name: CHAT_FIELDS[name] for name in _CHAT_NAMES}
 TOKENIZE_FIELDS: dict[str, Field] = {
     "prompt": honoured(STRING, "Text; or send messages."),
     **TEMPLATE_FIELDS,
@@ -111,5 +107,6 @@ def _read_encoding(fields: dict[str, Any], registry: RequestRegistry) -> dict[st
         "template_kwargs": generation.template_kwargs,
         "tools": generation.tools,
         "add_special_tokens": fields.get("add_special_tokens", False),
-        "add_generation_prompt": fields.get("add_generation_prompt", True),
+        "add_generation_prompt": generation.add_generation_prompt,
+        "continue_final_message": generation.continue_final_message,
     }

@@ -20,11 +20,13 @@ class Lease:
     """A running request's row of the page table.
 
     `pages[c]` holds positions c * page_size on. The first `num_shared` pages are the tree's and
-    read-only, pinned at `node`; the others are this lease's alone.
+    read-only, pinned at `node`; the others are this lease's alone. It shares with leases of the
+    same `salt`.
     """
 
     row: int
     node: Node
+    salt: bytes = b""
     pages: list[int] = field(default_factory=list)
     num_shared: int = 0
     last_step: int = 0
@@ -59,16 +61,16 @@ class KVCacheManager:
         """Pages that hold so many tokens."""
         return -(-num_tokens // self.page_size)
 
-    def open(self) -> Lease:
+    def open(self, salt: bytes = b"") -> Lease:
         """A lease without pages; the caller has seen that `rows.num_free` is not 0."""
-        return Lease(row=self.rows.take(1)[0], node=self.tree.root)
+        return Lease(row=self.rows.take(1)[0], node=self.tree.root, salt=salt)
 
-    def peek(self, token_ids: Int32Array, step: int) -> tuple[int, int, bool]:
+    def peek(self, token_ids: Int32Array, step: int, salt: bytes = b"") -> tuple[int, int, bool]:
         """What a new lease would find: (pages, those of them evictable now, pending)."""
         if not self.radix_cache:
             return 0, 0, False
         limit = (len(token_ids) - 1) // self.page_size
-        found = self.tree.match(self.tree.root, token_ids, 0, limit, step)
+        found = self.tree.match(self.tree.root, token_ids, 0, limit, step, salt)
         evictable, inside = 0, found.inside
         for node in self.tree.path(found.node):
             evictable += 0 if node.refs else inside
@@ -87,7 +89,7 @@ class KVCacheManager:
             return computed
         limit = (len(token_ids) - 1) // self.page_size
         shared = lease.num_shared
-        found = self.tree.match(lease.node, token_ids, shared, limit, step)
+        found = self.tree.match(lease.node, token_ids, shared, limit, step, lease.salt)
         if found.pending:
             return None
         end = shared + len(found.pages)
@@ -122,9 +124,10 @@ class KVCacheManager:
         start, end = lease.num_shared, computed // self.page_size
         if not self.radix_cache or end <= start:
             return
-        if self.tree.match(lease.node, token_ids, start, start + 1, -1).pages:
+        if self.tree.match(lease.node, token_ids, start, start + 1, -1, lease.salt).pages:
             return
-        node, _ = self.tree.insert(lease.node, token_ids, start, lease.pages[start:end], step)
+        own = lease.pages[start:end]
+        node, _ = self.tree.insert(lease.node, token_ids, start, own, step, lease.salt)
         self.tree.pin(node)
         self.tree.unpin(lease.node, lease.last_step)
         lease.node, lease.num_shared = node, end
@@ -136,7 +139,9 @@ class KVCacheManager:
         known = end - start
         if known:
             own = lease.pages[start:end]
-            _, known = self.tree.insert(lease.node, token_ids, start, own, lease.last_step)
+            _, known = self.tree.insert(
+                lease.node, token_ids, start, own, lease.last_step, lease.salt
+            )
         self.tree.unpin(lease.node, lease.last_step)
         unused = lease.pages[start : start + known] + lease.pages[end:]
         self.pages.release(unused, lease.last_step)

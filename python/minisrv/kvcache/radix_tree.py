@@ -2,8 +2,9 @@
 
 The idea is SGLang's RadixAttention (Zheng et al., 2024, arXiv:2312.07104), here with whole pages as
 the alphabet: an edge is a run of pages, children differ in their first page, keys are compared as
-real token ids. A node's `refs` counts the leases pinned at it or below it; a node with refs 0 may
-be evicted, least recently used leaf first.
+real token ids. The first page of a path has a salt in its key, so that paths of different salts
+have no node in common. A node's `refs` counts the leases pinned at it or below it; a node with refs
+0 may be evicted, least recently used leaf first.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ Int32Array = npt.NDArray[np.int32]
 
 
 class Node:
-    """An edge with the node at its end. `tokens` has page_size ids for each of `pages`."""
+    """An edge with the node at its end. `tokens` has page_size ids for each of `pages`.
+
+    `key` is the node's among the children of its parent.
+    """
 
     __slots__ = (
         "children",
         "fill_step",
+        "key",
         "last_step",
         "last_used",
         "pages",
@@ -33,9 +38,15 @@ class Node:
     )
 
     def __init__(
-        self, parent: Node | None, tokens: Int32Array, pages: list[int], fill_step: int
+        self,
+        parent: Node | None,
+        key: bytes,
+        tokens: Int32Array,
+        pages: list[int],
+        fill_step: int,
     ) -> None:
         self.parent = parent
+        self.key = key
         self.tokens = tokens
         self.pages = pages
         self.children: dict[bytes, Node] = {}
@@ -64,7 +75,7 @@ class RadixTree:
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
-        self.root = Node(None, np.empty(0, np.int32), [], 0)
+        self.root = Node(None, b"", np.empty(0, np.int32), [], 0)
         self.root.refs = 1
         self.num_evictable = 0
         self.num_pages = 0
@@ -72,12 +83,20 @@ class RadixTree:
         self._pushes = 0
         self._heap: list[tuple[int, int, Node]] = []
 
-    def match(self, node: Node, tokens: Int32Array, start: int, limit: int, step: int) -> Match:
+    def match(
+        self,
+        node: Node,
+        tokens: Int32Array,
+        start: int,
+        limit: int,
+        step: int,
+        salt: bytes = b"",
+    ) -> Match:
         """Follow `tokens` down from `node`, which ends `start` pages deep, to at most `limit`."""
         pages: list[int] = []
         inside = len(node.pages)
         while start < limit:
-            child = node.children.get(self._key(tokens, start))
+            child = node.children.get(self._key(tokens, start, salt))
             if child is None:
                 break
             if child.fill_step == step:
@@ -91,7 +110,13 @@ class RadixTree:
         return Match(node, inside, pages, False)
 
     def insert(
-        self, node: Node, tokens: Int32Array, start: int, pages: list[int], step: int
+        self,
+        node: Node,
+        tokens: Int32Array,
+        start: int,
+        pages: list[int],
+        step: int,
+        salt: bytes = b"",
     ) -> tuple[Node, int]:
         """Add `pages` for the tokens after page `start`, where `node` ends.
 
@@ -99,18 +124,19 @@ class RadixTree:
         ids: those of the caller stay the caller's). `step` is the last step that writes the pages.
         """
         end = start + len(pages)
-        found = self.match(node, tokens, start, end, -1)
+        found = self.match(node, tokens, start, end, -1, salt)
         known = len(found.pages)
         last = self._end_at(found.node, found.inside)
         if known == len(pages):
             return last, known
         child = Node(
             last,
+            self._key(tokens, start + known, salt),
             tokens[(start + known) * self.page_size : end * self.page_size].copy(),
             pages[known:],
             step,
         )
-        last.children[self._key(tokens, start + known)] = child
+        last.children[child.key] = child
         self.num_pages += len(child.pages)
         self.num_evictable += len(child.pages)
         self._touch(child)
@@ -173,14 +199,19 @@ class RadixTree:
             assert node.pages, "a node without pages"
             assert len(node.tokens) == len(node.pages) * self.page_size, "a partial page in a node"
             assert node.parent is not None
-            assert node.parent.children.get(self._key(node.tokens, 0)) is node, "a wrong child key"
+            assert node.parent.children.get(node.key) is node, "a wrong child key"
+            assert node.key.endswith(self._key(node.tokens, 0, b"")), "a key of other tokens"
+            assert node.parent is self.root or len(node.key) == 4 * self.page_size
             assert node.parent is self.root or node.parent.refs >= node.refs
         waiting = {id(node) for used, _, node in self._heap if node.last_used == used}
         for node in nodes:
             assert node.refs or node.children or id(node) in waiting, "a leaf that eviction misses"
 
-    def _key(self, tokens: Int32Array, page: int) -> bytes:
-        return tokens[page * self.page_size : (page + 1) * self.page_size].tobytes()
+    def _key(self, tokens: Int32Array, page: int, salt: bytes) -> bytes:
+        """The ids of a page, behind the salt if it is the first: all ids take the same room, so
+        that no salt can be taken for ids."""
+        ids = tokens[page * self.page_size : (page + 1) * self.page_size].tobytes()
+        return ids if page else salt + ids
 
     def _common_pages(self, child: Node, tokens: Int32Array, start: int, limit: int) -> int:
         pages = min(len(child.pages), limit - start)
@@ -197,10 +228,11 @@ class RadixTree:
         assert node.parent is not None
         assert 0 < at < len(node.pages)
         cut = at * self.page_size
-        upper = Node(node.parent, node.tokens[:cut], node.pages[:at], node.fill_step)
+        upper = Node(node.parent, node.key, node.tokens[:cut], node.pages[:at], node.fill_step)
         upper.refs, upper.last_used, upper.last_step = node.refs, node.last_used, node.last_step
-        node.parent.children[self._key(node.tokens, 0)] = upper
-        upper.children[self._key(node.tokens, at)] = node
+        node.parent.children[node.key] = upper
+        node.key = self._key(node.tokens, at, b"")
+        upper.children[node.key] = node
         node.parent, node.tokens, node.pages = upper, node.tokens[cut:], node.pages[at:]
         return upper
 
@@ -216,7 +248,7 @@ class RadixTree:
             return
         parent = node.parent
         assert parent is not None
-        del parent.children[self._key(node.tokens, 0)]
+        del parent.children[node.key]
         node.pages = []
         if parent is not self.root:
             self._offer(parent)

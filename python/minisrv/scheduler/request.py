@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from minisrv.engine.forward_batch import Logprobs
 from minisrv.kvcache.manager import Lease
-from minisrv.messages import Finish, Start, TokenLogprobs
+from minisrv.messages import Finish, ShownPrompt, Start, TokenLogprobs
 from minisrv.sampling_params import SamplingParams
 from minisrv.structured_output.matcher import Matcher
 
@@ -47,6 +47,8 @@ class Request:
     max_tokens: int
     eos_ids: frozenset[int]
     parts: int = 0
+    shown_prompt: ShownPrompt | None = None
+    salt: bytes = b""
     prefill_ids: Int32Array = field(init=False)
     output_ids: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
@@ -150,6 +152,7 @@ class Request:
             prompt_ids=self.prompt_ids if self.sampling.echo else None,
             prompt_logprobs=self._prompt_logprobs(),
             logprobs=self.sampling.logprobs is not None,
+            shown_prompt=None if self.choice else self.shown_prompt,
         )
 
     def _prompt_logprobs(self) -> TokenLogprobs | None:

@@ -112,6 +112,8 @@ class Scheduler:
                 max_tokens=max_tokens,
                 eos_ids=self._eos_ids,
                 parts=message.parts,
+                shown_prompt=message.shown_prompt,
+                salt=message.cache_salt.encode(),
                 arrived_at=self.now,
             )
             self._requests[request.uid] = request
@@ -295,7 +297,7 @@ class Scheduler:
         ids = request.all_ids() if request.output_ids else request.prompt_ids
         cached, evictable, pending = 0, 0, False
         if not request.scores_prompt:
-            cached, evictable, pending = self.cache.peek(ids, step_id)
+            cached, evictable, pending = self.cache.peek(ids, step_id, request.salt)
         promised = sum(
             self.cache.pages_for(len(r.prefill_ids)) - len(r.lease.pages)
             for r in self.running
@@ -306,7 +308,7 @@ class Scheduler:
             return False
         self.waiting.remove(request)
         request.prefill_ids, request.computed = ids, 0
-        request.lease = self.cache.open()
+        request.lease = self.cache.open(request.salt)
         request.status = Status.RUNNING
         request.bypassed = 0
         if request.admitted_at is None:

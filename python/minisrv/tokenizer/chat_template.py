@@ -21,6 +21,8 @@ from minisrv.errors import ConfigError, InvalidRequestError
 
 MAX_PROMPT_CHARS = 2**25
 _MAX_ERROR_CHARS = 500
+# Characters for private use, which no template looks for.
+_MARK = "\uf8ff\ue000\uf8ff "
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 Messages = Sequence[Mapping[str, Any]]
@@ -47,24 +49,31 @@ class ChatTemplate:
         template_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> str:
         """The prompt text. `template_kwargs` are more variables for the template.
+
+        continue_final_message: end it where the content of the last message ends.
 
         A null field of a message counts as absent. The role `developer` becomes `system` for a
         template that does not know it. Raises InvalidRequestError when there is no template, and
         with the template's own words when it refuses the messages or fails on them.
         """
         name = self._select(tools)
+        prepared = [self._prepare(message, name) for message in messages]
+        if continue_final_message:
+            prepared[-1] = _marked(prepared[-1])
         variables = {
             **self._special_tokens,
             **(template_kwargs or {}),
-            "messages": [self._prepare(message, name) for message in messages],
+            "messages": prepared,
             "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return self._generate(name, variables)
+            text = self._generate(name, variables)
+            return _cut_at_mark(text) if continue_final_message else text
         except InvalidRequestError:
             raise
         except Exception as error:  # a template can raise anything that Python can
@@ -107,6 +116,26 @@ class ChatTemplate:
         if reasoning is not None:
             prepared = {"thinking": reasoning, **prepared, "reasoning_content": reasoning}
         return prepared
+
+
+def _marked(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with a mark where it is to be continued."""
+    if not isinstance(message.get("content"), str):
+        raise InvalidRequestError(
+            "continue_final_message needs a last message with content", param="messages"
+        )
+    return {**message, "content": message["content"] + _MARK}
+
+
+def _cut_at_mark(text: str) -> str:
+    """The text before the mark. A template that strips the mark's space strips contents."""
+    at = text.rfind(_MARK.rstrip())
+    if at < 0:
+        raise InvalidRequestError(
+            "the chat template does not show the last message, so it cannot be continued",
+            param="continue_final_message",
+        )
+    return text[:at] if text.startswith(_MARK, at) else text[:at].rstrip()
 
 
 def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:

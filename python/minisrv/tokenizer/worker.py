@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from minisrv.chat_format import find_chat_format
 from minisrv.errors import InvalidRequestError, MinisrvError
@@ -21,6 +22,7 @@ from minisrv.messages import (
     FlushMsg,
     GenerateMsg,
     Parts,
+    ShownPrompt,
     TokenizeMsg,
     TokenizerQuery,
     UserReply,
@@ -28,7 +30,7 @@ from minisrv.messages import (
 )
 from minisrv.sampling_params import SamplingParams
 from minisrv.structured_output.checker import GrammarChecker
-from minisrv.tokenizer.chat_template import ChatTemplate
+from minisrv.tokenizer.chat_template import ChatTemplate, Messages
 from minisrv.tokenizer.reply_grammar import ReplyGrammars
 
 logger = logging.getLogger("minisrv.tokenizer")
@@ -71,14 +73,17 @@ class TokenizerWorker:
         if not isinstance(message, TokenizeMsg):
             return [self._answer(message)]
         try:
-            prompt_ids, parts = self._prompt(message)
+            prompt_ids, text, parts = self._prompt(message)
             self._check(prompt_ids, message)
+            ids = np.asarray(prompt_ids, np.int32)
             return [
                 GenerateMsg(
                     uid=message.uid,
-                    prompt_ids=np.asarray(prompt_ids, np.int32),
+                    prompt_ids=ids,
                     sampling=self._sampling(message, parts),
                     parts=parts,
+                    shown_prompt=self._shown(message, ids, text),
+                    cache_salt=message.cache_salt,
                     epoch=self._epoch,
                 )
             ]
@@ -88,16 +93,39 @@ class TokenizerWorker:
             logger.exception("request uid=%d cannot be tokenized", message.uid)
             return [self._failure(message, MinisrvError("the prompt could not be tokenized"))]
 
-    def _prompt(self, message: TokenizeMsg) -> tuple[Sequence[int], Parts]:
-        """The ids, and what the reply may hold."""
+    def _prompt(self, message: TokenizeMsg) -> tuple[Sequence[int], str | None, Parts]:
+        """The ids, their text where there was one, and what the reply may hold."""
         if message.messages is None:
-            return self._prompt_ids(message), Parts(0)
-        text = self._template.render(message.messages, message.template_kwargs, message.tools)
+            text = message.prompt if isinstance(message.prompt, str) else None
+            return self._prompt_ids(message), text, Parts(0)
+        text = self._render(message, message.messages)
         parts = Parts.CALLS if message.tools else Parts(0)
         if message.split_thought:
-            parts |= self._thought_part(text)
+            continued = message.messages[-1]["content"] if message.continue_final_message else ""
+            parts |= self._thought_part(text, continued)
         # The template writes the special tokens itself: a second BOS would be wrong.
-        return self._encode(text, False, "messages"), parts
+        return self._encode(text, False, "messages"), text, parts
+
+    def _render(self, message: TokenizeMsg | EncodeMsg, messages: Messages) -> str:
+        return self._template.render(
+            messages,
+            message.template_kwargs,
+            message.tools,
+            add_generation_prompt=message.add_generation_prompt,
+            continue_final_message=message.continue_final_message,
+        )
+
+    def _shown(
+        self, message: TokenizeMsg, ids: npt.NDArray[np.int32], text: str | None
+    ) -> ShownPrompt | None:
+        if not message.show_prompt_ids and not message.show_prompt_text:
+            return None
+        if text is None and message.show_prompt_text:
+            text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        return ShownPrompt(
+            ids=ids if message.show_prompt_ids else None,
+            text=text if message.show_prompt_text else None,
+        )
 
     def _sampling(self, message: TokenizeMsg, parts: Parts) -> SamplingParams:
         """With the grammar that holds for all of the reply, checked."""
@@ -111,11 +139,17 @@ class TokenizerWorker:
         self._grammar_checker.check(grammar)
         return replace(message.sampling, grammar=grammar)
 
-    def _thought_part(self, prompt: str) -> Parts:
-        """Whether the reply begins in a thought, may begin with one, or has none."""
+    def _thought_part(self, prompt: str, continued: str) -> Parts:
+        """Whether the reply begins in a thought, may begin with one, or has none.
+
+        continued: the text that it goes on with, if it does.
+        """
         if self.chat_format.thought is None:
             return Parts(0)
         begin, end = self.chat_format.thought
+        if continued.strip():
+            is_open = continued.rfind(begin) > continued.rfind(end)
+            return Parts.OPEN_THOUGHT if is_open else Parts(0)
         written = prompt.rstrip()
         if written.endswith(begin):
             return Parts.OPEN_THOUGHT
@@ -135,12 +169,7 @@ class TokenizerWorker:
         if isinstance(message, EncodeMsg):
             text = message.prompt or ""
             if message.messages is not None:
-                text = self._template.render(
-                    message.messages,
-                    message.template_kwargs,
-                    message.tools,
-                    add_generation_prompt=message.add_generation_prompt,
-                )
+                text = self._render(message, message.messages)
             param = "prompt" if message.messages is None else "messages"
             ids = self._encode(text, message.add_special_tokens, param)
             return {"text": text, "ids": ids, "tokens": [self._tokenizer.token(id) for id in ids]}
