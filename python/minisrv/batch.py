@@ -13,9 +13,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -26,11 +25,11 @@ from minisrv.config import ServerConfig, parse_command_line
 from minisrv.errors import ConfigError, InvalidRequestError, MinisrvError
 
 if TYPE_CHECKING:
-    from minisrv.frontend.assistant_message import AssistantMessage
     from minisrv.frontend.generation import Generation
     from minisrv.frontend.model_info import ModelInfo
+    from minisrv.frontend.stream import ReplyHeader
     from minisrv.llm import LLM
-    from minisrv.llm_outputs import CompletionOutput, RequestOutput
+    from minisrv.llm_outputs import RequestOutput
     from minisrv.messages import GenerateMsg
 
 AT_ONCE = 1024
@@ -221,8 +220,6 @@ def _answers(
 def _answer_part(
     llm: LLM, model: ModelInfo, lines: list[Line], defaults: dict[str, Any]
 ) -> Iterator[tuple[str | int, dict[str, Any]]]:
-    from minisrv.frontend.assistant_message import AssistantMessage
-
     messages: list[GenerateMsg] = []
     owners: list[Line] = []
     missing: dict[int, int] = {}
@@ -248,9 +245,8 @@ def _answer_part(
         missing[line.index] -= 1
         if not missing[line.index]:
             ready = sorted(outputs.pop(line.index), key=lambda o: o.index)
-            calls, names = generations.pop(line.index).calls, llm.config.reasoning_fields
-            new_message = partial(AssistantMessage, calls, names)
-            yield line.key, _success(line, model, ready, new_message)
+            header = _header(line, model, llm.config, generations.pop(line.index))
+            yield line.key, _success(line, header, ready)
 
 
 def _read_generation(line: Line, model: ModelInfo, defaults: dict[str, Any]) -> Generation:
@@ -282,61 +278,49 @@ def _read_generation(line: Line, model: ModelInfo, defaults: dict[str, Any]) -> 
     return (read_chat if chat else read_completion)(fields, model)
 
 
-def _success(
-    line: Line,
-    model: ModelInfo,
-    outputs: list[RequestOutput],
-    new_message: Callable[[], AssistantMessage],
-) -> dict[str, Any]:
+def _header(
+    line: Line, model: ModelInfo, config: ServerConfig, generation: Generation
+) -> ReplyHeader:
+    from minisrv.frontend.fingerprint import fingerprint
+    from minisrv.frontend.stream import ReplyHeader
+
+    chat = not line.openai or line.value["url"] == _CHAT_URL
+    return ReplyHeader(
+        id=f"{'chatcmpl' if chat else 'cmpl'}-{_request_id(line)}",
+        chat=chat,
+        created=model.created,
+        model=model.name,
+        system_fingerprint=fingerprint(config),
+        choices_per_prompt=generation.sampling.n,
+        calls=generation.calls,
+        reasoning_fields=config.reasoning_fields,
+        echoed=generation.echoed,
+    )
+
+
+def _success(line: Line, header: ReplyHeader, outputs: list[RequestOutput]) -> dict[str, Any]:
+    """An OpenAI line gets the server's reply, another one its texts."""
+    from minisrv.frontend.stream import Usage, whole_reply
+
     choices = [choice for output in outputs for choice in output.outputs]
-    usage = _usage(outputs)
-    if not line.openai:
-        texts = [choice.text for choice in choices]
-        answer: dict[str, Any] = {"text": texts[0]} if len(texts) == 1 else {"texts": texts}
-        reasons = [choice.finish_reason for choice in choices]
-        answer["finish_reason"] = reasons[0] if len(reasons) == 1 else reasons
-        return {**_name(line), **answer, "usage": usage}
-    chat = line.value["url"] == _CHAT_URL
-    body = {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{_request_id(line)}",
-        "object": "chat.completion" if chat else "text_completion",
-        "created": model.created,
-        "model": model.name,
-        "choices": [
-            _choice(i, choice, new_message() if chat else None) for i, choice in enumerate(choices)
-        ],
-        "usage": usage,
+    for index, choice in enumerate(choices):
+        choice.event.index = index
+    body = whole_reply(header, [choice.event for choice in choices], Usage(header))
+    if line.openai:
+        return _openai_answer(line, 200, body)
+    answers: dict[str, list[Any]] = {
+        "text": [choice.text for choice in choices],
+        "finish_reason": [choice.finish_reason for choice in choices],
+        "logprobs": [choice["logprobs"] for choice in body["choices"]],
     }
-    return _openai_answer(line, 200, body)
-
-
-def _choice(
-    index: int, choice: CompletionOutput, message: AssistantMessage | None
-) -> dict[str, Any]:
-    from minisrv.frontend.events import Event
-    from minisrv.messages import Finish
-
-    content: dict[str, Any] = {"text": choice.text}
-    finish_reason = choice.finish_reason
-    if message is not None:
-        finish = Finish.LENGTH if finish_reason == "length" else Finish.STOP
-        event = Event(0, index, [choice.text], [choice.thought], finish=finish)
-        content = {"message": message.whole(event)}
-        if message.calls_tools(event):
-            finish_reason = "tool_calls"
-    ending = {"finish_reason": finish_reason, "stop_reason": choice.stop_reason}
-    return {"index": index, **content, "logprobs": None, **ending}
-
-
-def _usage(outputs: list[RequestOutput]) -> dict[str, Any]:
-    prompt = sum(output.usage.prompt_tokens for output in outputs)
-    completion = sum(output.usage.completion_tokens for output in outputs)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(o.cached_tokens for o in outputs)},
+    if len(choices) > 1:
+        answers["texts"] = answers.pop("text")
+    shown = {
+        name: values[0] if len(values) == 1 else values
+        for name, values in answers.items()
+        if any(value is not None for value in values)
     }
+    return {**_name(line), **shown, "usage": body["usage"]}
 
 
 def _failure(line: Line, error: MinisrvError) -> dict[str, Any]:

@@ -174,7 +174,8 @@ class LLM:
             while run.num_open or self._loop.busy:
                 with _interrupt_later():
                     self._loop.turn()
-                yield from self._take(run)
+                    ended = list(self._take(run))
+                yield from ended
         finally:
             with _interrupt_later():
                 self._drop(run)

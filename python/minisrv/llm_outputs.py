@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from minisrv.errors import InvalidRequestError, MinisrvError
+from minisrv.frontend.events import Event
 from minisrv.messages import (
     DetokenizeMsg,
     Failure,
@@ -42,7 +43,7 @@ class CompletionOutput:
     """One choice. finish_reason: stop or length. stop_reason: the stop string or token id.
 
     thought: what the model thought, for a request with `split_thought`. logprobs: of `token_ids`,
-    for a request that asks for them.
+    for a request that asks for them. event: the same as the server's frontend has it.
     The end-of-text token and stop tokens count in `token_ids` and are not in `text`.
     """
 
@@ -53,6 +54,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    event: Event = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +109,10 @@ class Run:
         output = RequestOutput(
             index=index,
             prompt_token_ids=message.prompt_ids.tolist(),
-            outputs=[CompletionOutput(index=choice) for choice in range(message.sampling.n)],
+            outputs=[
+                CompletionOutput(index=choice, event=Event(message.uid + choice, choice))
+                for choice in range(message.sampling.n)
+            ],
         )
         for choice in output.outputs:
             self.choices[message.uid + choice.index] = (output, choice)
@@ -117,6 +122,7 @@ class Run:
         for start in message.starts:
             if start.uid in self.choices:
                 output, choice = self.choices[start.uid]
+                choice.event.start = start
                 if choice.index == 0:
                     output.cached_tokens = start.cached_tokens
                     if start.prompt_logprobs is not None:
@@ -138,7 +144,16 @@ class Run:
                 raise error_of(failure)
         for thought in reply.thoughts:
             if thought.uid in self.choices:
-                self.choices[thought.uid][1].thought += thought.text
+                choice = self.choices[thought.uid][1]
+                choice.thought += thought.text
+                choice.event.thoughts.append(thought.text)
+                choice.event.reasoning_tokens = thought.tokens
+        for echo in reply.echoes:
+            if echo.uid in self.choices:
+                self.choices[echo.uid][1].event.echo = echo
+        for scores in reply.scores:
+            if scores.uid in self.choices:
+                self.choices[scores.uid][1].event.scores += scores.tokens
         columns = zip(
             reply.uids.tolist(),
             reply.texts,
@@ -152,12 +167,15 @@ class Run:
                 continue
             output, choice = self.choices[uid]
             choice.text += text
+            choice.event.deltas.append(text)
+            choice.event.output_tokens = num_tokens
             if not finish:
                 continue
             del choice.token_ids[num_tokens:]
             del choice.logprobs[num_tokens:]
             choice.finish_reason = _FINISH_REASONS[Finish(finish)]
-            choice.stop_reason = stop_reason
+            choice.stop_reason = choice.event.stop_reason = stop_reason
+            choice.event.finish = Finish(finish)
             del self.choices[uid]
             self._missing[output.index] -= 1
             if not self._missing[output.index]:

@@ -96,6 +96,26 @@ def test_openai_lines_get_openai_answers(model_dir: Path, tmp_path: Path) -> Non
     assert [answers[i]["status_code"] for i in "abcd"] == [200, 200, 400, 404]
 
 
+def test_log_probabilities_and_echoes_are_answered(model_dir: Path, tmp_path: Path) -> None:
+    scored = {"prompt": ["one", "two"], "max_tokens": 2, "echo": True, "logprobs": 1, "n": 2}
+    lines = [
+        {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": scored},
+        {"prompt": "three", "max_tokens": 3, "logprobs": True, "top_logprobs": 2},
+    ]
+    target = tmp_path / "out.jsonl"
+    assert batch.main(command(model_dir, write_lines(tmp_path / "in.jsonl", lines), target)) == 0
+    openai_answer, plain = sorted(read(target), key=lambda answer: "text" in answer)
+    body = openai_answer["response"]["body"]
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    for choice in body["choices"]:
+        assert choice["text"].startswith("one" if choice["index"] < 2 else "two")
+        assert choice["logprobs"]["token_logprobs"][0] is None
+        assert all(value <= 0 for value in choice["logprobs"]["token_logprobs"][1:])
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert len(plain["logprobs"]["content"]) == plain["usage"]["completion_tokens"]
+    assert all(len(token["top_logprobs"]) == 2 for token in plain["logprobs"]["content"])
+
+
 def test_text_lines_are_prompts(model_dir: Path, tmp_path: Path) -> None:
     source = tmp_path / "in.txt"
     source.write_text("alpha\n\nbeta \u4f60\n")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -20,6 +18,7 @@ from minisrv.frontend.admin import add_admin_routes
 from minisrv.frontend.body_fields import WARNINGS_HEADER, BodyFields
 from minisrv.frontend.chat import read_chat
 from minisrv.frontend.completions import read_completion
+from minisrv.frontend.fingerprint import fingerprint
 from minisrv.frontend.generation import Generation, model_not_found
 from minisrv.frontend.http_errors import RETRY_AFTER_S, add_error_handlers, error_body
 from minisrv.frontend.metrics import CONTENT_TYPE, ServerMetrics
@@ -151,7 +150,8 @@ def _add_generation_routes(
     registry: RequestRegistry,
     metrics: ServerMetrics,
 ) -> None:
-    fingerprint = _fingerprint(config)
+
+    system_fingerprint = fingerprint(config)
 
     async def generate(
         request: Request, table: Mapping[str, Field], read: Reader, chat: bool
@@ -167,11 +167,11 @@ def _add_generation_routes(
             chat=chat,
             created=int(time.time()),
             model=model.name,
-            system_fingerprint=fingerprint,
+            system_fingerprint=system_fingerprint,
             choices_per_prompt=generation.sampling.n,
             calls=generation.calls,
             reasoning_fields=config.reasoning_fields,
-            echoed=tuple(p if isinstance(p, str) else None for p in generation.prompts),
+            echoed=generation.echoed,
             returned=generation.returned,
         )
         timings = fields.get("timings", False)
@@ -200,10 +200,3 @@ def _model_body(model: ModelInfo) -> dict[str, Any]:
         "owned_by": "minisrv",
         "max_model_len": model.max_model_len,
     }
-
-
-def _fingerprint(config: ServerConfig) -> str:
-    """Changes with what may change the text of a request: version, weights and their arithmetic."""
-    names = ("model", "dtype", "device", "attention_backend", "load_format", "tp")
-    values = json.dumps([getattr(config, name) for name in names])
-    return f"minisrv-{VERSION}-{hashlib.sha256(values.encode()).hexdigest()[:8]}"

@@ -73,6 +73,11 @@ class Generation:
         """Choices of the reply; the uids of the request."""
         return self.num_prompts * self.sampling.n
 
+    @property
+    def echoed(self) -> tuple[str | None, ...]:
+        """The prompts as they were sent, None for token ids."""
+        return tuple(prompt if isinstance(prompt, str) else None for prompt in self.prompts)
+
     def check_fits(self, max_open_requests: int) -> None:
         """Raise InvalidRequestError if even an idle server could not take so many choices."""
         if self.num_choices > max_open_requests:
