@@ -20,7 +20,8 @@ from minisrv.errors import (
     RequestFailedError,
 )
 from minisrv.frontend.events import Event
-from minisrv.frontend.request_registry import RequestAborted, RequestRegistry
+from minisrv.frontend.open_request import RequestAborted
+from minisrv.frontend.request_registry import RequestRegistry
 from minisrv.messages import AbortMsg, Failure, Finish, TokenizeMsg, failure_reply
 from minisrv.sampling_params import SamplingParams
 

@@ -7,18 +7,17 @@ limit on open requests is a limit on the work behind.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from minisrv.config import ServerConfig
 from minisrv.errors import MinisrvError, NotReadyError, OverloadedError
 from minisrv.frontend.events import Event, failure_error
 from minisrv.frontend.model_info import ModelInfo
+from minisrv.frontend.open_request import OpenRequest, RequestAborted
 from minisrv.frontend.queries import Queries
 from minisrv.frontend.server_state import Dead, Ready, Starting, State
 from minisrv.messages import (
@@ -37,83 +36,6 @@ logger = logging.getLogger("minisrv.frontend")
 Send = Callable[[int, TokenizeMsg | AbortMsg | Query], None]
 
 
-class RequestAborted(Exception):
-    """The request was aborted while its reader waited."""
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    """live: uids without a final. tokenizers: which one each sent uid went to.
-
-    changed: something waits for the reader. silence: the timer that ends a wait without anything.
-    cancelled: why the reader, which still has to take it, gets nothing more.
-    """
-
-    base: int
-    live: set[int]
-    request_id: str = ""
-    tokenizers: dict[int, int] = field(default_factory=dict)
-    pending: dict[int, Event] = field(default_factory=dict)
-    changed: bool = False
-    waiter: asyncio.Future[None] | None = None
-    silence: asyncio.TimerHandle | None = None
-    wants_deltas: bool = True
-    failed: bool = False
-    aborted: bool = False
-    cancelled: MinisrvError | None = None
-
-    def event(self, uid: int) -> Event:
-        event = self.pending.get(uid)
-        if event is None:
-            event = self.pending[uid] = Event(uid, uid - self.base)
-        return event
-
-    @property
-    def settled(self) -> bool:
-        """Nothing more will come that a reader of whole texts waits for."""
-        return self.aborted or self.failed or not self.live
-
-    def wake_reader(self) -> None:
-        if self.wants_deltas or self.settled:
-            self.change()
-
-    def change(self) -> None:
-        self.changed = True
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
-
-    async def wait(self) -> None:
-        """Until `change`. A bare future: this is awaited for every token of every stream."""
-        if not self.changed:
-            self.waiter = asyncio.get_running_loop().create_future()
-            await self.waiter
-
-    def end_silence(self, after_s: float) -> None:
-        """See to it that a wait ends at most `after_s` from now: one timer for many waits."""
-
-        def end() -> None:
-            self.silence = None
-            self.change()
-
-        if self.silence is None:
-            self.silence = asyncio.get_running_loop().call_later(after_s, end)
-
-    def close(self) -> None:
-        self.aborted = True
-        self.pending.clear()
-        self.change()
-        if self.silence is not None:
-            self.silence.cancel()
-
-    def take(self) -> list[Event]:
-        if self.aborted:
-            raise self.cancelled or RequestAborted
-        self.changed = False
-        events = list(self.pending.values())
-        self.pending.clear()
-        return events
-
-
 class RequestRegistry:
     """Routes replies to the requests they belong to. All methods belong to one event loop."""
 
@@ -128,8 +50,8 @@ class RequestRegistry:
         self._next_uid = 1
         self._next_tokenizer = 0
         self._send: Send | None = None
-        self._requests: dict[int, _Request] = {}
-        self._owners: dict[int, _Request] = {}
+        self._requests: dict[int, OpenRequest] = {}
+        self._owners: dict[int, OpenRequest] = {}
 
     def connect(self, send: Send) -> None:
         """Send messages by `send(tokenizer_index, message)` from now on."""
@@ -178,7 +100,7 @@ class RequestRegistry:
             )
         base = self._next_uid
         self._next_uid += n
-        request = _Request(base, set(range(base, base + n)), request_id)
+        request = OpenRequest(base, set(range(base, base + n)), request_id)
         self._requests[base] = request
         self._owners.update(dict.fromkeys(request.live, request))
         return base
@@ -218,7 +140,7 @@ class RequestRegistry:
 
     def deliver(self, reply: UserReply) -> None:
         """Give every column of `reply` to its request; what belongs to no open uid is dropped."""
-        touched: dict[int, _Request] = {}
+        touched: dict[int, OpenRequest] = {}
         for start in reply.starts:
             if (request := self._owners.get(start.uid)) is not None:
                 event = request.event(start.uid)
@@ -244,7 +166,7 @@ class RequestRegistry:
                 self._fail(request, failure)
                 touched[request.base] = request
         for request in touched.values():
-            _settle(request)
+            request.end_delivery()
 
     def fail_all(self, error: MinisrvError) -> None:
         """Fail every open request with `error`, and every later one. The first error stays."""
@@ -319,7 +241,7 @@ class RequestRegistry:
             self._stop(request)
         return len(matching)
 
-    def _stop(self, request: _Request) -> bool:
+    def _stop(self, request: OpenRequest) -> bool:
         """Whether anything still ran, and was not stopped already."""
         if request.aborted:
             return False
@@ -341,7 +263,7 @@ class RequestRegistry:
         self._next_tokenizer = (index + 1) % self._num_tokenizers
         return index
 
-    def _deliver_columns(self, reply: UserReply, touched: dict[int, _Request]) -> None:
+    def _deliver_columns(self, reply: UserReply, touched: dict[int, OpenRequest]) -> None:
         columns = zip(
             reply.uids.tolist(),
             reply.texts,
@@ -361,7 +283,7 @@ class RequestRegistry:
             touched[request.base] = request
 
     def _finish(
-        self, request: _Request, event: Event, finish: Finish, stop_reason: str | int | None
+        self, request: OpenRequest, event: Event, finish: Finish, stop_reason: str | int | None
     ) -> None:
         if finish is Finish.ABORT:
             error = MinisrvError("the request was aborted by the server", code="request_aborted")
@@ -372,26 +294,18 @@ class RequestRegistry:
         event.stop_reason = stop_reason
         self._release(request, event.uid)
 
-    def _fail(self, request: _Request, failure: Failure) -> None:
+    def _fail(self, request: OpenRequest, failure: Failure) -> None:
         request.event(failure.uid).failure = failure
         request.failed = True
         self._release(request, failure.uid)
 
-    def _release(self, request: _Request, uid: int) -> None:
+    def _release(self, request: OpenRequest, uid: int) -> None:
         request.live.discard(uid)
         del self._owners[uid]
 
-    def _reading(self, base: int, *, wants_deltas: bool) -> _Request:
+    def _reading(self, base: int, *, wants_deltas: bool) -> OpenRequest:
         request = self._requests.get(base)
         if request is None:
             raise RequestAborted
         request.wants_deltas = wants_deltas
         return request
-
-
-def _settle(request: _Request) -> None:
-    """After a delivery: nobody reads an aborted request, a waiting reader gets its turn."""
-    if request.aborted:
-        request.pending.clear()
-    else:
-        request.wake_reader()

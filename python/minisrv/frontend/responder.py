@@ -20,9 +20,10 @@ from minisrv.frontend.events import Event
 from minisrv.frontend.generation import Generation
 from minisrv.frontend.http_errors import error_body
 from minisrv.frontend.metrics import ServerMetrics
+from minisrv.frontend.open_request import RequestAborted
 from minisrv.frontend.request_context import CLIENT_GONE, RequestContext
 from minisrv.frontend.request_figures import RequestFigures
-from minisrv.frontend.request_registry import RequestAborted, RequestRegistry
+from minisrv.frontend.request_registry import RequestRegistry
 from minisrv.frontend.stream import (
     DONE,
     PING,

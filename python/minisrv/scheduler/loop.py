@@ -22,8 +22,9 @@ from minisrv.messages import (
 from minisrv.scheduler.batch_builder import BatchBuilder
 from minisrv.scheduler.channel import LocalChannel, ZmqChannel
 from minisrv.scheduler.grammars import Grammars
+from minisrv.scheduler.replies import Replies
 from minisrv.scheduler.request import Request
-from minisrv.scheduler.scheduler import Replies, Scheduler
+from minisrv.scheduler.scheduler import Scheduler
 from minisrv.scheduler.stats import LoopStats
 from minisrv.scheduler.step import Step
 from minisrv.structured_output.compiler import GrammarCompiler

@@ -9,42 +9,19 @@ step in flight still uses, or retract the newest request, which continues later.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 
 from minisrv.engine.forward_batch import Logprobs
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.kvcache.manager import KVCacheManager
-from minisrv.messages import Failure, Finish, GenerateMsg, Start, TokenLogprobs
+from minisrv.messages import Failure, Finish, GenerateMsg
 from minisrv.scheduler.logprobs import take_logprobs
+from minisrv.scheduler.replies import Replies
 from minisrv.scheduler.request import Request, Status
 from minisrv.scheduler.step import Chunk, Step
 from minisrv.scheduler.waiting_queue import WaitingQueue
 from minisrv.structured_output.matcher import Matcher
 
 MAX_BYPASSES = 64
-
-
-@dataclass(slots=True)
-class Replies:
-    """What has to be told: one row a token or end, `starts` for new requests, refusals."""
-
-    uids: list[int] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    finishes: list[Finish] = field(default_factory=list)
-    starts: list[Start] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-
-    def add(self, request: Request, token_id: int, finish: Finish, now: float) -> None:
-        """Tell of one token, or with ABORT of an end without one."""
-        if not request.started:
-            self.starts.append(request.start(now))
-        self.uids.append(request.uid)
-        self.token_ids.append(token_id)
-        self.finishes.append(finish)
-
-    def __bool__(self) -> bool:
-        return bool(self.uids or self.failures)
 
 
 class Scheduler:

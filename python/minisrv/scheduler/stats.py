@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from minisrv.messages import Finish, StatsMsg
 from minisrv.metrics import SECONDS, TOKENS, HistogramCounter
-from minisrv.scheduler.scheduler import Replies, Scheduler
+from minisrv.scheduler.replies import Replies
+from minisrv.scheduler.scheduler import Scheduler
 from minisrv.scheduler.step import Step
 
 PERIOD_S = 0.5

@@ -1,0 +1,31 @@
+"""What the scheduler has to tell: tokens, ends and refusals, until the loop takes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from minisrv.messages import Failure, Finish, Start, TokenLogprobs
+from minisrv.scheduler.request import Request
+
+
+@dataclass(slots=True)
+class Replies:
+    """What has to be told: one row a token or end, `starts` for new requests, refusals."""
+
+    uids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finishes: list[Finish] = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def add(self, request: Request, token_id: int, finish: Finish, now: float) -> None:
+        """Tell of one token, or with ABORT of an end without one."""
+        if not request.started:
+            self.starts.append(request.start(now))
+        self.uids.append(request.uid)
+        self.token_ids.append(token_id)
+        self.finishes.append(finish)
+
+    def __bool__(self) -> bool:
+        return bool(self.uids or self.failures)
