@@ -26,12 +26,14 @@ from minisrv.messages import (
     SCHEDULER_INBOX,
     TOKENIZER_INBOX,
     AbortMsg,
+    AnswerMsg,
     DetokenizeMsg,
     Finish,
     GenerateMsg,
     Start,
     TokenizeMsg,
     TokenLogprobs,
+    TokenizerQuery,
     UserReply,
 )
 from minisrv.sampling_params import Grammar
@@ -116,13 +118,15 @@ class PlayedModel:
         self._tasks: set[asyncio.Task[None]] = set()
         registry.connect(self.send)
 
-    def send(self, tokenizer_index: int, message: TokenizeMsg | AbortMsg) -> None:
+    def send(self, tokenizer_index: int, message: TokenizeMsg | AbortMsg | TokenizerQuery) -> None:
         message = decode(encode(message), TOKENIZER_INBOX)  # type: ignore[assignment]
         if isinstance(message, AbortMsg):
             return
         for outgoing in self._tokenizer_worker.handle(message):
             if isinstance(outgoing, UserReply):
                 self._registry.deliver(outgoing)
+            elif isinstance(outgoing, AnswerMsg):
+                self._registry.receive(outgoing)
             elif isinstance(outgoing, GenerateMsg):
                 self.messages.append(decode(encode(outgoing), SCHEDULER_INBOX))  # type: ignore[arg-type]
                 self.prompts.append(self.tokenizer.decode(outgoing.prompt_ids.tolist(), False))

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from minisrv.config import ServerConfig
 from minisrv.frontend.access import AccessMiddleware, Keys
 from minisrv.frontend.admin import add_admin_routes
+from minisrv.frontend.anthropic_messages.route import add_messages_routes
 from minisrv.frontend.body_fields import WARNINGS_HEADER, BodyFields
 from minisrv.frontend.chat import read_chat
 from minisrv.frontend.completions import read_completion
@@ -75,6 +76,7 @@ def create_app(
     body_fields = BodyFields(config.max_body_bytes, unknown_fields)
     _add_generation_routes(app, config, body_fields, registry, metrics)
     add_native_route(app, config.max_open_requests, body_fields, registry, metrics)
+    add_messages_routes(app, body_fields, registry, metrics)
     add_token_routes(app, body_fields, registry)
     add_admin_routes(app, config, VERSION, body_fields, registry)
     app.add_middleware(AccessMiddleware, keys=keys, public_metrics=config.public_metrics)

@@ -1,4 +1,7 @@
-"""Every failure leaves as OpenAI's error object, built here and nowhere else."""
+"""Every failure leaves as OpenAI's error object, built here and nowhere else.
+
+But for the routes under /v1/messages, which have Anthropic's.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,15 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from minisrv.errors import InvalidRequestError, MinisrvError, NotReadyError
+from minisrv.frontend.anthropic_messages.errors import messages_error, speaks_anthropic
 from minisrv.messages import Failure
 
 RETRY_AFTER_S = 1
+# Where a request's context stands in its scope.
+CONTEXT_KEY = "minisrv.request"
 
 ERROR_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -45,17 +52,35 @@ def error_body(error: MinisrvError | Failure) -> dict[str, Any]:
     }
 
 
+class ErrorResponse(Response):
+    """One failure, in the form of the route that it answers; a 503 says when to come back."""
+
+    def __init__(self, error: MinisrvError, headers: dict[str, str] | None = None) -> None:
+        headers = dict(headers or {})
+        if error.http_status == NotReadyError.http_status:
+            headers["Retry-After"] = str(RETRY_AFTER_S)
+        if error.code == "request_aborted":  # the clients try a 500 again
+            headers["X-Should-Retry"] = "false"
+        super().__init__(_json(error_body(error)), error.http_status, headers, "application/json")
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        if speaks_anthropic(scope["path"]):
+            body = messages_error(self._error, scope[CONTEXT_KEY].request_id)
+            self.body = _json(body)
+            self.headers["content-length"] = str(len(self.body))
+        await super().__call__(scope, receive, send)
+
+
 def error_response(error: MinisrvError, headers: dict[str, str] | None = None) -> Response:
-    """The whole response; a 503 says when to come back."""
-    headers = dict(headers or {})
-    if error.http_status == NotReadyError.http_status:
-        headers["Retry-After"] = str(RETRY_AFTER_S)
-    if error.code == "request_aborted":  # the openai clients try a 500 again
-        headers["X-Should-Retry"] = "false"
-    # ASCII alone: a message may quote what the client sent.
-    return Response(
-        json.dumps(error_body(error)), error.http_status, headers, media_type="application/json"
-    )
+    """The whole response."""
+    return ErrorResponse(error, headers)
+
+
+def _json(body: dict[str, Any]) -> bytes:
+    """In ASCII alone: a message may quote what the client sent."""
+    return json.dumps(body).encode()
 
 
 def add_error_handlers(app: FastAPI) -> None:

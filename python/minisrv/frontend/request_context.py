@@ -18,14 +18,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisrv import log
 from minisrv.errors import InvalidRequestError, MinisrvError
-from minisrv.frontend.http_errors import error_response
+from minisrv.frontend.anthropic_messages.errors import speaks_anthropic
+from minisrv.frontend.http_errors import CONTEXT_KEY, error_response
 from minisrv.frontend.metrics import ServerMetrics
 
 logger = logging.getLogger("minisrv.frontend")
 
 REQUEST_ID_HEADER = "X-Request-Id"
+ANTHROPIC_ID_HEADER = "Request-Id"
 CLIENT_GONE = 499
-_SCOPE_KEY = "minisrv.request"
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 
@@ -58,7 +59,7 @@ class RequestContext:
 
 def context_of(scope: Scope) -> RequestContext:
     """The context of the request that `scope` belongs to."""
-    context = scope[_SCOPE_KEY]
+    context = scope[CONTEXT_KEY]
     assert isinstance(context, RequestContext)
     return context
 
@@ -75,12 +76,15 @@ class RequestContextMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        context = scope[_SCOPE_KEY] = RequestContext(_read_id(Headers(scope=scope)))
+        context = scope[CONTEXT_KEY] = RequestContext(_read_id(Headers(scope=scope)))
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 context.status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = context.request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = context.request_id
+                if speaks_anthropic(scope["path"]):
+                    headers[ANTHROPIC_ID_HEADER] = context.request_id
             await send(message)
 
         try:

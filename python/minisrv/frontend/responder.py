@@ -141,7 +141,7 @@ class GenerationResponse(Response):
                 return await _send_last(send, data + timings + self._end())
             # An event may add nothing yet: its text is held back while it may begin a tool call.
             if data or not events:
-                await _send(send, data or PING)
+                await _send(send, data or self._ping())
             events = await self._registry.next_events(base, PING_S)
             self._take(events)
 
@@ -157,6 +157,10 @@ class GenerationResponse(Response):
     def _failed(self, error: MinisrvError) -> bytes:
         """What ends a stream that cannot go on."""
         return sse(error_body(error)) + DONE
+
+    def _ping(self) -> bytes:
+        """What keeps a silent stream open."""
+        return PING
 
     @cached_property
     def _stream(self) -> StreamReply:

@@ -114,6 +114,11 @@ class Usage:
         """Tokens of all choices."""
         return sum(self._outputs.values())
 
+    @property
+    def reasoning_tokens(self) -> int:
+        """Those of them that are thoughts."""
+        return sum(self._reasoning.values())
+
     def body(self) -> dict[str, Any]:
         """The `usage` object."""
         return {
@@ -121,7 +126,7 @@ class Usage:
             "completion_tokens": self.output_tokens,
             "total_tokens": self.prompt_tokens + self.output_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": sum(self._reasoning.values())},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
 
 
