@@ -15,7 +15,9 @@ def request_body(table: Mapping[str, Field]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def errors(
+    *statuses: int, schema: dict[str, Any] = ERROR_SCHEMA
+) -> dict[int | str, dict[str, Any]]:
     """Statuses that come with an error object."""
-    content = {"application/json": {"schema": ERROR_SCHEMA}}
+    content = {"application/json": {"schema": schema}}
     return {status: {"description": "Error", "content": content} for status in statuses}

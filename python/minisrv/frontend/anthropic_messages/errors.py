@@ -8,6 +8,20 @@ from minisrv.errors import MinisrvError
 
 PATH = "/v1/messages"
 
+ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["type", "error", "request_id"],
+    "properties": {
+        "type": {"type": "string", "enum": ["error"]},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+        "request_id": {"type": "string"},
+    },
+}
+
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -23,7 +37,7 @@ def speaks_anthropic(path: str) -> bool:
     return path == PATH or path.startswith(PATH + "/")
 
 
-def messages_error(error: MinisrvError, request_id: str | None) -> dict[str, Any]:
+def messages_error(error: MinisrvError, request_id: str) -> dict[str, Any]:
     """The body, or the data of a stream's last event; it names the field in the message."""
     status = error.http_status
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")

@@ -7,7 +7,7 @@ import time
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
-from minisrv.frontend.anthropic_messages.errors import PATH
+from minisrv.frontend.anthropic_messages.errors import ERROR_SCHEMA, PATH
 from minisrv.frontend.anthropic_messages.fields import COUNT_FIELDS, MESSAGES_FIELDS
 from minisrv.frontend.anthropic_messages.reading import (
     read_message_request,
@@ -28,7 +28,7 @@ def add_messages_routes(
     app: FastAPI, body_fields: BodyFields, registry: RequestRegistry, metrics: ServerMetrics
 ) -> None:
     """The two routes."""
-    statuses = errors(400, 401, 404, 408, 413, 415, 500, 503)
+    statuses = errors(400, 401, 404, 408, 413, 415, 500, 503, schema=ERROR_SCHEMA)
 
     @app.post(PATH, openapi_extra=request_body(MESSAGES_FIELDS), responses=statuses)
     async def create_message(request: Request) -> Response:
