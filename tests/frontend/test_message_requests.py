@@ -12,6 +12,8 @@ from anthropic.types import message_count_tokens_params, message_create_params
 from anthropic.types.beta import message_create_params as beta_create_params
 from anthropic.types.shared import ErrorResponse
 from http_server import HttpServer, serve
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from played_model import TEMPLATES, PlayedModel
 
 from minisrv.frontend.anthropic_messages.fields import COUNT_FIELDS, MESSAGES_FIELDS
@@ -412,3 +414,38 @@ def test_keys_limits_and_the_start_answer_in_the_same_form() -> None:
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     with serve() as server:
         assert "type" not in server.chat(model="other").json()
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 5)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(["hi", "user", "assistant", "text", "tool_use", "tool_result", "thinking"])
+    | st.sampled_from(["auto", "any", "tool", "enabled", "json_schema", "add", "custom"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text"]), inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["id", "name", "input", "input_schema"]), inner)
+        | st.dictionaries(st.sampled_from(["type", "edits", "format", "schema", "keep"]), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@given(
+    path=st.sampled_from([PATH, COUNT]),
+    body=st.dictionaries(st.sampled_from(sorted(MESSAGES_FIELDS)), VALUES, max_size=4),
+    blocks=st.lists(st.fixed_dictionaries({"type": st.just("tool_result")}) | VALUES, max_size=3),
+    own=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_json_gets_a_2xx_or_a_4xx(
+    hermes: HttpServer, path: str, body: dict[str, Any], blocks: list[Any], own: bool
+) -> None:
+    hermes.backend.text = "Hello"  # type: ignore[attr-defined]
+    messages = [*HI, {"role": "assistant", "content": blocks}] if own else HI
+    response = hermes.http.post(path, json={"messages": messages, "max_tokens": 9, **body})
+    assert response.status_code == 200 or 400 <= response.status_code < 500, response.text
+    if response.status_code == 400:
+        error_of(response)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from minisrv.errors import MinisrvError
@@ -22,6 +23,10 @@ ERROR_SCHEMA: dict[str, Any] = {
     },
 }
 
+# What the tokenizer says of a prompt that does not fit.
+_LENGTHS = re.compile(
+    r"context length is (\d+) tokens\..* \((\d+) in the \w+, (\d+) in the completion\)"
+)
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -49,8 +54,22 @@ def messages_error(error: MinisrvError, request_id: str) -> dict[str, Any]:
 
 
 def _message(error: MinisrvError) -> str:
-    if error.code == "context_length_exceeded":  # agents look for these words, and shorten it
-        return f"prompt is too long: {error.message}"
+    if error.code == "context_length_exceeded":
+        return _length_message(error.message)
     if error.param is not None and error.param not in error.message:
         return f"{error.param}: {error.message}"
     return error.message
+
+
+def _length_message(message: str) -> str:
+    """In the words that agents look for, to send less of the one or the other."""
+    lengths = _LENGTHS.search(message)
+    if lengths is None:
+        return f"prompt is too long: {message}"
+    limit, num_prompt, num_output = map(int, lengths.groups())
+    if num_prompt >= limit:
+        return f"prompt is too long: {num_prompt} tokens > {limit - 1} maximum"
+    return (
+        f"input length and `max_tokens` exceed context limit: {num_prompt} + {num_output} > "
+        f"{limit}; send less of one of them"
+    )
