@@ -32,8 +32,8 @@ from minisrv.messages import (
     GenerateMsg,
     Start,
     TokenizeMsg,
-    TokenLogprobs,
     TokenizerQuery,
+    TokenLogprobs,
     UserReply,
 )
 from minisrv.sampling_params import Grammar

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -85,6 +87,18 @@ def test_every_field_of_the_client_is_in_the_tables() -> None:
         assert module.MessageCreateParamsBase.__annotations__.keys() <= MESSAGES_FIELDS.keys()
     count = message_count_tokens_params.MessageCountTokensParams.__annotations__.keys()
     assert count <= COUNT_FIELDS.keys()
+
+
+def test_the_page_has_every_field_and_no_other() -> None:
+    page = Path(__file__).parents[2] / "docs" / "api.md"
+    section = page.read_text().split("\n## Anthropic's messages\n")[1].split("\n## ")[0]
+    names = {
+        name
+        for line in section.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    }
+    assert names - {"standard"} == MESSAGES_FIELDS.keys()
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
@@ -176,6 +190,19 @@ def test_the_system_prompt_is_the_first_message(hermes: HttpServer, system: Any)
 )
 def test_turns_become_messages(hermes: HttpServer, messages: list[Any], shown: str) -> None:
     assert prompt(hermes, *messages) == f"{shown}<|assistant|>"
+
+
+def test_the_reply_goes_on_with_a_last_turn_of_the_assistant(hermes: HttpServer) -> None:
+    begun = [*HI, {"role": "assistant", "content": "The best is ("}]
+    shown = prompt(hermes, *begun)
+    assert shown == "<|user|>hi<|assistant|>The best is ("
+    counted = hermes.http.post(COUNT, json={"messages": begun}).json()["input_tokens"]
+    assert send(hermes, messages=begun).json()["usage"]["input_tokens"] == counted
+
+
+def test_a_salt_keeps_cached_prompts_apart(server: HttpServer) -> None:
+    send(server, cache_salt="mine")
+    assert server.backend.requests[-1].cache_salt == "mine"
 
 
 def test_a_result_has_id_and_name_of_its_call(server: HttpServer) -> None:
@@ -309,7 +336,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"messages": [turn("assistant", {"type": "server_tool_use"})]},
         "messages.0.content.0.type: .*'server_tool_use'",
     ),
-    ({"messages": [*HI, turn("assistant", "The")]}, "messages.1.role is assistant"),
+    ({"messages": [*HI, turn("assistant", "The", use())]}, "messages.1.content ends with a call"),
     ({"system": 5}, "system is 5"),
     ({"system": [{"type": "image"}]}, "system.0.type: .*'image'"),
     ({"temperature": 3}, "temperature is 3"),

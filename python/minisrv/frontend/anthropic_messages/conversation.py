@@ -40,6 +40,7 @@ _KINDS = {
 def chat_messages(system: Blocks | None, turns: list[dict[str, Any]]) -> list[ChatMessage]:
     """The messages. Turns of one role that follow each other are one turn, as at Anthropic.
 
+    If the last one is the assistant's, the reply is to go on with it.
     Raises InvalidRequestError naming the block.
     """
     if not turns:
@@ -49,13 +50,11 @@ def chat_messages(system: Blocks | None, turns: list[dict[str, Any]]) -> list[Ch
         conversation.add({"role": "system", "content": _text(system, "system")})
     for i, turn in enumerate(turns):
         conversation.read_turn(turn, f"messages.{i}.content")
-    if turns[-1]["role"] == "assistant":
-        path = f"messages.{len(turns) - 1}.role"
+    last = conversation.messages[-1]
+    if last["role"] == "assistant" and "tool_calls" in last:
+        path = f"messages.{len(turns) - 1}.content"
         raise InvalidRequestError(
-            f"{path} is assistant: this server does not go on with an assistant's turn; end with "
-            "one of the user",
-            param=path,
-            code="unsupported_parameter",
+            f"{path} ends with a call; send its result, or a turn of text to go on with", param=path
         )
     return conversation.messages
 

@@ -56,8 +56,10 @@ def messages_error(error: MinisrvError, request_id: str) -> dict[str, Any]:
 def _message(error: MinisrvError) -> str:
     if error.code == "context_length_exceeded":
         return _length_message(error.message)
-    if error.param is not None and error.param not in error.message:
-        return f"{error.param}: {error.message}"
+    # What a chat says by a field is here said by the last turn.
+    param = "messages" if error.param == "continue_final_message" else error.param
+    if param is not None and param not in error.message:
+        return f"{param}: {error.message}"
     return error.message
 
 

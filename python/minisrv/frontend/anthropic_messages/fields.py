@@ -76,6 +76,7 @@ _CONTEXT_MANAGEMENT: Schema = {"type": "object", "properties": {"edits": _BLOCKS
 EXTENSIONS = (
     *("min_p", "seed", "min_tokens", "ignore_eos", "stop_token_ids", "logit_bias"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "chat_template_kwargs"),
+    "cache_salt",
 )
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "stream")
 
@@ -90,7 +91,9 @@ def _unsupported(*neutral: object) -> Field:
 
 _PROMPT_FIELDS: dict[str, Field] = {
     "model": CHAT_FIELDS["model"],
-    "messages": honoured(array_of(_MESSAGE), "The conversation; it ends with a user's turn."),
+    "messages": honoured(
+        array_of(_MESSAGE), "The conversation; the reply goes on with a last turn of the assistant."
+    ),
     "system": honoured(any_of(STRING, _BLOCKS), "Text, or blocks of text."),
     "tools": honoured(array_of(_TOOL), "Tools of the client, with an input_schema."),
     "tool_choice": honoured(_TOOL_CHOICE, "auto, any, tool or none. Default: auto with tools."),

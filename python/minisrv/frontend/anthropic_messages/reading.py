@@ -56,6 +56,7 @@ def _chat_fields(fields: dict[str, Any], *, switches_thought: bool) -> dict[str,
     if "messages" not in fields:
         raise InvalidRequestError("messages is missing", param="messages")
     chat["messages"] = chat_messages(fields.get("system"), fields["messages"])
+    chat["continue_final_message"] = chat["messages"][-1]["role"] == "assistant"
     if "stop_sequences" in fields:
         chat["stop"] = fields["stop_sequences"]
     chat["tools"] = [_tool(tool, f"tools.{i}") for i, tool in enumerate(fields.get("tools", []))]

@@ -66,6 +66,8 @@ def add_messages_routes(
                 template_kwargs=generation.template_kwargs,
                 tools=generation.tools,
                 add_special_tokens=False,
+                add_generation_prompt=generation.add_generation_prompt,
+                continue_final_message=generation.continue_final_message,
                 epoch=registry.epoch,
             )
         )
