@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from anthropic import Anthropic
+from anthropic import Anthropic, AsyncAnthropic, beta_tool
 from anthropic.types import Message, RawMessageStreamEvent
 from http_server import HttpServer, serve
 from hypothesis import given, settings
@@ -307,6 +308,47 @@ def test_a_tool_loop_of_the_client_goes_back_through_the_template(
         '<|user|>hi<|assistant|><think>hm</think>Wait. CALL get_time {"zone": "UTC"}'
         "<|tool|>12:00<|user|>So?<|assistant|>"
     )
+
+
+def test_the_tool_runner_of_the_client_gives_up_threads_and_runs(
+    client: Anthropic, hermes: HttpServer
+) -> None:
+    def get_time(zone: str) -> str:
+        """Tell the time."""
+        hermes.backend.text = f"Noon in {zone}."  # type: ignore[attr-defined]
+        return "12:00"
+
+    hermes.backend.text = CALL  # type: ignore[attr-defined]
+    runner = client.beta.messages.tool_runner(
+        model="org/tiny", max_tokens=300, tools=[beta_tool(get_time)], messages=HI
+    )
+    (block,) = runner.until_done().content
+    assert block.type == "text"
+    assert block.text == "Noon in UTC."
+
+
+class Sum(BaseModel):
+    a: int
+
+
+def test_the_client_parses_an_output_format(client: Anthropic, hermes: HttpServer) -> None:
+    hermes.backend.text = '{"a": 3}'  # type: ignore[attr-defined]
+    message = client.messages.parse(
+        model="org/tiny", max_tokens=100, messages=HI, output_format=Sum
+    )
+    assert message.parsed_output == Sum(a=3)
+    assert hermes.backend.grammars[-1] is not None  # type: ignore[attr-defined]
+
+
+def test_the_async_client_streams(hermes: HttpServer) -> None:
+    async def text() -> str:
+        async with AsyncAnthropic(base_url=hermes.url, api_key="none", max_retries=0) as client:
+            stream = client.messages.stream(model="org/tiny", max_tokens=100, messages=HI)
+            async with stream as opened:
+                return "".join([piece async for piece in opened.text_stream])
+
+    hermes.backend.text = "Hello \U0001f600"  # type: ignore[attr-defined]
+    assert asyncio.run(text()) == "Hello \U0001f600"
 
 
 def test_what_the_cache_held_counts_apart(server: HttpServer) -> None:

@@ -77,7 +77,7 @@ def error_of(response: Any, kind: str = "invalid_request_error") -> str:
     error = ErrorResponse.model_validate_json(response.content, strict=True)
     assert error.error.type == kind
     assert not error.model_extra
-    assert not error.error.model_extra
+    assert (error.error.model_extra or {}).keys() <= {"details"}
     assert error.request_id == response.headers["request-id"] == response.headers["x-request-id"]
     return error.error.message
 

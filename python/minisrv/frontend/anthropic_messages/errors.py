@@ -35,6 +35,8 @@ _TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+# By it the package's tool runner knows to send the whole conversation instead.
+_NO_THREADS = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
 
 
 def speaks_anthropic(path: str) -> bool:
@@ -46,11 +48,10 @@ def messages_error(error: MinisrvError, request_id: str) -> dict[str, Any]:
     """The body, or the data of a stream's last event; it names the field in the message."""
     status = error.http_status
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return {
-        "type": "error",
-        "error": {"type": kind, "message": _message(error)},
-        "request_id": request_id,
-    }
+    told: dict[str, Any] = {"type": kind, "message": _message(error)}
+    if error.param == "thread":
+        told["details"] = _NO_THREADS
+    return {"type": "error", "error": told, "request_id": request_id}
 
 
 def _message(error: MinisrvError) -> str:

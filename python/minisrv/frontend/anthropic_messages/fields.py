@@ -125,7 +125,7 @@ MESSAGES_FIELDS: dict[str, Field] = {
     "billing_policy": _harmless(),
     "compaction": _unsupported(),
     "container": _unsupported(),
-    "diagnostics": _unsupported({}),
+    "diagnostics": _unsupported({}, {"previous_message_id": None}),
     "fallback_credit_token": _unsupported(),
     "fallbacks": _unsupported([]),
     "inference_geo": _unsupported(),
