@@ -227,7 +227,7 @@ def _answer_part(
     generations: dict[int, Generation] = {}
     for line in lines:
         try:
-            generation = _read_generation(line, model, defaults)
+            generation = _read_generation(line, model, defaults, llm.config)
             prepared = [
                 llm.prepare(replace(request, split_thought=line.openai))
                 for request in generation.tokenize_messages(0, 0)
@@ -249,11 +249,13 @@ def _answer_part(
             yield line.key, _success(line, header, ready)
 
 
-def _read_generation(line: Line, model: ModelInfo, defaults: dict[str, Any]) -> Generation:
+def _read_generation(
+    line: Line, model: ModelInfo, defaults: dict[str, Any], config: ServerConfig
+) -> Generation:
     """The request of a line, checked as HTTP does, unknown fields refused."""
     from minisrv.frontend.chat import read_chat
     from minisrv.frontend.completions import read_completion
-    from minisrv.frontend.openai_types import CHAT_FIELDS, COMPLETION_FIELDS, read_fields
+    from minisrv.frontend.openai_types import COMPLETION_FIELDS, chat_fields, read_fields
 
     if line.fault is not None:
         raise InvalidRequestError(line.fault)
@@ -269,7 +271,10 @@ def _read_generation(line: Line, model: ModelInfo, defaults: dict[str, Any]) -> 
     else:
         body.pop("id", None)
     chat = url == _CHAT_URL
-    fields, unknown = read_fields({**defaults, **body}, CHAT_FIELDS if chat else COMPLETION_FIELDS)
+    table = COMPLETION_FIELDS
+    if chat:
+        table = chat_fields(trust_template=config.trust_request_chat_template)
+    fields, unknown = read_fields({**defaults, **body}, table)
     if unknown:
         raise InvalidRequestError(f"unknown field {unknown[0]}", param=unknown[0])
     for name in _ONLINE_FIELDS:

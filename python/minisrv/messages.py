@@ -65,6 +65,7 @@ class TokenizeMsg:
     must_call: the reply must be a call of one of these tools; with `parallel_calls` maybe several.
     split_thought: whether a thought comes apart from the text.
     continue_final_message: the prompt ends where the content of the last message ends.
+    chat_template: a template's source, instead of the model's.
     show_prompt_ids, show_prompt_text: what the first `Start` has of the prompt.
     cache_salt: cached pages are shared among requests of the same salt alone.
     """
@@ -80,6 +81,7 @@ class TokenizeMsg:
     split_thought: bool = False
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template: str | None = None
     show_prompt_ids: bool = False
     show_prompt_text: bool = False
     cache_salt: str = ""
@@ -126,6 +128,7 @@ class EncodeMsg:
     add_special_tokens: bool
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template: str | None = None
     epoch: int = 0
 
 

@@ -202,3 +202,21 @@ def test_a_cache_salt_goes_with_the_request_to_the_cache(played: HttpServer, pat
         assert played.backend.messages[-1].cache_salt == salt  # type: ignore[attr-defined]
     for wrong in ("", "x" * 129, 5):
         assert post(played, path, cache_salt=wrong)["param"] == "cache_salt"
+
+
+def test_a_request_brings_a_template_only_to_a_server_that_trusts_it(played: HttpServer) -> None:
+    body = {"messages": HI, "chat_template": "{{ messages[0].content }}!"}
+    for path in (CHAT, "/apply_template", "/tokenize"):
+        error = played.http.post(path, json=body).json()["error"]
+        assert (error["param"], error["code"]) == ("chat_template", "unsupported_parameter")
+        assert "--trust-request-chat-template" in error["message"]
+    make = functools.partial(PlayedModel, template=TEMPLATES["hermes"])
+    with serve(make_backend=make, trust_request_chat_template=True) as server:
+        assert prompt_of(server, **body) == "hi!"
+        assert prompt_of(server, messages=HI) == "<|user|>hi<|assistant|>"
+        wrong = {"messages": HI, "chat_template": "{% if %}"}
+        response = server.http.post(CHAT, json=wrong)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "chat_template")
+        assert post(server, CHAT, chat_template="x")["param"] == "chat_template"
+        schema = server.app.openapi()["paths"][CHAT]["post"]["requestBody"]
+        assert "chat_template" in json.dumps(schema)

@@ -56,6 +56,7 @@ class Generation:
     tools: tuple[dict[str, Any], ...] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template: str | None = None
     calls: CallReading | None = None
     must_call: tuple[str, ...] = ()
     returned: Returned | None = None
@@ -108,6 +109,7 @@ class Generation:
                     split_thought=True,
                     add_generation_prompt=self.add_generation_prompt,
                     continue_final_message=self.continue_final_message,
+                    chat_template=self.chat_template,
                     **common,
                 )
             ]

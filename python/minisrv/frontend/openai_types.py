@@ -45,11 +45,15 @@ class Treatment(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One field of a request; `neutral` are the values of an unsupported field that pass."""
+    """One field of a request; `neutral` are the values of an unsupported field that pass.
+
+    flag: the option of the server that makes an unsupported field an honoured one.
+    """
 
     treatment: Treatment
     schema: Schema
     neutral: tuple[Any, ...] = ()
+    flag: str | None = None
 
 
 def _honoured(schema: Schema, description: str) -> Field:
@@ -206,7 +210,7 @@ CHAT_FIELDS: dict[str, Field] = {
         one_of(*REASONING_EFFORTS), "none turns thinking off; the template sees the others."
     ),
     "enable_thinking": _honoured(BOOLEAN, "Whether the model thinks first, where it can choose."),
-    "chat_template": _unsupported(),
+    "chat_template": Field(Treatment.UNSUPPORTED, ANY, flag="--trust-request-chat-template"),
     "add_generation_prompt": _honoured(
         BOOLEAN, "End the prompt with the assistant's turn begun. Default: true."
     ),
@@ -234,6 +238,14 @@ COMPLETION_FIELDS: dict[str, Field] = {
     "top_logprobs": _unsupported(0),
     "messages": _unsupported(),
 }
+
+
+def chat_fields(*, trust_template: bool) -> dict[str, Field]:
+    """The fields of a chat; with `trust_template` it may bring a template."""
+    if not trust_template:
+        return CHAT_FIELDS
+    template = _honoured(STRING, "A Jinja template to use instead of the model's.")
+    return CHAT_FIELDS | {"chat_template": template}
 
 
 def read_fields(body: Any, table: Mapping[str, Field]) -> tuple[dict[str, Any], list[str]]:
@@ -282,6 +294,12 @@ def _check_neutral(name: str, value: Any, field: Field) -> None:
     for neutral in field.neutral:
         if value == neutral and isinstance(value, bool) == isinstance(neutral, bool):
             return
+    if field.flag is not None:
+        raise InvalidRequestError(
+            f"{name} is not accepted by this server; it would have to be started with {field.flag}",
+            param=name,
+            code="unsupported_parameter",
+        )
     passing = ", ".join(describe(neutral) for neutral in (*field.neutral, None))
     raise InvalidRequestError(
         f"{name} is not supported by this server; leave it out (accepted: {passing})",

@@ -113,6 +113,7 @@ class TokenizerWorker:
             message.tools,
             add_generation_prompt=message.add_generation_prompt,
             continue_final_message=message.continue_final_message,
+            chat_template=message.chat_template,
         )
 
     def _shown(
