@@ -209,7 +209,7 @@ def _answers(
             created=int(time.time()),
             max_model_len=llm.max_seq_len,
             vocab_size=llm.model_config.vocab_size,
-            defaults=llm.model_config.sampling_defaults,
+            defaults=llm.sampling_defaults,
             chat_format=find_chat_format(llm.tokenizer.chat_templates),
         )
         rest = iter(lines)
