@@ -37,6 +37,7 @@ from minisrv.frontend.request_context import (
 )
 from minisrv.frontend.request_registry import RequestRegistry
 from minisrv.frontend.responder import SERVER_TIMING_HEADER, GenerationResponse
+from minisrv.frontend.root_page import add_root_page
 from minisrv.frontend.server_state import Dead, Ready, Starting
 from minisrv.frontend.stream import ReplyHeader
 from minisrv.frontend.tokens import add_token_routes
@@ -70,6 +71,7 @@ def create_app(
         vllm_names=config.metrics_vllm_names,
     )
     add_error_handlers(app)
+    add_root_page(app, VERSION, config.served_name)
     _add_state_routes(app, registry, metrics)
     _add_model_routes(app, registry)
     body_fields = BodyFields(config.max_body_bytes, unknown_fields)
