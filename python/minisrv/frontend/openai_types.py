@@ -159,7 +159,9 @@ _GENERATION_FIELDS: dict[str, Field] = {
     "rid": _honoured(STRING, "The same as request_id."),
     "presence_penalty": _honoured(NUMBER, "-2 to 2, taken once from tokens in the output."),
     "frequency_penalty": _honoured(NUMBER, "-2 to 2, taken for each time in the output."),
-    "repetition_penalty": _honoured(NUMBER, "Above 0, up to 2; over prompt and output. 1 is off."),
+    "repetition_penalty": _honoured(
+        NUMBER, "Above 0, up to 2, over prompt and output; 1 is off. Default: the model's, else 1."
+    ),
     "logit_bias": _honoured(OBJECT, "Token id to -100..100, added to the logit."),
     "repeat_penalty": _honoured(NUMBER, "The same as repetition_penalty."),
     "include_stop_str_in_output": _honoured(BOOLEAN, "Keep the stop string in the text."),
