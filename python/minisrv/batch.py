@@ -44,7 +44,7 @@ SAMPLING_FLAGS = {
     "n": int,
 }
 # What a batch's answers have no place for.
-_ONLINE_FIELDS = ("stream", "timings", "return_token_ids", "return_tokens", "return_prompt")
+_ONLINE_FIELDS = ("stream", "timings")
 _CHAT_URL, _COMPLETION_URL = "/v1/chat/completions", "/v1/completions"
 
 
@@ -300,6 +300,7 @@ def _header(
         calls=generation.calls,
         reasoning_fields=config.reasoning_fields,
         echoed=generation.echoed,
+        returned=generation.returned,
     )
 
 
@@ -309,7 +310,7 @@ def _success(line: Line, header: ReplyHeader, outputs: list[RequestOutput]) -> d
 
     choices = [choice for output in outputs for choice in output.outputs]
     for index, choice in enumerate(choices):
-        choice.event.index = index
+        choice.event.index, choice.event.token_ids = index, choice.token_ids
     body = whole_reply(header, [choice.event for choice in choices], Usage(header))
     if line.openai:
         return _openai_answer(line, 200, body)
@@ -317,6 +318,7 @@ def _success(line: Line, header: ReplyHeader, outputs: list[RequestOutput]) -> d
         "text": [choice.text for choice in choices],
         "finish_reason": [choice.finish_reason for choice in choices],
         "logprobs": [choice["logprobs"] for choice in body["choices"]],
+        "token_ids": [choice.get("token_ids") for choice in body["choices"]],
     }
     if len(choices) > 1:
         answers["texts"] = answers.pop("text")
@@ -325,6 +327,7 @@ def _success(line: Line, header: ReplyHeader, outputs: list[RequestOutput]) -> d
         for name, values in answers.items()
         if any(value is not None for value in values)
     }
+    shown |= {name: body[name] for name in ("prompt_token_ids", "prompt") if name in body}
     return {**_name(line), **shown, "usage": body["usage"]}
 
 

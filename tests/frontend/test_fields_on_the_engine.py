@@ -159,6 +159,26 @@ def test_a_stream_joins_to_the_whole_text_with_the_usage_that_stream_options_ask
     assert counts == sorted(counts)
 
 
+@ROUTES
+def test_logprobs_and_top_logprobs_tell_of_the_tokens_and_echo_of_the_prompt(
+    engine: HttpServer, path: str
+) -> None:
+    if path == CHAT:
+        reply = post(engine, path, temperature=0, logprobs=True, top_logprobs=2)
+        told = reply["choices"][0]["logprobs"]["content"]
+        assert [len(token["top_logprobs"]) for token in told] == [2] * 16
+        assert all(token["top_logprobs"][0]["token"] == token["token"] for token in told)
+        plain = post(engine, path, logprobs=True)["choices"][0]["logprobs"]["content"]
+        assert all(token["top_logprobs"] == [] for token in plain)
+    else:
+        (choice,) = post(engine, path, temperature=0, logprobs=2, echo=True)["choices"]
+        assert choice["text"] == PROMPT + text(engine, path)
+        scores = choice["logprobs"]["token_logprobs"]
+        assert scores[0] is None
+        assert len(scores) == post(engine, path)["usage"]["total_tokens"]
+    assert post(engine, path)["choices"][0]["logprobs"] is None
+
+
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
 SCHEMA["additionalProperties"] = False
 AS_OBJECT = r'\{\s*"a":\s*[12]\s*\}'
@@ -215,6 +235,10 @@ def test_a_cached_prompt_is_found_under_its_own_salt_alone(engine: HttpServer, p
     assert hits[0] > 16
     assert hits == hits[:1] * 3
     assert cached(cache_salt="c") == 0
+    native = {"text": prompt, "sampling_params": {"max_new_tokens": 1}}
+    for fields, expected in (({"cache_salt": "a"}, hits[0]), ({"cache_salt": path}, 0)):
+        reply = engine.http.post("/generate", json={**native, **fields}).json()
+        assert reply["meta_info"]["cached_tokens"] == expected
 
 
 def test_each_form_of_prompt_gives_the_same_text(engine: HttpServer) -> None:

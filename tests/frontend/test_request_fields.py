@@ -41,6 +41,7 @@ _IDS = (
     f"{EFFECTS}::test_return_token_ids_gives_a_chat_its_prompt_once_and_each_choice_its_output",
     f"{EFFECTS}::test_a_completion_has_the_ids_of_prompt_and_output",
 )
+_LOGPROBS = f"{ENGINE}::test_logprobs_and_top_logprobs_tell_of_the_tokens_and_echo_of_the_prompt"
 _TURN = f"{EFFECTS}::test_the_assistants_turn_is_begun_or_not_or_its_text_continued"
 
 # Each with the tests that show what it does.
@@ -74,12 +75,16 @@ HONOURED_BY: dict[str, dict[str, str | tuple[str, ...]]] = {
         "parallel_tool_calls": f"{TOOLS}::test_without_parallel_calls_the_first_ends_the_reply",
         "reasoning_effort": f"{TOOLS}::test_a_thought_that_the_prompt_opens_needs_no_tag",
         "enable_thinking": f"{TOOLS}::test_thinking_is_turned_off",
+        "logprobs": _LOGPROBS,
+        "top_logprobs": _LOGPROBS,
         "add_generation_prompt": _TURN,
         "continue_final_message": _TURN,
     },
     COMPLETIONS: {
         "prompt": _PROMPT,
         "best_of": f"{ENGINE}::test_n_choices_are_drawn_apart",
+        "logprobs": _LOGPROBS,
+        "echo": _LOGPROBS,
     },
 }
 HARMLESS = (
@@ -88,8 +93,6 @@ HARMLESS = (
 )
 # Each with the values, besides null, that ask for nothing and pass.
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "top_logprobs": (0,),
-    "logprobs": (False,),
     "stop_regex": ([],),
     "spaces_between_special_tokens": (True,),
     "priority": (0,),
@@ -112,7 +115,7 @@ REFUSED_BY: dict[str, dict[str, tuple[Any, ...]]] = {
         "moderation": (),
         "chat_template": (),  # honoured with a flag: see test_field_effects.py
     },
-    COMPLETIONS: {"echo": (False,), "suffix": ("",), "messages": ()},
+    COMPLETIONS: {"suffix": ("",), "messages": (), "top_logprobs": (0,)},
 }
 # The names of OpenAI, vLLM, SGLang and llama.cpp that the server has to know.
 CONTRACT = set(
