@@ -241,6 +241,34 @@ def test_a_cached_prompt_is_found_under_its_own_salt_alone(engine: HttpServer, p
         assert reply["meta_info"]["cached_tokens"] == expected
 
 
+@ROUTES
+def test_return_progress_tells_how_far_the_prompt_is(engine: HttpServer, path: str) -> None:
+    ids = [i % 500 for i in range(len(path), 1300 + len(path))]  # three steps of 512
+    body = {"prompt": ids, "max_tokens": 3, "stream": True, "n": 2, "cache_salt": path}
+
+    def stream(**fields: Any) -> list[dict[str, Any]]:
+        events = engine.http.post(path, json={**body, **fields}).text.split("\n\n")[:-2]
+        return [json.loads(event.removeprefix("data: ")) for event in events]
+
+    chunks = stream(return_progress=True, stream_options={"include_usage": True})
+    told = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
+    assert [(each["processed"], each["total"], each["cache"]) for each in told] == [
+        (512, 1300, 0),
+        (1024, 1300, 0),
+        (1300, 1300, 0),
+    ]
+    times = [each["time_ms"] for each in told]
+    assert times == sorted(times)
+    again = stream(return_progress=True)
+    (only,) = [chunk["prompt_progress"] for chunk in again if "prompt_progress" in chunk]
+    assert only["cache"] == 1296
+    assert (only["processed"], only["total"]) == (1300, 1300)
+    assert all("prompt_progress" not in chunk for chunk in stream())
+    whole = {"prompt": ids, "max_tokens": 1, "return_progress": True}
+    error = engine.http.post(path, json=whole).json()["error"]
+    assert error["param"] == "return_progress"
+
+
 def test_each_form_of_prompt_gives_the_same_text(engine: HttpServer) -> None:
     ids = engine.backend.llm.tokenizer.encode(PROMPT)  # type: ignore[attr-defined]
     expected = text(engine, COMPLETIONS)

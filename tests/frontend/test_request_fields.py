@@ -62,6 +62,7 @@ HONOURED: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(("timings", "request_id", "rid"), _NAMED),
     **dict.fromkeys(("return_token_ids", "return_tokens"), _IDS),
     "return_prompt": f"{EFFECTS}::test_return_prompt_gives_each_prompt_as_the_model_saw_it",
+    "return_progress": f"{ENGINE}::test_return_progress_tells_how_far_the_prompt_is",
     "cache_salt": f"{ENGINE}::test_a_cached_prompt_is_found_under_its_own_salt_alone",
 }
 HONOURED_BY: dict[str, dict[str, str | tuple[str, ...]]] = {
@@ -99,7 +100,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "thinking_token_budget": (),
     "timings_per_token": (False,),
-    "return_progress": (False,),
     "bad_words": ([],),
     "allowed_token_ids": (),
     "logprob_token_ids": ([],),

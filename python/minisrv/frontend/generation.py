@@ -94,6 +94,7 @@ class Generation:
             "sampling": self.sampling,
             "epoch": epoch,
             "cache_salt": self.cache_salt,
+            "show_progress": self.stream is not None and self.stream.progress,
             "show_prompt_ids": self.returned is not None and self.returned.token_ids,
             "show_prompt_text": self.returned is not None and self.returned.prompt,
         }
@@ -184,14 +185,14 @@ def read_stream(fields: dict[str, Any]) -> StreamOptions | None:
     """How to stream, None for a whole reply. Raises InvalidRequestError."""
     options = fields.get("stream_options", {})
     if not fields.get("stream", False):
-        if options:
-            raise InvalidRequestError(
-                "stream_options needs stream to be true", param="stream_options"
-            )
+        for name in ("stream_options", "return_progress"):
+            if fields.get(name):
+                raise InvalidRequestError(f"{name} needs stream to be true", param=name)
         return None
     return StreamOptions(
         include_usage=bool(options.get("include_usage")),
         continuous_usage=bool(options.get("continuous_usage_stats")),
+        progress=fields.get("return_progress", False),
     )
 
 

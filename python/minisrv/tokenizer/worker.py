@@ -83,6 +83,7 @@ class TokenizerWorker:
                     sampling=self._sampling(message, parts),
                     parts=parts,
                     shown_prompt=self._shown(message, ids, text),
+                    show_progress=message.show_progress,
                     cache_salt=message.cache_salt,
                     epoch=self._epoch,
                 )
