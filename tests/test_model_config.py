@@ -10,6 +10,7 @@ import pytest
 
 from minisrv.errors import ConfigError, UnsupportedModelError
 from minisrv.model_config import ModelConfig, RopeConfig, load_model_config
+from minisrv.sampling_params import SamplingParams
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -100,6 +101,7 @@ def test_end_tokens_and_sampling_come_from_the_generation_config_first(tmp_path:
         "top_k": 20,
         "top_p": 0.95,
         "repetition_penalty": 1.05,
+        "no_repeat_ngram_size": 0,
         "num_beams": 1,
     }
     config = load(tmp_path, LLAMA, generation)
@@ -108,7 +110,10 @@ def test_end_tokens_and_sampling_come_from_the_generation_config_first(tmp_path:
     defaults = config.sampling_defaults
     assert (defaults.temperature, defaults.top_k, defaults.top_p) == (0.6, 20, 0.95)
     assert defaults.min_p is None
-    assert config.unapplied_defaults == ("repetition_penalty=1.05",)
+    assert defaults.repetition_penalty == 1.05
+    assert config.unapplied_defaults == ()
+    assert config.defaults_of("model") == defaults
+    assert config.defaults_of("openai") == SamplingParams()
 
 
 def test_a_model_that_does_not_sample_is_greedy_by_default(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ SAMPLING_FLAGS = {
     "n": int,
 }
 # What a batch's answers have no place for.
-_ONLINE_FIELDS = ("stream", "timings", "return_token_ids", "return_tokens", "return_prompt")
+_ONLINE_FIELDS = ("stream", "timings")
 _CHAT_URL, _COMPLETION_URL = "/v1/chat/completions", "/v1/completions"
 
 
@@ -209,7 +209,7 @@ def _answers(
             created=int(time.time()),
             max_model_len=llm.max_seq_len,
             vocab_size=llm.model_config.vocab_size,
-            defaults=llm.model_config.sampling_defaults,
+            defaults=llm.sampling_defaults,
             chat_format=find_chat_format(llm.tokenizer.chat_templates),
         )
         rest = iter(lines)
@@ -227,7 +227,7 @@ def _answer_part(
     generations: dict[int, Generation] = {}
     for line in lines:
         try:
-            generation = _read_generation(line, model, defaults)
+            generation = _read_generation(line, model, defaults, llm.config)
             prepared = [
                 llm.prepare(replace(request, split_thought=line.openai))
                 for request in generation.tokenize_messages(0, 0)
@@ -249,11 +249,13 @@ def _answer_part(
             yield line.key, _success(line, header, ready)
 
 
-def _read_generation(line: Line, model: ModelInfo, defaults: dict[str, Any]) -> Generation:
+def _read_generation(
+    line: Line, model: ModelInfo, defaults: dict[str, Any], config: ServerConfig
+) -> Generation:
     """The request of a line, checked as HTTP does, unknown fields refused."""
     from minisrv.frontend.chat import read_chat
     from minisrv.frontend.completions import read_completion
-    from minisrv.frontend.openai_types import CHAT_FIELDS, COMPLETION_FIELDS, read_fields
+    from minisrv.frontend.openai_types import COMPLETION_FIELDS, chat_fields, read_fields
 
     if line.fault is not None:
         raise InvalidRequestError(line.fault)
@@ -269,7 +271,10 @@ def _read_generation(line: Line, model: ModelInfo, defaults: dict[str, Any]) -> 
     else:
         body.pop("id", None)
     chat = url == _CHAT_URL
-    fields, unknown = read_fields({**defaults, **body}, CHAT_FIELDS if chat else COMPLETION_FIELDS)
+    table = COMPLETION_FIELDS
+    if chat:
+        table = chat_fields(trust_template=config.trust_request_chat_template)
+    fields, unknown = read_fields({**defaults, **body}, table)
     if unknown:
         raise InvalidRequestError(f"unknown field {unknown[0]}", param=unknown[0])
     for name in _ONLINE_FIELDS:
@@ -295,6 +300,7 @@ def _header(
         calls=generation.calls,
         reasoning_fields=config.reasoning_fields,
         echoed=generation.echoed,
+        returned=generation.returned,
     )
 
 
@@ -304,7 +310,7 @@ def _success(line: Line, header: ReplyHeader, outputs: list[RequestOutput]) -> d
 
     choices = [choice for output in outputs for choice in output.outputs]
     for index, choice in enumerate(choices):
-        choice.event.index = index
+        choice.event.index, choice.event.token_ids = index, choice.token_ids
     body = whole_reply(header, [choice.event for choice in choices], Usage(header))
     if line.openai:
         return _openai_answer(line, 200, body)
@@ -312,6 +318,7 @@ def _success(line: Line, header: ReplyHeader, outputs: list[RequestOutput]) -> d
         "text": [choice.text for choice in choices],
         "finish_reason": [choice.finish_reason for choice in choices],
         "logprobs": [choice["logprobs"] for choice in body["choices"]],
+        "token_ids": [choice.get("token_ids") for choice in body["choices"]],
     }
     if len(choices) > 1:
         answers["texts"] = answers.pop("text")
@@ -320,6 +327,7 @@ def _success(line: Line, header: ReplyHeader, outputs: list[RequestOutput]) -> d
         for name, values in answers.items()
         if any(value is not None for value in values)
     }
+    shown |= {name: body[name] for name in ("prompt_token_ids", "prompt") if name in body}
     return {**_name(line), **shown, "usage": body["usage"]}
 
 

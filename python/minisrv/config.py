@@ -63,6 +63,15 @@ class ServerConfig:
     max_seq_len: int | None = option(None, "longest prompt plus output (default: the model's)")
     chat_template: str | None = option(None, "a Jinja file to use instead of the model's template")
 
+    sampling_defaults: Literal["model", "openai"] = option(
+        "model",
+        "sampling of requests that leave it open: by the model's generation_config.json, or as "
+        "OpenAI has it",
+    )
+    trust_request_chat_template: bool = option(
+        False, "let requests bring a chat template; its text can keep a tokenizer process busy"
+    )
+
     reasoning_field: Literal["reasoning_content", "reasoning", "both"] = option(
         "reasoning_content", "where replies have a model's thought"
     )

@@ -164,7 +164,8 @@ class FrontendManager:
                 event.raise_failure()
                 if event.start is not None:
                     starts[event.uid] = event.start
-                yield _ack(event, starts[event.uid])
+                if event.uid in starts:  # before it there is only the progress of the prompt
+                    yield _ack(event, starts[event.uid])
         finally:
             self.abort(uid)
 

@@ -63,6 +63,7 @@ class LLM:
             tokenizer = load_tokenizer(tokenizer_dir, config.chat_template)
         self.config = config
         self.model_config = model
+        self.sampling_defaults = model.defaults_of(config.sampling_defaults)
         self.tokenizer = tokenizer
         self._detokenizer = DetokenizerWorker(tokenizer, LocalChannel.epoch)
         self._channel = LocalChannel()
@@ -153,7 +154,7 @@ class LLM:
         """
         if self._closed:
             raise RuntimeError("this LLM is closed")
-        sampling = request.sampling.with_defaults(self.model_config.sampling_defaults)
+        sampling = request.sampling.with_defaults(self.sampling_defaults)
         (made,) = self._tokenizer.handle(replace(request, uid=self._next_uid, sampling=sampling))
         if isinstance(made, UserReply):
             raise error_of(made.failures[0])

@@ -65,8 +65,8 @@ class TokenizeMsg:
     must_call: the reply must be a call of one of these tools; with `parallel_calls` maybe several.
     split_thought: whether a thought comes apart from the text.
     continue_final_message: the prompt ends where the content of the last message ends.
-    show_prompt_ids, show_prompt_text: what the first `Start` has of the prompt.
-    cache_salt: cached pages are shared among requests of the same salt alone.
+    chat_template: a source instead of the model's. show_prompt_ids, show_prompt_text: in the first
+    `Start`. show_progress: by `Progress`. cache_salt: pages are shared within the same salt alone.
     """
 
     uid: int
@@ -80,8 +80,10 @@ class TokenizeMsg:
     split_thought: bool = False
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template: str | None = None
     show_prompt_ids: bool = False
     show_prompt_text: bool = False
+    show_progress: bool = False
     cache_salt: str = ""
     epoch: int = 0
 
@@ -106,6 +108,7 @@ class GenerateMsg:
     sampling: SamplingParams
     parts: int = 0
     shown_prompt: ShownPrompt | None = None
+    show_progress: bool = False
     cache_salt: str = ""
     epoch: int = 0
 
@@ -126,6 +129,7 @@ class EncodeMsg:
     add_special_tokens: bool
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template: str | None = None
     epoch: int = 0
 
 
@@ -196,6 +200,17 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A prompt before its first token. `processed` counts `cached`; seconds are from step one."""
+
+    uid: int
+    total: int
+    cached: int
+    processed: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Thought:
     """More of a thought; `tokens` is the count so far, that of the tags included."""
 
@@ -243,6 +258,7 @@ class DetokenizeMsg:
     starts: tuple[Start, ...] = ()
     failures: tuple[Failure, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    progress: tuple[Progress, ...] = ()
     epoch: int = 0
 
 
@@ -313,6 +329,7 @@ class UserReply:
     thoughts: tuple[Thought, ...] = ()
     echoes: tuple[PromptEcho, ...] = ()
     scores: tuple[OutputScores, ...] = ()
+    progress: tuple[Progress, ...] = ()
     epoch: int = 0
 
 

@@ -88,6 +88,10 @@ class ModelConfig:
     sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
     unapplied_defaults: tuple[str, ...] = ()
 
+    def defaults_of(self, kind: Literal["model", "openai"]) -> SamplingParams:
+        """The sampling of a request that leaves it open, by --sampling-defaults."""
+        return self.sampling_defaults if kind == "model" else SamplingParams()
+
 
 @dataclass(frozen=True, slots=True)
 class _Family:
@@ -154,8 +158,9 @@ _ROPE_KEYS = {
     ),
     "dynamic": ("factor", "original_max_position_embeddings"),
 }
+# What a generation_config.json may say of a request that leaves it open.
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _GENERATION_NEUTRAL = {
-    "repetition_penalty": 1.0,
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
@@ -410,8 +415,9 @@ def _token_id(value: Any) -> int | None:
 
 
 def _sampling_defaults(generation: Json) -> SamplingParams:
-    fields = ("temperature", "top_p", "top_k", "min_p")
-    values = {name: generation[name] for name in fields if generation.get(name) is not None}
+    values = {
+        name: generation[name] for name in SAMPLING_DEFAULTS if generation.get(name) is not None
+    }
     if generation.get("do_sample") is False:
         values["temperature"] = 0.0
     try:

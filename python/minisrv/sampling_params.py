@@ -120,7 +120,7 @@ class SamplingParams:
     return_token_ids: bool = False
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     logit_bias: tuple[TokenBias, ...] = ()
     include_stop_str_in_output: bool = False
     echo: bool = False
@@ -158,7 +158,8 @@ class SamplingParams:
     @property
     def penalised(self) -> bool:
         """Whether earlier tokens change the logits."""
-        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+        repetition = self.repetition_penalty not in (None, 1)
+        return bool(self.presence_penalty or self.frequency_penalty or repetition)
 
     @property
     def has_extras(self) -> bool:
@@ -202,6 +203,7 @@ class SamplingParams:
             top_p=_first(self.top_p, defaults.top_p, 1.0),
             top_k=max(0, _first(self.top_k, defaults.top_k, 0)),
             min_p=_first(self.min_p, defaults.min_p, 0.0),
+            repetition_penalty=_first(self.repetition_penalty, defaults.repetition_penalty, 1.0),
         )
 
 

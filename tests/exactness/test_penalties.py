@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ CASES = [
 def expected_tokens(
     model: PreTrainedModel, prompt: Sequence[int], params: SamplingParams
 ) -> list[int]:
-    repetition = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
+    repetition = RepetitionPenaltyLogitsProcessor(params.repetition_penalty or 1.0)
     output: list[int] = []
     for _ in range(COUNT):
         ids = torch.tensor([[*prompt, *output]])
@@ -65,6 +67,26 @@ def test_greedy_texts_are_those_of_the_oracle_with_chunks_and_retractions(
         outputs = llm.generate_outputs(prompts, params, use_tqdm=False)
         assert llm._loop.scheduler.num_retractions > 0
     assert [output.outputs[0].token_ids for output in outputs] == expected
+
+
+def test_the_models_own_repetition_penalty_holds_for_requests_without_one(tmp_path: Path) -> None:
+    model_dir = make_checkpoint(tmp_path, "qwen3")
+    model = load_reference(model_dir)
+    own = {"repetition_penalty": 1.8, "do_sample": False}
+    (model_dir / "generation_config.json").write_text(json.dumps(own))
+    prompt, *_ = make_prompts(1, model.config.vocab_size, longest=60)
+    penalised, plain = (expected_tokens(model, prompt, CASES[i]) for i in (0, -1))
+    assert penalised != plain
+    left_open = SamplingParams(max_tokens=COUNT, ignore_eos=True)
+    told = replace(CASES[-1], repetition_penalty=1.0)
+    for kind, params, expected in (
+        ("model", left_open, penalised),
+        ("model", told, plain),
+        ("openai", CASES[-1], plain),
+    ):
+        with LLM(model_dir, "float32", num_threads=1, sampling_defaults=kind) as llm:
+            (output,) = llm.generate_outputs([prompt], params, use_tqdm=False)
+        assert output.outputs[0].token_ids == expected, kind
 
 
 def test_a_seeded_draw_with_penalties_is_the_same_alone_in_a_crowd_and_with_two_ranks() -> None:

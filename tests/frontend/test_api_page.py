@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 from http_server import serve
@@ -10,11 +11,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from scripted_backend import stats
 
 from minisrv import sampling_params
+from minisrv.frontend.generation import MAX_SALT_CHARS
 from minisrv.frontend.http_body import MAX_DEPTH
 from minisrv.frontend.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS
 from minisrv.frontend.native import SAMPLING_FIELDS
 
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "api.md").read_text()
+ROOT = Path(__file__).parent.parent.parent
+PAGE = (ROOT / "docs" / "api.md").read_text()
 
 
 def rows(title: str) -> list[list[str]]:
@@ -69,3 +72,10 @@ def test_the_page_has_the_limits_of_the_code() -> None:
 def test_the_page_has_the_sampling_parameters_of_generate() -> None:
     section = PAGE.split("\n### /generate\n")[1].split("\n### ")[0]
     assert SAMPLING_FIELDS.keys() <= set(re.findall(r"`(\w+)`", section))
+
+
+def test_the_page_has_the_request_fields_as_the_tables_have_them() -> None:
+    table = runpy.run_path(str(ROOT / "scripts" / "request_fields_table.py"))["table"]()
+    assert table in PAGE, "run python scripts/request_fields_table.py"
+    assert len(rows("Request fields")) == len(table.splitlines()) - 2
+    assert MAX_SALT_CHARS == 128  # as the row of cache_salt says

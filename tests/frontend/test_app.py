@@ -212,3 +212,16 @@ def test_a_request_has_a_first_and_a_last_line_in_the_log_and_a_probe_none(
     assert "choices=2 prompt=7 cached=3 output=14 queue_ms=2.0 prefill_ms=30.0" in last
     assert "first_ms=" in last
     assert "the-probe" not in caplog.text
+
+
+def test_the_page_at_the_root_has_links_that_lead_somewhere_and_needs_a_key() -> None:
+    with serve(api_key=("user",)) as server:
+        assert server.http.get("/").status_code == 401
+        key = {"Authorization": "Bearer user"}
+        response = server.http.get("/", headers=key)
+        assert response.headers["content-type"].startswith("text/html")
+        assert MODEL.name in response.text
+        links = re.findall(r'href="([^"]+)"', response.text)
+        assert {"docs", "metrics", "v1/models"} <= set(links)
+        for link in links:
+            assert server.http.get(f"/{link}", headers=key).status_code == 200, link

@@ -59,6 +59,16 @@ def test_an_alias_does_what_its_field_does_and_must_agree_with_it(
 
 
 @ROUTES
+@pytest.mark.parametrize("names", [("rid", "request_id"), ("return_tokens", "return_token_ids")])
+def test_the_other_aliases_must_agree_too(
+    server: HttpServer, path: str, names: tuple[str, str]
+) -> None:
+    values = ("a", "b") if "rid" in names else (True, False)
+    assert post(server, path, **dict(zip(names, values, strict=True)))["param"] == names[0]
+    assert "choices" in post(server, path, **dict.fromkeys(names, values[0]))
+
+
+@ROUTES
 def test_an_error_names_the_field_as_the_request_does(server: HttpServer, path: str) -> None:
     assert post(server, path, repeat_penalty=3)["param"] == "repeat_penalty"
     assert post(server, path, repetition_penalty=3)["param"] == "repetition_penalty"
@@ -94,6 +104,17 @@ def test_return_token_ids_gives_a_chat_its_prompt_once_and_each_choice_its_outpu
     for chunk in chunks:
         joined[chunk["choices"][0]["index"]] += chunk["choices"][0]["token_ids"]
     assert joined == {0: output, 1: output}
+
+
+@pytest.mark.parametrize("name", ["return_token_ids", "return_tokens"])
+def test_a_completion_has_the_ids_of_prompt_and_output(played: HttpServer, name: str) -> None:
+    body = {"prompt": "hi", "max_tokens": 99, name: True}
+    (choice,) = played.http.post(COMPLETIONS, json=body).json()["choices"]
+    assert choice["prompt_token_ids"] == ids_of(played, "hi", special=True)
+    assert choice["token_ids"] == [*ids_of(played, SAYS), EOS]
+    first, *rest = stream(played, COMPLETIONS, **body)
+    assert first["choices"][0]["prompt_token_ids"] == choice["prompt_token_ids"]
+    assert all("prompt_token_ids" not in chunk["choices"][0] for chunk in rest)
 
 
 def test_a_chunk_has_the_ids_of_its_text(played: HttpServer) -> None:
@@ -202,3 +223,21 @@ def test_a_cache_salt_goes_with_the_request_to_the_cache(played: HttpServer, pat
         assert played.backend.messages[-1].cache_salt == salt  # type: ignore[attr-defined]
     for wrong in ("", "x" * 129, 5):
         assert post(played, path, cache_salt=wrong)["param"] == "cache_salt"
+
+
+def test_a_request_brings_a_template_only_to_a_server_that_trusts_it(played: HttpServer) -> None:
+    body = {"messages": HI, "chat_template": "{{ messages[0].content }}!"}
+    for path in (CHAT, "/apply_template", "/tokenize"):
+        error = played.http.post(path, json=body).json()["error"]
+        assert (error["param"], error["code"]) == ("chat_template", "unsupported_parameter")
+        assert "--trust-request-chat-template" in error["message"]
+    make = functools.partial(PlayedModel, template=TEMPLATES["hermes"])
+    with serve(make_backend=make, trust_request_chat_template=True) as server:
+        assert prompt_of(server, **body) == "hi!"
+        assert prompt_of(server, messages=HI) == "<|user|>hi<|assistant|>"
+        wrong = {"messages": HI, "chat_template": "{% if %}"}
+        response = server.http.post(CHAT, json=wrong)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "chat_template")
+        assert post(server, CHAT, chat_template="x")["param"] == "chat_template"
+        schema = server.app.openapi()["paths"][CHAT]["post"]["requestBody"]
+        assert "chat_template" in json.dumps(schema)

@@ -116,6 +116,25 @@ def test_log_probabilities_and_echoes_are_answered(model_dir: Path, tmp_path: Pa
     assert all(len(token["top_logprobs"]) == 2 for token in plain["logprobs"]["content"])
 
 
+def test_token_ids_and_prompts_are_answered(model_dir: Path, tmp_path: Path) -> None:
+    shown = {"max_tokens": 3, "return_token_ids": True, "return_prompt": True}
+    chat = {"messages": [{"role": "user", "content": "hi"}], **shown}
+    lines = [
+        {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": chat},
+        {"prompt": "three", **shown},
+    ]
+    target = tmp_path / "out.jsonl"
+    assert batch.main(command(model_dir, write_lines(tmp_path / "in.jsonl", lines), target)) == 0
+    openai_answer, plain = sorted(read(target), key=lambda answer: "text" in answer)
+    body = openai_answer["response"]["body"]
+    assert "hi" in body["prompt"]
+    assert len(body["prompt_token_ids"]) == body["usage"]["prompt_tokens"]
+    assert len(body["choices"][0]["token_ids"]) == body["usage"]["completion_tokens"]
+    assert plain["prompt"] == "three"
+    assert len(plain["prompt_token_ids"]) == plain["usage"]["prompt_tokens"]
+    assert len(plain["token_ids"]) == plain["usage"]["completion_tokens"]
+
+
 def test_text_lines_are_prompts(model_dir: Path, tmp_path: Path) -> None:
     source = tmp_path / "in.txt"
     source.write_text("alpha\n\nbeta \u4f60\n")

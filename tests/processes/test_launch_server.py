@@ -169,11 +169,11 @@ def test_the_banner_names_what_the_generation_config_asks_in_vain() -> None:
         "placement": "float32 on cpu",
         "memory_plan": "weights 1 MiB",
         "sampling_defaults": {"temperature": None, "top_k": 20},
-        "unapplied_defaults": ["repetition_penalty=1.1"],
+        "unapplied_defaults": ["typical_p=0.9"],
     }
     text = banner(ServerConfig(), "http://x", facts, 1.0)
     assert "sampling  top_k 20 (generation_config.json)" in text
-    assert "not used  repetition_penalty=1.1" in text
+    assert "not used  typical_p=0.9" in text
 
 
 def test_importing_the_package_loads_nothing_and_its_names_are_lazy() -> None:

@@ -302,3 +302,27 @@ def test_what_the_template_does_not_show_cannot_be_continued() -> None:
     for last in ({"role": "assistant", "content": None, "tool_calls": [call]}, USER):
         with pytest.raises(InvalidRequestError, match="continue"):
             continued("{{ messages | length }}", last)
+
+
+def test_a_template_of_a_request_is_used_instead_and_bounded_as_the_models_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = ChatTemplate({"default": "own"}, SPECIAL)
+    developer = {"role": "developer", "content": "x"}
+    assert own.render([developer], chat_template="{{ messages[0].role }}{{ bos_token }}") == (
+        "system<s>"
+    )
+    assert own.render([USER], chat_template="") == ""
+    for source, words in [
+        ("{{ raise_exception('no') }}", "no"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{% if %}", "line 1"),
+        ("x" * (chat_template.MAX_REQUEST_TEMPLATE_CHARS + 1), "limit"),
+        ("{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}", "nested"),
+    ]:
+        with pytest.raises(InvalidRequestError, match=words) as caught:
+            own.render([USER], chat_template=source)
+        assert caught.value.param == "chat_template"
+    monkeypatch.setattr(chat_template, "MAX_PROMPT_CHARS", 10)
+    with pytest.raises(InvalidRequestError, match="more than 10"):
+        own.render([USER], chat_template="{% for i in range(99) %}abc{% endfor %}")

@@ -23,6 +23,7 @@ from minisrv.messages import (
     OutputIds,
     OutputScores,
     Parts,
+    Progress,
     PromptEcho,
     Start,
     Thought,
@@ -70,6 +71,7 @@ class _Columns:
     output_ids: list[OutputIds] = field(default_factory=list)
     echoes: list[PromptEcho] = field(default_factory=list)
     scores: list[OutputScores] = field(default_factory=list)
+    progress: tuple[Progress, ...] = ()
 
     def add(self, uid: int, text: str, count: int, finish: int, reason: str | int | None) -> None:
         self.uids.append(uid)
@@ -79,7 +81,7 @@ class _Columns:
         self.stop_reasons.append(reason)
 
     def reply(self, epoch: int) -> UserReply | None:
-        if not self.uids and not self.failures:
+        if not self.uids and not self.failures and not self.progress:
             return None
         return UserReply(
             uids=np.array(self.uids, np.int64),
@@ -93,6 +95,7 @@ class _Columns:
             thoughts=tuple(self.thoughts),
             echoes=tuple(self.echoes),
             scores=tuple(self.scores),
+            progress=self.progress,
             epoch=epoch,
         )
 
@@ -121,7 +124,7 @@ class DetokenizerWorker:
 
     def handle(self, message: DetokenizeMsg) -> tuple[UserReply | None, AbortMsg | None]:
         """The reply to the frontend, and the uids that the scheduler need not continue."""
-        columns = _Columns()
+        columns = _Columns(progress=message.progress)
         for start in message.starts:
             self._requests[start.uid] = self._open(start, columns)
         for logprobs in message.logprobs:

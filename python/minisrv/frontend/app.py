@@ -26,9 +26,9 @@ from minisrv.frontend.metrics import CONTENT_TYPE, ServerMetrics
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.native import add_native_route
 from minisrv.frontend.openai_types import (
-    CHAT_FIELDS,
     COMPLETION_FIELDS,
     Field,
+    chat_fields,
 )
 from minisrv.frontend.openapi import errors, request_body
 from minisrv.frontend.request_context import (
@@ -38,6 +38,7 @@ from minisrv.frontend.request_context import (
 )
 from minisrv.frontend.request_registry import RequestRegistry
 from minisrv.frontend.responder import SERVER_TIMING_HEADER, GenerationResponse
+from minisrv.frontend.root_page import add_root_page
 from minisrv.frontend.server_state import Dead, Ready, Starting
 from minisrv.frontend.stream import ReplyHeader
 from minisrv.frontend.tokens import add_token_routes
@@ -71,13 +72,15 @@ def create_app(
         vllm_names=config.metrics_vllm_names,
     )
     add_error_handlers(app)
+    add_root_page(app, VERSION, config.served_name)
     _add_state_routes(app, registry, metrics)
     _add_model_routes(app, registry)
     body_fields = BodyFields(config.max_body_bytes, unknown_fields)
-    _add_generation_routes(app, config, body_fields, registry, metrics)
+    chat_table = chat_fields(trust_template=config.trust_request_chat_template)
+    _add_generation_routes(app, config, body_fields, registry, metrics, chat_table)
     add_native_route(app, config.max_open_requests, body_fields, registry, metrics)
     add_messages_routes(app, body_fields, registry, metrics)
-    add_token_routes(app, body_fields, registry)
+    add_token_routes(app, body_fields, registry, chat_table)
     add_admin_routes(app, config, VERSION, body_fields, registry)
     app.add_middleware(AccessMiddleware, keys=keys, public_metrics=config.public_metrics)
     app.add_middleware(RequestContextMiddleware, metrics=metrics)
@@ -151,6 +154,7 @@ def _add_generation_routes(
     body_fields: BodyFields,
     registry: RequestRegistry,
     metrics: ServerMetrics,
+    chat_table: Mapping[str, Field],
 ) -> None:
 
     system_fingerprint = fingerprint(config)
@@ -183,10 +187,10 @@ def _add_generation_routes(
 
     statuses = errors(400, 401, 404, 408, 413, 415, 500, 503)
 
-    @app.post("/v1/chat/completions", openapi_extra=request_body(CHAT_FIELDS), responses=statuses)
+    @app.post("/v1/chat/completions", openapi_extra=request_body(chat_table), responses=statuses)
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation."""
-        return await generate(request, CHAT_FIELDS, read_chat, chat=True)
+        return await generate(request, chat_table, read_chat, chat=True)
 
     @app.post("/v1/completions", openapi_extra=request_body(COMPLETION_FIELDS), responses=statuses)
     async def create_completion(request: Request) -> Response:

@@ -18,7 +18,7 @@ from minisrv.frontend.logprobs import read_chat_logprobs
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.reasoning_fields import read_reasoning
 from minisrv.frontend.returned_tokens import read_returned
-from minisrv.frontend.template_fields import check_no_template, read_template_kwargs, read_turn
+from minisrv.frontend.template_fields import check_no_template, read_template, read_template_kwargs
 from minisrv.frontend.tool_fields import read_must_call, read_tools
 
 
@@ -49,7 +49,7 @@ def read_chat(fields: dict[str, Any], model: ModelInfo) -> Generation:
             stream=stream,
             returned=returned,
             cache_salt=cache_salt,
-            **read_turn(fields),
+            **read_template(fields),
         )
     check_no_template(fields)
     prompt = fields["prompt"]

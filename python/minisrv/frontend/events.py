@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from minisrv.errors import RequestFailedError
-from minisrv.messages import Failure, Finish, PromptEcho, Start, TokenScore
+from minisrv.messages import Failure, Finish, Progress, PromptEcho, Start, TokenScore
 
 
 @dataclass(slots=True)
@@ -17,8 +17,9 @@ class Event:
     an event without a thought.
     output_tokens: the count so far. `start` is set in the first event that follows the prompt.
     token_ids and scores: of the output's tokens, where the request asked for them. echo: of the
-    prompt, likewise, before all deltas. started_at and ended_at are on the
-    clock of the event loop. The last event of a uid has a `finish` other than NONE, or a `failure`.
+    prompt, likewise, before all deltas. progress: the prompt's latest. started_at and ended_at are
+    on the clock of the event loop. The last event of a uid has a `finish` other than NONE, or a
+    `failure`.
     """
 
     uid: int
@@ -34,6 +35,7 @@ class Event:
     token_ids: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
     echo: PromptEcho | None = None
+    progress: Progress | None = None
     started_at: float = 0.0
     ended_at: float = 0.0
 

@@ -11,6 +11,7 @@ ALIASES = {
     "repeat_penalty": "repetition_penalty",
     "sampling_seed": "seed",
     "return_tokens": "return_token_ids",
+    "rid": "request_id",
 }
 
 

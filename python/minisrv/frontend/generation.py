@@ -56,6 +56,7 @@ class Generation:
     tools: tuple[dict[str, Any], ...] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template: str | None = None
     calls: CallReading | None = None
     must_call: tuple[str, ...] = ()
     returned: Returned | None = None
@@ -93,6 +94,7 @@ class Generation:
             "sampling": self.sampling,
             "epoch": epoch,
             "cache_salt": self.cache_salt,
+            "show_progress": self.stream is not None and self.stream.progress,
             "show_prompt_ids": self.returned is not None and self.returned.token_ids,
             "show_prompt_text": self.returned is not None and self.returned.prompt,
         }
@@ -108,6 +110,7 @@ class Generation:
                     split_thought=True,
                     add_generation_prompt=self.add_generation_prompt,
                     continue_final_message=self.continue_final_message,
+                    chat_template=self.chat_template,
                     **common,
                 )
             ]
@@ -182,14 +185,14 @@ def read_stream(fields: dict[str, Any]) -> StreamOptions | None:
     """How to stream, None for a whole reply. Raises InvalidRequestError."""
     options = fields.get("stream_options", {})
     if not fields.get("stream", False):
-        if options:
-            raise InvalidRequestError(
-                "stream_options needs stream to be true", param="stream_options"
-            )
+        for name in ("stream_options", "return_progress"):
+            if fields.get(name):
+                raise InvalidRequestError(f"{name} needs stream to be true", param=name)
         return None
     return StreamOptions(
         include_usage=bool(options.get("include_usage")),
         continuous_usage=bool(options.get("continuous_usage_stats")),
+        progress=fields.get("return_progress", False),
     )
 
 

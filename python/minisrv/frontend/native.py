@@ -15,7 +15,13 @@ from starlette.responses import Response
 from minisrv.errors import InvalidRequestError
 from minisrv.frontend.body_fields import BodyFields, honoured
 from minisrv.frontend.events import Event
-from minisrv.frontend.generation import Generation, check_model, read_sampling, read_token_ids
+from minisrv.frontend.generation import (
+    Generation,
+    check_model,
+    read_cache_salt,
+    read_sampling,
+    read_token_ids,
+)
 from minisrv.frontend.metrics import ServerMetrics
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.openai_types import COMPLETION_FIELDS, Field, read_fields
@@ -38,7 +44,10 @@ GENERATE_FIELDS: dict[str, Field] = {
     "text": honoured(STRING, "The prompt; or send input_ids."),
     "input_ids": honoured(INTEGERS, "The prompt as token ids."),
     "sampling_params": honoured(OBJECT, f"Any of {', '.join(SAMPLING_FIELDS)}."),
-    **{name: COMPLETION_FIELDS[name] for name in ("model", "stream", "request_id", "rid")},
+    **{
+        name: COMPLETION_FIELDS[name]
+        for name in ("model", "stream", "cache_salt", "request_id", "rid")
+    },
 }
 DEFAULT_MAX_TOKENS = 128
 _STREAM = StreamOptions(include_usage=False, continuous_usage=False)
@@ -95,6 +104,7 @@ def read_native(fields: dict[str, Any], model: ModelInfo) -> Generation:
             read_token_ids(fields["input_ids"], model, "input_ids") if text is None else text,
         ),
         sampling=sampling,
+        cache_salt=read_cache_salt(fields),
         stream=_STREAM if fields.get("stream", False) else None,
     )
 

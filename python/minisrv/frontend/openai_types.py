@@ -45,11 +45,15 @@ class Treatment(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One field of a request; `neutral` are the values of an unsupported field that pass."""
+    """One field of a request; `neutral` are the values of an unsupported field that pass.
+
+    flag: the option of the server that makes an unsupported field an honoured one.
+    """
 
     treatment: Treatment
     schema: Schema
     neutral: tuple[Any, ...] = ()
+    flag: str | None = None
 
 
 def _honoured(schema: Schema, description: str) -> Field:
@@ -151,11 +155,14 @@ _GENERATION_FIELDS: dict[str, Field] = {
     "return_token_ids": _honoured(BOOLEAN, "Give the token ids of prompt and output."),
     "return_tokens": _honoured(BOOLEAN, "The same as return_token_ids."),
     "return_prompt": _honoured(BOOLEAN, "Give the prompt's text as the model saw it."),
+    "return_progress": _honoured(BOOLEAN, "Stream how far the prompt is; only with stream."),
     "request_id": _honoured(STRING, "The request's id, instead of X-Request-Id."),
     "rid": _honoured(STRING, "The same as request_id."),
     "presence_penalty": _honoured(NUMBER, "-2 to 2, taken once from tokens in the output."),
     "frequency_penalty": _honoured(NUMBER, "-2 to 2, taken for each time in the output."),
-    "repetition_penalty": _honoured(NUMBER, "Above 0, up to 2; over prompt and output. 1 is off."),
+    "repetition_penalty": _honoured(
+        NUMBER, "Above 0, up to 2, over prompt and output; 1 is off. Default: the model's, else 1."
+    ),
     "logit_bias": _honoured(OBJECT, "Token id to -100..100, added to the logit."),
     "repeat_penalty": _honoured(NUMBER, "The same as repetition_penalty."),
     "include_stop_str_in_output": _honoured(BOOLEAN, "Keep the stop string in the text."),
@@ -176,7 +183,6 @@ _GENERATION_FIELDS: dict[str, Field] = {
     "truncate_prompt_tokens": _unsupported(),
     "thinking_token_budget": _unsupported(),
     "timings_per_token": _unsupported(False),
-    "return_progress": _unsupported(False),
     "bad_words": _unsupported([]),
     "allowed_token_ids": _unsupported(),
     "logprob_token_ids": _unsupported([]),
@@ -206,7 +212,7 @@ CHAT_FIELDS: dict[str, Field] = {
         one_of(*REASONING_EFFORTS), "none turns thinking off; the template sees the others."
     ),
     "enable_thinking": _honoured(BOOLEAN, "Whether the model thinks first, where it can choose."),
-    "chat_template": _unsupported(),
+    "chat_template": Field(Treatment.UNSUPPORTED, ANY, flag="--trust-request-chat-template"),
     "add_generation_prompt": _honoured(
         BOOLEAN, "End the prompt with the assistant's turn begun. Default: true."
     ),
@@ -234,6 +240,14 @@ COMPLETION_FIELDS: dict[str, Field] = {
     "top_logprobs": _unsupported(0),
     "messages": _unsupported(),
 }
+
+
+def chat_fields(*, trust_template: bool) -> dict[str, Field]:
+    """The fields of a chat; with `trust_template` it may bring a template."""
+    if not trust_template:
+        return CHAT_FIELDS
+    template = _honoured(STRING, "A Jinja template to use instead of the model's.")
+    return CHAT_FIELDS | {"chat_template": template}
 
 
 def read_fields(body: Any, table: Mapping[str, Field]) -> tuple[dict[str, Any], list[str]]:
@@ -282,6 +296,12 @@ def _check_neutral(name: str, value: Any, field: Field) -> None:
     for neutral in field.neutral:
         if value == neutral and isinstance(value, bool) == isinstance(neutral, bool):
             return
+    if field.flag is not None:
+        raise InvalidRequestError(
+            f"{name} is not accepted by this server; it would have to be started with {field.flag}",
+            param=name,
+            code="unsupported_parameter",
+        )
     passing = ", ".join(describe(neutral) for neutral in (*field.neutral, None))
     raise InvalidRequestError(
         f"{name} is not supported by this server; leave it out (accepted: {passing})",

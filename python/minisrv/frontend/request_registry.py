@@ -146,6 +146,10 @@ class RequestRegistry:
                 event = request.event(start.uid)
                 event.start, event.started_at = start, time.monotonic()
                 touched[request.base] = request
+        for progress in reply.progress:
+            if (request := self._owners.get(progress.uid)) is not None:
+                request.event(progress.uid).progress = progress
+                touched[request.base] = request
         for thought in reply.thoughts:
             if (request := self._owners.get(thought.uid)) is not None:
                 event = request.event(thought.uid)

@@ -15,7 +15,7 @@ from minisrv.frontend.assistant_message import AssistantMessage, CallReading
 from minisrv.frontend.events import Event
 from minisrv.frontend.logprobs import chat_logprobs, text_logprobs
 from minisrv.frontend.returned_tokens import Returned, ReturnedTokens
-from minisrv.messages import Finish, TokenScore
+from minisrv.messages import Finish, Progress, TokenScore
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
@@ -30,10 +30,14 @@ FINISH_REASONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamOptions:
-    """include_usage: a last chunk with the usage. continuous_usage: the usage so far in each."""
+    """include_usage: a last chunk with the usage. continuous_usage: the usage so far in each.
+
+    progress: chunks that tell how far the prompt is.
+    """
 
     include_usage: bool
     continuous_usage: bool
+    progress: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +160,8 @@ class StreamReply:
         if message is None:
             message = self._messages[event.index] = self._header.message()
             chunks.append(self._chunk(event.index, {"role": "assistant", "content": ""}))
+        if event.progress is not None:
+            chunks.append(self._progress_chunk(event.index, {}, event.progress))
         scores = self._held_scores.pop(event.index, []) + event.scores
         if self._tokens is not None:
             self._tokens.take_ids(event)
@@ -178,10 +184,12 @@ class StreamReply:
         if self._tokens is not None:
             self._tokens.take_ids(event)
         text, scores, chunk = self._header.text(event), _completion_scores(event), b""
+        if event.progress is not None:
+            chunk = self._progress_chunk(event.index, "", event.progress)
         if scores:
-            chunk = self._chunk(event.index, text, logprobs=text_logprobs(scores))
+            chunk += self._chunk(event.index, text, logprobs=text_logprobs(scores))
         elif text:
-            chunk = self._text_chunk(event.index, text)
+            chunk += self._text_chunk(event.index, text)
         return chunk + self._chunk(event.index, "", _ending(event)) if event.final else chunk
 
     def end(self) -> bytes:
@@ -201,6 +209,16 @@ class StreamReply:
             frame = self._frames[index] = (before + mark[:-2], after)
         return frame[0] + _encode(text).encode() + frame[1]
 
+    def _progress_chunk(self, index: int, delta: dict[str, Any] | str, progress: Progress) -> bytes:
+        """llama.cpp's form; `processed` counts the cached tokens too."""
+        figures = {
+            "total": progress.total,
+            "cache": progress.cached,
+            "processed": progress.processed,
+            "time_ms": round(progress.seconds * 1000),
+        }
+        return self._chunk(index, delta, more={"prompt_progress": figures})
+
     def _delta(self, text: str) -> dict[str, str] | str:
         return {"content": text} if self._header.chat else text
 
@@ -210,6 +228,7 @@ class StreamReply:
         delta: dict[str, Any] | str,
         ending: dict[str, Any] | None = None,
         logprobs: dict[str, Any] | None = None,
+        more: dict[str, Any] | None = None,
     ) -> bytes:
         choice: dict[str, Any] = {
             "index": index,
@@ -220,6 +239,8 @@ class StreamReply:
         if ending is not None:
             choice.update(ending)
         chunk = self._header.reply(self._object, [choice])
+        if more is not None:
+            chunk.update(more)
         if self._tokens is not None:
             self._tokens.put(index, choice, chunk)
         if self._options.continuous_usage:

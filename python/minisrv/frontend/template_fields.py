@@ -6,8 +6,9 @@ from typing import Any
 
 from minisrv.errors import InvalidRequestError
 
-# What a prompt cannot have: no template is applied to it.
-TEMPLATE_FIELDS = (
+# No template is applied to a prompt.
+_ONLY_WITH_MESSAGES = (
+    "messages",
     "chat_template_kwargs",
     "tools",
     "reasoning_effort",
@@ -27,9 +28,11 @@ _RESERVED_VARIABLES = (
 )
 
 
-def read_turn(fields: dict[str, Any]) -> dict[str, Any]:
-    """Where the prompt ends, as fields of a Generation: the assistant's turn is begun unless the
-    last message is to be continued. Raises InvalidRequestError.
+def read_template(fields: dict[str, Any]) -> dict[str, Any]:
+    """The template and where it ends the prompt, as fields of a Generation.
+
+    The assistant's turn is begun unless the last message is to be continued.
+    Raises InvalidRequestError.
     """
     begins: bool | None = fields.get("add_generation_prompt")
     continues: bool = fields.get("continue_final_message", False)
@@ -41,6 +44,7 @@ def read_turn(fields: dict[str, Any]) -> dict[str, Any]:
     return {
         "add_generation_prompt": not continues if begins is None else begins,
         "continue_final_message": continues,
+        "chat_template": fields.get("chat_template"),
     }
 
 
@@ -56,8 +60,7 @@ def read_template_kwargs(variables: dict[str, Any]) -> dict[str, Any]:
 
 def check_no_template(fields: dict[str, Any]) -> None:
     """Raise InvalidRequestError for a field that only messages can have beside a prompt."""
-    names = ("messages", *TEMPLATE_FIELDS)
-    wrong = [name for name in names if fields.get(name)]
+    wrong = [name for name in _ONLY_WITH_MESSAGES if fields.get(name)]
     if fields.get("add_generation_prompt") is False:
         wrong.append("add_generation_prompt")
     if wrong:

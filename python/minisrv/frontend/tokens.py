@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,9 @@ from minisrv.messages import DecodeMsg, DescribeMsg, EncodeMsg
 _CHAT_NAMES = (
     *("model", "messages", "chat_template_kwargs", "tools", "tool_choice"),
     *("reasoning_effort", "enable_thinking", "add_generation_prompt", "continue_final_message"),
+    "chat_template",
 )
 
-TEMPLATE_FIELDS: dict[str, Field] = {name: CHAT_FIELDS[name] for name in _CHAT_NAMES}
-TOKENIZE_FIELDS: dict[str, Field] = {
-    "prompt": honoured(STRING, "Text; or send messages."),
-    **TEMPLATE_FIELDS,
-    "add_special_tokens": honoured(BOOLEAN, "Default: true for a prompt, false for messages."),
-}
 DETOKENIZE_FIELDS: dict[str, Field] = {
     "model": CHAT_FIELDS["model"],
     "tokens": honoured(INTEGERS, "Token ids."),
@@ -36,8 +32,19 @@ DETOKENIZE_FIELDS: dict[str, Field] = {
 }
 
 
-def add_token_routes(app: FastAPI, body_fields: BodyFields, registry: RequestRegistry) -> None:
+def add_token_routes(
+    app: FastAPI,
+    body_fields: BodyFields,
+    registry: RequestRegistry,
+    chat_table: Mapping[str, Field],
+) -> None:
     """Text to tokens and back, the rendered prompt of a conversation, and the tokenizer itself."""
+    template_fields = {name: chat_table[name] for name in _CHAT_NAMES}
+    tokenize_fields = {
+        "prompt": honoured(STRING, "Text; or send messages."),
+        **template_fields,
+        "add_special_tokens": honoured(BOOLEAN, "Default: true for a prompt, false for messages."),
+    }
     statuses = errors(400, 401, 404, 408, 413, 415, 503)
 
     async def encode(fields: dict[str, Any]) -> dict[str, Any]:
@@ -46,10 +53,10 @@ def add_token_routes(app: FastAPI, body_fields: BodyFields, registry: RequestReg
             lambda query: EncodeMsg(query=query, epoch=registry.epoch, **encoding)
         )
 
-    @app.post("/tokenize", openapi_extra=request_body(TOKENIZE_FIELDS), responses=statuses)
+    @app.post("/tokenize", openapi_extra=request_body(tokenize_fields), responses=statuses)
     async def tokenize(request: Request) -> Response:
         """The tokens of a text, or of a conversation."""
-        fields, headers = await body_fields.read(request, TOKENIZE_FIELDS)
+        fields, headers = await body_fields.read(request, tokenize_fields)
         answer = await encode(fields)
         body = {
             "count": len(answer["ids"]),
@@ -76,10 +83,10 @@ def add_token_routes(app: FastAPI, body_fields: BodyFields, registry: RequestReg
         return JSONResponse({"prompt": text, "text": text}, headers=headers)
 
     @app.post("/apply-template", include_in_schema=False)
-    @app.post("/apply_template", openapi_extra=request_body(TEMPLATE_FIELDS), responses=statuses)
+    @app.post("/apply_template", openapi_extra=request_body(template_fields), responses=statuses)
     async def apply_template(request: Request) -> Response:
         """The prompt that the model would see, and its tokens."""
-        fields, headers = await body_fields.read(request, TEMPLATE_FIELDS)
+        fields, headers = await body_fields.read(request, template_fields)
         fields.setdefault("messages", [])
         answer = await encode(fields)
         body = {"prompt": answer["text"], "tokens": answer["ids"], "count": len(answer["ids"])}
@@ -109,4 +116,5 @@ def _read_encoding(fields: dict[str, Any], registry: RequestRegistry) -> dict[st
         "add_special_tokens": fields.get("add_special_tokens", False),
         "add_generation_prompt": generation.add_generation_prompt,
         "continue_final_message": generation.continue_final_message,
+        "chat_template": generation.chat_template,
     }

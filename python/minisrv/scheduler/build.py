@@ -26,7 +26,13 @@ from minisrv.structured_output.vocabulary import Vocabulary
 logger = logging.getLogger("minisrv.scheduler")
 
 WARM_UP = SamplingParams(
-    temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, max_tokens=2, ignore_eos=True
+    temperature=0.0,
+    top_p=1.0,
+    top_k=0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    max_tokens=2,
+    ignore_eos=True,
 )
 
 

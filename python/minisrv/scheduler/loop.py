@@ -154,6 +154,7 @@ class SchedulerLoop:
                 finishes=np.frombuffer(bytes(replies.finishes), np.uint8),
                 starts=tuple(replies.starts),
                 failures=tuple(replies.failures),
+                progress=tuple(replies.progress),
                 logprobs=tuple(replies.logprobs),
                 epoch=self.channel.epoch,
             )

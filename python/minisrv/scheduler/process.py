@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from minisrv.child import Child, Ready, run_child
+from minisrv.config import ServerConfig
 from minisrv.hf_tokenizer import load_tokenizer
-from minisrv.model_config import ModelConfig, load_model_config
+from minisrv.model_config import SAMPLING_DEFAULTS, ModelConfig, load_model_config
 from minisrv.scheduler.channel import ZmqChannel
 from minisrv.structured_output.vocabulary import open_vocabulary
 
@@ -32,17 +33,15 @@ def _serve(child: Child) -> None:
     loop = build_loop(child.config, model_dir, channel, child.progress, run_dir, vocabulary)
     assert isinstance(loop.engine, Engine)
     facts = {"placement": loop.engine.placement, "memory_plan": loop.engine.describe()}
-    child.report(Ready({**facts, **_model_facts(model, loop.scheduler.max_seq_len)}))
+    child.report(Ready({**facts, **_model_facts(model, child.config, loop.scheduler.max_seq_len)}))
     loop.run(loop.engine.check)
 
 
-def _model_facts(model: ModelConfig, max_seq_len: int) -> dict[str, Any]:
-    defaults = model.sampling_defaults
+def _model_facts(model: ModelConfig, config: ServerConfig, max_seq_len: int) -> dict[str, Any]:
+    defaults = model.defaults_of(config.sampling_defaults)
     return {
         "max_seq_len": max_seq_len,
         "vocab_size": model.vocab_size,
-        "sampling_defaults": {
-            name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k", "min_p")
-        },
+        "sampling_defaults": {name: getattr(defaults, name) for name in SAMPLING_DEFAULTS},
         "unapplied_defaults": model.unapplied_defaults,
     }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from minisrv.messages import Failure, Finish, Start, TokenLogprobs
-from minisrv.scheduler.request import Request
+from minisrv.messages import Failure, Finish, Progress, Start, TokenLogprobs
+from minisrv.scheduler.request import Request, Status
+from minisrv.scheduler.step import Chunk
 
 
 @dataclass(slots=True)
@@ -18,6 +19,7 @@ class Replies:
     starts: list[Start] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    progress: list[Progress] = field(default_factory=list)
 
     def add(self, request: Request, token_id: int, finish: Finish, now: float) -> None:
         """Tell of one token, or with ABORT of an end without one."""
@@ -27,5 +29,20 @@ class Replies:
         self.token_ids.append(token_id)
         self.finishes.append(finish)
 
+    def add_progress(self, chunks: list[Chunk], now: float) -> None:
+        """Tell of prompts that are further by these chunks, and not complete."""
+        for request, end in ((chunk.request, chunk.start + chunk.length) for chunk in chunks):
+            if request.status is not Status.FINISHED and not request.started:
+                began = now if request.admitted_at is None else request.admitted_at
+                self.progress.append(
+                    Progress(
+                        uid=request.uid,
+                        total=len(request.prompt_ids),
+                        cached=request.cached_tokens,
+                        processed=end,
+                        seconds=now - began,
+                    )
+                )
+
     def __bool__(self) -> bool:
-        return bool(self.uids or self.failures)
+        return bool(self.uids or self.failures or self.progress)

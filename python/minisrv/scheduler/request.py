@@ -48,6 +48,7 @@ class Request:
     eos_ids: frozenset[int]
     parts: int = 0
     shown_prompt: ShownPrompt | None = None
+    show_progress: bool = False
     salt: bytes = b""
     prefill_ids: Int32Array = field(init=False)
     output_ids: list[int] = field(default_factory=list)

@@ -90,6 +90,7 @@ class Scheduler:
                 eos_ids=self._eos_ids,
                 parts=message.parts,
                 shown_prompt=message.shown_prompt,
+                show_progress=message.show_progress and not choice,
                 salt=message.cache_salt.encode(),
                 arrived_at=self.now,
             )
@@ -128,6 +129,7 @@ class Scheduler:
                 chunk.request.pending += 1
                 step.sampling_prefills.append(index)
         step.scored = [chunk for chunk in step.prefills if chunk.request.scores_prompt]
+        step.watched = [chunk for chunk in step.prefills if chunk.request.show_progress]
         step.page_writes = self.cache.take_page_writes()
         return step
 
@@ -138,6 +140,7 @@ class Scheduler:
         """
         self.cache.settle(step.step_id)
         replies, finished = self._replies, Status.FINISHED
+        replies.add_progress(step.watched, self.now)
         if logprobs is not None:
             replies.logprobs += take_logprobs(step, token_ids, logprobs)
         told = len(replies.uids)

@@ -22,6 +22,7 @@ class Step:
 
     All decodes get a token, and the chunks that end their prompt: `sampling_prefills` are indices
     into `prefills`. The log-probabilities of the prompt are wanted of the chunks `scored`.
+    Of the chunks `watched` somebody wants to know when they are done.
     """
 
     step_id: int
@@ -30,6 +31,7 @@ class Step:
     sampling_prefills: list[int] = field(default_factory=list)
     page_writes: dict[tuple[int, int], int] = field(default_factory=dict)
     scored: list[Chunk] = field(default_factory=list)
+    watched: list[Chunk] = field(default_factory=list)
 
     @property
     def samples(self) -> list[Request]:

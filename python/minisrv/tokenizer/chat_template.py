@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -20,6 +22,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from minisrv.errors import ConfigError, InvalidRequestError
 
 MAX_PROMPT_CHARS = 2**25
+MAX_REQUEST_TEMPLATE_CHARS = 2**17
+_KEPT_REQUEST_TEMPLATES = 8
 _MAX_ERROR_CHARS = 500
 # Characters for private use, which no template looks for.
 _MARK = "\uf8ff\ue000\uf8ff "
@@ -28,8 +32,14 @@ _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 Messages = Sequence[Mapping[str, Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Template:
+    compiled: jinja2.Template
+    knows_developer: bool
+
+
 class ChatTemplate:
-    """The templates of one model, compiled once."""
+    """The templates of one model, compiled once, and those that requests bring."""
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         """`sources` by name, maybe none at all; templates see `special_tokens` as variables.
@@ -40,7 +50,9 @@ class ChatTemplate:
         self._templates = {
             name: _compile(environment, name, text) for name, text in sources.items()
         }
-        self._knows_developer = {name for name, text in sources.items() if "developer" in text}
+        self._of_request = lru_cache(_KEPT_REQUEST_TEMPLATES)(
+            lambda text: _compile_request(environment, text)
+        )
         self._special_tokens = dict(special_tokens)
 
     def render(
@@ -50,17 +62,19 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        chat_template: str | None = None,
     ) -> str:
         """The prompt text. `template_kwargs` are more variables for the template.
 
         continue_final_message: end it where the content of the last message ends.
+        chat_template: the source of a template to use instead of the model's.
 
         A null field of a message counts as absent. The role `developer` becomes `system` for a
         template that does not know it. Raises InvalidRequestError when there is no template, and
         with the template's own words when it refuses the messages or fails on them.
         """
-        name = self._select(tools)
-        prepared = [self._prepare(message, name) for message in messages]
+        template = self._select(tools) if chat_template is None else self._of_request(chat_template)
+        prepared = [_prepare(message, template) for message in messages]
         if continue_final_message:
             prepared[-1] = _marked(prepared[-1])
         variables = {
@@ -72,7 +86,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            text = self._generate(name, variables)
+            text = _generate(template.compiled, variables)
             return _cut_at_mark(text) if continue_final_message else text
         except InvalidRequestError:
             raise
@@ -80,25 +94,14 @@ class ChatTemplate:
             text = str(error) or type(error).__name__
             raise InvalidRequestError(
                 f"the chat template cannot render these messages: {text[:_MAX_ERROR_CHARS]}",
-                param="messages",
+                param="messages" if chat_template is None else "chat_template",
             ) from error
 
-    def _generate(self, name: str, variables: dict[str, Any]) -> str:
-        """The text. A template that fails on arguments as objects gets them as JSON text."""
-        template = self._templates[name]
-        try:
-            return _join(template.generate(variables))
-        except TypeError:
-            if not any(message.get("tool_calls") for message in variables["messages"]):
-                raise
-            messages = [_with_text_arguments(message) for message in variables["messages"]]
-            return _join(template.generate({**variables, "messages": messages}))
-
-    def _select(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
+    def _select(self, tools: Sequence[Mapping[str, Any]] | None) -> _Template:
         if tools is not None and "tool_use" in self._templates:
-            return "tool_use"
+            return self._templates["tool_use"]
         if "default" in self._templates:
-            return "default"
+            return self._templates["default"]
         state = "has no chat template"
         if self._templates:
             state = f"has chat templates ({', '.join(sorted(self._templates))}) but no default one"
@@ -107,15 +110,27 @@ class ChatTemplate:
             param="messages",
         )
 
-    def _prepare(self, message: Mapping[str, Any], name: str) -> dict[str, Any]:
-        """Absent fields absent, the reasoning under each name that templates read it by."""
-        prepared = {key: value for key, value in message.items() if value is not None}
-        if prepared.get("role") == "developer" and name not in self._knows_developer:
-            prepared["role"] = "system"
-        reasoning = next((prepared[key] for key in _REASONING_FIELDS if key in prepared), None)
-        if reasoning is not None:
-            prepared = {"thinking": reasoning, **prepared, "reasoning_content": reasoning}
-        return prepared
+
+def _generate(template: jinja2.Template, variables: dict[str, Any]) -> str:
+    """The text. A template that fails on arguments as objects gets them as JSON text."""
+    try:
+        return _join(template.generate(variables))
+    except TypeError:
+        if not any(message.get("tool_calls") for message in variables["messages"]):
+            raise
+        messages = [_with_text_arguments(message) for message in variables["messages"]]
+        return _join(template.generate({**variables, "messages": messages}))
+
+
+def _prepare(message: Mapping[str, Any], template: _Template) -> dict[str, Any]:
+    """Absent fields absent, the reasoning under each name that templates read it by."""
+    prepared = {key: value for key, value in message.items() if value is not None}
+    if prepared.get("role") == "developer" and not template.knows_developer:
+        prepared["role"] = "system"
+    reasoning = next((prepared[key] for key in _REASONING_FIELDS if key in prepared), None)
+    if reasoning is not None:
+        prepared = {"thinking": reasoning, **prepared, "reasoning_content": reasoning}
+    return prepared
 
 
 def _marked(message: dict[str, Any]) -> dict[str, Any]:
@@ -174,13 +189,30 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _compile(environment: ImmutableSandboxedEnvironment, name: str, source: str) -> jinja2.Template:
+def _compile(environment: ImmutableSandboxedEnvironment, name: str, source: str) -> _Template:
     try:
-        return environment.from_string(source)
+        return _Template(environment.from_string(source), "developer" in source)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(
             f"the {name} chat template is wrong on line {error.lineno}: {error.message}"
         ) from error
+
+
+def _compile_request(environment: ImmutableSandboxedEnvironment, source: str) -> _Template:
+    if len(source) > MAX_REQUEST_TEMPLATE_CHARS:
+        raise InvalidRequestError(
+            f"chat_template has {len(source)} characters; the limit is "
+            f"{MAX_REQUEST_TEMPLATE_CHARS}",
+            param="chat_template",
+        )
+    try:
+        return _compile(environment, "request's", source)
+    except ConfigError as error:
+        raise InvalidRequestError(error.message, param="chat_template") from error
+    except RecursionError:
+        raise InvalidRequestError(
+            "chat_template is nested too deeply", param="chat_template"
+        ) from None
 
 
 def _join(pieces: Any) -> str:

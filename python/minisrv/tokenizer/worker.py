@@ -83,6 +83,7 @@ class TokenizerWorker:
                     sampling=self._sampling(message, parts),
                     parts=parts,
                     shown_prompt=self._shown(message, ids, text),
+                    show_progress=message.show_progress,
                     cache_salt=message.cache_salt,
                     epoch=self._epoch,
                 )
@@ -113,6 +114,7 @@ class TokenizerWorker:
             message.tools,
             add_generation_prompt=message.add_generation_prompt,
             continue_final_message=message.continue_final_message,
+            chat_template=message.chat_template,
         )
 
     def _shown(

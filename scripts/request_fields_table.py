@@ -1,0 +1,48 @@
+"""Write the table of request fields in docs/api.md anew, from the tables that the server reads.
+
+Run: python scripts/request_fields_table.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from minisrv.frontend.openai_types import CHAT_FIELDS, COMPLETION_FIELDS, Field, Treatment
+
+PAGE = Path(__file__).parent.parent / "docs" / "api.md"
+HEAD = "| field | routes | what it does |\n|---|---|---|\n"
+
+
+def table() -> str:
+    """A row for each field; one for each route where they differ."""
+    rows: dict[tuple[Treatment, str, str], list[str]] = {}
+    for route, fields in (("chat", CHAT_FIELDS), ("completions", COMPLETION_FIELDS)):
+        for name, field in fields.items():
+            rows.setdefault((field.treatment, name, _text(field)), []).append(route)
+    order = list(Treatment)
+    ordered = sorted(rows, key=lambda row: (order.index(row[0]), row[1]))
+    lines = (f"| `{row[1]}` | {', '.join(rows[row])} | {row[2]} |\n" for row in ordered)
+    return HEAD + "".join(lines)
+
+
+def _text(field: Field) -> str:
+    if field.treatment is not Treatment.UNSUPPORTED:
+        return str(field.schema["description"]).replace("|", "\\|")
+    if field.flag is not None:
+        return f"Refused, but with `{field.flag}`."
+    passing = ", ".join(f"`{json.dumps(value)}`" for value in (*field.neutral, None))
+    return f"Refused; {passing} may be sent."
+
+
+def main() -> None:
+    """Put the table in the place of the one that is there."""
+    page = PAGE.read_text()
+    found = re.search(re.escape(HEAD) + r"(\|.*\n)*", page)
+    assert found is not None, "docs/api.md has no table of request fields"
+    PAGE.write_text(page[: found.start()] + table() + page[found.end() :])
+
+
+if __name__ == "__main__":
+    main()
