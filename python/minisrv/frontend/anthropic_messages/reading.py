@@ -45,7 +45,7 @@ def read_prompt(fields: dict[str, Any], model: ModelInfo) -> Generation:
 
 def warnings(fields: dict[str, Any]) -> list[str]:
     """What the client is to know of fields that do less here than they say."""
-    if "budget_tokens" in fields.get("thinking", {}):
+    if fields.get("thinking", {}).get("budget_tokens") is not None:
         return ["thinking.budget_tokens is no limit here; max_tokens is one of thought and text"]
     return []
 
