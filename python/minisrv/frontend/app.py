@@ -37,6 +37,7 @@ from minisrv.frontend.request_context import (
 )
 from minisrv.frontend.request_registry import RequestRegistry
 from minisrv.frontend.responder import SERVER_TIMING_HEADER, GenerationResponse
+from minisrv.frontend.responses.route import add_response_routes
 from minisrv.frontend.server_state import Dead, Ready, Starting
 from minisrv.frontend.stream import ReplyHeader
 from minisrv.frontend.tokens import add_token_routes
@@ -75,6 +76,7 @@ def create_app(
     body_fields = BodyFields(config.max_body_bytes, unknown_fields)
     _add_generation_routes(app, config, body_fields, registry, metrics)
     add_native_route(app, config.max_open_requests, body_fields, registry, metrics)
+    add_response_routes(app, config.max_open_requests, body_fields, registry, metrics)
     add_token_routes(app, body_fields, registry)
     add_admin_routes(app, config, VERSION, body_fields, registry)
     app.add_middleware(AccessMiddleware, keys=keys, public_metrics=config.public_metrics)

@@ -45,11 +45,15 @@ class Treatment(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One field of a request; `neutral` are the values of an unsupported field that pass."""
+    """One field of a request; `neutral` are the values of an unsupported field that pass.
+
+    reason: why it is not supported, for the refusal.
+    """
 
     treatment: Treatment
     schema: Schema
     neutral: tuple[Any, ...] = ()
+    reason: str = ""
 
 
 def _honoured(schema: Schema, description: str) -> Field:
@@ -283,8 +287,9 @@ def _check_neutral(name: str, value: Any, field: Field) -> None:
         if value == neutral and isinstance(value, bool) == isinstance(neutral, bool):
             return
     passing = ", ".join(describe(neutral) for neutral in (*field.neutral, None))
+    reason = f" ({field.reason})" if field.reason else ""
     raise InvalidRequestError(
-        f"{name} is not supported by this server; leave it out (accepted: {passing})",
+        f"{name} is not supported by this server{reason}; leave it out (accepted: {passing})",
         param=name,
         code="unsupported_parameter",
     )
