@@ -24,7 +24,7 @@ CHAT_NAMES = (
     *("model", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
     *("ignore_eos", "min_tokens", "skip_special_tokens", "include_stop_str_in_output"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
-    *("stream", "parallel_tool_calls", "enable_thinking", "chat_template_kwargs"),
+    *("stream", "parallel_tool_calls", "enable_thinking", "chat_template_kwargs", "cache_salt"),
 )
 
 _TEXT: Schema = {
@@ -116,7 +116,7 @@ RESPONSE_FIELDS: dict[str, Field] = {
     "max_tool_calls": _unsupported(),
     "truncation": _unsupported("disabled", reason="no prompt is cut"),
     "prompt": _unsupported(reason="it stores no prompts"),
-    "top_logprobs": _unsupported(0),
+    "top_logprobs": _unsupported(0, reason="chat completions have log-probabilities"),
     "moderation": _unsupported(),
     "image": _unsupported(),
     "access_programs": _unsupported(),

@@ -36,7 +36,6 @@ _NAMED_SCHEMA = {"type": "object", "required": ["name", "schema"]}
 def read_response(fields: Fields, model: ModelInfo) -> Generation:
     """Check the fields of a response. Raises InvalidRequestError in their names."""
     _check_include(fields.get("include", []))
-    check_value(fields.get("metadata", {}), {"type": "object"}, "metadata")
     for name, text in fields.get("metadata", {}).items():
         check_value(text, STRING, f"metadata.{name[:64]}")
     chat: Fields = {name: fields[name] for name in CHAT_NAMES if name in fields}
@@ -63,17 +62,17 @@ def named_as_here() -> Iterator[None]:
     try:
         yield
     except MinisrvError as error:
-        raise rename(error) from error
+        rename(error)
+        raise
 
 
-def rename(error: MinisrvError) -> MinisrvError:
-    """The error, now in the names of a response."""
+def rename(error: MinisrvError) -> None:
+    """Put the names of a response's fields into the error."""
     for pattern, name in _NAMES:
         error.message = pattern.sub(name, error.message)
         error.param = error.param and pattern.sub(name, error.param)
     error.param = error.param and _MESSAGES.sub("input", error.param)
     error.args = (error.message,)
-    return error
 
 
 def _check_include(names: list[str]) -> None:

@@ -114,7 +114,7 @@ class ResponseReply(GenerationResponse):
 
 def _error(error: MinisrvError) -> dict[str, Any]:
     """A response's error has one of few codes; `type` and `param` tell what they do elsewhere."""
-    error = rename(error)
+    rename(error)
     code = "invalid_prompt" if error.http_status < 500 else "server_error"
     return {
         "code": code,
