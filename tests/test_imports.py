@@ -49,6 +49,8 @@ PURE = [
     "detokenizer/stop_strings.py",
     "detokenizer/thought.py",
     "frontend/assistant_message.py",
+    "frontend/responses/conversation.py",
+    "frontend/responses/output_items.py",
     "frontend/stream.py",
     "frontend/tool_calls/parser.py",
 ]

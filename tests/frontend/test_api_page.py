@@ -30,7 +30,7 @@ def rows(title: str) -> list[list[str]]:
 def test_the_page_has_every_route_and_no_other_with_its_access() -> None:
     named: dict[tuple[str, str], str] = {}
     for route, access, _ in rows("Routes"):
-        method = re.findall(r"GET|POST", route)[0]
+        method = re.findall(r"GET|POST|DELETE", route)[0]
         for path in re.findall(r"(/[^`,\s]*)", route):
             named[method, path.replace("{id}", "{model_id}")] = access.split(",")[0]
     with serve(api_key=("user",), admin_key="admin") as server:

@@ -29,7 +29,7 @@ ABORT_FIELDS: dict[str, Field] = {
 FLUSH_FIELDS: dict[str, Field] = {
     "timeout": honoured(NUMBER, "Seconds to wait until no request is open. Default: 0.")
 }
-_REPLY_PREFIXES = ("chatcmpl-", "cmpl-")
+_REPLY_PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "msg_")
 _MAX_WAIT_S = 600.0
 _RETRY_S = 0.05
 

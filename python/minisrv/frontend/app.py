@@ -38,6 +38,7 @@ from minisrv.frontend.request_context import (
 )
 from minisrv.frontend.request_registry import RequestRegistry
 from minisrv.frontend.responder import SERVER_TIMING_HEADER, GenerationResponse
+from minisrv.frontend.responses.route import add_response_routes
 from minisrv.frontend.root_page import add_root_page
 from minisrv.frontend.server_state import Dead, Ready, Starting
 from minisrv.frontend.stream import ReplyHeader
@@ -80,6 +81,7 @@ def create_app(
     _add_generation_routes(app, config, body_fields, registry, metrics, chat_table)
     add_native_route(app, config.max_open_requests, body_fields, registry, metrics)
     add_messages_routes(app, body_fields, registry, metrics)
+    add_response_routes(app, config.max_open_requests, body_fields, registry, metrics)
     add_token_routes(app, body_fields, registry, chat_table)
     add_admin_routes(app, config, VERSION, body_fields, registry)
     app.add_middleware(AccessMiddleware, keys=keys, public_metrics=config.public_metrics)

@@ -69,6 +69,11 @@ class AssistantMessage:
             message["content"] = None
         return message
 
+    @property
+    def in_call(self) -> bool:
+        """Whether a call has begun that has not come to its end."""
+        return self._parser is not None and not self._parser.whole
+
     def calls_tools(self, event: Event) -> bool:
         """Whether the message, ended by `event`, asks for its calls to be made: none is cut off."""
         parser = self._parser

@@ -47,12 +47,14 @@ class Treatment(Enum):
 class Field:
     """One field of a request; `neutral` are the values of an unsupported field that pass.
 
+    reason: why it is not supported, for the refusal.
     flag: the option of the server that makes an unsupported field an honoured one.
     """
 
     treatment: Treatment
     schema: Schema
     neutral: tuple[Any, ...] = ()
+    reason: str = ""
     flag: str | None = None
 
 
@@ -303,8 +305,9 @@ def _check_neutral(name: str, value: Any, field: Field) -> None:
             code="unsupported_parameter",
         )
     passing = ", ".join(describe(neutral) for neutral in (*field.neutral, None))
+    reason = f" ({field.reason})" if field.reason else ""
     raise InvalidRequestError(
-        f"{name} is not supported by this server; leave it out (accepted: {passing})",
+        f"{name} is not supported by this server{reason}; leave it out (accepted: {passing})",
         param=name,
         code="unsupported_parameter",
     )
