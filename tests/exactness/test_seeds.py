@@ -67,7 +67,7 @@ def case(
             choices_of(llm.generate_outputs([prompt], params, use_tqdm=False)[0])
             for prompt, params in zip(prompts, SEEDED, strict=True)
         ]
-    yield Case(model_dir, prompts, alone)
+    return Case(model_dir, prompts, alone)
 
 
 def crowd(prompts: Sequence[list[int]], rng: random.Random) -> list[tuple[int | None, Any, Any]]:
@@ -76,7 +76,7 @@ def crowd(prompts: Sequence[list[int]], rng: random.Random) -> list[tuple[int | 
         (i, prompt, params) for i, (prompt, params) in enumerate(zip(prompts, SEEDED, strict=True))
     ]
     for prompt, params in zip(prompts, SEEDED, strict=True):
-        start = prompt[: rng.randint(1, len(prompt))] + [rng.randrange(EOS_ID)]
+        start = [*prompt[: rng.randint(1, len(prompt))], rng.randrange(EOS_ID)]
         other = replace(params, seed=None, max_tokens=rng.randint(4, 40), min_tokens=0)
         listed.append((None, start, other))
     rng.shuffle(listed)
