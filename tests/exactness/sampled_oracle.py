@@ -70,7 +70,9 @@ def adjusted_logits(
     ends = [*([] if params.ignore_eos else eos_ids), *params.stop_token_ids]
     if params.min_tokens and ends:
         processor = MinNewTokensLengthLogitsProcessor(len(prompt), params.min_tokens, ends, "cpu")
-        scores = processor(ids, scores)
+        without = processor(ids, scores)
+        if without.isfinite().any():  # else a grammar leaves nothing but an end
+            scores = without
     return scores[0]
 
 
