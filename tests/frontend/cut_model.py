@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
-from played_model import ADDED, EOS, SPECIAL, PlayedModel
+from played_model import ADDED, EOS, SPECIAL, PlayedModel, played_logprobs
 
 from minisrv.message_codec import decode, encode
 from minisrv.messages import (
@@ -16,7 +16,7 @@ from minisrv.messages import (
     DetokenizeMsg,
     Finish,
     GenerateMsg,
-    Start,
+    TokenLogprobs,
 )
 
 MARKS = [*SPECIAL, *ADDED]
@@ -73,20 +73,31 @@ class _Steps:
 
     def _step(self, uids: Sequence[int]) -> None:
         entries = [self._entry(uid) for uid in uids]
-        starts = tuple(self._start(uid) for uid in uids if uid in self._unstarted)
+        message, model = self._message, self._model
+        starts = tuple(model._start(uid, message) for uid in uids if uid in self._unstarted)
         self._unstarted.difference_update(uids)
         step = DetokenizeMsg(
             uids=np.array(uids, np.int64),
             token_ids=np.array([token for token, _ in entries], np.int32),
             finishes=np.array([finish for _, finish in entries], np.uint8),
             starts=starts,
-            epoch=self._model._registry.epoch,
+            logprobs=self._logprobs(uids, entries),
+            epoch=model._registry.epoch,
         )
-        reply, abort = self._model._detokenizer.handle(decode(encode(step), DETOKENIZER_INBOX))  # type: ignore[arg-type]
+        reply, abort = model._detokenizer.handle(decode(encode(step), DETOKENIZER_INBOX))  # type: ignore[arg-type]
         if abort is not None:
             self._stopping.update(dict.fromkeys(abort.uids, self._rng.randint(0, 2)))
         if reply is not None:
-            self._model._registry.deliver(decode(encode(reply), FRONTEND_INBOX))  # type: ignore[arg-type]
+            model._registry.deliver(decode(encode(reply), FRONTEND_INBOX))  # type: ignore[arg-type]
+
+    def _logprobs(
+        self, uids: Sequence[int], entries: Sequence[tuple[int, Finish]]
+    ) -> tuple[TokenLogprobs, ...]:
+        num_top = self._message.sampling.logprobs
+        told = [(uid, token) for uid, (token, _) in zip(uids, entries, strict=True) if token >= 0]
+        if num_top is None:
+            return ()
+        return tuple(played_logprobs(uid, [token], num_top) for uid, token in told)
 
     def _entry(self, uid: int) -> tuple[int, Finish]:
         ids = self._left[uid]
@@ -100,19 +111,6 @@ class _Steps:
         if not ids:
             del self._left[uid]
         return token, Finish.NONE if ids else Finish.STOP if token == EOS else Finish.LENGTH
-
-    def _start(self, uid: int) -> Start:
-        sampling = self._message.sampling
-        return Start(
-            uid=uid,
-            prompt_tokens=len(self._message.prompt_ids),
-            cached_tokens=0,
-            min_tokens=sampling.min_tokens,
-            stop=sampling.stop,
-            skip_special_tokens=sampling.skip_special_tokens,
-            parts=self._message.parts,
-            include_stop=sampling.include_stop_str_in_output,
-        )
 
 
 def _cut(text: str, rng: random.Random) -> list[str]:

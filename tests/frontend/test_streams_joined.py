@@ -78,17 +78,19 @@ def events_of(data: bytes) -> list[Any]:
     return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
-def merged(data: bytes) -> tuple[Any, dict[int, Any]]:
-    """What the openai package makes of a stream, and the stop reasons, which it does not know."""
+def merged(data: bytes) -> tuple[Any, dict[int, Any], dict[int, list[int]]]:
+    """What the openai package makes of a stream, and what it does not know: stop reasons, ids."""
     state = ChatCompletionStreamState()
     reasons: dict[int, Any] = {}
+    ids: dict[int, list[int]] = {}
     for event in events_of(data):
         state.handle_chunk(ChatCompletionChunk.model_validate(event, strict=True))
         for choice in event["choices"]:
+            ids[choice["index"]] = ids.get(choice["index"], []) + choice.get("token_ids", [])
             if choice["finish_reason"]:
                 assert choice["index"] not in reasons
                 reasons[choice["index"]] = choice["stop_reason"]
-    return state.current_completion_snapshot, reasons
+    return state.current_completion_snapshot, reasons, ids
 
 
 def message_of(choice: Any) -> dict[str, Any]:
@@ -110,12 +112,14 @@ def check_same(client: Client, body: dict[str, Any], step_seeds: tuple[int, int]
     whole = ChatCompletion.model_validate_json(client.post(CHAT, body), strict=True)
     client.model.step_seed = step_seeds[1]
     options = {"stream": True, "stream_options": {"include_usage": True}}
-    streamed, reasons = merged(client.post(CHAT, {**body, **options}))
+    streamed, reasons, token_ids = merged(client.post(CHAT, {**body, **options}))
     assert len(whole.choices) == len(streamed.choices) == body.get("n", 1)
     for a, b in zip(whole.choices, streamed.choices, strict=True):
         assert a.index == b.index
         assert message_of(a) == message_of(b)
         assert a.stop_reason == reasons[a.index]  # type: ignore[attr-defined]
+        assert (a.model_extra or {}).get("token_ids", []) == token_ids[a.index]
+        assert a.logprobs == b.logprobs
         for completion in (a, b):
             ids = [call.id for call in completion.message.tool_calls or []]
             assert len(set(ids)) == len(ids)
@@ -198,6 +202,9 @@ def anything(draw: st.DrawFn) -> tuple[str, str, dict[str, Any]]:
     if stops := draw(st.lists(stop_in(text) | WORDS.filter(bool), max_size=3)):
         fields |= {"stop": stops, "include_stop_str_in_output": draw(st.booleans())}
     fields["skip_special_tokens"] = draw(st.booleans())
+    fields["return_token_ids"] = draw(st.booleans())
+    if draw(st.booleans()):
+        fields |= {"logprobs": True, "top_logprobs": draw(st.integers(0, 2))}
     fields["n"] = draw(st.integers(1, 3))
     return template, text, fields
 
@@ -268,7 +275,7 @@ def test_choices_that_begin_in_any_order_keep_their_index(order: list[int]) -> N
         for index in order:
             event = Event(uid=index + 7, index=index, deltas=[f"{index}"], finish=finish)
             data += reply.chunks(event)
-    streamed, _ = merged(data + reply.end())
+    streamed, *_ = merged(data + reply.end())
     assert [choice.message.content for choice in streamed.choices] == ["00", "11", "22"]
     assert [choice.index for choice in streamed.choices] == [0, 1, 2]
 
