@@ -1,8 +1,9 @@
 """From events to OpenAI's replies: server-sent chunks, or one whole object.
 
-The order on the wire, for each choice: a chunk with the role (chat), chunks with thought, text and
-tool calls, an empty chunk with the finish reason; then, if asked for, one chunk with the usage;
-then [DONE].
+The order on the wire: a chunk with the role for each choice by index (chat), since clients number
+the choices of a stream as they first come; for each choice, chunks with thought, text and tool
+calls, then an empty chunk with the finish reason; if asked for, one chunk with the usage; then
+[DONE].
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class StreamReply:
         self._usage = usage
         self._options = options
         self._object = "chat.completion.chunk" if header.chat else "text_completion"
-        self._messages: dict[int, AssistantMessage] = {}
+        self._messages: list[AssistantMessage] = []
         self._held_scores: dict[int, list[TokenScore]] = {}
         self._empty = b'"content":""' if header.chat else b'"text":""'
         self._frames: dict[int, tuple[bytes, bytes]] = {}
@@ -155,11 +156,8 @@ class StreamReply:
             self._tokens.take_prompt(event)
         if not self._header.chat:
             return self._text_chunks(event)
-        chunks = []
-        message = self._messages.get(event.index)
-        if message is None:
-            message = self._messages[event.index] = self._header.message()
-            chunks.append(self._chunk(event.index, {"role": "assistant", "content": ""}))
+        chunks = [] if self._messages else self._open_messages()
+        message = self._messages[event.index]
         if event.progress is not None:
             chunks.append(self._progress_chunk(event.index, {}, event.progress))
         scores = self._held_scores.pop(event.index, []) + event.scores
@@ -179,6 +177,11 @@ class StreamReply:
         elif scores:  # their text is held back
             self._held_scores[event.index] = scores
         return b"".join(chunks)
+
+    def _open_messages(self) -> list[bytes]:
+        indexes = range(self._header.choices_per_prompt)
+        self._messages = [self._header.message() for _ in indexes]
+        return [self._chunk(index, {"role": "assistant", "content": ""}) for index in indexes]
 
     def _text_chunks(self, event: Event) -> bytes:
         if self._tokens is not None:
