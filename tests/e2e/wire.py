@@ -1,0 +1,85 @@
+"""Holds recorded bodies to the openai package's own types, strictly."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pydantic
+from openai.pagination import SyncPage
+from openai.types import Completion, CompletionChoice, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.shared import ErrorObject
+from recording import Exchange
+
+# What the server sends beyond OpenAI's types; all of it is in docs/api.md or docs/tools.md.
+EXTRA_KEYS = {
+    "Choice.stop_reason",
+    "CompletionChoice.stop_reason",
+    "TextChunkChoice.stop_reason",
+    "ChatCompletionMessage.reasoning_content",
+    "ChoiceDelta.reasoning_content",
+    "ChatCompletion.timings",
+    "ChatCompletionChunk.timings",
+    "Model.max_model_len",
+}
+
+
+class TextChunkChoice(CompletionChoice):
+    """The package has one type for a whole completion and a chunk; OpenAI sends null here too."""
+
+    finish_reason: Literal["stop", "length", "content_filter"] | None  # type: ignore[assignment]
+
+
+class TextChunk(Completion):
+    choices: list[TextChunkChoice]  # type: ignore[assignment]
+
+
+class ErrorBody(pydantic.BaseModel, extra="forbid"):
+    error: ErrorObject
+
+
+# Path, type of a whole reply, type of a chunk.
+_TYPES: list[tuple[str, type[pydantic.BaseModel], type[pydantic.BaseModel] | None]] = [
+    ("/v1/chat/completions", ChatCompletion, ChatCompletionChunk),
+    ("/v1/completions", Completion, TextChunk),
+    ("/v1/models", SyncPage[Model], None),
+    ("/v1/models/.+", Model, None),
+]
+
+
+def check_exchange(exchange: Exchange) -> None:
+    """Raise unless every JSON value of the reply fits its type and comes back from it as it was."""
+    whole, chunk = next(
+        (whole, chunk) for path, whole, chunk in _TYPES if re.fullmatch(path, exchange.path)
+    )
+    if exchange.status != 200:
+        return _check_value(json.loads(exchange.body), ErrorBody)
+    if not exchange.streamed:
+        return _check_value(json.loads(exchange.body), whole)
+    assert chunk is not None
+    *chunks, last = exchange.events() or [""]
+    for event in chunks if last == "[DONE]" else [*chunks, last]:
+        if event:
+            _check_value(json.loads(event), chunk)
+
+
+def _check_value(value: Any, expected: type[pydantic.BaseModel]) -> None:
+    model = expected.model_validate(value, strict=True)
+    assert model.model_dump(mode="json", by_alias=True, exclude_unset=True) == value
+    unknown = set(extra_keys(model)) - EXTRA_KEYS
+    assert not unknown, f"keys that no type and no list knows: {sorted(unknown)}"
+
+
+def extra_keys(value: object) -> Iterator[str]:
+    """`Type.key` of every key that the types do not have, at any depth."""
+    if isinstance(value, pydantic.BaseModel):
+        for key in value.model_extra or {}:
+            yield f"{type(value).__name__}.{key}"
+        for field in type(value).model_fields:
+            yield from extra_keys(getattr(value, field))
+    elif isinstance(value, list):
+        for part in value:
+            yield from extra_keys(part)
