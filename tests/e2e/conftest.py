@@ -8,6 +8,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from network_guard import no_network
 from recording import Recorder
 from server_process import ServerProcess, running
 from wire import check_exchange
@@ -17,14 +18,15 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from demo_model.tokenizer import CHAT_TEMPLATE
 
 # float32, so that the text of a request does not depend on its neighbours in the batch.
-ARGUMENTS = "--model demo --dtype float32 --kv-memory 64MiB --num-threads 1 --max-open-requests 64"
+MODEL = ("--model", "demo", "--dtype", "float32", "--num-threads", "1")
+ARGUMENTS = (*MODEL, "--kv-memory", "64MiB", "--max-open-requests", "64")
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     template = tmp_path_factory.mktemp("template") / "template.jinja"
     template.write_text(CHAT_TEMPLATE)
-    arguments = (*ARGUMENTS.split(), "--chat-template", str(template))
+    arguments = (*ARGUMENTS, "--chat-template", str(template))
     tmp_dir = tmp_path_factory.mktemp("s") / "t"
     with running(*arguments, tmp_dir=tmp_dir, hash_engine=False) as server:
         yield server
@@ -34,8 +36,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(autouse=True)
+def refused() -> Iterator[list[str]]:
+    """Where a test tried to go outside of this machine: nowhere."""
+    with no_network() as refused:
+        yield refused
+    assert not refused
+
+
+@pytest.fixture
 def recorder() -> Iterator[Recorder]:
-    """Every reply that a test gets through a client is held to the openai package's types."""
+    """Every reply that a client gets through it is held to the openai package's types."""
     recorder = Recorder()
     yield recorder
     for exchange in recorder.exchanges:
