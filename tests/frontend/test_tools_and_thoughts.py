@@ -246,6 +246,23 @@ def test_a_call_that_must_be_made_is_held_to_by_a_grammar(
     assert ("*" in grammar.text.splitlines()[0]) == ("parallel_tool_calls" not in fields)
 
 
+@pytest.mark.parametrize("tool_choice", ["auto", "none"])
+def test_a_reply_in_json_may_call_a_tool_instead_where_the_choice_is_free(
+    hermes: HttpServer, tool_choice: str
+) -> None:
+    schema = {"type": "object", "required": ["zone"]}
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    fields = {"tools": TOOLS, "tool_choice": tool_choice, "response_format": response_format}
+    whole(hermes, CALL, **fields)
+    grammar = hermes.backend.grammars[-1]  # type: ignore[attr-defined]
+    assert json.loads(grammar.text) == schema
+    assert ("get_time" in grammar.before) == (tool_choice == "auto")
+    schema["required"] = "zone"  # type: ignore[assignment]
+    refused = hermes.http.post(CHAT, json={"messages": HI, **fields})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "response_format.json_schema.schema"
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
