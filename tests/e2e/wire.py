@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pydantic
 from openai.pagination import SyncPage
-from openai.types import Completion, CompletionChoice, Model
+from openai.types import Completion, CompletionChoice, Model, completion_choice
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.shared import ErrorObject
 from recording import Exchange
@@ -17,7 +17,7 @@ from recording import Exchange
 # What the server sends beyond OpenAI's types; all of it is in docs/api.md or docs/tools.md.
 EXTRA_KEYS = {
     "Choice.stop_reason",
-    "CompletionChoice.stop_reason",
+    "TextChoice.stop_reason",
     "TextChunkChoice.stop_reason",
     "ChatCompletionMessage.reasoning_content",
     "ChoiceDelta.reasoning_content",
@@ -27,9 +27,22 @@ EXTRA_KEYS = {
 }
 
 
-class TextChunkChoice(CompletionChoice):
-    """The package has one type for a whole completion and a chunk; OpenAI sends null here too."""
+# The package's types of completions lack two nulls that OpenAI sends: the finish reason of chunks
+# before the last, and the log-probability of an echoed prompt's first token.
+class TextLogprobs(completion_choice.Logprobs):
+    token_logprobs: list[float | None] | None = None  # type: ignore[assignment]
+    top_logprobs: list[dict[str, float] | None] | None = None  # type: ignore[assignment]
 
+
+class TextChoice(CompletionChoice):
+    logprobs: TextLogprobs | None = None
+
+
+class TextCompletion(Completion):
+    choices: list[TextChoice]  # type: ignore[assignment]
+
+
+class TextChunkChoice(TextChoice):
     finish_reason: Literal["stop", "length", "content_filter"] | None  # type: ignore[assignment]
 
 
@@ -44,7 +57,7 @@ class ErrorBody(pydantic.BaseModel, extra="forbid"):
 # Path, type of a whole reply, type of a chunk.
 _TYPES: list[tuple[str, type[pydantic.BaseModel], type[pydantic.BaseModel] | None]] = [
     ("/v1/chat/completions", ChatCompletion, ChatCompletionChunk),
-    ("/v1/completions", Completion, TextChunk),
+    ("/v1/completions", TextCompletion, TextChunk),
     ("/v1/models", SyncPage[Model], None),
     ("/v1/models/.+", Model, None),
 ]
