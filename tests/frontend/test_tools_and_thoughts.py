@@ -130,6 +130,15 @@ def test_a_message_of_calls_alone_has_no_content(hermes: HttpServer) -> None:
     assert whole(hermes, "", tools=TOOLS).choices[0].message.content == ""
 
 
+@pytest.mark.parametrize("text", [CALL, "Noon.", f"Yes.\n{CALL}"])
+def test_the_stream_helper_adds_up_the_content_of_the_whole_message(
+    hermes: HttpServer, text: str
+) -> None:
+    content = whole(hermes, text, tools=TOOLS).choices[0].message.content
+    with hermes.openai.chat.completions.stream(model="", messages=HI, tools=TOOLS) as stream:
+        assert stream.get_final_completion().choices[0].message.content == content
+
+
 def test_each_choice_has_calls_of_its_own(hermes: HttpServer) -> None:
     choices = whole(hermes, f"A{CALL}", tools=TOOLS, n=3).choices
     ids = {call.id for choice in choices for call in choice.message.tool_calls or []}

@@ -150,7 +150,9 @@ class StreamReply:
         message = self._messages.get(event.index)
         if message is None:
             message = self._messages[event.index] = self._header.message()
-            chunks.append(self._chunk(event.index, {"role": "assistant", "content": ""}))
+            # As OpenAI has it: clients add up deltas, and a message of calls has no content.
+            content = "" if self._header.calls is None else None
+            chunks.append(self._chunk(event.index, {"role": "assistant", "content": content}))
         scores = self._held_scores.pop(event.index, []) + event.scores
         if self._tokens is not None:
             self._tokens.take_ids(event)
