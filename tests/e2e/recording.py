@@ -20,7 +20,8 @@ class Exchange:
     def events(self) -> list[str]:
         """The data of all whole events of a stream; pings are none."""
         *whole, _ = self.body.decode(errors="ignore").split("\n\n")
-        return [event.removeprefix("data: ") for event in whole if event.startswith("data: ")]
+        lines = [line for event in whole for line in event.split("\n")]
+        return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
 
 
 class _Body(httpx2.SyncByteStream):

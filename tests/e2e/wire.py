@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pydantic
@@ -54,35 +55,42 @@ class ErrorBody(pydantic.BaseModel, extra="forbid"):
     error: ErrorObject
 
 
-# Path, type of a whole reply, type of a chunk.
-_TYPES: list[tuple[str, type[pydantic.BaseModel], type[pydantic.BaseModel] | None]] = [
-    ("/v1/chat/completions", ChatCompletion, ChatCompletionChunk),
-    ("/v1/completions", TextCompletion, TextChunk),
-    ("/v1/models", SyncPage[Model], None),
-    ("/v1/models/.+", Model, None),
-]
+@dataclass(frozen=True, slots=True)
+class Types:
+    """What a route answers."""
+
+    whole: Any
+    event: Any = None
+    error: Any = ErrorBody
+
+
+ROUTES = {
+    "/v1/chat/completions": Types(ChatCompletion, ChatCompletionChunk),
+    "/v1/completions": Types(TextCompletion, TextChunk),
+    "/v1/models": Types(SyncPage[Model]),
+    "/v1/models/.+": Types(Model),
+}
 
 
 def check_exchange(exchange: Exchange) -> None:
     """Raise unless every JSON value of the reply fits its type and comes back from it as it was."""
-    whole, chunk = next(
-        (whole, chunk) for path, whole, chunk in _TYPES if re.fullmatch(path, exchange.path)
-    )
+    types = next(types for path, types in ROUTES.items() if re.fullmatch(path, exchange.path))
     if exchange.status != 200:
-        return _check_value(json.loads(exchange.body), ErrorBody)
-    if not exchange.streamed:
-        return _check_value(json.loads(exchange.body), whole)
-    assert chunk is not None
-    *chunks, last = exchange.events() or [""]
-    for event in chunks if last == "[DONE]" else [*chunks, last]:
-        if event:
-            _check_value(json.loads(event), chunk)
+        check_value(json.loads(exchange.body), types.error)
+    elif not exchange.streamed:
+        check_value(json.loads(exchange.body), types.whole)
+    else:
+        for event in exchange.events():
+            if event != "[DONE]":
+                check_value(json.loads(event), types.event)
 
 
-def _check_value(value: Any, expected: type[pydantic.BaseModel]) -> None:
-    model = expected.model_validate(value, strict=True)
-    assert model.model_dump(mode="json", by_alias=True, exclude_unset=True) == value
-    unknown = set(extra_keys(model)) - EXTRA_KEYS
+def check_value(value: Any, expected: Any) -> None:
+    adapter = pydantic.TypeAdapter(expected)
+    parsed = adapter.validate_python(value, strict=True)
+    dumped = adapter.dump_python(parsed, mode="json", by_alias=True, exclude_unset=True)
+    assert dumped == value
+    unknown = set(extra_keys(parsed)) - EXTRA_KEYS
     assert not unknown, f"keys that no type and no list knows: {sorted(unknown)}"
 
 
