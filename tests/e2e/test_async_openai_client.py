@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, Field
 from questions import ANSWERS, COUNT, ask
 from server_process import ServerProcess, wait_until
+
+
+class Entry(BaseModel):
+    city: Literal["Oslo", "Rome", "Lima"]
+    number: int = Field(ge=0, le=999)
+
 
 LONG = ask(COUNT, max_tokens=3000, extra_body={"ignore_eos": True})
 
@@ -102,3 +109,30 @@ def test_tasks_that_are_cancelled_free_their_requests(
 
     asyncio.run(leave())
     wait_until(lambda: is_free(server))
+
+
+def test_a_request_that_takes_too_long_for_its_client_is_freed(
+    server: ServerProcess, async_client: openai.AsyncOpenAI
+) -> None:
+    async def give_up() -> None:
+        async with async_client:
+            with pytest.raises(openai.APITimeoutError):
+                await async_client.chat.completions.create(**LONG, timeout=0.5)
+
+    asyncio.run(give_up())
+    wait_until(lambda: is_free(server))
+
+
+def test_the_async_helpers_give_objects_of_a_pydantic_model(
+    async_client: openai.AsyncOpenAI,
+) -> None:
+    question = ask("Answer in JSON: city is Oslo, number is 42", response_format=Entry)
+
+    async def both() -> list[Any]:
+        async with async_client:
+            whole = await async_client.chat.completions.parse(**question)
+            async with async_client.chat.completions.stream(**question, n=2) as stream:
+                final = await stream.get_final_completion()
+        return [choice.message.parsed for choice in (*whole.choices, *final.choices)]
+
+    assert asyncio.run(both()) == [Entry(city="Oslo", number=42)] * 3

@@ -104,6 +104,22 @@ def test_choices_differ_and_a_seed_gives_them_again(client: openai.OpenAI) -> No
     assert streamed == first
 
 
+def test_parts_of_text_and_a_system_message_are_read(client: openai.OpenAI) -> None:
+    halves = [{"type": "text", "text": "Count from "}, {"type": "text", "text": "1 to 12."}]
+    messages: list[Any] = [{"role": "user", "content": halves}]
+    create = client.chat.completions.create
+    whole = create(**ask(COUNT))
+    parts = create(model="demo", messages=messages, max_tokens=100)
+    assert parts.choices == whole.choices
+    assert parts.usage is not None
+    assert whole.usage is not None
+    assert parts.usage.prompt_tokens == whole.usage.prompt_tokens
+    system: list[Any] = [{"role": "system", "content": "You are brief."}, *messages]
+    longer = create(model="demo", messages=system, max_tokens=1).usage
+    assert longer is not None
+    assert longer.prompt_tokens > whole.usage.prompt_tokens
+
+
 @pytest.mark.parametrize("stop", [" 5", ["9", " 5 6"]])
 def test_the_text_ends_before_a_stop_string(client: openai.OpenAI, stop: Any) -> None:
     completion = client.chat.completions.create(**ask(COUNT, stop=stop))
