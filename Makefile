@@ -20,8 +20,8 @@ serve: setup
 	$(BIN)/python -m minisrv.launch_server --model $(MODEL) $(ARGS)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not soak' --ignore tests/processes $(ARGS)
-	$(BIN)/python -m pytest -m 'not soak' tests/processes $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not soak' --ignore tests/processes --ignore tests/e2e $(ARGS)
+	$(BIN)/python -m pytest -m 'not soak' tests/processes tests/e2e $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

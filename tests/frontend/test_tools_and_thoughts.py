@@ -130,6 +130,15 @@ def test_a_message_of_calls_alone_has_no_content(hermes: HttpServer) -> None:
     assert whole(hermes, "", tools=TOOLS).choices[0].message.content == ""
 
 
+@pytest.mark.parametrize("text", [CALL, "Noon.", f"Yes.\n{CALL}"])
+def test_the_stream_helper_adds_up_the_content_of_the_whole_message(
+    hermes: HttpServer, text: str
+) -> None:
+    content = whole(hermes, text, tools=TOOLS).choices[0].message.content
+    with hermes.openai.chat.completions.stream(model="", messages=HI, tools=TOOLS) as stream:
+        assert stream.get_final_completion().choices[0].message.content == content
+
+
 def test_each_choice_has_calls_of_its_own(hermes: HttpServer) -> None:
     choices = whole(hermes, f"A{CALL}", tools=TOOLS, n=3).choices
     ids = {call.id for choice in choices for call in choice.message.tool_calls or []}
@@ -244,6 +253,23 @@ def test_a_call_that_must_be_made_is_held_to_by_a_grammar(
     assert [name for name in ("get_time", "add") if name in grammar.text] == names
     assert grammar.before
     assert ("*" in grammar.text.splitlines()[0]) == ("parallel_tool_calls" not in fields)
+
+
+@pytest.mark.parametrize("tool_choice", ["auto", "none"])
+def test_a_reply_in_json_may_call_a_tool_instead_where_the_choice_is_free(
+    hermes: HttpServer, tool_choice: str
+) -> None:
+    schema = {"type": "object", "required": ["zone"]}
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    fields = {"tools": TOOLS, "tool_choice": tool_choice, "response_format": response_format}
+    whole(hermes, CALL, **fields)
+    grammar = hermes.backend.grammars[-1]  # type: ignore[attr-defined]
+    assert json.loads(grammar.text) == schema
+    assert ("get_time" in grammar.before) == (tool_choice == "auto")
+    schema["required"] = "zone"  # type: ignore[assignment]
+    refused = hermes.http.post(CHAT, json={"messages": HI, **fields})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "response_format.json_schema.schema"
 
 
 @pytest.mark.parametrize(

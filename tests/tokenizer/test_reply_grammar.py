@@ -134,6 +134,20 @@ def test_text_and_an_empty_reply_are_no_call(replies: Replies) -> None:
         replies.takes(grammar, "Hello")
 
 
+def test_a_reply_is_text_of_a_grammar_or_calls(replies: Replies, template: str) -> None:
+    text = Grammar.json_schema({"const": 5})
+    one, two = (("add", ADD),), (("add", ADD), ("now", "{}"))
+    for parallel in (True, False):
+        grammar = replies.grammars.or_calls(text, TOOLS, parallel)
+        assert replies.takes(grammar, "5")
+        assert replies.takes(grammar, write(template, *one))
+        refused = ["6", "Hello", write(template, ("sub", ADD)), "5" + write(template, *one)]
+        for reply in refused if parallel else [*refused, write(template, *two)]:
+            with pytest.raises(AssertionError):
+                replies.takes(grammar, reply)
+    assert replies.takes(replies.grammars.or_calls(text, TOOLS, True), write(template, *two))
+
+
 @pytest.mark.parametrize(
     "grammar",
     [
@@ -168,3 +182,16 @@ def test_calls_may_come_behind_a_thought() -> None:
     assert replies.takes(grammar, f"<think>\nhm\n</think>\n\n{call}")
     assert replies.takes(grammar, call)
     assert json.loads(ADD) == {"a": 1, "b": 22}
+
+
+@pytest.mark.parametrize("name", ["hermes", "mistral"])
+def test_text_or_calls_come_behind_a_thought(name: str) -> None:
+    replies = Replies(name)
+    begin, end = replies.chat_format.thought or ("", "")
+    either = replies.grammars.or_calls(Grammar.regex("yes|no"), TOOLS, parallel=True)
+    grammar = replies.grammars.behind_thought(either, Parts.THOUGHT | Parts.CALLS)
+    for reply in ("yes", write(name, ("add", ADD))):
+        assert replies.takes(grammar, reply)
+        assert replies.takes(grammar, f"{begin}hm{end}\n\n{reply}")
+    with pytest.raises(AssertionError):
+        replies.takes(grammar, f"{begin}hm{end}\n\nmaybe")

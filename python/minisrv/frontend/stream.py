@@ -181,7 +181,9 @@ class StreamReply:
     def _open_messages(self) -> list[bytes]:
         indexes = range(self._header.choices_per_prompt)
         self._messages = [self._header.message() for _ in indexes]
-        return [self._chunk(index, {"role": "assistant", "content": ""}) for index in indexes]
+        # As OpenAI has it: clients add up deltas, and a message of calls has no content.
+        content = "" if self._header.calls is None else None
+        return [self._chunk(index, {"role": "assistant", "content": content}) for index in indexes]
 
     def _text_chunks(self, event: Event) -> bytes:
         if self._tokens is not None:

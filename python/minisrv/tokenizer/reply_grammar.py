@@ -33,9 +33,17 @@ class ReplyGrammars:
     def calls(self, tools: Tools, names: Sequence[str], parallel: bool) -> Grammar:
         """A call of one of `names`, or with `parallel` several, in the model's own form."""
         functions = [t["function"] for t in tools if t["function"]["name"] in names]
-        rules = [f"call{i}: {self._call(function)}" for i, function in enumerate(functions)]
-        call = "(" + " | ".join(f"call{i}" for i in range(len(rules))) + ")"
-        return Grammar.lark("\n".join([f"start: {self._reply(call, parallel)}", *rules]), "tools")
+        reply, rules = self._calls(functions, parallel)
+        return Grammar.lark("\n".join([f"start: {reply}", *rules]), "tools")
+
+    def or_calls(self, grammar: Grammar, tools: Tools, parallel: bool) -> Grammar:
+        """`grammar` for the text of a reply that may call tools instead.
+
+        As in every reply that is free to call, nothing holds the arguments to their schema.
+        """
+        named = [{"name": tool["function"]["name"]} for tool in tools]
+        reply, rules = self._calls(named, parallel)
+        return replace(grammar, before="\n".join(["(@text | calls)", f"calls: {reply}", *rules]))
 
     def behind_thought(self, grammar: Grammar, parts: Parts) -> Grammar:
         """`grammar` for what follows the thought that the reply has, or may have."""
@@ -50,7 +58,17 @@ class ReplyGrammars:
             begins = "" if parts & Parts.OPEN_THOUGHT else _escape(begin)
             rule = f"thought[lazy]: /{begins}(?s:.*){_escape(end)}/"
         optional = "" if parts & Parts.OPEN_THOUGHT else "?"
-        return replace(grammar, before=f"(thought /\\n*/){optional} @text\n{rule}")
+        text, *rules = (grammar.before or "@text").splitlines()
+        body = f"(thought /\\n*/){optional} {text}"
+        return replace(grammar, before="\n".join([body, rule, *rules]))
+
+    def _calls(
+        self, functions: Sequence[Mapping[str, Any]], parallel: bool
+    ) -> tuple[str, list[str]]:
+        """A reply that calls some of `functions`, and the rules that it is made of."""
+        rules = [f"call{i}: {self._call(function)}" for i, function in enumerate(functions)]
+        call = "(" + " | ".join(f"call{i}" for i in range(len(rules))) + ")"
+        return self._reply(call, parallel), rules
 
     def _reply(self, call: str, parallel: bool) -> str:
         match self._format.tool_format:

@@ -137,6 +137,8 @@ class TokenizerWorker:
             grammar = self._grammars.calls(message.tools, message.must_call, message.parallel_calls)
         if grammar is None:
             return message.sampling
+        if message.tools and not message.must_call:
+            grammar = self._grammars.or_calls(grammar, message.tools, message.parallel_calls)
         grammar = self._grammars.behind_thought(grammar, parts)
         self._grammar_checker.check(grammar)
         return replace(message.sampling, grammar=grammar)

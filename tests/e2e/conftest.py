@@ -1,0 +1,72 @@
+"""One real server with the demo model for all tests here, and clients whose traffic is checked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from network_guard import no_network
+from recording import Recorder
+from server_process import ServerProcess, running
+from wire import check_exchange
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+from demo_model.tokenizer import CHAT_TEMPLATE
+
+# float32, so that the text of a request does not depend on its neighbours in the batch.
+MODEL = ("--model", "demo", "--dtype", "float32", "--num-threads", "1")
+ARGUMENTS = (*MODEL, "--kv-memory", "64MiB", "--max-open-requests", "64")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    template = tmp_path_factory.mktemp("template") / "template.jinja"
+    template.write_text(CHAT_TEMPLATE)
+    arguments = (*ARGUMENTS, "--chat-template", str(template))
+    tmp_dir = tmp_path_factory.mktemp("s") / "t"
+    with running(*arguments, tmp_dir=tmp_dir, hash_engine=False) as server:
+        yield server
+        server.popen.terminate()
+        assert server.wait() == 0
+        server.assert_nothing_is_left()
+
+
+@pytest.fixture(autouse=True)
+def refused() -> Iterator[list[str]]:
+    """Where a test tried to go outside of this machine: nowhere."""
+    with no_network() as refused:
+        yield refused
+    assert not refused
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    """Every reply that a client gets through it is held to the openai package's types."""
+    recorder = Recorder()
+    yield recorder
+    for exchange in recorder.exchanges:
+        check_exchange(exchange)
+
+
+@pytest.fixture
+def base_url(server: ServerProcess) -> str:
+    return f"{server.url}/v1"
+
+
+@pytest.fixture
+def client(base_url: str, recorder: Recorder) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=base_url, api_key="none", max_retries=0, http_client=recorder.client()
+    ) as client:
+        yield client
+
+
+@pytest.fixture
+def async_client(base_url: str, recorder: Recorder) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(
+        base_url=base_url, api_key="none", max_retries=0, http_client=recorder.async_client()
+    )
