@@ -35,7 +35,7 @@ from demo_model.tokenizer import (
 PACKAGE = Path(__file__).parent.parent / "python" / "minisrv" / "demo_model"
 SEED = 7
 VOCAB_SIZE = 512
-FINISHING_STEPS = 700
+FINISHING_STEPS = 1400
 TOOLS_SHARE = 0.15
 TOKENS_A_STEP = 4096
 
@@ -49,12 +49,12 @@ class Chats:
     """
 
     def __init__(self, pieces: list[str], finishing: bool = False) -> None:
-        slow = 3.0 if finishing else 1.0
+        slow, spelling = (3.0, 8.0) if finishing else (1.0, 1.6)
         self.simple: list[tuple[corpus.Task, float]] = [
             (corpus.greeting, 0.5),
             (corpus.identity, 0.7),
             (corpus.counting, 1.5 * slow),
-            (corpus.make_spelling(pieces), 1.6 * slow),
+            (corpus.make_spelling(pieces), spelling),
             (corpus.addition, 3.0),
             (corpus.repeating, 1.0),
             (corpus.random_copy, 0.6),
