@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,8 @@ def choices_of(output: RequestOutput) -> list[tuple[Any, ...]]:
     return [(c.token_ids, c.text, c.finish_reason, c.stop_reason) for c in output.outputs]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3-moe"])
-def case(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Case]:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model_dir = make_checkpoint(folder, request.param.replace("-", "_"))
+def make_case(folder: Path, architecture: str) -> Case:
+    model_dir = make_checkpoint(folder, architecture)
     prompts = make_prompts(len(SEEDED), EOS_ID, longest=90)
     with LLM(model_dir, **OPTIONS, num_pages=2000, overlap_depth=0, radix_cache=False) as llm:
         alone = [
@@ -68,6 +64,11 @@ def case(
             for prompt, params in zip(prompts, SEEDED, strict=True)
         ]
     return Case(model_dir, prompts, alone)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3_moe"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(tmp_path_factory.mktemp("checkpoint"), request.param)
 
 
 def crowd(prompts: Sequence[list[int]], rng: random.Random) -> list[tuple[int | None, Any, Any]]:
