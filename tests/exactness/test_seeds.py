@@ -20,7 +20,7 @@ PLAIN = SamplingParams(temperature=1.0, seed=11, max_tokens=24, ignore_eos=True)
 LIST = {"type": "array", "items": {"enum": ["x", "yy", 10]}, "minItems": 3, "maxItems": 6}
 SEEDED = [
     PLAIN,
-    replace(PLAIN, seed=-5, temperature=0.8, top_p=0.9, top_k=40, min_p=0.02, max_tokens=31),
+    replace(PLAIN, seed=-5, temperature=0.8, top_p=0.9, top_k=40, min_p=0.15, max_tokens=31),
     replace(PLAIN, seed=0, presence_penalty=1.1, frequency_penalty=0.7, max_tokens=28),
     replace(PLAIN, seed=2**63 - 1, repetition_penalty=1.4, top_k=30, max_tokens=18),
     replace(PLAIN, seed=7, logit_bias=(TokenBias(65, 4.0), TokenBias(66, -100.0)), max_tokens=22),
