@@ -54,6 +54,11 @@ class Client:
 
 @pytest.fixture(scope="module")
 def clients() -> Iterator[dict[str, Client]]:
+    yield from open_clients()
+
+
+def open_clients() -> Iterator[dict[str, Client]]:
+    """One for each template; closed when the iterator goes on."""
     loop = asyncio.new_event_loop()
     clients = {name: loop.run_until_complete(open_client(name, loop)) for name in TEMPLATES}
     yield clients
