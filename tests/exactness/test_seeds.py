@@ -13,7 +13,8 @@ import pytest
 from checkpoints import EOS_ID, make_checkpoint
 from exactness.oracle import load_reference, make_prompts
 from exactness.sampled_oracle import check_tokens
-from minisrv.llm import LLM, RequestOutput
+from minisrv.llm import LLM
+from minisrv.llm_outputs import RequestOutput
 from minisrv.sampling_params import Grammar, SamplingParams, TokenBias
 
 PLAIN = SamplingParams(temperature=1.0, seed=11, max_tokens=24, ignore_eos=True)

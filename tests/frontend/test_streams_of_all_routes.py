@@ -116,7 +116,7 @@ def check_same(
 ) -> None:
     template, text = reply
     client = clients[template]
-    client.model.segments, client.model.token_seed = parted(text), seeds[0]
+    client.model.say(parted(text), seeds[0])
     client.model.step_seed = seeds[1]
     expected = chat(client, limits)
     expected["cut"] = expected.pop("finish") == "length"
