@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,9 +17,11 @@ from flashinfer_wrappers import documented
 from minisrv.config import ServerConfig
 from minisrv.engine import engine
 from minisrv.engine.device_step import DeviceKernels
+from minisrv.engine.forward_batch import SamplingColumns
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.sampling.device_columns import DeviceColumns
+from minisrv.engine.sampling.sampler import sample
 from minisrv.engine.step_buffer import StepLimits, StepTensors
 
 # What a step has not written must not be read: the parts that it does not fill hold this.
@@ -67,13 +70,21 @@ def expand(tensors: StepTensors, limits: StepLimits, num_sequences: int) -> None
         tensors.pages[first:end] = table[row, : end - first]
 
 
-def sample_greedily(logits_SV: torch.Tensor, columns: DeviceColumns, out_S: torch.Tensor) -> Any:
-    """See sample_on_device, for rows of temperature 0."""
-    assert not columns.temperature_S.any()
+def sample_by_torch(logits_SV: torch.Tensor, columns: DeviceColumns, out_S: torch.Tensor) -> Any:
+    """See sample_on_device; the draws are those of the step on the host."""
     count = int(columns.num_suppressed)
-    samples, ids = columns.suppress_samples_P[:count], columns.suppress_ids_P[:count]
-    logits_SV[samples.long(), ids.long()] = -torch.inf
-    return out_S.copy_(logits_SV.argmax(-1))
+    host = SamplingColumns(
+        temperature=columns.temperature_S.numpy(),
+        top_p=columns.top_p_S.numpy(),
+        top_k=columns.top_k_S.numpy(),
+        min_p=columns.min_p_S.numpy(),
+        seeds=columns.seeds_S.numpy(),
+        choices=columns.choices_S.numpy(),
+        suppress_samples=columns.suppress_samples_P[:count].numpy(),
+        suppress_ids=columns.suppress_ids_P[:count].numpy(),
+    )
+    positions = columns.positions_S.numpy().astype(np.int64)
+    return out_S.copy_(sample(logits_SV, host, positions, TorchKernels()))
 
 
 def use_device_step(monkeypatch: pytest.MonkeyPatch) -> Repeat:
@@ -90,7 +101,7 @@ def use_device_step(monkeypatch: pytest.MonkeyPatch) -> Repeat:
 
     repeat = Repeat()
     monkeypatch.setattr(engine, "choose_backends", choose_backends)
-    monkeypatch.setattr(engine, "device_kernels", lambda: DeviceKernels(expand, sample_greedily))
+    monkeypatch.setattr(engine, "device_kernels", lambda: DeviceKernels(expand, sample_by_torch))
     monkeypatch.setattr(engine, "new_recorder", lambda: repeat)
     return repeat
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from step_driver import sampling_columns
 
-from device_parts import expand, sample_greedily
+from device_parts import expand, sample_by_torch
 from minisrv.engine.device_step import DeviceKernels, DeviceStep
 from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.engine.parallel.communicator import NoPeers
@@ -46,7 +46,7 @@ class Share:
 def test_more_suppressed_tokens_than_fit_do_not_reach_its_logits() -> None:
     limits = StepLimits(num_rows=2, num_prefill_tokens=8, max_seq_len=16, page_size=4)
     step: Any = Share()
-    kernels = DeviceKernels(expand, sample_greedily)
+    kernels = DeviceKernels(expand, sample_by_torch)
     rank = DeviceStep(step, step, kernels, SecondRank(), limits, torch.device("cpu"))
     one = np.ones(1, np.int32)
     pairs = [(0, i) for i in range(limits.num_suppressed + 1)]

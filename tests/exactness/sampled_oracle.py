@@ -56,7 +56,7 @@ def adjusted_logits(
     """Logits [V] in float64 after all that comes before the temperature."""
     ids = torch.tensor([[*prompt, *output]])
     scores = logits.double()[None]
-    if params.repetition_penalty != 1:
+    if params.repetition_penalty not in (None, 1):
         scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
     for token, count in Counter(output).items():
         # mu[j] -> mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence

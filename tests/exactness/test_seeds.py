@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,15 @@ import pytest
 from checkpoints import EOS_ID, make_checkpoint
 from exactness.oracle import load_reference, make_prompts
 from exactness.sampled_oracle import check_tokens
-from minisrv.llm import LLM, RequestOutput
+from minisrv.llm import LLM
+from minisrv.llm_outputs import RequestOutput
 from minisrv.sampling_params import Grammar, SamplingParams, TokenBias
 
 PLAIN = SamplingParams(temperature=1.0, seed=11, max_tokens=24, ignore_eos=True)
 LIST = {"type": "array", "items": {"enum": ["x", "yy", 10]}, "minItems": 3, "maxItems": 6}
 SEEDED = [
     PLAIN,
-    replace(PLAIN, seed=-5, temperature=0.8, top_p=0.9, top_k=40, min_p=0.02, max_tokens=31),
+    replace(PLAIN, seed=-5, temperature=0.8, top_p=0.9, top_k=40, min_p=0.15, max_tokens=31),
     replace(PLAIN, seed=0, presence_penalty=1.1, frequency_penalty=0.7, max_tokens=28),
     replace(PLAIN, seed=2**63 - 1, repetition_penalty=1.4, top_k=30, max_tokens=18),
     replace(PLAIN, seed=7, logit_bias=(TokenBias(65, 4.0), TokenBias(66, -100.0)), max_tokens=22),
@@ -55,12 +56,8 @@ def choices_of(output: RequestOutput) -> list[tuple[Any, ...]]:
     return [(c.token_ids, c.text, c.finish_reason, c.stop_reason) for c in output.outputs]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3-moe"])
-def case(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Case]:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model_dir = make_checkpoint(folder, request.param.replace("-", "_"))
+def make_case(folder: Path, architecture: str) -> Case:
+    model_dir = make_checkpoint(folder, architecture)
     prompts = make_prompts(len(SEEDED), EOS_ID, longest=90)
     with LLM(model_dir, **OPTIONS, num_pages=2000, overlap_depth=0, radix_cache=False) as llm:
         alone = [
@@ -68,6 +65,11 @@ def case(
             for prompt, params in zip(prompts, SEEDED, strict=True)
         ]
     return Case(model_dir, prompts, alone)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3_moe"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(tmp_path_factory.mktemp("checkpoint"), request.param)
 
 
 def crowd(prompts: Sequence[list[int]], rng: random.Random) -> list[tuple[int | None, Any, Any]]:

@@ -23,25 +23,36 @@ MARKS = [*SPECIAL, *ADDED]
 
 
 class CutModel(PlayedModel):
-    """Says `segments` to every choice, of which no mark is cut.
+    """Says `segments` to every choice. A mark is one token, or with `cuts_marks` never one.
 
     token_seed decides how the text becomes tokens. step_seed decides which choices are in a step,
     how many steps a reader misses, and how long tokens follow a stop string.
     """
 
     segments: Sequence[str] = ()
+    cuts_marks = False
     token_seed = 0
     step_seed = 0
+
+    def say(self, segments: Sequence[str], token_seed: int) -> None:
+        """What to answer from now on; every other seed cuts marks."""
+        self.segments, self.token_seed = segments, token_seed
+        self.cuts_marks = token_seed % 2 == 1
 
     def tokens(self, choice: int) -> list[int]:
         """The text of a choice, encoded in pieces."""
         rng = random.Random(f"{self.token_seed} {choice}")
         ids: list[int] = []
         for segment in self.segments:
-            pieces = [segment] if segment in MARKS else _cut(segment, rng)
-            for piece in pieces:
+            for piece in self._pieces(segment, rng):
                 ids += self.tokenizer.encode(piece, add_special_tokens=False)
         return [*ids, EOS]
+
+    def _pieces(self, segment: str, rng: random.Random) -> list[str]:
+        if segment not in MARKS:
+            return _cut(segment, rng)
+        at = rng.randrange(1, len(segment)) if self.cuts_marks else len(segment)
+        return [segment[:at], segment[at:]]
 
     async def _generate(self, uid: int, message: GenerateMsg) -> None:
         if uid == message.uid:

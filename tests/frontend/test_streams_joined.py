@@ -54,6 +54,11 @@ class Client:
 
 @pytest.fixture(scope="module")
 def clients() -> Iterator[dict[str, Client]]:
+    yield from open_clients()
+
+
+def open_clients() -> Iterator[dict[str, Client]]:
+    """One for each template; closed when the iterator goes on."""
     loop = asyncio.new_event_loop()
     clients = {name: loop.run_until_complete(open_client(name, loop)) for name in TEMPLATES}
     yield clients
@@ -228,7 +233,7 @@ def check_anything(
 ) -> None:
     template, text, fields = case
     client = clients[template]
-    client.model.segments, client.model.token_seed = parted(text), token_seed
+    client.model.say(parted(text), token_seed)
     whole = check_same(client, {"messages": HI, **fields}, step_seeds)
     if "max_tokens" not in fields:  # then how the text was cut into tokens does not show
         assert len({str(message_of(choice)) for choice in whole.choices}) == 1
@@ -306,7 +311,7 @@ def test_thought_content_and_calls_are_what_the_model_wrote(
     written = "".join(CALLS[template].format(name=name, arguments=text) for name, text in calls)
     reply = (f"<think>\n{thought}\n</think>\n\n" if thinks else "") + content + written
     client = clients[template]
-    client.model.segments, client.model.token_seed = parted(reply), token_seed
+    client.model.say(parted(reply), token_seed)
     whole = check_same(client, {"messages": HI, "tools": TOOLS, "n": 2}, step_seeds)
     for choice in whole.choices:
         assert message_of(choice) == {
@@ -327,7 +332,7 @@ def test_a_completion_is_cut_at_its_first_stop_streamed_and_whole(
     step_seeds: tuple[int, int],
 ) -> None:
     client = clients["plain"]
-    client.model.segments, client.model.token_seed = parted(text), token_seed
+    client.model.say(parted(text), token_seed)
     stop, include = data.draw(stop_in(text)), data.draw(st.booleans())
     body: dict[str, Any] = {"prompt": "x", "n": 2, "stop": stop, "max_tokens": 2000}
     body |= {"include_stop_str_in_output": include, "skip_special_tokens": False}
