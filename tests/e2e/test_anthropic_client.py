@@ -78,6 +78,23 @@ def test_limits_and_stop_sequences_are_told(claude: anthropic.Anthropic, send: A
     assert cut.usage.output_tokens == 3
 
 
+def test_a_tool_is_called_and_its_result_answered(claude: anthropic.Anthropic, send: Ask) -> None:
+    turns = [user("What time is it in Oslo?")]
+    message = send(claude, turns, tools=TOOLS)
+    (call,) = message.content
+    assert call.type == "tool_use"
+    assert (call.name, call.input, message.stop_reason) == (
+        "get_time",
+        {"city": "Oslo"},
+        "tool_use",
+    )
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "14:05"}
+    turns += [{"role": "assistant", "content": message.content}, user([result])]
+    (block,) = send(claude, turns, tools=TOOLS).content
+    assert block.type == "text"
+    assert block.text == "It is 14:05 in Oslo."
+
+
 def test_many_ask_at_once(server: ServerProcess, recorder: Recorder) -> None:
     async def ask_all() -> list[str]:
         http_client = recorder.async_client()

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel, Field
-from pydantic_ai import Agent, NativeOutput, ToolOutput
+from pydantic_ai import Agent, NativeOutput, ToolOutput, UsageLimits, capture_run_messages
+from pydantic_ai.exceptions import UsageLimitExceeded
+from pydantic_ai.messages import ToolCallPart, ToolReturnPart
 from pydantic_ai.models import Model
 from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
@@ -99,3 +101,55 @@ def get_time(city: str) -> str:
 def add(a: int, b: int) -> int:
     """Add two numbers."""
     return a + b
+
+
+@pytest.mark.parametrize(
+    ("question", "call", "result", "answer"),
+    [
+        (
+            "What time is it in Oslo?",
+            ("get_time", {"city": "Oslo"}),
+            "14:05",
+            "It is 14:05 in Oslo.",
+        ),
+        ("What is 250 + 117?", ("add", {"a": 250, "b": 117}), 367, "250 + 117 = 367"),
+    ],
+    ids=["get_time", "add"],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_agent_calls_a_tool_and_answers_with_its_result(
+    model: Model, question: str, call: Any, result: Any, answer: str, stream: bool
+) -> None:
+    agent = Agent(model, tools=[get_time, add])
+
+    async def run() -> tuple[str, list[Any]]:
+        if not stream:
+            whole = await agent.run(question)
+            return whole.output, whole.all_messages()
+        async with agent.run_stream(question) as streamed:
+            return await streamed.get_output(), streamed.all_messages()
+
+    output, messages = asyncio.run(run())
+    assert output == answer
+    parts = [part for message in messages for part in message.parts]
+    (called,) = [part for part in parts if isinstance(part, ToolCallPart)]
+    assert (called.tool_name, called.args_as_dict()) == call
+    (returned,) = [part for part in parts if isinstance(part, ToolReturnPart)]
+    assert returned.content == result
+    assert returned.tool_call_id == called.tool_call_id
+
+
+def test_an_agent_that_wants_a_typed_result_may_call_its_tools(model: Model) -> None:
+    """The demo model cannot make an entry of a time: the run ends at its second request."""
+    agent: Agent[None, Entry] = Agent(model, output_type=NativeOutput(Entry), tools=[get_time, add])
+
+    async def run() -> tuple[list[Any], Entry]:
+        limits = UsageLimits(request_limit=1)
+        with capture_run_messages() as messages, pytest.raises(UsageLimitExceeded):
+            await agent.run("What time is it in Oslo?", usage_limits=limits)
+        entry = (await agent.run("Answer in JSON: city is Oslo, number is 42")).output
+        return [part for message in messages for part in message.parts], entry
+
+    parts, entry = asyncio.run(run())
+    assert [part.content for part in parts if isinstance(part, ToolReturnPart)] == ["14:05"]
+    assert entry == Entry(city="Oslo", number=42)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -69,6 +70,19 @@ def test_a_reply_that_was_cut_is_incomplete(client: openai.OpenAI) -> None:
     assert response.status == "incomplete"
     assert response.incomplete_details is not None
     assert response.incomplete_details.reason == "max_output_tokens"
+
+
+def test_a_tool_is_called_and_its_result_answered(client: openai.OpenAI, send: Ask) -> None:
+    items: list[Any] = [{"role": "user", "content": "What time is it in Oslo?"}]
+    response = send(client, items, tools=TOOLS)
+    (call,) = response.output
+    assert call.type == "function_call"
+    assert (call.name, json.loads(call.arguments)) == ("get_time", {"city": "Oslo"})
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "14:05"}
+    items += [*(item.model_dump(exclude_unset=True) for item in response.output), output]
+    for item in items:
+        item.pop("parsed_arguments", None)  # the stream helper's own
+    assert send(client, items, tools=TOOLS).output_text == "It is 14:05 in Oslo."
 
 
 def test_parse_gives_an_object(client: openai.OpenAI) -> None:
