@@ -45,7 +45,7 @@ def refused() -> Iterator[list[str]]:
 
 @pytest.fixture
 def recorder() -> Iterator[Recorder]:
-    """Every reply that a client gets through it is held to the openai package's types."""
+    """Every reply that a client gets through it is held to the clients' own types."""
     recorder = Recorder()
     yield recorder
     for exchange in recorder.exchanges:

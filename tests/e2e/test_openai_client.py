@@ -230,7 +230,7 @@ def test_a_full_server_is_tried_again_as_often_as_the_client_says(
         assert caught.value.response.headers["retry-after"]
         patient = client.with_options(max_retries=5)
         answer = pool.submit(lambda: patient.chat.completions.create(**ask(COUNT)))
-        wait_until(lambda: len(recorder.exchanges) == 3)
+        wait_until(lambda: len(recorder.exchanges) >= 3)
         full.close()
         assert text_of(answer.result()) == ANSWERS[COUNT]
     assert {exchange.status for exchange in recorder.exchanges[1:-1]} == {503}

@@ -1,4 +1,4 @@
-"""Holds recorded bodies to the openai package's own types, strictly."""
+"""Holds recorded bodies to the own types of the openai and anthropic packages, strictly."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pydantic
+from anthropic.types import ErrorResponse, Message, MessageTokensCount, RawMessageStreamEvent
 from openai.pagination import SyncPage
 from openai.types import Completion, CompletionChoice, Model, completion_choice
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response, ResponseStreamEvent
 from openai.types.shared import ErrorObject
 from recording import Exchange
 
-# What the server sends beyond OpenAI's types; all of it is in docs/api.md or docs/tools.md.
+# What the server sends beyond the types. The last two are OpenAI's own: its replies have them.
 EXTRA_KEYS = {
     "Choice.stop_reason",
     "TextChoice.stop_reason",
@@ -25,6 +27,8 @@ EXTRA_KEYS = {
     "ChatCompletion.timings",
     "ChatCompletionChunk.timings",
     "Model.max_model_len",
+    "Response.store",
+    "ResponseFunctionCallArgumentsDoneEvent.name",
 }
 
 
@@ -67,6 +71,9 @@ class Types:
 ROUTES = {
     "/v1/chat/completions": Types(ChatCompletion, ChatCompletionChunk),
     "/v1/completions": Types(TextCompletion, TextChunk),
+    "/v1/responses": Types(Response, ResponseStreamEvent),
+    "/v1/messages": Types(Message, RawMessageStreamEvent, ErrorResponse),
+    "/v1/messages/count_tokens": Types(MessageTokensCount, error=ErrorResponse),
     "/v1/models": Types(SyncPage[Model]),
     "/v1/models/.+": Types(Model),
 }
