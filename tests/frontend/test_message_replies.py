@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from anthropic import Anthropic, AsyncAnthropic, beta_tool
+from anthropic import Anthropic
 from anthropic.types import Message, RawMessageStreamEvent
 from http_server import HttpServer, serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from message_bodies import HI, PATH
 from played_model import TEMPLATES, PlayedModel
 from pydantic import BaseModel, TypeAdapter
 from scripted_backend import TEXT
 
 from minisrv.frontend import responder
 
-PATH = "/v1/messages"
-HI: list[Any] = [{"role": "user", "content": "hi"}]
 SCHEMA = {"type": "object", "properties": {"zone": {"type": "string"}}}
 TOOLS: list[Any] = [
     {"name": name, "description": "Tell it.", "input_schema": SCHEMA}
@@ -53,12 +51,6 @@ def servers() -> Iterator[dict[str, HttpServer]]:
 @pytest.fixture
 def hermes(servers: dict[str, HttpServer]) -> HttpServer:
     return servers["hermes"]
-
-
-@pytest.fixture
-def client(hermes: HttpServer) -> Iterator[Anthropic]:
-    with client_of(hermes) as made:
-        yield made
 
 
 def client_of(server: HttpServer) -> Anthropic:
@@ -285,70 +277,6 @@ def test_the_events_of_a_stream_hold_the_whole_reply(
     assert end.delta.stop_reason == message.stop_reason
     assert end.usage.to_dict() == message.usage.to_dict()
     assert start.message.content == []
-
-
-def test_a_tool_loop_of_the_client_goes_back_through_the_template(
-    client: Anthropic, hermes: HttpServer
-) -> None:
-    hermes.backend.text = f"<think>\nhm\n</think>\n\nWait.\n{CALL}"  # type: ignore[attr-defined]
-    fields: Any = {"model": "org/tiny", "max_tokens": 100, "tools": TOOLS}
-    asked = client.messages.create(messages=HI, **fields)
-    (call,) = [block for block in asked.content if block.type == "tool_use"]
-    result = {"type": "tool_result", "tool_use_id": call.id, "content": "12:00"}
-    turns = [
-        *HI,
-        {"role": "assistant", "content": asked.content},
-        {"role": "user", "content": [result, {"type": "text", "text": "So?"}]},
-    ]
-    hermes.backend.text = "Noon."  # type: ignore[attr-defined]
-    (text,) = client.messages.create(messages=turns, **fields).content  # type: ignore[arg-type]
-    assert text.type == "text"
-    assert text.text == "Noon."
-    assert hermes.backend.prompts[-1].endswith(  # type: ignore[attr-defined]
-        '<|user|>hi<|assistant|><think>hm</think>Wait. CALL get_time {"zone": "UTC"}'
-        "<|tool|>12:00<|user|>So?<|assistant|>"
-    )
-
-
-def test_the_tool_runner_of_the_client_gives_up_threads_and_runs(
-    client: Anthropic, hermes: HttpServer
-) -> None:
-    def get_time(zone: str) -> str:
-        """Tell the time."""
-        hermes.backend.text = f"Noon in {zone}."  # type: ignore[attr-defined]
-        return "12:00"
-
-    hermes.backend.text = CALL  # type: ignore[attr-defined]
-    runner = client.beta.messages.tool_runner(
-        model="org/tiny", max_tokens=300, tools=[beta_tool(get_time)], messages=HI
-    )
-    (block,) = runner.until_done().content
-    assert block.type == "text"
-    assert block.text == "Noon in UTC."
-
-
-class Sum(BaseModel):
-    a: int
-
-
-def test_the_client_parses_an_output_format(client: Anthropic, hermes: HttpServer) -> None:
-    hermes.backend.text = '{"a": 3}'  # type: ignore[attr-defined]
-    message = client.messages.parse(
-        model="org/tiny", max_tokens=100, messages=HI, output_format=Sum
-    )
-    assert message.parsed_output == Sum(a=3)
-    assert hermes.backend.grammars[-1] is not None  # type: ignore[attr-defined]
-
-
-def test_the_async_client_streams(hermes: HttpServer) -> None:
-    async def text() -> str:
-        async with AsyncAnthropic(base_url=hermes.url, api_key="none", max_retries=0) as client:
-            stream = client.messages.stream(model="org/tiny", max_tokens=100, messages=HI)
-            async with stream as opened:
-                return "".join([piece async for piece in opened.text_stream])
-
-    hermes.backend.text = "Hello \U0001f600"  # type: ignore[attr-defined]
-    assert asyncio.run(text()) == "Hello \U0001f600"
 
 
 def test_what_the_cache_held_counts_apart(server: HttpServer) -> None:

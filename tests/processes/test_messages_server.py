@@ -115,9 +115,9 @@ def test_errors_are_those_of_the_package(client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.AuthenticationError):
         client.with_options(api_key="other").messages.create(**question("Hello"))
     for text, max_tokens, words in (
-        ("Hello " * 5000, 9, r"prompt is too long: \d+ tokens > 2047 maximum"),
+        ("Hello " * 5000, 9, r"prompt is too long: \d+ tokens > 4095 maximum"),
         ("Hello " * 500_000, 9, r"prompt is too long: .* characters"),
-        ("Hello", 2048, r"input length and `max_tokens` exceed context limit: \d+ \+ 2048 > 2048"),
+        ("Hello", 4096, r"`max_tokens` exceed context limit: \d+ \+ 4096 > 4096"),
     ):
         with pytest.raises(anthropic.BadRequestError, match=words):
             client.messages.create(**question(text, max_tokens=max_tokens))
