@@ -11,33 +11,16 @@ from http_server import HttpServer, serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.responses import Response, input_token_count_params, response_create_params
+from response_wire import CALL_ITEM, OUTPUT_ITEM, PATH, USER, error_of, last_request, post
 
 from minisrv.frontend.openai_types import Treatment
 from minisrv.frontend.responses.fields import RESPONSE_FIELDS
 from minisrv.frontend.responses.route import COUNT_FIELDS
 
-PATH = "/v1/responses"
 UNSUPPORTED = [n for n, f in RESPONSE_FIELDS.items() if f.treatment is Treatment.UNSUPPORTED]
 HARMLESS = [n for n, f in RESPONSE_FIELDS.items() if f.treatment is Treatment.HARMLESS]
 FUNCTION: dict[str, Any] = {"type": "function", "name": "f"}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
-
-
-def post(server: HttpServer, **body: Any) -> Any:
-    return server.http.post(PATH, json={"input": "hi", **body})
-
-
-def error_of(response: Any) -> dict[str, Any]:
-    assert response.status_code == 400, response.text
-    error: dict[str, Any] = response.json()["error"]
-    assert sorted(error) == ["code", "message", "param", "type"]
-    return error
-
-
-def last_request(server: HttpServer, **body: Any) -> Any:
-    """What the tokenizer is asked for."""
-    assert post(server, **body).status_code == 200
-    return server.backend.requests[-1]
 
 
 def test_every_field_of_the_client_is_in_the_table() -> None:
@@ -161,138 +144,6 @@ def test_a_reply_repeats_its_request_with_the_values_that_hold(server: HttpServe
     assert plain["text"] == {"format": {"type": "text"}, "verbosity": None}
 
 
-USER = {"role": "user", "content": "hi"}
-CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a": 1}'}
-OUTPUT = {"type": "function_call_output", "call_id": "c1", "output": "2"}
-READ_CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
-READ_OUTPUT = {"role": "tool", "tool_call_id": "c1", "content": "2"}
-
-
-def thought(text: str, part: str = "content") -> dict[str, Any]:
-    kind = "reasoning_text" if part == "content" else "summary_text"
-    return {"type": "reasoning", "id": "rs_1", "summary": [], part: [{"type": kind, "text": text}]}
-
-
-@pytest.mark.parametrize(
-    ("items", "messages"),
-    [
-        ("hi", [USER]),
-        ([USER], [USER]),
-        ([{**USER, "type": "message", "status": "completed", "id": "msg_1"}], [USER]),
-        (
-            [
-                {"role": "developer", "content": "A"},
-                {
-                    "role": "user",
-                    "content": [{"type": "input_text", "text": part} for part in "hi"],
-                },
-            ],
-            [{"role": "developer", "content": "A"}, USER],
-        ),
-        (
-            [{"role": "system", "content": "A"}, {"role": "developer", "content": "B"}, USER],
-            [{"role": "system", "content": "A\n\nB"}, USER],
-        ),
-        (
-            [USER, {"role": "system", "content": "A"}],
-            [USER, {"role": "system", "content": "A"}],
-        ),
-        (
-            [
-                USER,
-                {
-                    "role": "assistant",
-                    "content": [
-                        {"type": "output_text", "text": "a", "annotations": []},
-                        {"type": "refusal", "refusal": "b"},
-                    ],
-                },
-                {"role": "assistant", "content": "c"},
-            ],
-            [USER, {"role": "assistant", "content": "ab"}, {"role": "assistant", "content": "c"}],
-        ),
-        (
-            [USER, thought("hm"), {"role": "assistant", "content": "a"}, CALL, CALL, OUTPUT],
-            [
-                USER,
-                {
-                    "role": "assistant",
-                    "reasoning_content": "hm",
-                    "content": "a",
-                    "tool_calls": [READ_CALL, READ_CALL],
-                },
-                READ_OUTPUT,
-            ],
-        ),
-        (
-            [USER, thought("s", "summary"), CALL, OUTPUT, thought("t"), CALL, OUTPUT],
-            [
-                USER,
-                {
-                    "role": "assistant",
-                    "reasoning_content": "s",
-                    "content": None,
-                    "tool_calls": [READ_CALL],
-                },
-                READ_OUTPUT,
-                {
-                    "role": "assistant",
-                    "reasoning_content": "t",
-                    "content": None,
-                    "tool_calls": [READ_CALL],
-                },
-                READ_OUTPUT,
-            ],
-        ),
-        (
-            [
-                USER,
-                {"role": "assistant", "content": "a"},
-                CALL,
-                {"role": "assistant", "content": "b"},
-            ],
-            [USER, {"role": "assistant", "content": "ab", "tool_calls": [READ_CALL]}],
-        ),
-        (
-            [USER, {"role": "assistant", "content": "a"}, thought("t"), CALL],
-            [
-                USER,
-                {"role": "assistant", "content": "a"},
-                {
-                    "role": "assistant",
-                    "reasoning_content": "t",
-                    "content": None,
-                    "tool_calls": [READ_CALL],
-                },
-            ],
-        ),
-        (
-            [
-                USER,
-                {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "xyz"},
-                {**OUTPUT, "output": [{"type": "input_text", "text": "2"}]},
-            ],
-            [USER, READ_OUTPUT],
-        ),
-    ],
-)
-def test_items_become_the_messages_of_a_chat(
-    server: HttpServer, items: Any, messages: list[Any]
-) -> None:
-    assert list(last_request(server, input=items).messages) == messages
-
-
-def test_instructions_stand_in_front(server: HttpServer) -> None:
-    request = last_request(server, instructions="Be brief.")
-    assert list(request.messages) == [{"role": "system", "content": "Be brief."}, USER]
-    items = [{"role": "developer", "content": "Or not."}, USER]
-    request = last_request(server, instructions="Be brief.", input=items)
-    assert list(request.messages) == [
-        {"role": "system", "content": "Be brief.\n\nOr not."},
-        USER,
-    ]
-
-
 UNSUPPORTED_CODE = "unsupported_parameter"
 
 
@@ -321,14 +172,14 @@ def content(*parts: Any) -> list[Any]:
             for kind in ("input_image", "input_file", "input_audio", 5)
         ),
         (
-            {"input": [{**OUTPUT, "output": [{"type": "input_image"}]}]},
+            {"input": [{**OUTPUT_ITEM, "output": [{"type": "input_image"}]}]},
             "input.0.output.0.type",
             UNSUPPORTED_CODE,
         ),
-        ({"input": [{**OUTPUT, "output": None}]}, "input.0.output", None),
-        ({"input": [{**OUTPUT, "call_id": None}]}, "input.0.call_id", None),
-        ({"input": [{**CALL, "arguments": {}}]}, "input.0.arguments", None),
-        ({"input": [{**CALL, "name": None}]}, "input.0.name", None),
+        ({"input": [{**OUTPUT_ITEM, "output": None}]}, "input.0.output", None),
+        ({"input": [{**OUTPUT_ITEM, "call_id": None}]}, "input.0.call_id", None),
+        ({"input": [{**CALL_ITEM, "arguments": {}}]}, "input.0.arguments", None),
+        ({"input": [{**CALL_ITEM, "name": None}]}, "input.0.name", None),
         (
             {"input": [{"type": "reasoning", "content": [{"type": "x"}]}]},
             "input.0.content.0.type",
