@@ -28,9 +28,6 @@ def main() -> int:
     for name, make in makers(evaluator.pieces).items():
         if args.tasks and not any(task in name for task in args.tasks):
             continue
-        if name.startswith("tool") and "tools" not in evaluator.tokenizer.chat_template:
-            print(f"| {name} | not measured: the model has not been trained on tools | | | |")
-            continue
         count = args.prompts // 2 if "1,000" in name else args.prompts
         accuracy, length, wrong = evaluator.row(make, count)
         missed += accuracy < TARGETS[name]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import openai
 import pytest
@@ -13,10 +11,6 @@ from recording import Recorder
 from server_process import ServerProcess, running
 from wire import check_exchange
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from demo_model.tokenizer import CHAT_TEMPLATE
-
 # float32, so that the text of a request does not depend on its neighbours in the batch.
 MODEL = ("--model", "demo", "--dtype", "float32", "--num-threads", "1")
 ARGUMENTS = (*MODEL, "--kv-memory", "64MiB", "--max-open-requests", "64")
@@ -24,11 +18,8 @@ ARGUMENTS = (*MODEL, "--kv-memory", "64MiB", "--max-open-requests", "64")
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    template = tmp_path_factory.mktemp("template") / "template.jinja"
-    template.write_text(CHAT_TEMPLATE)
-    arguments = (*ARGUMENTS, "--chat-template", str(template))
     tmp_dir = tmp_path_factory.mktemp("s") / "t"
-    with running(*arguments, tmp_dir=tmp_dir, hash_engine=False) as server:
+    with running(*ARGUMENTS, tmp_dir=tmp_dir, hash_engine=False) as server:
         yield server
         server.popen.terminate()
         assert server.wait() == 0

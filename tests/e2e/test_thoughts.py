@@ -5,7 +5,9 @@ It has not learned to end a thought, so a reply is one from end to end.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -13,6 +15,8 @@ import pytest
 from conftest import ARGUMENTS
 from questions import ANSWERS, COUNT, ask
 from server_process import running
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from demo_model.tokenizer import CHAT_TEMPLATE
 
@@ -53,9 +57,9 @@ def test_a_thought_comes_apart_from_the_content_whole_and_streamed(client: opena
 def test_the_stream_helper_keeps_the_thought(client: openai.OpenAI) -> None:
     completion = client.chat.completions.create(**ask(COUNT, **THINKING))
     with client.chat.completions.stream(**ask(COUNT, **THINKING)) as stream:
-        final = stream.get_final_completion()
-    assert final.choices[0].message.content in (None, "")
-    assert final.choices[0].message.model_extra == completion.choices[0].message.model_extra
+        *_, last = [event.snapshot for event in stream if event.type == "chunk"]
+    assert last.choices[0].message.content in (None, "")
+    assert last.choices[0].message.model_extra == completion.choices[0].message.model_extra
 
 
 def test_effort_none_turns_thinking_off(client: openai.OpenAI) -> None:

@@ -18,7 +18,7 @@ from demo_model.tokenizer import CHAT_TEMPLATE
 from demo_model.tools import add_tool, get_time_tool
 
 TOOLS: Any = [get_time_tool(), add_tool()]
-# The shipped weights have not learned to call: without bounds they would go on for ever.
+# Bounded, so that a call that is forced on the model comes to an end.
 PARAMETERS = TOOLS[1]["function"]["parameters"]
 PARAMETERS["additionalProperties"] = False
 for schema in PARAMETERS["properties"].values():
