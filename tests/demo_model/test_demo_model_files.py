@@ -1,9 +1,7 @@
 """The demo model: small, whole, honest about what it has not seen, and right."""
 
 import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -14,17 +12,14 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer
 
+from demo_model import corpus, tools
+from demo_model.evaluate import absent, held_out_exchanges, makers, messages
+from demo_model.tokenizer import CHAT_TEMPLATE, word_pieces
 from minisrv import LLM, SamplingParams
 from minisrv.chat_format import find_chat_format
 from minisrv.hub import DEMO_DIR
 from minisrv.messages import TokenizeMsg
 from minisrv.tokenizer.chat_template import ChatTemplate
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from demo_model import corpus, tools
-from demo_model.evaluate import absent, held_out_exchanges, makers, messages
-from demo_model.tokenizer import CHAT_TEMPLATE, word_pieces
 from train_demo_model import Chats, encode, trainable
 
 TOKENIZER = Tokenizer.from_file(str(DEMO_DIR / "tokenizer.json"))

@@ -5,9 +5,7 @@ It has not learned to end a thought, so a reply is one from end to end.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -15,8 +13,6 @@ import pytest
 from conftest import ARGUMENTS
 from questions import ANSWERS, COUNT, ask
 from server_process import running
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from demo_model.tokenizer import CHAT_TEMPLATE
 

@@ -55,7 +55,7 @@ def test_the_choices_of_a_stream_are_those_of_the_whole_and_count_one_prompt(
     completion = create(**BODY)
     whole = [(choice.index, choice.message.content) for choice in completion.choices]
     assert [index for index, _ in whole] == list(range(N))
-    assert len({text for _, text in whole}) > 20
+    assert len({text for _, text in whole}) > 8
     (alone,) = create(**{**BODY, "n": 1}).choices
     assert alone.message.content == whole[0][1]
     usage = completion.usage

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from server_process import ServerProcess, running
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from demo_model.tokenizer import CHAT_TEMPLATE
 from demo_model.tools import add_tool, get_time_tool
