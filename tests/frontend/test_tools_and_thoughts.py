@@ -130,7 +130,7 @@ def test_a_message_of_calls_alone_has_no_content(hermes: HttpServer) -> None:
     assert whole(hermes, "", tools=TOOLS).choices[0].message.content == ""
 
 
-@pytest.mark.parametrize("text", [CALL, "Noon.", f"Yes.\n{CALL}"])
+@pytest.mark.parametrize("text", [CALL, "Noon.", f"Yes.\n{CALL}", "", "<think>Hm.</think>"])
 def test_the_stream_helper_adds_up_the_content_of_the_whole_message(
     hermes: HttpServer, text: str
 ) -> None:

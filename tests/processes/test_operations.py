@@ -78,9 +78,9 @@ def test_the_rendered_prompt_agrees_with_transformers(http: httpx.Client, oracle
 
 
 def test_tools_are_refused_where_a_chat_refuses_them(http: httpx.Client) -> None:
-    """The demo model's template knows none."""
+    """Each name may stand there once."""
     function = {"name": "add", "description": "Add.", "parameters": {"type": "object"}}
-    body = {"messages": CHAT, "tools": [{"type": "function", "function": function}]}
+    body = {"messages": CHAT, "tools": [{"type": "function", "function": function}] * 2}
     chat = http.post("/v1/chat/completions", json={**body, "max_tokens": 1})
     assert chat.status_code == 400
     for path in ("/apply_template", "/tokenize"):

@@ -28,13 +28,14 @@ class CallReading:
 class AssistantMessage:
     """One choice's message. Its deltas, merged, are the whole message, however the text was cut."""
 
-    __slots__ = ("_parser", "_reading", "_reasoning_fields")
+    __slots__ = ("_parser", "_reading", "_reasoning_fields", "_said")
 
     def __init__(self, reading: CallReading | None, reasoning_fields: Sequence[str]) -> None:
         """`reading` None: no calls are looked for. A thought stands in all `reasoning_fields`."""
         self._reading = reading
         self._reasoning_fields = reasoning_fields
         self._parser: CallParser | None = None
+        self._said = False
         if reading is not None:
             self._parser = make_parser(reading.tool_format, reading.names, reading.parallel)
 
@@ -51,7 +52,10 @@ class AssistantMessage:
         pieces = self._parser.push(text)
         if event.final:
             pieces += self._parser.flush()
-        return deltas + [self._delta(piece) for piece in pieces]
+        deltas += [self._delta(piece) for piece in pieces]
+        self._said = self._said or bool(deltas)
+        # Where calls may come, a stream begins without content: that of an empty reply is told here.
+        return deltas if self._said or not event.final else [{"content": ""}]
 
     def whole(self, event: Event) -> dict[str, Any]:
         """The message of a choice whose only event is `event`."""
