@@ -228,3 +228,12 @@ def test_of_a_prompt_that_is_aborted_no_half_of_its_log_probabilities_is_told(
     assert result.ends == {0: Finish.ABORT}
     assert result.starts[0].prompt_logprobs is None
     assert result.starts[0].prompt_ids is None
+
+
+def test_a_vocabulary_of_fewer_tokens_than_are_asked_for_is_told_whole() -> None:
+    loop = hash_loop(num_pages=30, budget=8, vocab_size=5)
+    fields = {"logprobs": 20, "prompt_logprobs": 20}
+    loop.channel.inbox.append(generate_msg(0, [1, 2, 3] * 7, max_tokens=2, **fields))
+    told = drain(loop).starts[0].prompt_logprobs
+    assert told is not None
+    assert told.top_ids.tolist() == [0, 1, 2, 3, 4] * 20
