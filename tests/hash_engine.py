@@ -171,11 +171,12 @@ class HashEngine:
         asked = [(states[batch.sample_indices[i]], int(tokens[i])) for i in samples]
         scored = zip(batch.scored_tokens.tolist(), columns.prompt_ids.tolist(), strict=True)
         asked += [(token_states[place], following) for place, following in scored]
-        top = [[logprob(state, id) for id in range(columns.num_top)] for state, _ in asked]
-        shape = (len(asked), columns.num_top)
+        num_top = min(columns.num_top, self.vocab_size)
+        top = [[logprob(state, id) for id in range(num_top)] for state, _ in asked]
+        shape = (len(asked), num_top)
         return Logprobs(
             np.array([logprob(state, token) for state, token in asked], np.float32),
-            np.broadcast_to(np.arange(columns.num_top, dtype=np.int32), shape),
+            np.broadcast_to(np.arange(num_top, dtype=np.int32), shape),
             np.array(top, np.float32).reshape(shape),
         )
 

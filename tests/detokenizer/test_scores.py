@@ -6,8 +6,9 @@ import pytest
 import own_tokenizers
 from minisrv.detokenizer.incremental import TextDecoder
 from minisrv.detokenizer.scores import Scorer
+from minisrv.detokenizer.worker import DetokenizerWorker
 from minisrv.hf_tokenizer import HFTokenizer
-from minisrv.messages import TokenLogprobs
+from minisrv.messages import DetokenizeMsg, Finish, Start, TokenLogprobs
 
 TEXTS = [*own_tokenizers.SENTENCES, "\U0001f600 smile \U0001f469\u200d\U0001f52c", "cafe\u0301"]
 KINDS = ["byte_level_bpe", "llama_like", "gemma_like", "metaspace_bytes"]
@@ -72,3 +73,36 @@ def test_a_token_begins_where_its_offset_says(kind: str, text: str) -> None:
         whole = spelled.encode() == score.token.lstrip(b" ")
         assert not whole or shown[score.offset :].lstrip(" ").startswith(spelled)
         assert [top.logprob for top in score.top] == [-1, -2]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+@pytest.mark.parametrize("cut", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_echo_is_the_whole_prompt_and_the_output_goes_on_behind_it(
+    kind: str, cut: int, max_tokens: int
+) -> None:
+    tokenizer = make(kind)
+    ids = tokenizer.encode("a smile \U0001f600", add_special_tokens=False)
+    ids = ids[: len(ids) - cut]
+    output = [tokenizer.encode("the", add_special_tokens=False)[-1]][:max_tokens]
+    start = Start(
+        uid=1,
+        prompt_tokens=len(ids),
+        cached_tokens=0,
+        min_tokens=0,
+        stop=(),
+        skip_special_tokens=True,
+        prompt_ids=np.array(ids, np.int32),
+    )
+    message = DetokenizeMsg(
+        uids=np.array([1]),
+        token_ids=np.array(output or [-1], np.int32),
+        finishes=np.array([Finish.LENGTH], np.uint8),
+        starts=(start,),
+    )
+    reply, _ = DetokenizerWorker(tokenizer, epoch=0).handle(message)
+    assert reply is not None
+    echo, text = reply.echoes[0].text, reply.texts[0]
+    assert echo + text == tokenizer.decode([*ids, *output])
+    if not cut:
+        assert echo == tokenizer.decode(ids)

@@ -169,7 +169,8 @@ def test_what_an_evaluation_harness_reads_is_there(played: HttpServer) -> None:
 
 def test_without_output_the_prompt_alone_comes_back(played: HttpServer) -> None:
     body: dict[str, Any] = {"prompt": ["Once upon", "a time"], "max_tokens": 0, "echo": True}
-    value = complete(played, logprobs=1, n=2, **body)
+    value = complete(played, logprobs=1, n=2, timings=True, **body)
+    assert value["timings"]["decode_tokens_per_s"] is None
     assert [c["text"] for c in value["choices"]] == ["Once upon"] * 2 + ["a time"] * 2
     assert {c["finish_reason"] for c in value["choices"]} == {"length"}
     assert value["usage"]["completion_tokens"] == 0

@@ -211,3 +211,29 @@ def test_pages_are_shared_within_a_salt_and_with_no_other(depth: int) -> None:
     assert loop.scheduler.cache.tree.num_evictable == 4 * 3
     loop.scheduler.cache.evict(100)
     assert loop.scheduler.cache.tree.root.children == {}
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_of_a_prompt_that_is_aborted_no_half_of_its_log_probabilities_is_told(
+    turns: int, depth: int
+) -> None:
+    loop = hash_loop(num_pages=30, budget=8, depth=depth)
+    fields = {"echo": True, "logprobs": 1, "prompt_logprobs": 1}
+    loop.channel.inbox.append(generate_msg(0, list(range(40)), max_tokens=2, **fields))
+    for _ in range(turns):
+        loop.turn()
+    loop.channel.inbox.append(AbortMsg(uids=(0,)))
+    result = drain(loop)
+    assert result.ends == {0: Finish.ABORT}
+    assert result.starts[0].prompt_logprobs is None
+    assert result.starts[0].prompt_ids is None
+
+
+def test_a_vocabulary_of_fewer_tokens_than_are_asked_for_is_told_whole() -> None:
+    loop = hash_loop(num_pages=30, budget=8, vocab_size=5)
+    fields = {"logprobs": 20, "prompt_logprobs": 20}
+    loop.channel.inbox.append(generate_msg(0, [1, 2, 3] * 7, max_tokens=2, **fields))
+    told = drain(loop).starts[0].prompt_logprobs
+    assert told is not None
+    assert told.top_ids.tolist() == [0, 1, 2, 3, 4] * 20

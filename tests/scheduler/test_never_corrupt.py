@@ -137,6 +137,8 @@ class CacheMachine(RuleBasedStateMachine):
         for start in message.starts:
             if start.prompt_logprobs is not None:
                 self.prompt_logprobs[start.uid] = start.prompt_logprobs.logprobs.tolist()
+                expected = expected_logprobs(self.prompts[start.uid])
+                assert self.prompt_logprobs[start.uid] == expected
                 assert len(start.prompt_logprobs.top_ids) == 2 * (start.prompt_tokens - 1)
         for told in message.logprobs:
             self.logprobs[told.uid] += told.logprobs.tolist()

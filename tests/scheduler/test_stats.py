@@ -128,3 +128,15 @@ def test_a_flush_empties_the_cache_of_an_idle_scheduler_only() -> None:
     loop.channel.inbox.append(generate_msg(1, list(range(17)), max_tokens=2))
     (start,) = run(loop)
     assert start.cached_tokens == 0
+
+
+def test_a_prompt_without_output_takes_no_interval_from_others() -> None:
+    loop = hash_loop(num_pages=60, page_size=4)
+    loop.channel.inbox.append(generate_msg(0, [1] * 4, max_tokens=6))
+    for uid in range(1, 5):
+        loop.turn()
+        loop.channel.inbox.append(generate_msg(uid, [uid] * 4, max_tokens=0, prompt_logprobs=0))
+    run(loop)
+    stats = last_stats(loop)
+    assert stats.output_tokens == 6
+    assert stats.inter_token.counts.sum() == 5

@@ -114,6 +114,10 @@ class _ByteLevelStream:
         """The text that is sure now that `token_id` has come."""
         return self._decoder.decode(self._token_bytes[token_id])
 
+    def flush_whole(self) -> str:
+        """Text that is held back though no character is missing in it: there is none here."""
+        return ""
+
     def flush(self) -> str:
         """The rest of the text, when no more ids will come."""
         return self._decoder.decode(b"", True)
@@ -173,6 +177,15 @@ class _WindowStream:
         text = self._texts.decode(self._window)
         delta = text[self._num_shown :]
         self._move_to(token_id, alone, text)
+        return delta
+
+    def flush_whole(self) -> str:
+        """Text that is held back though no character is missing in it: a run of bytes, so far."""
+        text = self._texts.decode(self._window)
+        delta = text[self._num_shown :]
+        if "\ufffd" in delta:
+            return ""
+        self._num_shown = len(text)
         return delta
 
     def flush(self) -> str:

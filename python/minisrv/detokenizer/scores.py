@@ -51,6 +51,7 @@ def echo_prompt(
         pieces.append(stream.push(token_id))
         offsets.append(num_chars + _begin(decoder.spell(token_id), pieces[-1]))
         num_chars += len(pieces[-1])
+    pieces.append(stream.flush_whole())
     scores: tuple[TokenScore, ...] = ()
     if start.prompt_logprobs is not None:
         token = decoder.spell(int(prompt_ids[0]))

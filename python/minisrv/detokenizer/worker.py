@@ -177,7 +177,9 @@ class DetokenizerWorker:
             self._take_unknown(uid, finish, columns)
             return
         if finish == _ABORT or (finish and token_id < 0):
-            self._close(request, columns, "", finish, None)
+            # Without output the rest of an echoed prompt may be held back: a part of a character.
+            text = "" if finish == _ABORT else request.stream.flush()
+            self._close(request, columns, text, finish, None)
             return
         request.num_tokens += 1
         if request.new_ids is not None:

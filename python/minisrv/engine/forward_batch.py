@@ -86,7 +86,10 @@ class LogprobColumns:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Log-probabilities of the L samples that asked, then of the Q prompt tokens."""
+    """Log-probabilities of the L samples that asked, then of the Q prompt tokens.
+
+    K is `num_top`, or the whole vocabulary where that is less.
+    """
 
     logprobs: Float32Array  # [L + Q]
     top_ids: Int32Array  # [L + Q, K] best first

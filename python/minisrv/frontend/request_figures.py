@@ -87,7 +87,7 @@ class RequestFigures:
         assert self._first is not None, "a reply that ends has begun"
         start = self._first.start
         output_tokens = sum(choice.output_tokens for choice in self.choices.values())
-        decoded = output_tokens - len(self.choices)
+        decoded = sum(max(0, choice.output_tokens - 1) for choice in self.choices.values())
         decode_s = self.decode_s
         return {
             "queue_ms": round(start.queue_s * 1000, 3),

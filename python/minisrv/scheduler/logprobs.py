@@ -78,7 +78,8 @@ def _keep(chunk: Chunk, logprobs: Logprobs, first: int, end: int) -> None:
     """Put a part of a prompt's log-probabilities to the others, in place of an earlier try's."""
     request = chunk.request
     assert request.sampling.prompt_logprobs is not None
-    num_top, shape = request.sampling.prompt_logprobs, len(request.prompt_ids) - 1
+    num_top = min(request.sampling.prompt_logprobs, logprobs.top_ids.shape[1])
+    shape = len(request.prompt_ids) - 1
     if request.prompt_logprobs is None:
         request.prompt_logprobs = Logprobs(
             np.empty(shape, np.float32),

@@ -24,7 +24,7 @@ class Replies:
     def add(self, request: Request, token_id: int, finish: Finish, now: float) -> None:
         """Tell of one token, or with ABORT of an end without one."""
         if not request.started:
-            self.starts.append(request.start(now))
+            self.starts.append(request.start(now, aborted=finish is Finish.ABORT))
         self.uids.append(request.uid)
         self.token_ids.append(token_id)
         self.finishes.append(finish)

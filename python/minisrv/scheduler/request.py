@@ -134,8 +134,11 @@ class Request:
             return Finish.COMPLETE
         return Finish.LENGTH if len(self.output_ids) >= self.max_tokens else Finish.NONE
 
-    def start(self, now: float) -> Start:
-        """What the detokenizer and the frontend need to know of this request."""
+    def start(self, now: float, *, aborted: bool) -> Start:
+        """What the detokenizer and the frontend need to know of this request.
+
+        aborted: nobody reads its prompt, whose log-probabilities may be computed in part.
+        """
         self.started = True
         admitted_at = now if self.admitted_at is None else self.admitted_at
         return Start(
@@ -150,8 +153,8 @@ class Request:
             queue_s=admitted_at - self.arrived_at,
             prefill_s=now - admitted_at,
             include_stop=self.sampling.include_stop_str_in_output,
-            prompt_ids=self.prompt_ids if self.sampling.echo else None,
-            prompt_logprobs=self._prompt_logprobs(),
+            prompt_ids=self.prompt_ids if self.sampling.echo and not aborted else None,
+            prompt_logprobs=None if aborted else self._prompt_logprobs(),
             logprobs=self.sampling.logprobs is not None,
             shown_prompt=None if self.choice else self.shown_prompt,
         )

@@ -41,7 +41,7 @@ class LoopStats:
         for request in ending:
             if request.started:
                 self._inter_token.add(now - request.retracted_at)
-        return len(ending)
+        return sum(request.max_tokens > 0 for request in ending)
 
     def count_tokens(self, num_tokens: int, num_first: int, now: float) -> None:
         """A step is settled with `num_tokens`."""
