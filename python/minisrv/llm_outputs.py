@@ -153,7 +153,7 @@ class Run:
                 self.choices[echo.uid][1].event.echo = echo
         for scores in reply.scores:
             if scores.uid in self.choices:
-                self.choices[scores.uid][1].event.scores += scores.tokens
+                self.choices[scores.uid][1].event.scores += scores.scores
         columns = zip(
             reply.uids.tolist(),
             reply.texts,

@@ -271,24 +271,19 @@ class OutputIds:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredToken:
-    """A token's bytes, which may be a part of a character, and its log-probability."""
+class TokenScores:
+    """Log-probabilities of N tokens of a text, and of the K likeliest in each place, best first.
 
-    token: bytes
-    logprob: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenScore:
-    """A token of a text: `top` are the likeliest in its place, best first.
-
-    offset: where in the text it begins, in characters. logprob: None for a prompt's first token.
+    A token is an index into `spellings`: bytes, maybe a part of a character. offsets: where in the
+    text each begins, in characters. A prompt's first token has NaN; its K mean nothing.
     """
 
-    token: bytes
-    logprob: float | None
-    top: tuple[ScoredToken, ...]
-    offset: int
+    spellings: tuple[bytes, ...]
+    tokens: Int32Array  # [N]
+    logprobs: Float32Array  # [N]
+    offsets: Int32Array  # [N]
+    top_tokens: Int32Array  # [N * K]
+    top_logprobs: Float32Array  # [N * K]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,7 +291,7 @@ class OutputScores:
     """Scores of a request's tokens, from where the last ones ended."""
 
     uid: int
-    tokens: tuple[TokenScore, ...]
+    scores: tuple[TokenScores, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,7 +300,7 @@ class PromptEcho:
 
     uid: int
     text: str
-    scores: tuple[TokenScore, ...] = ()
+    scores: TokenScores | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,7 @@
 """Tokens are spelled in bytes, and begin in the text where their offset says."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -54,10 +56,8 @@ def test_a_token_begins_where_its_offset_says(kind: str, text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
     for token_id in ids:
         scorer.expect(
-            TokenLogprobs(
-                uid=1,
-                token_ids=np.array([token_id], np.int32),
-                logprobs=np.array([-1], np.float32),
+            replace(
+                told(token_id),
                 top_ids=np.array([token_id, 0], np.int32),
                 top_logprobs=np.array([-1, -2], np.float32),
             )
@@ -69,10 +69,32 @@ def test_a_token_begins_where_its_offset_says(kind: str, text: str) -> None:
     assert scorer.take() == ()
     assert len(scores) == len(ids)
     for score in scores:
-        spelled = score.token.decode(errors="ignore").lstrip(" ")
-        whole = spelled.encode() == score.token.lstrip(b" ")
-        assert not whole or shown[score.offset :].lstrip(" ").startswith(spelled)
-        assert [top.logprob for top in score.top] == [-1, -2]
+        token = score.spellings[int(score.tokens[0])]
+        spelled = token.decode(errors="ignore").lstrip(" ")
+        whole = spelled.encode() == token.lstrip(b" ")
+        assert not whole or shown[int(score.offsets[0]) :].lstrip(" ").startswith(spelled)
+        assert score.top_logprobs.tolist() == [-1, -2]
+
+
+def told(token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(
+        uid=1,
+        token_ids=np.array([token_id], np.int32),
+        logprobs=np.array([-1], np.float32),
+        top_ids=np.empty(0, np.int32),
+        top_logprobs=np.empty(0, np.float32),
+    )
+
+
+def test_each_broken_character_begins_where_it_is_shown() -> None:
+    tokenizer = make("byte_level_bpe")
+    decoder = TextDecoder(tokenizer)
+    first_byte = next(i for i in range(tokenizer.vocab_size) if decoder.spell(i) == b"\xe4")
+    scorer, stream = Scorer(decoder, 0), decoder.stream(True)
+    for _ in range(3):
+        scorer.expect(told(first_byte))
+        scorer.add(stream.push(first_byte))
+    assert [int(score.offsets[0]) for score in scorer.take()] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])

@@ -146,6 +146,28 @@ def test_an_echo_has_the_prompts_log_probabilities_first(played: HttpServer) -> 
     check_offsets(choice["text"], logprobs)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["<s>hi</s> there, é", "<s>你😀</s>", "e\u0301 e\u0301", "x"])
+def test_offsets_count_in_the_prompt_as_it_was_sent(
+    played: HttpServer, prompt: str, stream: bool
+) -> None:
+    body = {"prompt": prompt, "echo": True, "logprobs": 0, "max_tokens": 6}
+    text, tokens, offsets = "", list[str](), list[int]()
+    if stream:
+        choices = [event["choices"][0] for event in streamed(played, "/v1/completions", **body)]
+    else:
+        choices = complete(played, **body)["choices"]
+    for choice in choices:
+        text += choice["text"]
+        if choice["logprobs"]:
+            tokens += choice["logprobs"]["tokens"]
+            offsets += choice["logprobs"]["text_offset"]
+    assert text.startswith(prompt)
+    for token, offset in zip(tokens, offsets, strict=True):
+        assert "\\x" in token or text.startswith(token, offset), (token, offset)
+    assert len(prompt) in offsets
+
+
 def test_what_an_evaluation_harness_reads_is_there(played: HttpServer) -> None:
     """As lm-eval's local-completions scores a continuation of a context."""
     context, continuation = [40, 41, 42, 43], [60, 61, 62]

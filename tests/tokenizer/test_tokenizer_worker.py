@@ -145,6 +145,18 @@ def test_the_context_holds_prompt_and_completion(
     )
 
 
+@pytest.mark.parametrize(("prompt", "fits"), [(32_768, True), (32_769, False)])
+def test_a_prompt_is_scored_up_to_a_limit(prompt: int, fits: bool) -> None:
+    sampling = SamplingParams(n=2, max_tokens=0, prompt_logprobs=7)
+    request = TokenizeMsg(uid=40, prompt=(5,) * prompt, sampling=sampling)
+    (out,) = make_worker(max_seq_len=100_000).handle(request)
+    if fits:
+        assert isinstance(out, GenerateMsg)
+        return
+    assert isinstance(out, UserReply)
+    assert {(failure.status, failure.param) for failure in out.failures} == {(400, "logprobs")}
+
+
 def test_too_long_messages_are_named_as_such() -> None:
     failure = failed(make_worker(), messages=({"role": "user", "content": "x" * 500},))
     assert (failure.code, failure.param) == ("context_length_exceeded", "messages")

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Sequence
+
+import numpy as np
 
 from minisrv.detokenizer.incremental import TextDecoder, TextStream
-from minisrv.messages import Int32Array, PromptEcho, ScoredToken, Start, TokenLogprobs, TokenScore
+from minisrv.messages import (
+    Float32Array,
+    Int32Array,
+    PromptEcho,
+    Start,
+    TokenLogprobs,
+    TokenScores,
+)
 
 
 class Scorer:
     """The scores of one request's output.
 
-    Offsets are those of the text before stop strings are looked for.
+    Offsets count from the start of an echoed prompt, else of the output, in the text before stop
+    strings are looked for.
     """
 
     def __init__(self, decoder: TextDecoder, offset: int) -> None:
         """offset: of the first token."""
         self._decoder, self._offset = decoder, offset
         self._expected: deque[TokenLogprobs] = deque()
-        self.scores: list[TokenScore] = []
+        self.scores: list[TokenScores] = []
 
     def expect(self, logprobs: TokenLogprobs) -> None:
         """The log-probabilities of a token that comes next."""
@@ -27,13 +37,12 @@ class Scorer:
 
     def add(self, text: str) -> None:
         """The next token has come, and with it `text`."""
-        logprobs = self._expected.popleft()
-        spelled = self._decoder.spell(int(logprobs.token_ids[0]))
-        offset = self._offset + _begin(spelled, text)
-        self.scores += _scores(self._decoder, logprobs, [offset])
+        told = self._expected.popleft()
+        offset = self._offset + _begin(self._decoder.spell(int(told.token_ids[0])), text)
+        self.scores.append(_scores(self._decoder, told, told.logprobs, told.token_ids, [offset]))
         self._offset += len(text)
 
-    def take(self) -> tuple[TokenScore, ...]:
+    def take(self) -> tuple[TokenScores, ...]:
         """What has come since the last call."""
         scores, self.scores = tuple(self.scores), []
         return scores
@@ -52,24 +61,22 @@ def echo_prompt(
         offsets.append(num_chars + _begin(decoder.spell(token_id), pieces[-1]))
         num_chars += len(pieces[-1])
     pieces.append(stream.flush_whole())
-    scores: tuple[TokenScore, ...] = ()
-    if start.prompt_logprobs is not None:
-        token = decoder.spell(int(prompt_ids[0]))
-        first = TokenScore(token=token, logprob=None, top=(), offset=0)
-        scores = (first, *_scores(decoder, start.prompt_logprobs, offsets[1:]))
+    scores, told = None, start.prompt_logprobs
+    if told is not None:
+        logprobs = np.concatenate([np.array([np.nan], np.float32), told.logprobs])
+        scores = _scores(decoder, told, logprobs, prompt_ids, offsets)
     return PromptEcho(uid=start.uid, text="".join(pieces), scores=scores)
 
 
 def _begin(spelled: bytes, text: str) -> int:
     """Where in `text`, which came with a token, the token's own begins.
 
-    What was held back before comes first. A part of a character begins where the character does;
-    a token that is not shown, behind everything.
+    What was held back before comes first. The rest of a character begins where the character does;
+    a token that is not shown, or not yet, behind everything.
     """
-    try:
-        own = spelled.decode()
-    except UnicodeDecodeError:
+    if spelled and 0x80 <= spelled[0] < 0xC0:
         return 0
+    own = spelled.decode(errors="ignore")
     for shown in (own, own.removeprefix(" ")):
         if shown and text.endswith(shown):
             return len(text) - len(shown)
@@ -77,19 +84,27 @@ def _begin(spelled: bytes, text: str) -> int:
 
 
 def _scores(
-    decoder: TextDecoder, logprobs: TokenLogprobs, offsets: list[int]
-) -> Iterator[TokenScore]:
-    num_top = len(logprobs.top_ids) // len(offsets) if offsets else 0
-    top_ids, top_logprobs = logprobs.top_ids.tolist(), logprobs.top_logprobs.tolist()
-    tokens = zip(logprobs.token_ids.tolist(), logprobs.logprobs.tolist(), offsets, strict=True)
-    for place, (token_id, logprob, offset) in enumerate(tokens):
-        span = slice(place * num_top, (place + 1) * num_top)
-        yield TokenScore(
-            token=decoder.spell(token_id),
-            logprob=logprob,
-            top=tuple(
-                ScoredToken(token=decoder.spell(id), logprob=value)
-                for id, value in zip(top_ids[span], top_logprobs[span], strict=True)
-            ),
-            offset=offset,
-        )
+    decoder: TextDecoder,
+    told: TokenLogprobs,
+    logprobs: Float32Array,
+    token_ids: Int32Array,
+    offsets: Sequence[int],
+) -> TokenScores:
+    """As columns: a prompt has thousands of tokens, and each may have twenty others beside it.
+
+    Where `logprobs` are more than those told, the first have no others.
+    """
+    num_top = len(told.top_ids) // len(told.token_ids) if len(told.token_ids) else 0
+    missing = (len(logprobs) - len(told.logprobs)) * num_top
+    top_ids = np.concatenate([np.repeat(token_ids[:1], missing), told.top_ids])
+    top_logprobs = np.concatenate([np.full(missing, np.nan, np.float32), told.top_logprobs])
+    ids, indices = np.unique(np.concatenate([token_ids, top_ids]), return_inverse=True)
+    places: Int32Array = indices.astype(np.int32)
+    return TokenScores(
+        spellings=tuple(map(decoder.spell, ids.tolist())),
+        tokens=places[: len(token_ids)],
+        logprobs=logprobs,
+        offsets=np.array(offsets, np.int32),
+        top_tokens=places[len(token_ids) :],
+        top_logprobs=top_logprobs,
+    )

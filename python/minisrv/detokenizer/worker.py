@@ -126,7 +126,10 @@ class DetokenizerWorker:
         """The reply to the frontend, and the uids that the scheduler need not continue."""
         columns = _Columns(progress=message.progress)
         for start in message.starts:
-            self._requests[start.uid] = self._open(start, columns)
+            try:
+                self._requests[start.uid] = self._open(start, columns)
+            except Exception:  # its entry of this message finds no request, and fails
+                logger.exception("request uid=%d cannot be opened", start.uid)
         for logprobs in message.logprobs:
             request = self._requests.get(logprobs.uid)
             if request is not None and request.scorer is not None:
@@ -212,7 +215,7 @@ class DetokenizerWorker:
             columns.output_ids.append(OutputIds(uid=request.uid, ids=ids))
             request.new_ids = []
         if request.scorer is not None and request.scorer.scores:
-            columns.scores.append(OutputScores(uid=request.uid, tokens=request.scorer.take()))
+            columns.scores.append(OutputScores(uid=request.uid, scores=request.scorer.take()))
 
     def _close(
         self,
@@ -266,11 +269,11 @@ def _next_text(
 ) -> tuple[str, str | None, Thought | None]:
     """What the entry adds to the text, the stop string that ends it there, and the thought."""
     is_text = finish in (_NONE, _LENGTH, _COMPLETE)
-    text = request.stream.push(token_id) if is_text else ""
-    if finish:
-        text += request.stream.flush()
+    text = request.stream.push(token_id) if is_text else request.stream.flush()
     if request.scorer is not None:
         request.scorer.add(text)
+    if finish:
+        text += request.stream.flush()
     thought = None
     if request.splitter is not None:
         text, thought = _split(request, request.splitter, text, finish)

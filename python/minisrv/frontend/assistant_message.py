@@ -54,7 +54,7 @@ class AssistantMessage:
             pieces += self._parser.flush()
         deltas += [self._delta(piece) for piece in pieces]
         self._said = self._said or bool(deltas)
-        # Where calls may come, a stream begins without content: that of an empty reply is told here.
+        # Where calls may come, a stream begins without content: an empty reply's is told here.
         return deltas if self._said or not event.final else [{"content": ""}]
 
     def whole(self, event: Event) -> dict[str, Any]:

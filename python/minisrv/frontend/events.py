@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from minisrv.errors import RequestFailedError
-from minisrv.messages import Failure, Finish, Progress, PromptEcho, Start, TokenScore
+from minisrv.messages import Failure, Finish, Progress, PromptEcho, Start, TokenScores
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Event:
     start: Start | None = None
     failure: Failure | None = None
     token_ids: list[int] = field(default_factory=list)
-    scores: list[TokenScore] = field(default_factory=list)
+    scores: list[TokenScores] = field(default_factory=list)
     echo: PromptEcho | None = None
     progress: Progress | None = None
     started_at: float = 0.0

@@ -163,7 +163,7 @@ class RequestRegistry:
                 request.event(echo.uid).echo = echo
         for scores in reply.scores:
             if (request := self._owners.get(scores.uid)) is not None:
-                request.event(scores.uid).scores += scores.tokens
+                request.event(scores.uid).scores += scores.scores
         self._deliver_columns(reply, touched)
         for failure in reply.failures:
             if (request := self._owners.get(failure.uid)) is not None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisrv.frontend.assistant_message import AssistantMessage, CallReading
+from minisrv.frontend.completion_text import CompletionTexts
 from minisrv.frontend.events import Event
 from minisrv.frontend.logprobs import chat_logprobs, text_logprobs
 from minisrv.frontend.returned_tokens import Returned, ReturnedTokens
-from minisrv.messages import Finish, Progress, TokenScore
+from minisrv.messages import Finish, Progress, TokenScores
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
@@ -74,12 +75,9 @@ class ReplyHeader:
         """A new choice's message."""
         return AssistantMessage(self.calls, self.reasoning_fields)
 
-    def text(self, event: Event) -> str:
-        """What an event adds to the text of a completion."""
-        if event.echo is None:
-            return event.text
-        sent = self.echoed[event.index // self.choices_per_prompt]
-        return (event.echo.text if sent is None else sent) + event.text
+    def completion_texts(self) -> CompletionTexts:
+        """For the texts of a new reply to a completion."""
+        return CompletionTexts(self.echoed, self.choices_per_prompt)
 
     def returned_tokens(self) -> ReturnedTokens | None:
         """A new reply's ids and prompts, if it shows any."""
@@ -144,10 +142,11 @@ class StreamReply:
         self._options = options
         self._object = "chat.completion.chunk" if header.chat else "text_completion"
         self._messages: list[AssistantMessage] = []
-        self._held_scores: dict[int, list[TokenScore]] = {}
+        self._held_scores: dict[int, list[TokenScores]] = {}
         self._empty = b'"content":""' if header.chat else b'"text":""'
         self._frames: dict[int, tuple[bytes, bytes]] = {}
         self._tokens = header.returned_tokens()
+        self._texts = header.completion_texts()
 
     def chunks(self, event: Event) -> bytes:
         """The chunks of one event without a failure."""
@@ -188,7 +187,7 @@ class StreamReply:
     def _text_chunks(self, event: Event) -> bytes:
         if self._tokens is not None:
             self._tokens.take_ids(event)
-        text, scores, chunk = self._header.text(event), _completion_scores(event), b""
+        (text, scores), chunk = self._texts.add(event), b""
         if event.progress is not None:
             chunk = self._progress_chunk(event.index, "", event.progress)
         if scores:
@@ -259,7 +258,7 @@ def whole_reply(header: ReplyHeader, events: list[Event], usage: Usage) -> dict[
     """The reply to a request without `stream`: each choice has had its final, none a failure."""
     choices: list[dict[str, Any]] = []
     reply = header.reply("chat.completion" if header.chat else "text_completion", choices)
-    tokens = header.returned_tokens()
+    tokens, texts = header.returned_tokens(), header.completion_texts()
     for event in sorted(events, key=lambda event: event.index):
         usage.add(event)
         choice: dict[str, Any] = {"index": event.index}
@@ -269,7 +268,7 @@ def whole_reply(header: ReplyHeader, events: list[Event], usage: Usage) -> dict[
             choice["message"] = message.whole(event)
             logprobs = chat_logprobs(event.scores) if event.scores else None
         else:
-            choice["text"], scores = header.text(event), _completion_scores(event)
+            choice["text"], scores = texts.add(event)
             logprobs = text_logprobs(scores) if scores else None
         choice |= {"logprobs": logprobs, **_ending(event, message)}
         if tokens is not None:
@@ -278,11 +277,6 @@ def whole_reply(header: ReplyHeader, events: list[Event], usage: Usage) -> dict[
             tokens.put(event.index, choice, reply)
         choices.append(choice)
     return {**reply, "usage": usage.body()}
-
-
-def _completion_scores(event: Event) -> list[TokenScore]:
-    """Those of the prompt, where it is echoed with them, and of the output."""
-    return [*(event.echo.scores if event.echo else ()), *event.scores]
 
 
 def sse(value: dict[str, Any]) -> bytes:

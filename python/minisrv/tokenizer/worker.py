@@ -35,6 +35,8 @@ from minisrv.tokenizer.reply_grammar import ReplyGrammars
 
 logger = logging.getLogger("minisrv.tokenizer")
 
+MAX_PROMPT_SCORES = 2**19
+
 Outgoing = GenerateMsg | AbortMsg | FlushMsg | UserReply | AnswerMsg
 
 
@@ -212,6 +214,7 @@ class TokenizerWorker:
             )
         self._check_length(len(prompt_ids), message.sampling.max_tokens, param)
         self._check_named_ids(message.sampling)
+        _check_scores(len(prompt_ids), message.sampling)
         if min(prompt_ids) < 0 or max(prompt_ids) >= self._vocab_size:
             wrong = next(id for id in prompt_ids if not 0 <= id < self._vocab_size)
             raise InvalidRequestError(
@@ -246,3 +249,17 @@ class TokenizerWorker:
     def _failure(self, message: TokenizeMsg, error: MinisrvError) -> UserReply:
         uids = range(message.uid, message.uid + message.sampling.n)
         return failure_reply([Failure.from_error(uid, error) for uid in uids], self._epoch)
+
+
+def _check_scores(num_prompt: int, sampling: SamplingParams) -> None:
+    """A reply is written in one go: its log-probabilities must not keep the others waiting."""
+    if sampling.prompt_logprobs is None:
+        return
+    num_scores = num_prompt * (1 + sampling.prompt_logprobs) * sampling.n
+    if num_scores > MAX_PROMPT_SCORES:
+        raise InvalidRequestError(
+            f"the log-probabilities of the prompt would be {num_scores} ({num_prompt} tokens, "
+            f"{sampling.prompt_logprobs} others beside each, {sampling.n} choices); the limit is "
+            f"{MAX_PROMPT_SCORES}",
+            param="logprobs",
+        )
