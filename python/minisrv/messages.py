@@ -177,7 +177,8 @@ class TokenLogprobs:
 class Start:
     """What is known of a request when its first token comes; `cached_tokens` of its prompt.
 
-    queue_s: from its arrival at the scheduler to its first step; prefill_s: on to the first token.
+    queue_s: from its arrival at the scheduler to its first step; prefill_s: on to the first token,
+    which came at `at` on the scheduler's clock.
     prompt_ids: of a request whose prompt is echoed. prompt_logprobs: of all its tokens but the
     first. logprobs: whether they come with each token.
     """
@@ -192,6 +193,7 @@ class Start:
     return_token_ids: bool = False
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    at: float = 0.0
     include_stop: bool = False
     prompt_ids: Int32Array | None = None
     prompt_logprobs: TokenLogprobs | None = None
@@ -250,6 +252,7 @@ class DetokenizeMsg:
     A request's `Start` is in the message of its first entry. An ABORT entry has token -1, and so
     has the end of a request that asked for no token. The token of a STOP or STOP_TOKEN entry counts
     in the usage and is not text. `logprobs`: one for each token of a request that asked for them.
+    `at`: when the tokens came, on the scheduler's clock.
     """
 
     uids: Int64Array
@@ -259,7 +262,16 @@ class DetokenizeMsg:
     failures: tuple[Failure, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     progress: tuple[Progress, ...] = ()
+    at: float = 0.0
     epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How long a request that has ended took from its first token to its last."""
+
+    uid: int
+    decode_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,6 +336,7 @@ class UserReply:
     thoughts: tuple[Thought, ...] = ()
     echoes: tuple[PromptEcho, ...] = ()
     scores: tuple[OutputScores, ...] = ()
+    ends: tuple[End, ...] = ()
     progress: tuple[Progress, ...] = ()
     epoch: int = 0
 

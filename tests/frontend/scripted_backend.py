@@ -14,6 +14,7 @@ from minisrv.messages import (
     FRONTEND_INBOX,
     TOKENIZER_INBOX,
     AbortMsg,
+    End,
     Failure,
     Finish,
     Histogram,
@@ -27,6 +28,7 @@ from minisrv.metrics import SECONDS, TOKENS, HistogramCounter
 
 WORDS = ("Hello", " from", " the", " \u4f60\u597d", " \U0001f600", " server")
 TEXT = "".join(WORDS)
+DECODE_S = 0.05
 
 
 def reply(
@@ -45,6 +47,7 @@ def reply(
         finishes=np.array([finish], np.uint8),
         stop_reasons=(stop_reason,),
         starts=() if start is None else (start,),
+        ends=(End(uid=uid, decode_s=DECODE_S),) if finish else (),
         epoch=epoch,
     )
 

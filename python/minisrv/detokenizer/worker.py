@@ -18,6 +18,7 @@ from minisrv.hf_tokenizer import HFTokenizer
 from minisrv.messages import (
     AbortMsg,
     DetokenizeMsg,
+    End,
     Failure,
     Finish,
     OutputIds,
@@ -37,8 +38,9 @@ _NONE, _STOP, _LENGTH, _STOP_TOKEN, _ABORT, _COMPLETE = map(int, Finish)
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """start: kept until it has been forwarded. matcher: None without stop strings.
+    """started_at: when its first token came, on the scheduler's clock.
 
+    start: kept until it is forwarded. matcher: None without stop strings.
     splitter: None where no thought can come, or none any more.
     new_ids: what has not been told yet; None for a request that does not want ids.
     scorer: None for a request that wants no log-probabilities.
@@ -51,6 +53,7 @@ class _Request:
     min_tokens: int
     start: Start | None
     num_tokens: int = 0
+    started_at: float = 0.0
     new_ids: list[int] | None = None
     scorer: Scorer | None = None
 
@@ -72,6 +75,8 @@ class _Columns:
     echoes: list[PromptEcho] = field(default_factory=list)
     scores: list[OutputScores] = field(default_factory=list)
     progress: tuple[Progress, ...] = ()
+    at: float = 0.0
+    ends: list[End] = field(default_factory=list)
 
     def add(self, uid: int, text: str, count: int, finish: int, reason: str | int | None) -> None:
         self.uids.append(uid)
@@ -95,6 +100,7 @@ class _Columns:
             thoughts=tuple(self.thoughts),
             echoes=tuple(self.echoes),
             scores=tuple(self.scores),
+            ends=tuple(self.ends),
             progress=self.progress,
             epoch=epoch,
         )
@@ -124,7 +130,7 @@ class DetokenizerWorker:
 
     def handle(self, message: DetokenizeMsg) -> tuple[UserReply | None, AbortMsg | None]:
         """The reply to the frontend, and the uids that the scheduler need not continue."""
-        columns = _Columns(progress=message.progress)
+        columns = _Columns(progress=message.progress, at=message.at)
         for start in message.starts:
             try:
                 self._requests[start.uid] = self._open(start, columns)
@@ -170,6 +176,7 @@ class DetokenizerWorker:
             splitter=ThoughtSplitter(*marks, bool(parts & Parts.OPEN_THOUGHT)) if marks else None,
             min_tokens=start.min_tokens,
             start=start,
+            started_at=start.at,
             new_ids=[] if start.return_token_ids else None,
             scorer=Scorer(self._decoder, num_chars) if start.logprobs else None,
         )
@@ -226,6 +233,7 @@ class DetokenizerWorker:
         reason: str | int | None,
     ) -> None:
         self._add(request, columns, text, finish, reason)
+        columns.ends.append(End(uid=request.uid, decode_s=columns.at - request.started_at))
         del self._requests[request.uid]
 
     def _end(self, request: _Request, finish: int, columns: _Columns, text: str, stop: str) -> None:

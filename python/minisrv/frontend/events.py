@@ -17,9 +17,9 @@ class Event:
     an event without a thought.
     output_tokens: the count so far. `start` is set in the first event that follows the prompt.
     token_ids and scores: of the output's tokens, where the request asked for them. echo: of the
-    prompt, likewise, before all deltas. progress: the prompt's latest. started_at and ended_at are
-    on the clock of the event loop. The last event of a uid has a `finish` other than NONE, or a
-    `failure`.
+    prompt, likewise, before all deltas. progress: the prompt's latest. started_at is on the
+    clock of the event loop; decode_s, when the uid has ended, from its first token to its last. The
+    last event of a uid has a `finish` other than NONE, or a `failure`.
     """
 
     uid: int
@@ -37,7 +37,7 @@ class Event:
     echo: PromptEcho | None = None
     progress: Progress | None = None
     started_at: float = 0.0
-    ended_at: float = 0.0
+    decode_s: float | None = None
 
     @property
     def text(self) -> str:

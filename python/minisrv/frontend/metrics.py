@@ -112,7 +112,7 @@ class ServerMetrics:
         self._ended.labels(self._model, choice.finish_reason).inc()
         self._prompt_tokens.observe(choice.start.prompt_tokens)
         self._output_tokens.observe(choice.output_tokens)
-        if choice.output_tokens > 1:
+        if choice.output_tokens > 1 and choice.decode_s is not None:
             self._per_token.observe(choice.decode_s / (choice.output_tokens - 1))
 
     def count_response(self, route: str, method: str, status: int, seconds: float) -> None:

@@ -13,18 +13,16 @@ from minisrv.messages import Start
 
 @dataclass(slots=True)
 class Choice:
-    """One choice: when its first output and its end came, by the frontend's clock."""
+    """One choice. started_at: when its first output came, by the frontend's clock.
+
+    decode_s: from its first token to its last, by the scheduler's; None until it has ended.
+    """
 
     start: Start
     started_at: float
-    ended_at: float | None = None
+    decode_s: float | None = None
     output_tokens: int = 0
     finish_reason: str | None = None
-
-    @property
-    def decode_s(self) -> float:
-        """From the first output to the end, or to now."""
-        return (time.monotonic() if self.ended_at is None else self.ended_at) - self.started_at
 
 
 @dataclass(slots=True)
@@ -49,7 +47,7 @@ class RequestFigures:
                 self._first = choice
         if event.finish and event.uid in self.choices:
             choice = self.choices[event.uid]
-            choice.ended_at = event.ended_at
+            choice.decode_s = event.decode_s
             choice.output_tokens = event.output_tokens
             choice.finish_reason = FINISH_REASONS[event.finish]
 
@@ -60,11 +58,13 @@ class RequestFigures:
 
     @property
     def decode_s(self) -> float:
-        """From the first output to the last end."""
+        """From the first token to the last end, or to now where none has ended."""
         if self._first is None:
             return 0.0
-        ends = [choice.started_at + choice.decode_s for choice in self.choices.values()]
-        return max(ends) - self._first.started_at
+        ends = [c.start.at + c.decode_s for c in self.choices.values() if c.decode_s is not None]
+        if not ends:
+            return time.monotonic() - self._first.started_at
+        return max(ends) - min(choice.start.at for choice in self.choices.values())
 
     @property
     def total_s(self) -> float:

@@ -164,6 +164,9 @@ class RequestRegistry:
         for scores in reply.scores:
             if (request := self._owners.get(scores.uid)) is not None:
                 request.event(scores.uid).scores += scores.scores
+        for end in reply.ends:
+            if (request := self._owners.get(end.uid)) is not None:
+                request.event(end.uid).decode_s = end.decode_s
         self._deliver_columns(reply, touched)
         for failure in reply.failures:
             if (request := self._owners.get(failure.uid)) is not None:
@@ -294,7 +297,6 @@ class RequestRegistry:
             self._fail(request, Failure.from_error(event.uid, error))
             return
         event.finish = finish
-        event.ended_at = time.monotonic()
         event.stop_reason = stop_reason
         self._release(request, event.uid)
 

@@ -155,6 +155,7 @@ class SchedulerLoop:
                 starts=tuple(replies.starts),
                 failures=tuple(replies.failures),
                 progress=tuple(replies.progress),
+                at=self.scheduler.now,
                 logprobs=tuple(replies.logprobs),
                 epoch=self.channel.epoch,
             )

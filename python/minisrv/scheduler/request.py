@@ -152,6 +152,7 @@ class Request:
             return_token_ids=self.sampling.return_token_ids,
             queue_s=admitted_at - self.arrived_at,
             prefill_s=now - admitted_at,
+            at=now,
             include_stop=self.sampling.include_stop_str_in_output,
             prompt_ids=self.prompt_ids if self.sampling.echo and not aborted else None,
             prompt_logprobs=None if aborted else self._prompt_logprobs(),
