@@ -40,7 +40,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.ends: dict[int, Finish] = {}
         self.salts: dict[int, str] = {}
         self.aborted: set[int] = set()
-        self.scored: set[int] = set()
+        self.scored: dict[int, str] = {}
         self.prompt_logprobs: dict[int, list[float]] = {}
         self.logprobs: dict[int, list[float]] = defaultdict(list)
         self.next_uid = 0
@@ -51,7 +51,7 @@ class CacheMachine(RuleBasedStateMachine):
         tails=st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=1, max_size=4),
         max_tokens=st.integers(2, 12),
         choices=st.sampled_from([1, 1, 1, 2]),
-        scored=st.sampled_from([False, False, True]),
+        scored=st.sampled_from(["", "", "output", "prompt", "both", "prompt alone"]),
         salt=st.sampled_from(["", "", "a", "b"]),
     )
     def add(
@@ -60,7 +60,7 @@ class CacheMachine(RuleBasedStateMachine):
         tails: list[list[int]],
         max_tokens: int,
         choices: int,
-        scored: bool,
+        scored: str,
         salt: str,
     ) -> None:
         for tail in tails:
@@ -88,10 +88,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.loop.channel.inbox.append(AbortMsg(uids=(*uids, 10**6)))
 
     def add_one(
-        self, prompt: list[int], max_tokens: int, choices: int, scored: bool, salt: str
+        self, prompt: list[int], max_tokens: int, choices: int, scored: str, salt: str
     ) -> None:
+        max_tokens = 0 if scored == "prompt alone" else max_tokens
         fits = prompt and len(prompt) + max_tokens <= self.scheduler.max_seq_len
-        wanted = {"logprobs": 1, "prompt_logprobs": 2} if scored else {}
+        wanted = {"logprobs": 1 if scored in ("output", "both") else None}
+        wanted["prompt_logprobs"] = 2 if scored in ("prompt", "both", "prompt alone") else None
         message = generate_msg(
             self.next_uid, prompt, salt, max_tokens=max_tokens, n=choices, **wanted
         )
@@ -100,8 +102,7 @@ class CacheMachine(RuleBasedStateMachine):
             if fits:
                 self.prompts[self.next_uid] = prompt
                 self.limits[self.next_uid] = max_tokens
-                if scored:
-                    self.scored.add(self.next_uid)
+                self.scored[self.next_uid] = scored
                 self.salts[self.next_uid] = salt
             self.next_uid += 1
 
@@ -127,7 +128,7 @@ class CacheMachine(RuleBasedStateMachine):
                 assert uid not in self.ends, "a token after the end"
                 if finish == Finish.ABORT:
                     assert uid in self.aborted
-                else:
+                elif token >= 0:
                     self.outputs[uid].append(token)
                 if finish:
                     self.ends[uid] = Finish(finish)
@@ -158,17 +159,18 @@ class CacheMachine(RuleBasedStateMachine):
         assert output == expected[: len(output)], f"request {uid} has a wrong text"
         if self.ends.get(uid) in (Finish.STOP, Finish.LENGTH):
             assert output == expected
-            assert (self.ends[uid] is Finish.STOP) == (output[-1] == EOS)
+            assert (self.ends[uid] is Finish.STOP) == (output[-1:] == [EOS])
         if self.ends.get(uid) != Finish.ABORT:
             self.compare_logprobs(uid)
 
     def compare_logprobs(self, uid: int) -> None:
-        if uid not in self.scored:
-            assert uid not in self.prompt_logprobs
-            assert not self.logprobs[uid]
-            return
-        told = self.prompt_logprobs[uid] + self.logprobs[uid]
-        assert told == expected_logprobs(self.prompts[uid] + self.outputs[uid])
+        scored, prompt = self.scored[uid], self.prompts[uid]
+        expected = expected_logprobs(prompt + self.outputs[uid])
+        before, after = expected[: len(prompt) - 1], expected[len(prompt) - 1 :]
+        assert self.prompt_logprobs.get(uid, []) == (
+            before if "prompt" in scored or scored == "both" else []
+        )
+        assert self.logprobs[uid] == (after if scored in ("output", "both") else [])
 
     def teardown(self) -> None:
         if not hasattr(self, "loop"):
