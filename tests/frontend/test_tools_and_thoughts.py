@@ -139,6 +139,21 @@ def test_the_stream_helper_adds_up_the_content_of_the_whole_message(
         assert stream.get_final_completion().choices[0].message.content == content
 
 
+@pytest.mark.parametrize(
+    ("text", "thought", "content"),
+    [
+        ("<think>so </thi", "so </thi", ""),
+        ("<think>so</think>Yes. <tool_ca", "so", "Yes. <tool_ca"),
+        ("<thin", "", "<thin"),
+    ],
+)
+def test_what_was_held_back_as_the_begin_of_a_mark_is_told_at_the_end(
+    hermes: HttpServer, text: str, thought: str, content: str
+) -> None:
+    assert parts(whole(hermes, text, tools=TOOLS))[:2] == (thought, content)
+    assert joined(chunks(hermes, text, tools=TOOLS))[:2] == (thought, content)
+
+
 def test_each_choice_has_calls_of_its_own(hermes: HttpServer) -> None:
     choices = whole(hermes, f"A{CALL}", tools=TOOLS, n=3).choices
     ids = {call.id for choice in choices for call in choice.message.tool_calls or []}
