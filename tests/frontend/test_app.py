@@ -190,6 +190,8 @@ def test_a_bug_is_a_500_that_names_the_request_and_nothing_else(
         error = json.loads(text)["error"]
         assert error["code"] == "internal_error"
         assert response.headers["x-request-id"] in error["message"]
+        # It would fail again: clients that try a 500 three times are told not to.
+        assert response.headers.get("x-should-retry") == (None if stream else "false")
         assert "secret" not in text
         assert "a secret path" in caplog.text
 

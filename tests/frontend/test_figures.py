@@ -60,6 +60,32 @@ def test_server_timing_tells_what_is_known_when_the_head_is_sent(server: HttpSer
     assert streamed == 'queue;dur=2.00, prefill;dur=30.00, cached;desc="3"'
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": []}),
+        ("/v1/chat/completions", {"messages": "no list"}),
+        ("/v1/completions", {"prompt": "a", "n": 0}),
+        ("/generate", {"text": "a", "input_ids": [1]}),
+        ("/v1/responses", {"input": []}),
+        ("/v1/messages", {"max_tokens": 0, "messages": [{"role": "user", "content": "a"}]}),
+    ],
+)
+def test_a_refusal_tells_the_id_that_the_body_names(
+    server: HttpServer, path: str, body: dict[str, Any]
+) -> None:
+    answer = server.http.post(path, json={"request_id": "mine", **body})
+    assert answer.status_code == 400
+    assert answer.headers["x-request-id"] == "mine"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/generate", "/v1/messages"])
+def test_two_ids_of_one_request_are_refused(server: HttpServer, path: str) -> None:
+    answer = server.http.post(path, json={"request_id": "a", "rid": "b", "text": "a"})
+    assert answer.status_code == 400
+    assert "rid is b and request_id a" in answer.text
+
+
 @pytest.mark.parametrize("name", ["request_id", "rid"])
 def test_the_body_may_name_the_request(server: HttpServer, name: str) -> None:
     response = server.chat(**{name: "mine-7"})
@@ -191,9 +217,53 @@ def test_an_abort_by_id_ends_that_request_with_an_error(path: str) -> None:
         assert metrics_of(server)["minisrv:request_success_total", "abort"] == 4
 
 
-@pytest.mark.parametrize("body", [{}, {"rid": "a", "abort_all": True}, {"abort_all": False}])
+def test_an_abort_finds_an_id_that_looks_like_that_of_a_reply() -> None:
+    with serve() as server:
+        own = Stalled(server, "chatcmpl-q", "silent")
+        plain = Stalled(server, "q", "silent")
+        twice = Stalled(server, "msg_cmpl-z", "silent")
+
+        def abort(rid: str) -> int:
+            return server.http.post("/abort", json={"rid": rid}).status_code
+
+        assert abort("cmpl-z") == 404
+        assert abort("chatcmpl-q") == 200
+        assert own.join().status_code == 500
+        assert server.in_loop(lambda: server.registry.num_open) == 2
+        assert abort("chatcmpl-q") == 200  # now the reply of q
+        assert plain.join().status_code == 500
+        assert abort("chatcmpl-msg_cmpl-z") == 200
+        assert twice.join().status_code == 500
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"rid": "a", "abort_all": True},
+        {"abort_all": False},
+        {"rid": "a", "request_id": "b"},
+    ],
+)
 def test_an_abort_says_either_one_or_all(server: HttpServer, body: dict[str, Any]) -> None:
     assert server.http.post("/abort_request", json=body).status_code == 400
+
+
+def test_a_body_of_a_flush_without_its_type_is_not_passed_over(server: HttpServer) -> None:
+    def flush(**headers: str) -> int:
+        body = b'{"timeout": -5}'
+        return server.http.post("/flush_cache", content=body, headers=headers).status_code
+
+    assert flush() == 415
+    assert flush(**{"Content-Type": "application/json"}) == 400
+
+
+def test_an_abort_tells_of_unknown_fields() -> None:
+    with serve() as server:
+        open_request = Stalled(server, "u", "silent")
+        answer = server.http.post("/abort", json={"rid": "u", "reason": "none"})
+        assert answer.headers["x-minisrv-warnings"] == "unknown fields ignored: reason"
+        assert open_request.join().status_code == 500
 
 
 def test_native_generation_has_deltas_that_join_to_the_whole(server: HttpServer) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +14,7 @@ from minisrv.config import ServerConfig
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.frontend.access import require_admin
 from minisrv.frontend.body_fields import BodyFields, honoured
+from minisrv.frontend.field_aliases import merge_aliases
 from minisrv.frontend.openai_types import Field
 from minisrv.frontend.openapi import errors, request_body
 from minisrv.frontend.request_registry import RequestRegistry
@@ -59,10 +59,11 @@ def add_admin_routes(
         return _server_info(config, version, registry)
 
     @router.post("/flush_cache", responses=statuses)
-    async def flush_cache(request: Request) -> dict[str, Any]:
+    async def flush_cache(request: Request) -> Response:
         """Empty the prefix cache; 400 while requests are open."""
-        fields = await _read_optional(request, body_fields, FLUSH_FIELDS)
-        return {"success": True, "flushed_pages": await _flush(registry, fields.get("timeout", 0))}
+        fields, headers = await body_fields.read_optional(request, FLUSH_FIELDS)
+        num_pages = await _flush(registry, fields.get("timeout", 0))
+        return JSONResponse({"success": True, "flushed_pages": num_pages}, headers=headers)
 
     @router.post("/abort", include_in_schema=False)
     @router.post("/abort_request", openapi_extra=request_body(ABORT_FIELDS), responses=statuses)
@@ -74,25 +75,16 @@ def add_admin_routes(
     app.include_router(router)
 
 
-async def _read_optional(
-    request: Request, body_fields: BodyFields, table: Mapping[str, Field]
-) -> dict[str, Any]:
-    """The fields of a body that may be missing."""
-    if "content-type" not in request.headers:
-        return {}
-    fields, _ = await body_fields.read(request, table)
-    return fields
-
-
 def _abort(registry: RequestRegistry, fields: dict[str, Any]) -> int:
     """How many requests were aborted. Raises InvalidRequestError when none."""
-    named = fields.get("rid") or fields.get("request_id")
+    named = merge_aliases(fields).get("request_id")
     if bool(named) == fields.get("abort_all", False):
         raise InvalidRequestError("send either rid or abort_all: true", param="rid")
-    for prefix in _REPLY_PREFIXES:
-        named = named and named.removeprefix(prefix)
     error = MinisrvError("the request was aborted by the server", code="request_aborted")
     num_aborted = registry.cancel(named, error)
+    for prefix in _REPLY_PREFIXES:
+        if not num_aborted and named and named.startswith(prefix):
+            num_aborted = registry.cancel(named.removeprefix(prefix), error)
     if not num_aborted:
         nothing = InvalidRequestError("no such request is open" if named else "none is open")
         nothing.http_status = 404

@@ -165,11 +165,10 @@ def _add_generation_routes(
         request: Request, table: Mapping[str, Field], read: Reader, chat: bool
     ) -> Response:
         model = registry.model
-        fields, headers = await body_fields.read(request, table)
+        fields, headers = await body_fields.read_generation(request, table)
+        context = context_of(request.scope)
         generation = read(fields, model)
         generation.check_fits(config.max_open_requests)
-        context = context_of(request.scope)
-        context.take_id(fields)
         header = ReplyHeader(
             id=f"{'chatcmpl' if chat else 'cmpl'}-{context.request_id}",
             chat=chat,

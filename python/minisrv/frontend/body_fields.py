@@ -7,8 +7,9 @@ from typing import Any
 
 from fastapi import Request
 
-from minisrv.frontend.http_body import read_json
+from minisrv.frontend.http_body import read_json, read_optional_json
 from minisrv.frontend.openai_types import Field, Treatment, read_fields
+from minisrv.frontend.request_context import context_of
 from minisrv.frontend.schema import Schema
 from minisrv.frontend.unknown_fields import UnknownFields
 
@@ -31,7 +32,23 @@ class BodyFields:
         self, request: Request, table: Mapping[str, Field]
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """The fields, and headers for the response. Raises InvalidRequestError naming the field."""
+        return self._read(await read_json(request, self._max_bytes), table)
+
+    async def read_optional(
+        self, request: Request, table: Mapping[str, Field]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """As `read`, for a body that may be missing."""
+        return self._read(await read_optional_json(request, self._max_bytes), table)
+
+    async def read_generation(
+        self, request: Request, table: Mapping[str, Field]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """As `read`; a body that names its request names the refusal of it too."""
         body = await read_json(request, self._max_bytes)
+        context_of(request.scope).take_id(body)
+        return self._read(body, table)
+
+    def _read(self, body: Any, table: Mapping[str, Field]) -> tuple[dict[str, Any], dict[str, str]]:
         fields, unknown = read_fields(body, table)
         warning = self._unknown_fields.report(unknown)
         return fields, {WARNINGS_HEADER: warning} if warning else {}
