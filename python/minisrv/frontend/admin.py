@@ -50,15 +50,19 @@ def add_admin_routes(
         return {"loads": [_load(registry)]}
 
     router = APIRouter(dependencies=[Depends(require_admin)])
-    statuses = errors(400, 401, 403, 404, 503)
+    of_a_body = (400, 401, 403, 408, 413, 415)
 
     @router.get("/get_server_info", include_in_schema=False)
-    @router.get("/server_info", responses=statuses)
+    @router.get("/server_info", responses=errors(401, 403, 503))
     async def server_info() -> dict[str, Any]:
         """Options, model, state, and what the start took."""
         return _server_info(config, version, registry)
 
-    @router.post("/flush_cache", responses=statuses)
+    @router.post(
+        "/flush_cache",
+        openapi_extra=request_body(FLUSH_FIELDS, required=False),
+        responses=errors(*of_a_body, 503),
+    )
     async def flush_cache(request: Request) -> Response:
         """Empty the prefix cache; 400 while requests are open."""
         fields, headers = await body_fields.read_optional(request, FLUSH_FIELDS)
@@ -66,7 +70,11 @@ def add_admin_routes(
         return JSONResponse({"success": True, "flushed_pages": num_pages}, headers=headers)
 
     @router.post("/abort", include_in_schema=False)
-    @router.post("/abort_request", openapi_extra=request_body(ABORT_FIELDS), responses=statuses)
+    @router.post(
+        "/abort_request",
+        openapi_extra=request_body(ABORT_FIELDS),
+        responses=errors(*of_a_body, 404),
+    )
     async def abort_request(request: Request) -> Response:
         """End a request, or all; their clients get an error."""
         fields, headers = await body_fields.read(request, ABORT_FIELDS)

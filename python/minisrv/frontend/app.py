@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from minisrv.config import ServerConfig
-from minisrv.frontend.access import AccessMiddleware, Keys
+from minisrv.frontend.access import METRICS_PATH, PUBLIC_PATHS, AccessMiddleware, Keys
 from minisrv.frontend.admin import add_admin_routes
 from minisrv.frontend.anthropic_messages.route import add_messages_routes
 from minisrv.frontend.body_fields import WARNINGS_HEADER, BodyFields
@@ -30,7 +30,7 @@ from minisrv.frontend.openai_types import (
     Field,
     chat_fields,
 )
-from minisrv.frontend.openapi import errors, request_body
+from minisrv.frontend.openapi import describe_errors, errors, request_body
 from minisrv.frontend.request_context import (
     REQUEST_ID_HEADER,
     RequestContextMiddleware,
@@ -65,6 +65,8 @@ def create_app(
         description="An LLM server with an OpenAI-compatible API.",
         redirect_slashes=False,
     )
+    public_paths = PUBLIC_PATHS | ({METRICS_PATH} if config.public_metrics else frozenset())
+    describe_errors(app, frozenset(path.decode() for path in public_paths))
     unknown_fields = app.state.unknown_fields = UnknownFields(strict=config.strict_params)
     metrics = ServerMetrics(
         config.served_name,
@@ -84,7 +86,7 @@ def create_app(
     add_response_routes(app, config.max_open_requests, body_fields, registry, metrics)
     add_token_routes(app, body_fields, registry, chat_table)
     add_admin_routes(app, config, VERSION, body_fields, registry)
-    app.add_middleware(AccessMiddleware, keys=keys, public_metrics=config.public_metrics)
+    app.add_middleware(AccessMiddleware, keys=keys, public_paths=public_paths)
     app.add_middleware(RequestContextMiddleware, metrics=metrics)
     if config.cors_origins:
         app.add_middleware(
