@@ -138,6 +138,28 @@ def test_metrics_count_http_by_route_method_and_status() -> None:
         assert values["minisrv:http_request_duration_seconds_count", "GET", "other"] == 5
 
 
+def test_fields_that_change_nothing_are_counted_and_told_to_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG, "minisrv")
+    with serve(metrics_vllm_names=True) as server:
+        for store in (True, False, None):
+            response = server.chat(user="u", store=store, temperature=0)
+            assert "x-minisrv-warnings" not in response.headers
+        message = {"max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
+        server.http.post("/v1/messages", json={**message, "metadata": {"user_id": "u"}})
+        text = server.http.get("/metrics").text
+        lines = dict(line.split() for line in text.splitlines() if "harmless_request" in line[:30])
+        assert {name: count for name, count in lines.items() if "_total" in name} == {
+            'minisrv:harmless_request_fields_total{field="user"}': "3.0",
+            'minisrv:harmless_request_fields_total{field="store"}': "2.0",
+            'minisrv:harmless_request_fields_total{field="metadata"}': "1.0",
+        }
+    told = [record for record in caplog.records if "changes nothing" in record.getMessage()]
+    assert [record.levelno for record in told] == [logging.DEBUG] * 6
+    assert "request field user changes nothing" in caplog.messages
+
+
 def test_the_schedulers_figures_are_shown_under_vllms_names_if_asked() -> None:
     with serve(metrics_vllm_names=True) as server:
         server.in_loop(lambda: server.registry.receive(stats()))
