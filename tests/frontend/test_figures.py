@@ -8,6 +8,7 @@ import re
 import threading
 from typing import Any
 
+import httpx
 import pytest
 from http_server import MODEL, HttpServer, serve
 from prometheus_client.parser import text_string_to_metric_families
@@ -278,6 +279,45 @@ def test_a_body_of_a_flush_without_its_type_is_not_passed_over(server: HttpServe
 
     assert flush() == 415
     assert flush(**{"Content-Type": "application/json"}) == 400
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_last_line_of_a_request_that_ends_early_has_what_it_took(
+    stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "minisrv")
+    counts = "choices=2 prompt=7 cached=3 output=2 queue_ms=2.0"
+    with serve() as server:
+
+        def line(rid: str) -> str:
+            def lines() -> list[str]:
+                return [text for text in caplog.messages if f"id={rid} ended=" in text]
+
+            server.wait_until(lambda: bool(lines()))
+            return lines()[0]
+
+        def has_begun() -> bool:
+            return len(server.backend.started) == 2
+
+        aborted = Stalled(server, "aborted", "stall", stream=stream, n=2)
+        server.wait_until(has_begun)
+        server.http.post("/abort", json={"rid": "aborted"})
+        aborted.join()
+        assert f"status={200 if stream else 500} " in line("aborted")
+        assert f"id=aborted ended=abort {counts}" in line("aborted")
+        server.chat("break", rid="broken", stream=stream, n=2)
+        assert f"id=broken ended=error {counts}" in line("broken")
+        server.backend.started.clear()
+        with pytest.raises(httpx.ReadTimeout):
+            server.http.post(
+                "/v1/chat/completions",
+                json={"prompt": "stall", "rid": "left", "stream": stream, "n": 2},
+                timeout=0.5,
+            )
+        assert "status=499 " in line("left")
+        assert f"id=left ended=abort {counts}" in line("left")
+        assert server.chat(rid="whole").status_code == 200
+    assert "id=whole ended" not in caplog.text
 
 
 def test_an_abort_tells_of_unknown_fields() -> None:

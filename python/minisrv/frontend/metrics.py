@@ -103,7 +103,7 @@ class ServerMetrics:
             self._count_choice(choice)
         failed = figures.num_choices - len(finished)
         if failed:
-            self._ended.labels(self._model, figures.failure_reason).inc(failed)
+            self._ended.labels(self._model, figures.failure_reason or "error").inc(failed)
         if first is None:
             return
         self._first_token.observe(first.started_at - figures.arrived_at)
