@@ -9,16 +9,16 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi_offline import FastAPIOffline
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from minisrv.config import ServerConfig
 from minisrv.frontend.access import METRICS_PATH, PUBLIC_PATHS, AccessMiddleware, Keys
 from minisrv.frontend.admin import add_admin_routes
 from minisrv.frontend.anthropic_messages.route import add_messages_routes
-from minisrv.frontend.body_fields import WARNINGS_HEADER, BodyFields
+from minisrv.frontend.body_fields import BodyFields
 from minisrv.frontend.chat import read_chat
 from minisrv.frontend.completions import read_completion
+from minisrv.frontend.cors import PagesMiddleware
 from minisrv.frontend.fingerprint import fingerprint
 from minisrv.frontend.generation import Generation, model_not_found
 from minisrv.frontend.http_errors import RETRY_AFTER_S, add_error_handlers, error_body
@@ -32,12 +32,12 @@ from minisrv.frontend.openai_types import (
 )
 from minisrv.frontend.openapi import describe_errors, errors, request_body
 from minisrv.frontend.request_context import (
-    REQUEST_ID_HEADER,
+    BugMiddleware,
     RequestContextMiddleware,
     context_of,
 )
 from minisrv.frontend.request_registry import RequestRegistry
-from minisrv.frontend.responder import SERVER_TIMING_HEADER, GenerationResponse
+from minisrv.frontend.responder import GenerationResponse
 from minisrv.frontend.responses.route import add_response_routes
 from minisrv.frontend.root_page import add_root_page
 from minisrv.frontend.server_state import Dead, Ready, Starting
@@ -87,20 +87,10 @@ def create_app(
     add_token_routes(app, body_fields, registry, chat_table)
     add_admin_routes(app, config, VERSION, body_fields, registry)
     app.add_middleware(AccessMiddleware, keys=keys, public_paths=public_paths)
-    app.add_middleware(RequestContextMiddleware, metrics=metrics)
+    app.add_middleware(BugMiddleware)
     if config.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=[origin.strip() for origin in config.cors_origins.split(",")],
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=[
-                REQUEST_ID_HEADER,
-                WARNINGS_HEADER,
-                SERVER_TIMING_HEADER,
-                "Retry-After",
-            ],
-        )
+        app.add_middleware(PagesMiddleware, origins=config.cors_origins)
+    app.add_middleware(RequestContextMiddleware, metrics=metrics)
     return app
 
 

@@ -70,7 +70,7 @@ def context_of(scope: Scope) -> RequestContext:
 
 
 class RequestContextMiddleware:
-    """Gives each request its context."""
+    """Gives each request its context. Stands around all else, so every response has an id."""
 
     def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self._app = app
@@ -96,16 +96,33 @@ class RequestContextMiddleware:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             context.status = CLIENT_GONE
-        except Exception:
-            logger.exception("request failed id=%s", context.request_id)
-            if context.status is None:
-                await error_response(context.internal_error())(scope, receive, send_with_id)
         finally:
             seconds = time.monotonic() - context.arrived_at
             _log(scope, context, seconds)
             route = getattr(scope.get("route"), "path", "other")
             status = context.status or CLIENT_GONE
             self._metrics.count_response(route, scope["method"], status, seconds)
+
+
+class BugMiddleware:
+    """Answers what nothing else has caught, within whatever adds headers to responses."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; a bug is a 500, where no response has begun."""
+        try:
+            await self._app(scope, receive, send)
+        except ClientDisconnect:
+            raise
+        except Exception:
+            if scope["type"] != "http":
+                raise
+            context = context_of(scope)
+            logger.exception("request failed id=%s", context.request_id)
+            if context.status is None:
+                await error_response(context.internal_error())(scope, receive, send)
 
 
 def _read_id(headers: Headers) -> str:
