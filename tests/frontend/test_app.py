@@ -125,7 +125,7 @@ def test_preflights_have_an_id_and_a_line_in_the_log_and_refusals_the_one_form(
             error = refused.json()["error"]
             assert error["type"] == "invalid_request_error"
             assert "--cors-origins" in error["message"]
-            assert refused.headers["vary"] == "Origin"
+            assert refused.headers["vary"].startswith("Origin")
 
 
 def test_a_page_may_read_the_headers_of_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
