@@ -84,6 +84,15 @@ def test_a_variable_sets_its_field_unless_a_flag_does(
     assert parse("--model", "flag", "--max-seq-len", "7").max_seq_len == 7
 
 
+def test_keys_of_the_environment_hold_beside_those_of_flags(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MINISRV_API_KEY", "a, b")
+    assert parse("--api-key", "c", "--api-key", "d").api_key == ("a", "b", "c", "d")
+    monkeypatch.delenv("MINISRV_API_KEY")
+    assert parse("--api-key", "c").api_key == ("c",)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -108,7 +108,7 @@ class ServerConfig:
     api_key: tuple[str, ...] = option(
         (),
         "a key that clients send as 'Authorization: Bearer KEY'; may be given several times "
-        "(in the environment: separated by commas)",
+        "(those of the environment, separated by commas, hold too)",
         secret=True,
     )
     api_key_file: str | None = option(None, "a file with a key on each line, beside --api-key")
@@ -181,9 +181,11 @@ class ServerConfig:
     def from_environment(
         cls, environ: Mapping[str, str] | None = None, **overrides: Any
     ) -> ServerConfig:
-        """Defaults, then MINISRV_* variables, then `overrides`. Raises ConfigError."""
+        """Defaults, MINISRV_* variables, then `overrides`; keys of both. Raises ConfigError."""
         environ = os.environ if environ is None else environ
         values = _environment_values(environ)
+        if "api_key" in overrides:
+            overrides["api_key"] = (*values.get("api_key", ()), *overrides["api_key"])
         return cls(**{**values, **overrides})
 
 

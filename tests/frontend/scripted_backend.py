@@ -87,6 +87,7 @@ class ScriptedBackend:
 
     def __init__(self, registry: RequestRegistry, step_s: float = 0.0) -> None:
         self.sent: list[tuple[int, TokenizeMsg | AbortMsg]] = []
+        self.started: list[int] = []
         self._registry = registry
         self._step_s = step_s
         self._running: dict[int, asyncio.Task[None]] = {}
@@ -151,6 +152,7 @@ class ScriptedBackend:
                 return
             start = start_of(uid) if i == 0 else None
             self.deliver(reply(uid, word, i + 1, start=start, epoch=epoch))
+            self.started += [uid] if i == 0 else []
             await asyncio.sleep(self._step_s)
         finish = Finish.STOP if limit == len(WORDS) else Finish.LENGTH
         reason = message.sampling.stop[0] if message.sampling.stop else None

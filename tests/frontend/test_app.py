@@ -4,6 +4,7 @@ import json
 import logging
 import re
 
+import httpx
 import openai
 import pytest
 from http_server import MODEL, HttpServer, serve
@@ -102,6 +103,48 @@ def test_cors_is_off_unless_asked_for(server: HttpServer) -> None:
         assert "access-control-allow-origin" not in other
 
 
+def test_preflights_have_an_id_and_a_line_in_the_log_and_refusals_the_one_form(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "minisrv")
+
+    def preflight(server: HttpServer, origin: str, method: str = "POST") -> httpx.Response:
+        headers = {"Origin": origin, "Access-Control-Request-Method": method}
+        answer = server.http.options("/v1/responses", headers=headers)
+        named = f"id={answer.headers['x-request-id']}"
+        server.wait_until(lambda: named in caplog.text)
+        assert f"OPTIONS /v1/responses status={answer.status_code} " in caplog.text
+        return answer
+
+    with serve(cors_origins="http://page.example", api_key=("user",)) as server:
+        for method in ("GET", "POST", "DELETE"):
+            assert preflight(server, "http://page.example", method).status_code == 200
+        for origin, method in [("http://other.example", "GET"), ("http://page.example", "PUT")]:
+            refused = preflight(server, origin, method)
+            assert refused.status_code == 400
+            error = refused.json()["error"]
+            assert error["type"] == "invalid_request_error"
+            assert "--cors-origins" in error["message"]
+            assert refused.headers["vary"].startswith("Origin")
+
+
+def test_a_page_may_read_the_headers_of_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError
+
+    monkeypatch.setattr("minisrv.frontend.stream.Usage.add", broken)
+    with serve(cors_origins="http://page.example") as server:
+        origin = {"Origin": "http://page.example"}
+        message = {"max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
+        answer = server.http.post("/v1/messages", json=message, headers=origin)
+        assert answer.status_code == 500
+        assert answer.headers["access-control-allow-origin"] == "http://page.example"
+        exposed = answer.headers["access-control-expose-headers"].lower()
+        for name in ("x-request-id", "request-id", "x-should-retry"):
+            assert name in exposed.split(", ")
+            assert name in answer.headers
+
+
 def test_a_parameter_that_the_framework_refuses_has_the_one_form() -> None:
     with serve() as server:
 
@@ -190,6 +233,8 @@ def test_a_bug_is_a_500_that_names_the_request_and_nothing_else(
         error = json.loads(text)["error"]
         assert error["code"] == "internal_error"
         assert response.headers["x-request-id"] in error["message"]
+        # It would fail again: clients that try a 500 three times are told not to.
+        assert response.headers.get("x-should-retry") == (None if stream else "false")
         assert "secret" not in text
         assert "a secret path" in caplog.text
 

@@ -233,6 +233,15 @@ def test_only_json_is_read(server: HttpServer, kind: str) -> None:
     error_of(response)
 
 
+def test_a_coding_of_the_body_is_415_and_named(server: HttpServer) -> None:
+    for coding, status in [("gzip", 415), ("br", 415), ("identity", 200), ("", 200)]:
+        headers = {**JSON, "Content-Encoding": coding}
+        response = server.http.post(COMPLETIONS, content=b'{"prompt": "a"}', headers=headers)
+        assert response.status_code == status
+        if status == 415:
+            assert f"'{coding}'" in error_of(response)["message"]
+
+
 def test_the_two_names_of_max_tokens_must_agree(server: HttpServer) -> None:
     response = server.chat(max_tokens=5, max_completion_tokens=6)
     assert response.status_code == 400

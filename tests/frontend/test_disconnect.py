@@ -93,6 +93,16 @@ def test_a_body_that_does_not_come_is_408(
         assert b" 408 " in receive_until(connection, b"within 0.05 s")
 
 
+def test_a_body_that_is_told_to_be_too_large_is_413_before_it_comes(server: HttpServer) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(
+            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            "Content-Length: 10000000\r\n\r\n".encode()
+        )
+        assert b" 413 " in receive_until(connection, b"--max-body-bytes")
+
+
 def test_a_silent_stream_is_opened_and_kept_alive_by_comments(
     server: HttpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

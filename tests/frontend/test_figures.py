@@ -8,6 +8,7 @@ import re
 import threading
 from typing import Any
 
+import httpx
 import pytest
 from http_server import MODEL, HttpServer, serve
 from prometheus_client.parser import text_string_to_metric_families
@@ -60,6 +61,32 @@ def test_server_timing_tells_what_is_known_when_the_head_is_sent(server: HttpSer
     assert streamed == 'queue;dur=2.00, prefill;dur=30.00, cached;desc="3"'
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": []}),
+        ("/v1/chat/completions", {"messages": "no list"}),
+        ("/v1/completions", {"prompt": "a", "n": 0}),
+        ("/generate", {"text": "a", "input_ids": [1]}),
+        ("/v1/responses", {"input": []}),
+        ("/v1/messages", {"max_tokens": 0, "messages": [{"role": "user", "content": "a"}]}),
+    ],
+)
+def test_a_refusal_tells_the_id_that_the_body_names(
+    server: HttpServer, path: str, body: dict[str, Any]
+) -> None:
+    answer = server.http.post(path, json={"request_id": "mine", **body})
+    assert answer.status_code == 400
+    assert answer.headers["x-request-id"] == "mine"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/generate", "/v1/messages"])
+def test_two_ids_of_one_request_are_refused(server: HttpServer, path: str) -> None:
+    answer = server.http.post(path, json={"request_id": "a", "rid": "b", "text": "a"})
+    assert answer.status_code == 400
+    assert "rid is b and request_id a" in answer.text
+
+
 @pytest.mark.parametrize("name", ["request_id", "rid"])
 def test_the_body_may_name_the_request(server: HttpServer, name: str) -> None:
     response = server.chat(**{name: "mine-7"})
@@ -110,6 +137,28 @@ def test_metrics_count_http_by_route_method_and_status() -> None:
         assert values[name, "404", "GET", "other"] == 5
         assert values[name, "404", "other", "other"] == 1
         assert values["minisrv:http_request_duration_seconds_count", "GET", "other"] == 5
+
+
+def test_fields_that_change_nothing_are_counted_and_told_to_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG, "minisrv")
+    with serve(metrics_vllm_names=True) as server:
+        for store in (True, False, None):
+            response = server.chat(user="u", store=store, temperature=0)
+            assert "x-minisrv-warnings" not in response.headers
+        message = {"max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
+        server.http.post("/v1/messages", json={**message, "metadata": {"user_id": "u"}})
+        text = server.http.get("/metrics").text
+        lines = dict(line.split() for line in text.splitlines() if "harmless_request" in line[:30])
+        assert {name: count for name, count in lines.items() if "_total" in name} == {
+            'minisrv:harmless_request_fields_total{field="user"}': "3.0",
+            'minisrv:harmless_request_fields_total{field="store"}': "2.0",
+            'minisrv:harmless_request_fields_total{field="metadata"}': "1.0",
+        }
+    told = [record for record in caplog.records if "changes nothing" in record.getMessage()]
+    assert [record.levelno for record in told] == [logging.DEBUG] * 6
+    assert "request field user changes nothing" in caplog.messages
 
 
 def test_the_schedulers_figures_are_shown_under_vllms_names_if_asked() -> None:
@@ -191,9 +240,92 @@ def test_an_abort_by_id_ends_that_request_with_an_error(path: str) -> None:
         assert metrics_of(server)["minisrv:request_success_total", "abort"] == 4
 
 
-@pytest.mark.parametrize("body", [{}, {"rid": "a", "abort_all": True}, {"abort_all": False}])
+def test_an_abort_finds_an_id_that_looks_like_that_of_a_reply() -> None:
+    with serve() as server:
+        own = Stalled(server, "chatcmpl-q", "silent")
+        plain = Stalled(server, "q", "silent")
+        twice = Stalled(server, "msg_cmpl-z", "silent")
+
+        def abort(rid: str) -> int:
+            return server.http.post("/abort", json={"rid": rid}).status_code
+
+        assert abort("cmpl-z") == 404
+        assert abort("chatcmpl-q") == 200
+        assert own.join().status_code == 500
+        assert server.in_loop(lambda: server.registry.num_open) == 2
+        assert abort("chatcmpl-q") == 200  # now the reply of q
+        assert plain.join().status_code == 500
+        assert abort("chatcmpl-msg_cmpl-z") == 200
+        assert twice.join().status_code == 500
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"rid": "a", "abort_all": True},
+        {"abort_all": False},
+        {"rid": "a", "request_id": "b"},
+    ],
+)
 def test_an_abort_says_either_one_or_all(server: HttpServer, body: dict[str, Any]) -> None:
     assert server.http.post("/abort_request", json=body).status_code == 400
+
+
+def test_a_body_of_a_flush_without_its_type_is_not_passed_over(server: HttpServer) -> None:
+    def flush(**headers: str) -> int:
+        body = b'{"timeout": -5}'
+        return server.http.post("/flush_cache", content=body, headers=headers).status_code
+
+    assert flush() == 415
+    assert flush(**{"Content-Type": "application/json"}) == 400
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_last_line_of_a_request_that_ends_early_has_what_it_took(
+    stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "minisrv")
+    counts = "choices=2 prompt=7 cached=3 output=2 queue_ms=2.0"
+    with serve() as server:
+
+        def line(rid: str) -> str:
+            def lines() -> list[str]:
+                return [text for text in caplog.messages if f"id={rid} ended=" in text]
+
+            server.wait_until(lambda: bool(lines()))
+            return lines()[0]
+
+        def has_begun() -> bool:
+            return len(server.backend.started) == 2
+
+        aborted = Stalled(server, "aborted", "stall", stream=stream, n=2)
+        server.wait_until(has_begun)
+        server.http.post("/abort", json={"rid": "aborted"})
+        aborted.join()
+        assert f"status={200 if stream else 500} " in line("aborted")
+        assert f"id=aborted ended=abort {counts}" in line("aborted")
+        server.chat("break", rid="broken", stream=stream, n=2)
+        assert f"id=broken ended=error {counts}" in line("broken")
+        server.backend.started.clear()
+        with pytest.raises(httpx.ReadTimeout):
+            server.http.post(
+                "/v1/chat/completions",
+                json={"prompt": "stall", "rid": "left", "stream": stream, "n": 2},
+                timeout=0.5,
+            )
+        assert "status=499 " in line("left")
+        assert f"id=left ended=abort {counts}" in line("left")
+        assert server.chat(rid="whole").status_code == 200
+    assert "id=whole ended" not in caplog.text
+
+
+def test_an_abort_tells_of_unknown_fields() -> None:
+    with serve() as server:
+        open_request = Stalled(server, "u", "silent")
+        answer = server.http.post("/abort", json={"rid": "u", "reason": "none"})
+        assert answer.headers["x-minisrv-warnings"] == "unknown fields ignored: reason"
+        assert open_request.join().status_code == 500
 
 
 def test_native_generation_has_deltas_that_join_to_the_whole(server: HttpServer) -> None:

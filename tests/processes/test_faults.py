@@ -79,7 +79,7 @@ def test_a_signal_fails_open_requests_and_ends_all_in_time(
         started = time.monotonic()
         # As a terminal does it: to every process of the group.
         os.killpg(server.popen.pid, number)
-        assert_failed(list(requests), 503, "server_stopping")
+        assert_failed(list(requests), 503, "server_draining")
         assert server.wait(5) == 0
         assert time.monotonic() - started < 5
         server.assert_nothing_is_left()

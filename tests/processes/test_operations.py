@@ -155,6 +155,8 @@ def test_a_flush_forgets_cached_prefixes_and_waits_if_told_to(
     assert cached() > 0
     assert http.post("/flush_cache").json()["flushed_pages"] > 0
     assert cached() == 0
+    warned = http.post("/flush_cache", json={"wait": 1})
+    assert warned.headers["x-minisrv-warnings"] == "unknown fields ignored: wait"
     (stream,) = open_requests(server.url, num_streams=1, num_whole=0)
     refused = http.post("/flush_cache")
     assert refused.status_code == 400

@@ -73,10 +73,10 @@ class Keys:
 class AccessMiddleware:
     """Refuses requests without a key before anything else of them is read."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, *, public_metrics: bool) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, *, public_paths: frozenset[bytes]) -> None:
         self._app = app
         self._keys = keys
-        self._public = PUBLIC_PATHS | ({METRICS_PATH} if public_metrics else frozenset())
+        self._public = public_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on with its level, or answer 401."""

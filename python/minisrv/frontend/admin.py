@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +14,7 @@ from minisrv.config import ServerConfig
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.frontend.access import require_admin
 from minisrv.frontend.body_fields import BodyFields, honoured
+from minisrv.frontend.field_aliases import merge_aliases
 from minisrv.frontend.openai_types import Field
 from minisrv.frontend.openapi import errors, request_body
 from minisrv.frontend.request_registry import RequestRegistry
@@ -50,22 +50,31 @@ def add_admin_routes(
         return {"loads": [_load(registry)]}
 
     router = APIRouter(dependencies=[Depends(require_admin)])
-    statuses = errors(400, 401, 403, 404, 503)
+    of_a_body = (400, 401, 403, 408, 413, 415)
 
     @router.get("/get_server_info", include_in_schema=False)
-    @router.get("/server_info", responses=statuses)
+    @router.get("/server_info", responses=errors(401, 403, 503))
     async def server_info() -> dict[str, Any]:
         """Options, model, state, and what the start took."""
         return _server_info(config, version, registry)
 
-    @router.post("/flush_cache", responses=statuses)
-    async def flush_cache(request: Request) -> dict[str, Any]:
+    @router.post(
+        "/flush_cache",
+        openapi_extra=request_body(FLUSH_FIELDS, required=False),
+        responses=errors(*of_a_body, 503),
+    )
+    async def flush_cache(request: Request) -> Response:
         """Empty the prefix cache; 400 while requests are open."""
-        fields = await _read_optional(request, body_fields, FLUSH_FIELDS)
-        return {"success": True, "flushed_pages": await _flush(registry, fields.get("timeout", 0))}
+        fields, headers = await body_fields.read_optional(request, FLUSH_FIELDS)
+        num_pages = await _flush(registry, fields.get("timeout", 0))
+        return JSONResponse({"success": True, "flushed_pages": num_pages}, headers=headers)
 
     @router.post("/abort", include_in_schema=False)
-    @router.post("/abort_request", openapi_extra=request_body(ABORT_FIELDS), responses=statuses)
+    @router.post(
+        "/abort_request",
+        openapi_extra=request_body(ABORT_FIELDS),
+        responses=errors(*of_a_body, 404),
+    )
     async def abort_request(request: Request) -> Response:
         """End a request, or all; their clients get an error."""
         fields, headers = await body_fields.read(request, ABORT_FIELDS)
@@ -74,25 +83,16 @@ def add_admin_routes(
     app.include_router(router)
 
 
-async def _read_optional(
-    request: Request, body_fields: BodyFields, table: Mapping[str, Field]
-) -> dict[str, Any]:
-    """The fields of a body that may be missing."""
-    if "content-type" not in request.headers:
-        return {}
-    fields, _ = await body_fields.read(request, table)
-    return fields
-
-
 def _abort(registry: RequestRegistry, fields: dict[str, Any]) -> int:
     """How many requests were aborted. Raises InvalidRequestError when none."""
-    named = fields.get("rid") or fields.get("request_id")
+    named = merge_aliases(fields).get("request_id")
     if bool(named) == fields.get("abort_all", False):
         raise InvalidRequestError("send either rid or abort_all: true", param="rid")
-    for prefix in _REPLY_PREFIXES:
-        named = named and named.removeprefix(prefix)
     error = MinisrvError("the request was aborted by the server", code="request_aborted")
     num_aborted = registry.cancel(named, error)
+    for prefix in _REPLY_PREFIXES:
+        if not num_aborted and named and named.startswith(prefix):
+            num_aborted = registry.cancel(named.removeprefix(prefix), error)
     if not num_aborted:
         nothing = InvalidRequestError("no such request is open" if named else "none is open")
         nothing.http_status = 404

@@ -9,16 +9,16 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi_offline import FastAPIOffline
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from minisrv.config import ServerConfig
-from minisrv.frontend.access import AccessMiddleware, Keys
+from minisrv.frontend.access import METRICS_PATH, PUBLIC_PATHS, AccessMiddleware, Keys
 from minisrv.frontend.admin import add_admin_routes
 from minisrv.frontend.anthropic_messages.route import add_messages_routes
-from minisrv.frontend.body_fields import WARNINGS_HEADER, BodyFields
+from minisrv.frontend.body_fields import BodyFields
 from minisrv.frontend.chat import read_chat
 from minisrv.frontend.completions import read_completion
+from minisrv.frontend.cors import PagesMiddleware
 from minisrv.frontend.fingerprint import fingerprint
 from minisrv.frontend.generation import Generation, model_not_found
 from minisrv.frontend.http_errors import RETRY_AFTER_S, add_error_handlers, error_body
@@ -30,14 +30,14 @@ from minisrv.frontend.openai_types import (
     Field,
     chat_fields,
 )
-from minisrv.frontend.openapi import errors, request_body
+from minisrv.frontend.openapi import describe_errors, errors, request_body
 from minisrv.frontend.request_context import (
-    REQUEST_ID_HEADER,
+    BugMiddleware,
     RequestContextMiddleware,
     context_of,
 )
 from minisrv.frontend.request_registry import RequestRegistry
-from minisrv.frontend.responder import SERVER_TIMING_HEADER, GenerationResponse
+from minisrv.frontend.responder import GenerationResponse
 from minisrv.frontend.responses.route import add_response_routes
 from minisrv.frontend.root_page import add_root_page
 from minisrv.frontend.server_state import Dead, Ready, Starting
@@ -65,6 +65,8 @@ def create_app(
         description="An LLM server with an OpenAI-compatible API.",
         redirect_slashes=False,
     )
+    public_paths = PUBLIC_PATHS | ({METRICS_PATH} if config.public_metrics else frozenset())
+    describe_errors(app, frozenset(path.decode() for path in public_paths))
     unknown_fields = app.state.unknown_fields = UnknownFields(strict=config.strict_params)
     metrics = ServerMetrics(
         config.served_name,
@@ -76,7 +78,7 @@ def create_app(
     add_root_page(app, VERSION, config.served_name)
     _add_state_routes(app, registry, metrics)
     _add_model_routes(app, registry)
-    body_fields = BodyFields(config.max_body_bytes, unknown_fields)
+    body_fields = BodyFields(config.max_body_bytes, unknown_fields, metrics.count_harmless_field)
     chat_table = chat_fields(trust_template=config.trust_request_chat_template)
     _add_generation_routes(app, config, body_fields, registry, metrics, chat_table)
     add_native_route(app, config.max_open_requests, body_fields, registry, metrics)
@@ -84,21 +86,11 @@ def create_app(
     add_response_routes(app, config.max_open_requests, body_fields, registry, metrics)
     add_token_routes(app, body_fields, registry, chat_table)
     add_admin_routes(app, config, VERSION, body_fields, registry)
-    app.add_middleware(AccessMiddleware, keys=keys, public_metrics=config.public_metrics)
-    app.add_middleware(RequestContextMiddleware, metrics=metrics)
+    app.add_middleware(AccessMiddleware, keys=keys, public_paths=public_paths)
+    app.add_middleware(BugMiddleware)
     if config.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=[origin.strip() for origin in config.cors_origins.split(",")],
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=[
-                REQUEST_ID_HEADER,
-                WARNINGS_HEADER,
-                SERVER_TIMING_HEADER,
-                "Retry-After",
-            ],
-        )
+        app.add_middleware(PagesMiddleware, origins=config.cors_origins)
+    app.add_middleware(RequestContextMiddleware, metrics=metrics)
     return app
 
 
@@ -165,11 +157,10 @@ def _add_generation_routes(
         request: Request, table: Mapping[str, Field], read: Reader, chat: bool
     ) -> Response:
         model = registry.model
-        fields, headers = await body_fields.read(request, table)
+        fields, headers = await body_fields.read_generation(request, table)
+        context = context_of(request.scope)
         generation = read(fields, model)
         generation.check_fits(config.max_open_requests)
-        context = context_of(request.scope)
-        context.take_id(fields)
         header = ReplyHeader(
             id=f"{'chatcmpl' if chat else 'cmpl'}-{context.request_id}",
             chat=chat,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import Request
 
-from minisrv.frontend.http_body import read_json
+from minisrv.frontend.http_body import read_json, read_optional_json
 from minisrv.frontend.openai_types import Field, Treatment, read_fields
+from minisrv.frontend.request_context import context_of
 from minisrv.frontend.schema import Schema
 from minisrv.frontend.unknown_fields import UnknownFields
+
+logger = logging.getLogger("minisrv.frontend")
 
 WARNINGS_HEADER = "X-Minisrv-Warnings"
 
@@ -21,17 +25,46 @@ def honoured(schema: Schema, description: str) -> Field:
 
 
 class BodyFields:
-    """Reads bodies within the server's limit, and reports what no table names."""
+    """Reads bodies within the server's limit, and reports what no table names.
 
-    def __init__(self, max_bytes: int, unknown_fields: UnknownFields) -> None:
+    count_harmless: is told each field that is accepted and changes nothing.
+    """
+
+    def __init__(
+        self,
+        max_bytes: int,
+        unknown_fields: UnknownFields,
+        count_harmless: Callable[[str], None],
+    ) -> None:
         self._max_bytes = max_bytes
         self._unknown_fields = unknown_fields
+        self._count_harmless = count_harmless
 
     async def read(
         self, request: Request, table: Mapping[str, Field]
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """The fields, and headers for the response. Raises InvalidRequestError naming the field."""
+        return self._read(await read_json(request, self._max_bytes), table)
+
+    async def read_optional(
+        self, request: Request, table: Mapping[str, Field]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """As `read`, for a body that may be missing."""
+        return self._read(await read_optional_json(request, self._max_bytes), table)
+
+    async def read_generation(
+        self, request: Request, table: Mapping[str, Field]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """As `read`; a body that names its request names the refusal of it too."""
         body = await read_json(request, self._max_bytes)
+        context_of(request.scope).take_id(body)
+        return self._read(body, table)
+
+    def _read(self, body: Any, table: Mapping[str, Field]) -> tuple[dict[str, Any], dict[str, str]]:
         fields, unknown = read_fields(body, table)
+        for name in body.keys() & table.keys():
+            if table[name].treatment is Treatment.HARMLESS and body[name] is not None:
+                logger.debug("request field %s changes nothing", name)
+                self._count_harmless(name)
         warning = self._unknown_fields.report(unknown)
         return fields, {WARNINGS_HEADER: warning} if warning else {}

@@ -24,18 +24,16 @@ _MAX_INTEGER = 2**63 - 1
 
 async def read_json(request: Request, max_bytes: int) -> Any:
     """The body's value. Raises InvalidRequestError, RequestTooLargeError or ClientDisconnect."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        error = InvalidRequestError("the body must come with Content-Type: application/json")
-        error.http_status = 415
-        raise error
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            body = await _read_body(request, max_bytes)
-    except TimeoutError:
-        error = InvalidRequestError(f"the body did not come within {BODY_TIMEOUT_S:g} s")
-        error.http_status = 408
-        raise error from None
+    _check_kind(request)
+    return parse_json(await _read_in_time(request, max_bytes))
+
+
+async def read_optional_json(request: Request, max_bytes: int) -> Any:
+    """The body's value, or an empty object if there is no body. Raises as `read_json`."""
+    body = await _read_in_time(request, max_bytes)
+    if not body:
+        return {}
+    _check_kind(request)
     return parse_json(body)
 
 
@@ -60,6 +58,34 @@ def parse_json(body: bytes) -> Any:
     return value
 
 
+def _check_kind(request: Request) -> None:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise _unsupported("the body must come with Content-Type: application/json")
+    coding = request.headers.get("content-encoding", "").strip()
+    if coding.lower() not in ("", "identity"):
+        raise _unsupported(f"Content-Encoding {coding[:40]!a} is not supported; send plain JSON")
+
+
+def _unsupported(sentence: str) -> InvalidRequestError:
+    error = InvalidRequestError(sentence)
+    error.http_status = 415
+    return error
+
+
+async def _read_in_time(request: Request, max_bytes: int) -> bytes:
+    told = request.headers.get("content-length", "")
+    if told.isdecimal() and int(told) > max_bytes:
+        raise _too_large(max_bytes)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            return await _read_body(request, max_bytes)
+    except TimeoutError:
+        error = InvalidRequestError(f"the body did not come within {BODY_TIMEOUT_S:g} s")
+        error.http_status = 408
+        raise error from None
+
+
 async def _read_body(request: Request, max_bytes: int) -> bytes:
     chunks: list[bytes] = []
     num_bytes = 0
@@ -70,12 +96,15 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
         chunks.append(message.get("body", b""))
         num_bytes += len(chunks[-1])
         if num_bytes > max_bytes:
-            raise RequestTooLargeError(
-                f"the body has more than {max_bytes} bytes, the limit; send less or raise "
-                "--max-body-bytes"
-            )
+            raise _too_large(max_bytes)
         if not message.get("more_body", False):
             return b"".join(chunks)
+
+
+def _too_large(max_bytes: int) -> RequestTooLargeError:
+    return RequestTooLargeError(
+        f"the body has more than {max_bytes} bytes, the limit; send less or raise --max-body-bytes"
+    )
 
 
 def _refuse_constant(name: str) -> Any:

@@ -19,6 +19,9 @@ from minisrv.frontend.anthropic_messages.errors import messages_error, speaks_an
 from minisrv.messages import Failure
 
 RETRY_AFTER_S = 1
+RETRY_HEADER = "X-Should-Retry"
+# The same request would fail again, or was ended on purpose.
+_FINAL_CODES = frozenset({"internal_error", "request_aborted"})
 # Where a request's context stands in its scope.
 CONTEXT_KEY = "minisrv.request"
 
@@ -59,8 +62,8 @@ class ErrorResponse(Response):
         headers = dict(headers or {})
         if error.http_status == NotReadyError.http_status:
             headers["Retry-After"] = str(RETRY_AFTER_S)
-        if error.code == "request_aborted":  # the clients try a 500 again
-            headers["X-Should-Retry"] = "false"
+        if error.code in _FINAL_CODES:  # the clients try a 500 again
+            headers[RETRY_HEADER] = "false"
         super().__init__(_json(error_body(error)), error.http_status, headers, "application/json")
         self._error = error
 

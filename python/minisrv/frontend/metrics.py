@@ -26,7 +26,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "minisrv:"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # Ours alone, with no vllm: alias.
-_OWN = ("http_", "unknown_request_fields")
+_OWN = ("http_", "unknown_request_fields", "harmless_request_fields")
 
 
 class ServerMetrics:
@@ -60,6 +60,12 @@ class ServerMetrics:
             f"{PREFIX}request_success",
             "Choices that ended, by stop, length, abort or error.",
             ["model_name", "finished_reason"],
+            registry=self._registry,
+        )
+        self._harmless = Counter(
+            f"{PREFIX}harmless_request_fields",
+            "Request fields that are accepted and change nothing.",
+            ["field"],
             registry=self._registry,
         )
         labels = ["handler", "method", "status"]
@@ -97,7 +103,7 @@ class ServerMetrics:
             self._count_choice(choice)
         failed = figures.num_choices - len(finished)
         if failed:
-            self._ended.labels(self._model, figures.failure_reason).inc(failed)
+            self._ended.labels(self._model, figures.failure_reason or "error").inc(failed)
         if first is None:
             return
         self._first_token.observe(first.started_at - figures.arrived_at)
@@ -120,6 +126,10 @@ class ServerMetrics:
         method = method if method in _METHODS else "other"
         self._responses.labels(route, method, status).inc()
         self._response_seconds.labels(route, method).observe(seconds)
+
+    def count_harmless_field(self, name: str) -> None:
+        """A request has a field of a table that changes nothing."""
+        self._harmless.labels(name).inc()
 
     def text(self) -> bytes:
         """The exposition."""

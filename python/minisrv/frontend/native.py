@@ -67,11 +67,10 @@ def add_native_route(
     async def generate(request: Request) -> Response:
         """Continue a prompt."""
         model = registry.model
-        fields, headers = await body_fields.read(request, GENERATE_FIELDS)
+        fields, headers = await body_fields.read_generation(request, GENERATE_FIELDS)
+        context = context_of(request.scope)
         generation = read_native(fields, model)
         generation.check_fits(max_open_requests)
-        context = context_of(request.scope)
-        context.take_id(fields)
         header = ReplyHeader(
             id=context.request_id,
             chat=False,

@@ -20,6 +20,7 @@ class OpenRequest:
     live: uids without a final. tokenizers: which one each sent uid went to.
 
     changed: something waits for the reader. silence: the timer that ends a wait without anything.
+    unread: what had come for it when it was closed.
     cancelled: why the reader, which still has to take it, gets nothing more.
     """
 
@@ -28,6 +29,7 @@ class OpenRequest:
     request_id: str = ""
     tokenizers: dict[int, int] = field(default_factory=dict)
     pending: dict[int, Event] = field(default_factory=dict)
+    unread: list[Event] = field(default_factory=list)
     changed: bool = False
     waiter: asyncio.Future[None] | None = None
     silence: asyncio.TimerHandle | None = None
@@ -85,6 +87,7 @@ class OpenRequest:
     def close(self) -> None:
         """Nobody will read it any more; a reader that waits is told so."""
         self.aborted = True
+        self.unread = list(self.pending.values())
         self.pending.clear()
         self.change()
         if self.silence is not None:

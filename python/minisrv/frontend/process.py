@@ -35,7 +35,7 @@ def take_notice(registry: RequestRegistry, config: ServerConfig, notice: Notice)
         case EngineReady(facts):
             registry.set_ready(_model_info(config, facts))
         case EngineEnded(sentence, stopping=True):
-            registry.fail_all(NotReadyError(sentence, code="server_stopping"))
+            registry.fail_all(NotReadyError(sentence, code="server_draining"))
         case EngineEnded(sentence):
             registry.fail_all(EngineDeadError(sentence))
 

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from minisrv import log
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.frontend.anthropic_messages.errors import speaks_anthropic
+from minisrv.frontend.field_aliases import merge_aliases
 from minisrv.frontend.http_errors import CONTEXT_KEY, error_response
 from minisrv.frontend.metrics import ServerMetrics
 
@@ -27,6 +28,7 @@ logger = logging.getLogger("minisrv.frontend")
 REQUEST_ID_HEADER = "X-Request-Id"
 ANTHROPIC_ID_HEADER = "Request-Id"
 CLIENT_GONE = 499
+_ID_NAMES = ("request_id", "rid")
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 
@@ -40,17 +42,20 @@ class RequestContext:
     status: int | None = None
     figures: dict[str, Any] = field(default_factory=dict)
 
-    def take_id(self, fields: dict[str, Any]) -> None:
-        """Take the id that the body names, if any. Raises InvalidRequestError."""
-        for name in ("request_id", "rid"):
-            if name not in fields:
-                continue
-            if not _SANE_ID.fullmatch(fields[name]):
+    def take_id(self, body: Any) -> None:
+        """Take the id that a body names, if any; what is no text is left to the field's check.
+
+        Raises InvalidRequestError.
+        """
+        given = body if isinstance(body, dict) else {}
+        names = {name: given[name] for name in _ID_NAMES if isinstance(given.get(name), str)}
+        for name, request_id in names.items():
+            if not _SANE_ID.fullmatch(request_id):
                 raise InvalidRequestError(
                     f"{name} must be 1 to 128 of the characters A-Z a-z 0-9 . _ : / + = @ -",
                     param=name,
                 )
-            self.request_id = fields[name]
+        self.request_id = merge_aliases(names).get("request_id", self.request_id)
 
     def internal_error(self) -> MinisrvError:
         """What a client may know of a bug."""
@@ -65,7 +70,7 @@ def context_of(scope: Scope) -> RequestContext:
 
 
 class RequestContextMiddleware:
-    """Gives each request its context."""
+    """Gives each request its context. Stands around all else, so every response has an id."""
 
     def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self._app = app
@@ -91,16 +96,33 @@ class RequestContextMiddleware:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             context.status = CLIENT_GONE
-        except Exception:
-            logger.exception("request failed id=%s", context.request_id)
-            if context.status is None:
-                await error_response(context.internal_error())(scope, receive, send_with_id)
         finally:
             seconds = time.monotonic() - context.arrived_at
             _log(scope, context, seconds)
             route = getattr(scope.get("route"), "path", "other")
             status = context.status or CLIENT_GONE
             self._metrics.count_response(route, scope["method"], status, seconds)
+
+
+class BugMiddleware:
+    """Answers what nothing else has caught, within whatever adds headers to responses."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; a bug is a 500, where no response has begun."""
+        try:
+            await self._app(scope, receive, send)
+        except ClientDisconnect:
+            raise
+        except Exception:
+            if scope["type"] != "http":
+                raise
+            context = context_of(scope)
+            logger.exception("request failed id=%s", context.request_id)
+            if context.status is None:
+                await error_response(context.internal_error())(scope, receive, send)
 
 
 def _read_id(headers: Headers) -> str:

@@ -29,13 +29,15 @@ class Choice:
 class RequestFigures:
     """Gathers from events. The times of a request are those of the choice that began first.
 
+    failure_reason: abort or error, of a request that did not end by itself.
+
     Intervals come from the process that knows them, never a difference of two clocks. `decode` goes
     to the last end, so queue + prefill + decode + rest is the whole.
     """
 
     num_choices: int
     arrived_at: float = field(default_factory=time.monotonic)
-    failure_reason: str = "error"
+    failure_reason: str | None = None
     choices: dict[int, Choice] = field(default_factory=dict)
     _first: Choice | None = None
 

@@ -227,6 +227,11 @@ class RequestRegistry:
         finally:
             self.abort(base)
 
+    def unread(self, base: int) -> list[Event]:
+        """What has come for a request and was not taken; it may be taken still."""
+        request = self._requests.get(base)
+        return [] if request is None else [*request.unread, *request.pending.values()]
+
     def abort(self, base: int) -> bool:
         """Forget a request; what still runs is told to stop. Whether anything still ran.
 

@@ -88,24 +88,29 @@ class GenerationResponse(Response):
         except RequestAborted:
             self._context.status = CLIENT_GONE
             self._figures.failure_reason = "abort"
-        except MinisrvError as error:
+        except Exception as error:
             self._note_failure(error)
             raise
         finally:
             watch.cancel()
-            self._registry.abort(base)
+            self._abort(base)
             self._context.figures = self._log_figures()
             self._metrics.count_request(self._figures)
 
     async def _abort_when_gone(self, receive: Receive, base: int) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
+        self._abort(base)
+
+    def _abort(self, base: int) -> None:
+        """End it, if it has not ended, and count what nobody will read."""
+        self._take_unsent(self._registry.unread(base))
         self._registry.abort(base)
 
     async def _send_whole(self, send: Send, base: int) -> None:
         events = await self._registry.all_events(base)
         self._take(events)
-        _raise_failure(events)
+        self._raise_failure(events)
         value = self._whole(events)
         if self._timings:
             value["timings"] = self._figures.timings()
@@ -117,7 +122,7 @@ class GenerationResponse(Response):
     async def _send_stream(self, send: Send, base: int) -> None:
         events = await self._registry.next_events(base, FIRST_PING_S)
         self._take(events)
-        _raise_failure(events)
+        self._raise_failure(events)
         await self._start(send, ended=False)
         try:
             await self._send_events(send, base, events)
@@ -126,7 +131,8 @@ class GenerationResponse(Response):
             await _send_last(send, self._failed(error))
         except RequestAborted:
             raise
-        except Exception:
+        except Exception as error:
+            self._note_failure(error)
             logger.exception("stream failed id=%s", self._context.request_id)
             await _send_last(send, self._failed(self._context.internal_error()))
 
@@ -135,7 +141,7 @@ class GenerationResponse(Response):
             data = b"".join([self._chunks(event) for event in events if not event.failure])
             if any(event.failure for event in events):
                 await _send(send, data)
-                _raise_failure(events)
+                self._raise_failure(events)
             if not self._registry.is_open(base):
                 timings = self._timings_chunk() if self._timings else b""
                 return await _send_last(send, data + timings + self._end())
@@ -181,8 +187,20 @@ class GenerationResponse(Response):
             if event.start is not None or event.final:
                 self._figures.add(event)
 
-    def _note_failure(self, error: MinisrvError) -> None:
-        aborted = error.code == "request_aborted"
+    def _take_unsent(self, events: list[Event]) -> None:
+        """Count what is not sent."""
+        self._take(events)
+        for event in events:
+            self._usage.add(event)
+
+    def _raise_failure(self, events: list[Event]) -> None:
+        if any(event.failure for event in events):
+            self._take_unsent(events)
+        for event in events:
+            event.raise_failure()
+
+    def _note_failure(self, error: Exception) -> None:
+        aborted = isinstance(error, MinisrvError) and error.code == "request_aborted"
         self._figures.failure_reason = "abort" if aborted else "error"
 
     async def _start(self, send: Send, *, ended: bool) -> None:
@@ -205,19 +223,15 @@ class GenerationResponse(Response):
 
     def _log_figures(self) -> dict[str, Any]:
         """For the request's last line in the log."""
-        usage = self._usage
+        usage, reason = self._usage, self._figures.failure_reason
         return {
+            **({} if reason is None else {"ended": reason}),
             "choices": self._generation.num_choices,
             "prompt": usage.prompt_tokens,
             "cached": usage.cached_tokens,
             "output": usage.output_tokens,
             **self._figures.log_figures(),
         }
-
-
-def _raise_failure(events: list[Event]) -> None:
-    for event in events:
-        event.raise_failure()
 
 
 async def _send(send: Send, data: bytes) -> None:

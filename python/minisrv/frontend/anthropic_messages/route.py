@@ -34,10 +34,9 @@ def add_messages_routes(
     async def create_message(request: Request) -> Response:
         """Answer a conversation, in Anthropic's form."""
         model = registry.model
-        fields, headers = await body_fields.read(request, MESSAGES_FIELDS)
-        generation = read_message_request(fields, model)
+        fields, headers = await body_fields.read_generation(request, MESSAGES_FIELDS)
         context = context_of(request.scope)
-        context.take_id(fields)
+        generation = read_message_request(fields, model)
         header = ReplyHeader(
             id=f"msg_{context.request_id}",
             chat=True,

@@ -45,11 +45,10 @@ def add_response_routes(
     async def create_response(request: Request) -> Response:
         """Answer a conversation, in the shape of the Responses API."""
         model = registry.model
-        fields, headers = await body_fields.read(request, RESPONSE_FIELDS)
+        fields, headers = await body_fields.read_generation(request, RESPONSE_FIELDS)
+        context = context_of(request.scope)
         generation = read_response(fields, model)
         generation.check_fits(max_open_requests)
-        context = context_of(request.scope)
-        context.take_id(fields)
         header = ReplyHeader(
             id=ID_PREFIX + context.request_id,
             chat=True,
