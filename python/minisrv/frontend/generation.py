@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from minisrv.errors import InvalidRequestError, ModelNotFoundError
 from minisrv.frontend.assistant_message import CallReading
 from minisrv.frontend.field_aliases import merge_aliases, name_sent
+from minisrv.frontend.field_names import rename_fields
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.returned_tokens import Returned
 from minisrv.frontend.stream import StreamOptions
@@ -20,6 +22,7 @@ Messages = tuple[dict[str, Any], ...]
 
 MAX_SALT_CHARS = 128
 _MAX_TOKEN_ID = 2**31 - 1
+_MAX_COMPLETION_TOKENS = ((re.compile(r"\bmax_tokens\b"), "max_completion_tokens"),)
 _SAMPLING_FIELDS = (
     "temperature",
     "top_p",
@@ -143,9 +146,10 @@ def read_sampling(
 ) -> SamplingParams:
     """The request's sampling over the model's defaults; `more` are parameters that have been read.
 
+    max_completion_tokens goes before max_tokens, its older name.
     Raises InvalidRequestError.
     """
-    max_tokens = _read_max_tokens(fields)
+    max_tokens = fields.get("max_completion_tokens", fields.get("max_tokens"))
     merged = merge_aliases(fields)
     given = {name: merged[name] for name in _SAMPLING_FIELDS if name in merged} | more
     given["logit_bias"] = read_logit_bias(fields.get("logit_bias", {}))
@@ -156,8 +160,8 @@ def read_sampling(
             **given,
         )
     except InvalidRequestError as error:
-        if error.param == "max_tokens" and "max_tokens" not in fields:
-            error.param = "max_completion_tokens"
+        if "max_completion_tokens" in fields:
+            rename_fields(error, _MAX_COMPLETION_TOKENS)
         error.param = name_sent(error.param, fields)
         raise
     biased = tuple(bias.token_id for bias in sampling.logit_bias)
@@ -206,14 +210,3 @@ def read_token_ids(ids: list[int], model: ModelInfo, path: str) -> tuple[int, ..
             f"{path} holds {wrong}; token ids go from 0 to {model.vocab_size - 1}", param=path
         )
     return tuple(ids)
-
-
-def _read_max_tokens(fields: dict[str, Any]) -> int | None:
-    old: int | None = fields.get("max_tokens")
-    new: int | None = fields.get("max_completion_tokens")
-    if old is not None and new is not None and old != new:
-        raise InvalidRequestError(
-            f"max_tokens is {old} and max_completion_tokens {new}; send one of them",
-            param="max_tokens",
-        )
-    return old if new is None else new

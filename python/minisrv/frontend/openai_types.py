@@ -123,7 +123,6 @@ _TOOL_CHOICE: Schema = any_of(
 
 _GENERATION_FIELDS: dict[str, Field] = {
     "model": _honoured(STRING, "The served model; missing or empty is the same."),
-    "max_tokens": _honoured(INTEGER, "Most output tokens, at least 1."),
     "temperature": _honoured(NUMBER, "0 to 2; 0 is greedy. Default: the model's, else 1."),
     "top_p": _honoured(NUMBER, "Above 0, up to 1. Default: the model's, else 1."),
     "top_k": _honoured(INTEGER, "0 or -1 keeps all tokens. Default: the model's, else 0."),
@@ -197,8 +196,9 @@ CHAT_FIELDS: dict[str, Field] = {
         any_of(STRING, INTEGERS), "Text or token ids instead of messages; no template is applied."
     ),
     **_GENERATION_FIELDS,
+    "max_tokens": _honoured(INTEGER, "As max_completion_tokens, which goes before it."),
     "max_completion_tokens": _honoured(
-        INTEGER, "Most output tokens. Default: the rest of the context."
+        INTEGER, "Most output tokens, at least 1. Default: the rest of the context."
     ),
     "chat_template_kwargs": _honoured(OBJECT, "Variables for the chat template."),
     "logprobs": _honoured(BOOLEAN, "Tell each token's log-probability, before any change to it."),
@@ -233,6 +233,9 @@ COMPLETION_FIELDS: dict[str, Field] = {
         "Text, token ids, or a list of either.",
     ),
     **_GENERATION_FIELDS,
+    "max_tokens": _honoured(
+        INTEGER, "Most output tokens, at least 1, or with echo 0. Default: 16."
+    ),
     "best_of": _honoured(INTEGER, "1 or n: each choice that is generated is returned."),
     "echo": _honoured(BOOLEAN, "Put the prompt before the text; max_tokens may be 0 then."),
     "suffix": _unsupported(""),

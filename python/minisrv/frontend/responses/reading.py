@@ -9,6 +9,7 @@ from typing import Any
 
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.frontend.chat import read_chat
+from minisrv.frontend.field_names import rename_fields
 from minisrv.frontend.generation import Generation
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.responses.conversation import read_conversation
@@ -68,11 +69,8 @@ def named_as_here() -> Iterator[None]:
 
 def rename(error: MinisrvError) -> None:
     """Put the names of a response's fields into the error."""
-    for pattern, name in _NAMES:
-        error.message = pattern.sub(name, error.message)
-        error.param = error.param and pattern.sub(name, error.param)
+    rename_fields(error, _NAMES)
     error.param = error.param and _MESSAGES.sub("input", error.param)
-    error.args = (error.message,)
 
 
 def _check_include(names: list[str]) -> None:
