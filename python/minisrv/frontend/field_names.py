@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from minisrv.errors import MinisrvError
 
@@ -16,3 +17,13 @@ def rename_fields(error: MinisrvError, names: Names) -> None:
         error.message = pattern.sub(name, error.message)
         error.param = error.param and pattern.sub(name, error.param)
     error.args = (error.message,)
+
+
+@contextmanager
+def renamed(names: Names) -> Iterator[None]:
+    """Let errors tell other names."""
+    try:
+        yield
+    except MinisrvError as error:
+        rename_fields(error, names)
+        raise

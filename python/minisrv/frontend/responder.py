@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from minisrv import log
 from minisrv.errors import MinisrvError
 from minisrv.frontend.events import Event
+from minisrv.frontend.field_names import Names, renamed
 from minisrv.frontend.generation import Generation
 from minisrv.frontend.http_errors import error_body
 from minisrv.frontend.metrics import ServerMetrics
@@ -105,7 +107,7 @@ class GenerationResponse(Response):
     async def _send_whole(self, send: Send, base: int) -> None:
         events = await self._registry.all_events(base)
         self._take(events)
-        _raise_failure(events)
+        self._raise_failure(events)
         value = self._whole(events)
         if self._timings:
             value["timings"] = self._figures.timings()
@@ -117,7 +119,7 @@ class GenerationResponse(Response):
     async def _send_stream(self, send: Send, base: int) -> None:
         events = await self._registry.next_events(base, FIRST_PING_S)
         self._take(events)
-        _raise_failure(events)
+        self._raise_failure(events)
         await self._start(send, ended=False)
         try:
             await self._send_events(send, base, events)
@@ -135,7 +137,7 @@ class GenerationResponse(Response):
             data = b"".join([self._chunks(event) for event in events if not event.failure])
             if any(event.failure for event in events):
                 await _send(send, data)
-                _raise_failure(events)
+                self._raise_failure(events)
             if not self._registry.is_open(base):
                 timings = self._timings_chunk() if self._timings else b""
                 return await _send_last(send, data + timings + self._end())
@@ -144,6 +146,16 @@ class GenerationResponse(Response):
                 await _send(send, data or self._ping())
             events = await self._registry.next_events(base, PING_S)
             self._take(events)
+
+    def _raise_failure(self, events: list[Event]) -> None:
+        """Raise the first failure, which names its prompt if there are several."""
+        names: Names = ()
+        for event in events:
+            if self._generation.num_prompts > 1:
+                place = event.index // self._generation.sampling.n
+                names = ((re.compile(r"^prompt\b"), f"prompt.{place}"),)
+            with renamed(names):
+                event.raise_failure()
 
     def _whole(self, events: list[Event]) -> dict[str, Any]:
         return whole_reply(self._header, events, self._usage)
@@ -213,11 +225,6 @@ class GenerationResponse(Response):
             "output": usage.output_tokens,
             **self._figures.log_figures(),
         }
-
-
-def _raise_failure(events: list[Event]) -> None:
-    for event in events:
-        event.raise_failure()
 
 
 async def _send(send: Send, data: bytes) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisrv.chat_format import find_chat_format
-from minisrv.errors import InvalidRequestError, MinisrvError
+from minisrv.errors import ContextLengthError, InvalidRequestError, Lengths, MinisrvError
 from minisrv.hf_tokenizer import HFTokenizer
 from minisrv.messages import (
     AbortMsg,
@@ -234,14 +234,8 @@ class TokenizerWorker:
         num_output = 1 if max_tokens is None else max_tokens
         if num_prompt + num_output <= self._max_seq_len:
             return
-        raise InvalidRequestError(
-            f"This model's maximum context length is {self._max_seq_len} tokens. However, you "
-            f"requested {num_prompt + num_output} tokens ({num_prompt} in the {param}, "
-            f"{num_output} in the completion). Please reduce the length of the {param} or "
-            "completion.",
-            param=param,
-            code="context_length_exceeded",
-        )
+        lengths = Lengths(num_prompt, num_output, self._max_seq_len)
+        raise ContextLengthError(lengths, param, param=param)
 
     def _failure(self, message: TokenizeMsg, error: MinisrvError) -> UserReply:
         uids = range(message.uid, message.uid + message.sampling.n)
