@@ -51,6 +51,7 @@ CHAT_CASES: list[tuple[dict[str, Any], str | None]] = [
         message(content=[{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]),
         "messages.0.content.1.type",
     ),
+    (message(content=[{"type": "refusal", "refusal": "no"}]), "messages.0.content.0.type"),
     (message(tool_calls=[{"id": "1"}]), "messages.0.tool_calls.0.function"),
     (message(tool_calls=5), "messages.0.tool_calls"),
     (message(extra=2**63), "messages.0.extra"),

@@ -16,7 +16,7 @@ from minisrv.config import ServerConfig
 from minisrv.frontend.access import AccessMiddleware, Keys
 from minisrv.frontend.admin import add_admin_routes
 from minisrv.frontend.anthropic_messages.route import add_messages_routes
-from minisrv.frontend.body_fields import WARNINGS_HEADER, BodyFields
+from minisrv.frontend.body_fields import WARNINGS_HEADER, BodyFields, with_warnings
 from minisrv.frontend.chat import read_chat
 from minisrv.frontend.completions import read_completion
 from minisrv.frontend.fingerprint import fingerprint
@@ -182,6 +182,7 @@ def _add_generation_routes(
             echoed=generation.echoed,
             returned=generation.returned,
         )
+        headers = with_warnings(headers, generation.warnings)
         timings = fields.get("timings", False)
         return GenerationResponse(
             registry, generation, header, context, headers, metrics, timings=timings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastapi import Request
@@ -18,6 +18,12 @@ WARNINGS_HEADER = "X-Minisrv-Warnings"
 def honoured(schema: Schema, description: str) -> Field:
     """A field that does something."""
     return Field(Treatment.HONOURED, {**schema, "description": description})
+
+
+def with_warnings(headers: dict[str, str], warnings: Iterable[str]) -> dict[str, str]:
+    """The headers of a response that tells these as well."""
+    told = [*([headers[WARNINGS_HEADER]] if WARNINGS_HEADER in headers else []), *warnings]
+    return {**headers, WARNINGS_HEADER: "; ".join(told)} if told else headers
 
 
 class BodyFields:

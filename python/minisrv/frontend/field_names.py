@@ -13,10 +13,16 @@ Names = Sequence[tuple[re.Pattern[str], str]]
 
 def rename_fields(error: MinisrvError, names: Names) -> None:
     """Put other names into the sentence and the `param` of an error."""
-    for pattern, name in names:
-        error.message = pattern.sub(name, error.message)
-        error.param = error.param and pattern.sub(name, error.param)
+    error.message = rename_text(error.message, names)
+    error.param = error.param and rename_text(error.param, names)
     error.args = (error.message,)
+
+
+def rename_text(text: str, names: Names) -> str:
+    """The text with the other names."""
+    for pattern, name in names:
+        text = pattern.sub(name, text)
+    return text
 
 
 @contextmanager

@@ -50,6 +50,7 @@ class Generation:
     tools: what the template shows. calls: how calls are found in the reply, None if they are not.
     must_call: names of the tools one of which must be called.
     returned: what the reply tells of tokens and prompt.
+    warnings: what the client is to know of fields that do nothing here.
     stream: None for a whole reply.
     """
 
@@ -64,6 +65,7 @@ class Generation:
     must_call: tuple[str, ...] = ()
     returned: Returned | None = None
     cache_salt: str = ""
+    warnings: tuple[str, ...] = ()
     sampling: SamplingParams
     stream: StreamOptions | None
 

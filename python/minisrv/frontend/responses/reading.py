@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.frontend.chat import read_chat
-from minisrv.frontend.field_names import rename_fields
+from minisrv.frontend.field_names import rename_fields, rename_text
 from minisrv.frontend.generation import Generation
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.responses.conversation import read_conversation
@@ -54,7 +55,9 @@ def read_response(fields: Fields, model: ModelInfo) -> Generation:
     if "tool_choice" in fields:
         chat["tool_choice"] = _read_tool_choice(fields["tool_choice"])
     with named_as_here():
-        return read_chat(chat, model)
+        generation = read_chat(chat, model)
+    told = tuple(rename_text(warning, _NAMES) for warning in generation.warnings)
+    return replace(generation, warnings=told)
 
 
 @contextmanager
