@@ -261,6 +261,33 @@ def test_a_wrong_bias_names_its_token(
     assert error_of(response)["message"].startswith(message)
 
 
+FORMS = "a string, an array of strings, an array of integers or an array of arrays of integers"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (COMPLETIONS, {"prompt": [True]}, f"prompt.0 is true; prompt must be {FORMS}"),
+        (COMPLETIONS, {"prompt": [74, "a"]}, f"prompt.0 is 74; prompt must be {FORMS}"),
+        (COMPLETIONS, {"prompt": 5}, f"prompt is 5; it must be {FORMS}"),
+        (CHAT, {"messages": HI, "tool_choice": "x"}, "tool_choice is 'x'; it must be none, auto"),
+        (CHAT, {"messages": HI, "tool_choice": {"type": "none"}}, "tool_choice.type is 'none'; an"),
+        (CHAT, {"messages": HI, "modalities": ["audio"]}, '(accepted: ["text"], null)'),
+        (CHAT, {"messages": HI, "stop_token_ids": [-1]}, "stop_token_ids holds -1; ids go from 0 "),
+        (CHAT, {"messages": HI, "logit_bias": {"1000": 1}}, "logit_bias holds 1000; ids go from 0"),
+        ("/tokenize", {}, "send prompt or messages"),
+        ("/apply_template", {}, "messages is missing"),
+    ],
+    ids=str,
+)
+def test_a_refusal_says_what_is_wrong(
+    server: HttpServer, path: str, body: dict[str, Any], message: str
+) -> None:
+    response = server.http.post(path, json=body)
+    assert response.status_code == 400
+    assert message in error_of(response)["message"]
+
+
 @pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
 def test_a_seed_may_be_any_integer_of_64_bits(server: HttpServer, seed: int) -> None:
     assert server.chat(seed=seed).status_code == 200

@@ -305,7 +305,7 @@ def test_a_reply_in_json_may_call_a_tool_instead_where_the_choice_is_free(
                 "tools": [{"type": "function", "function": {"name": "f", "parameters": BAD}}],
                 "tool_choice": "required",
             },
-            "tools",
+            "tools.0.function.parameters",
             None,
         ),
         ({"tools": TOOLS, "parallel_tool_calls": "no"}, "parallel_tool_calls", None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,8 +88,9 @@ class Generation:
     def check_fits(self, max_open_requests: int) -> None:
         """Raise InvalidRequestError if even an idle server could not take so many choices."""
         if self.num_choices > max_open_requests:
+            prompts = f"{self.num_prompts} prompt{'s' if self.num_prompts > 1 else ''}"
             raise InvalidRequestError(
-                f"the request asks for {self.num_choices} choices ({self.num_prompts} prompts, "
+                f"the request asks for {self.num_choices} choices ({prompts}, "
                 f"n={self.sampling.n}); the server takes at most {max_open_requests}",
                 param="prompt" if self.num_prompts > 1 else "n",
             )
@@ -154,7 +156,9 @@ def read_sampling(
     max_tokens = fields.get("max_completion_tokens", fields.get("max_tokens"))
     merged = merge_aliases(fields)
     given = {name: merged[name] for name in _SAMPLING_FIELDS if name in merged} | more
-    given["logit_bias"] = read_logit_bias(fields.get("logit_bias", {}))
+    biases = given["logit_bias"] = read_logit_bias(fields.get("logit_bias", {}))
+    _check_vocabulary("stop_token_ids", fields.get("stop_token_ids", ()), model)
+    _check_vocabulary("logit_bias", [bias.token_id for bias in biases], model)
     try:
         sampling = SamplingParams(
             max_tokens=default_max_tokens if max_tokens is None else max_tokens,
@@ -166,13 +170,6 @@ def read_sampling(
             rename_fields(error, _MAX_COMPLETION_TOKENS)
         error.param = name_sent(error.param, fields)
         raise
-    biased = tuple(bias.token_id for bias in sampling.logit_bias)
-    for name, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", biased)):
-        if ids and max(ids) >= model.vocab_size:
-            raise InvalidRequestError(
-                f"{name} holds {max(ids)}; the vocabulary has {model.vocab_size} tokens",
-                param=name,
-            )
     return sampling.with_defaults(model.defaults)
 
 
@@ -212,3 +209,11 @@ def read_token_ids(ids: list[int], model: ModelInfo, path: str) -> tuple[int, ..
             f"{path} holds {wrong}; token ids go from 0 to {model.vocab_size - 1}", param=path
         )
     return tuple(ids)
+
+
+def _check_vocabulary(name: str, ids: Sequence[int], model: ModelInfo) -> None:
+    wrong = next((id for id in ids if not 0 <= id < model.vocab_size), None)
+    if wrong is not None:
+        raise InvalidRequestError(
+            f"{name} holds {wrong}; ids go from 0 to {model.vocab_size - 1}", param=name
+        )

@@ -6,6 +6,7 @@ unless its value is null or asks for nothing. Names that no table holds are repo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -307,7 +308,7 @@ def _check_neutral(name: str, value: Any, field: Field) -> None:
             param=name,
             code="unsupported_parameter",
         )
-    passing = ", ".join(describe(neutral) for neutral in (*field.neutral, None))
+    passing = ", ".join(json.dumps(neutral) for neutral in (*field.neutral, None))
     reason = f" ({field.reason})" if field.reason else ""
     raise InvalidRequestError(
         f"{name} is not supported by this server{reason}; leave it out (accepted: {passing})",

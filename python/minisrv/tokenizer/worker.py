@@ -140,7 +140,12 @@ class TokenizerWorker:
         if message.tools and not message.must_call:
             grammar = self._grammars.or_calls(grammar, message.tools, message.parallel_calls)
         grammar = self._grammars.behind_thought(grammar, parts)
-        self._grammar_checker.check(grammar)
+        try:
+            self._grammar_checker.check(grammar)
+        except InvalidRequestError:
+            for parameters in self._grammars.parameters(message.tools or (), message.must_call):
+                self._grammar_checker.check(parameters)
+            raise
         return replace(message.sampling, grammar=grammar)
 
     def _thought_part(self, prompt: str, continued: str) -> Parts:
@@ -186,9 +191,10 @@ class TokenizerWorker:
         """Token ids of a text that may fit; encoding one that cannot would take seconds."""
         limit = self._max_seq_len * self._tokenizer.longest_token
         if len(text) > limit:
+            have = "messages have" if param == "messages" else f"{param} has"
             raise InvalidRequestError(
                 f"This model's maximum context length is {self._max_seq_len} tokens. However, the "
-                f"{param} has {len(text)} characters, and no more than {limit} can fit. Please "
+                f"{have} {len(text)} characters, and no more than {limit} can fit. Please "
                 f"reduce the length of the {param}.",
                 param=param,
                 code="context_length_exceeded",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from minisrv.errors import MinisrvError
@@ -22,6 +23,7 @@ ERROR_SCHEMA: dict[str, Any] = {
     },
 }
 
+_SCHEMA = re.compile(r"^(tools\.\d+)\.function\.parameters\b")
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -54,9 +56,10 @@ def _message(error: MinisrvError) -> str:
         return _length_message(error)
     # What a chat says by a field is here said by the last turn.
     param = "messages" if error.param == "continue_final_message" else error.param
+    message = _SCHEMA.sub(r"\1.input_schema", error.message)
     if param is not None and param not in error.message:
-        return f"{param}: {error.message}"
-    return error.message
+        return f"{param}: {message}"
+    return message
 
 
 def _length_message(error: MinisrvError) -> str:
