@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens of a prompt, of the output asked for, and of the context that cannot hold both."""
+
+    prompt: int
+    output: int
+    context: int
+
 
 class MinisrvError(Exception):
-    """A failure with a sentence for the person who can mend it, and its OpenAI error fields."""
+    """A failure with a sentence for the person who can mend it, and its OpenAI error fields.
+
+    lengths: of a request that does not fit the context, where they are known.
+    """
 
     http_status = 500
     error_type = "server_error"
     code: str | None = "internal_error"
+    lengths: Lengths | None = None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -24,6 +39,23 @@ class InvalidRequestError(MinisrvError, ValueError):
     http_status = 400
     error_type = "invalid_request_error"
     code: str | None = None
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt and output together are longer than the context."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, lengths: Lengths, part: str, *, param: str | None = None) -> None:
+        """part: what the sentence calls the prompt."""
+        super().__init__(
+            f"This model's maximum context length is {lengths.context} tokens. However, you "
+            f"requested {lengths.prompt + lengths.output} tokens ({lengths.prompt} in the {part}, "
+            f"{lengths.output} in the completion). Please reduce the length of the {part} or "
+            "completion.",
+            param=param,
+        )
+        self.lengths = lengths
 
 
 class UnauthorizedError(InvalidRequestError):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from minisrv.errors import MinisrvError
+from minisrv.errors import Lengths, MinisrvError
 from minisrv.sampling_params import SamplingParams
 
 Int32Array = npt.NDArray[np.int32]
@@ -63,10 +63,10 @@ class TokenizeMsg:
     The `sampling.n` choices answer under uid, uid + 1, ... The sampling has no None but max_tokens
     and seed. `tools` are shown to the template, and calls of them looked for in the reply.
     must_call: the reply must be a call of one of these tools; with `parallel_calls` maybe several.
-    split_thought: whether a thought comes apart from the text.
-    continue_final_message: the prompt ends where the content of the last message ends.
-    chat_template: a source instead of the model's. show_prompt_ids, show_prompt_text: in the first
-    `Start`. show_progress: by `Progress`. cache_salt: pages are shared within the same salt alone.
+    split_thought: a thought comes apart from the text. continue_final_message: the prompt ends
+    where the last message's content ends. chat_template: a source in place of the model's.
+    show_prompt_ids, show_prompt_text: in the first `Start`. show_progress: by `Progress`.
+    cache_salt: pages are shared within the same salt alone.
     """
 
     uid: int
@@ -179,8 +179,8 @@ class Start:
 
     queue_s: from its arrival at the scheduler to its first step; prefill_s: on to the first token,
     which came at `at` on the scheduler's clock.
-    prompt_ids: of a request whose prompt is echoed. prompt_logprobs: of all its tokens but the
-    first. logprobs: whether they come with each token.
+    prompt_ids: of a prompt that is echoed. prompt_logprobs: of all its tokens but the first.
+    logprobs: whether they come with each token.
     """
 
     uid: int
@@ -231,6 +231,7 @@ class Failure:
     error_type: str
     code: str | None
     param: str | None
+    lengths: Lengths | None = None
 
     @classmethod
     def from_error(cls, uid: int, error: MinisrvError) -> Failure:
@@ -242,6 +243,7 @@ class Failure:
             error_type=error.error_type,
             code=error.code,
             param=error.param,
+            lengths=error.lengths,
         )
 
 
@@ -320,9 +322,8 @@ class UserReply:
     """Detokenizer (and tokenizer, for failures) to frontend: columns of equal length.
 
     `texts` are deltas that join to the full text. `output_tokens` is the count so far.
-    `stop_reasons` is the stop string or the stop token id that ended a request, else None.
-    `thoughts` come before the text of the same uid, also in one message.
-    Each uid ends with one finish code other than NONE or with one failure.
+    `stop_reasons` is the stop string or token id that ended a request, or None. `thoughts` come
+    before the text of the same uid. Each uid ends with one finish code but NONE or one failure.
     """
 
     uids: Int64Array

@@ -232,16 +232,25 @@ def _checked_biases(biases: tuple[TokenBias, ...]) -> tuple[TokenBias, ...]:
         )
     for bias in biases:
         _check_integer("logit_bias", bias.token_id, 0, 2**31 - 1)
-        _check_number("logit_bias", bias.value, -math.inf, math.inf)
+        _check_bias(f"logit_bias.{bias.token_id}", bias.value)
     return tuple(TokenBias(b.token_id, min(100.0, max(-100.0, b.value))) for b in biases)
+
+
+def _check_bias(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        shown = "null" if value is None else repr(value)[:60]
+        raise InvalidRequestError(f"{name} is {shown}; it must be a number", param=name)
 
 
 def read_logit_bias(biases: Mapping[str, float]) -> tuple[TokenBias, ...]:
     """The biases of a request, whose keys are token ids as strings. Raises InvalidRequestError."""
     for key in biases:
-        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+        digits = key.isascii() and key.isdigit() and len(key) <= 10
+        if not digits or str(int(key)) != key:  # "05" and "5" would be two biases of one token
             raise InvalidRequestError(
-                f"logit_bias has the key {key[:50]!r}; keys are token ids", param="logit_bias"
+                f"logit_bias has the key {key[:50]!r}; keys are token ids, without leading zeros",
+                param="logit_bias",
             )
     return tuple(TokenBias(int(key), value) for key, value in biases.items())
 

@@ -51,11 +51,12 @@ CHAT_CASES: list[tuple[dict[str, Any], str | None]] = [
         message(content=[{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]),
         "messages.0.content.1.type",
     ),
+    (message(content=[{"type": "refusal", "refusal": "no"}]), "messages.0.content.0.type"),
     (message(tool_calls=[{"id": "1"}]), "messages.0.tool_calls.0.function"),
     (message(tool_calls=5), "messages.0.tool_calls"),
-    (message(extra=2**63), None),
-    (message(extra={"deep": [-(2**70)]}), None),
-    ({"messages": HI, "chat_template_kwargs": {"seed": 2**64}}, None),
+    (message(extra=2**63), "messages.0.extra"),
+    (message(extra={"deep": [-(2**70)]}), "messages.0.extra.deep.0"),
+    ({"messages": HI, "chat_template_kwargs": {"seed": 2**64}}, "chat_template_kwargs.seed"),
     ({"messages": HI, "prompt": "hi"}, "messages"),
     ({"prompt": []}, "prompt"),
     ({"prompt": ["a", "b"]}, "prompt.0"),
@@ -242,12 +243,71 @@ def test_a_coding_of_the_body_is_415_and_named(server: HttpServer) -> None:
             assert f"'{coding}'" in error_of(response)["message"]
 
 
-def test_the_two_names_of_max_tokens_must_agree(server: HttpServer) -> None:
-    response = server.chat(max_tokens=5, max_completion_tokens=6)
+def test_max_completion_tokens_goes_before_max_tokens(server: HttpServer) -> None:
+    assert server.chat(max_tokens=5, max_completion_tokens=6).status_code == 200
+    assert server.backend.requests[-1].sampling.max_tokens == 6
+    for fields in ({}, {"max_tokens": 5}):
+        error = error_of(server.chat(max_completion_tokens=0, **fields))
+        assert error["param"] == "max_completion_tokens"
+        assert error["message"].startswith("max_completion_tokens is 0;")
+
+
+@pytest.mark.parametrize(
+    ("bias", "param", "message"),
+    [
+        ({"5": None}, "logit_bias.5", "logit_bias.5 is null; it must be a number"),
+        ({"5": "x"}, "logit_bias.5", "logit_bias.5 is 'x'; it must be a number"),
+        ({"5": 1, "05": 2}, "logit_bias", "logit_bias has the key '05'"),
+    ],
+    ids=str,
+)
+def test_a_wrong_bias_names_its_token(
+    server: HttpServer, bias: dict[str, Any], param: str, message: str
+) -> None:
+    response = server.chat(logit_bias=bias)
     assert response.status_code == 400
-    assert server.chat(max_tokens=5, max_completion_tokens=5).status_code == 200
-    response = server.chat(max_completion_tokens=0)
-    assert error_of(response)["param"] == "max_completion_tokens"
+    assert error_of(response)["param"] == param
+    assert error_of(response)["message"].startswith(message)
+
+
+FORMS = "a string, an array of strings, an array of integers or an array of arrays of integers"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (COMPLETIONS, {"prompt": [True]}, f"prompt.0 is true; prompt must be {FORMS}"),
+        (COMPLETIONS, {"prompt": [74, "a"]}, f"prompt.0 is 74; prompt must be {FORMS}"),
+        (COMPLETIONS, {"prompt": 5}, f"prompt is 5; it must be {FORMS}"),
+        (CHAT, {"messages": HI, "tool_choice": "x"}, "tool_choice is 'x'; it must be none, auto"),
+        (CHAT, {"messages": HI, "tool_choice": {"type": "none"}}, "tool_choice.type is 'none'; an"),
+        (CHAT, {"messages": HI, "modalities": ["audio"]}, '(accepted: ["text"], null)'),
+        (CHAT, {"messages": HI, "stop_token_ids": [-1]}, "stop_token_ids holds -1; ids go from 0 "),
+        (CHAT, {"messages": HI, "logit_bias": {"1000": 1}}, "logit_bias holds 1000; ids go from 0"),
+        ("/tokenize", {}, "send prompt or messages"),
+        ("/apply_template", {}, "messages is missing"),
+    ],
+    ids=str,
+)
+def test_a_refusal_says_what_is_wrong(
+    server: HttpServer, path: str, body: dict[str, Any], message: str
+) -> None:
+    response = server.http.post(path, json=body)
+    assert response.status_code == 400
+    assert message in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
+def test_a_seed_may_be_any_integer_of_64_bits(server: HttpServer, seed: int) -> None:
+    assert server.chat(seed=seed).status_code == 200
+    assert server.backend.requests[-1].sampling.seed == seed
+
+
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**63, 10**400])
+def test_a_wider_integer_names_its_field(server: HttpServer, seed: int) -> None:
+    response = server.http.post(COMPLETIONS, json={"prompt": "a", "seed": seed})
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "seed"
 
 
 def test_more_choices_than_the_server_may_ever_hold_are_refused() -> None:

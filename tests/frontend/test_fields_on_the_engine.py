@@ -280,3 +280,43 @@ def test_each_form_of_prompt_gives_the_same_text(engine: HttpServer) -> None:
         expected,
         text(engine, COMPLETIONS, prompt="It was"),
     ]
+
+
+def error_of(server: HttpServer, path: str, **body: Any) -> dict[str, Any]:
+    response = server.http.post(path, json=body)
+    assert response.status_code == 400, response.text
+    error: dict[str, Any] = response.json()["error"]
+    return error
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failing_prompt_of_several_is_named(engine: HttpServer, n: int, stream: bool) -> None:
+    fields = {"n": n, "stream": stream, "max_tokens": 1}
+    error = error_of(engine, COMPLETIONS, prompt=["a", ""], **fields)
+    assert error["param"] == "prompt.1"
+    assert error["message"].startswith("prompt.1 gives no token")
+    error = error_of(engine, COMPLETIONS, prompt=[[5], [6], [5] * 5000], **fields)
+    assert (error["param"], error["code"]) == ("prompt.2", "context_length_exceeded")
+    assert error_of(engine, COMPLETIONS, prompt="", **fields)["param"] == "prompt"
+
+
+def test_a_prompt_that_does_not_fit_is_told_in_figures(engine: HttpServer) -> None:
+    error = error_of(engine, COMPLETIONS, prompt=[5] * 5000)
+    context = engine.registry.model.max_model_len
+    assert (error["n_prompt_tokens"], error["n_ctx"]) == (5000, context)
+    messages = [{"role": "user", "content": "hi"}]
+    body = {"messages": messages, "max_tokens": context}
+    error = error_of(engine, CHAT, **body)
+    assert 0 < error["n_prompt_tokens"] < 100
+    message = engine.http.post("/v1/messages", json=body).json()["error"]["message"]
+    assert f"exceed context limit: {error['n_prompt_tokens']} + {context} > {context}" in message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_native_generation_names_the_prompt_that_was_sent(engine: HttpServer, stream: bool) -> None:
+    error = error_of(engine, "/generate", text="", stream=stream)
+    assert error["param"] == "text"
+    assert error["message"].startswith("text gives no token")
+    error = error_of(engine, "/generate", input_ids=[5] * 5000, stream=stream)
+    assert (error["param"], error["n_prompt_tokens"]) == ("input_ids", 5000)

@@ -211,7 +211,6 @@ def content(*parts: Any) -> list[Any]:
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema", None),
         ({"text": {"verbosity": "huge"}}, "text.verbosity", None),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort", None),
-        ({"reasoning": {"effort": "low"}}, "reasoning.effort", UNSUPPORTED_CODE),
         ({"tools": [{}]}, "tools.0.type", None),
         ({"tools": [{"type": "function"}]}, "tools.0.name", None),
         ({"tools": [{**FUNCTION, "name": "a b"}]}, "tools.0.name", None),

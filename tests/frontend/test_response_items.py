@@ -143,7 +143,7 @@ FORMAT = {"format": {"type": "json_object"}}
     ("fields", "param"),
     [
         ({"text": BAD_FORMAT}, "text.format.schema"),
-        ({"tools": [BAD_TOOL], "tool_choice": "required"}, "tools"),
+        ({"tools": [BAD_TOOL], "tool_choice": "required"}, "tools.0.parameters"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "sub"}}, "tool_choice.name"),
         ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
         ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),

@@ -320,7 +320,7 @@ def test_a_reply_in_json_may_call_a_tool_instead_where_the_choice_is_free(
                 "tools": [{"type": "function", "function": {"name": "f", "parameters": BAD}}],
                 "tool_choice": "required",
             },
-            "tools",
+            "tools.0.function.parameters",
             None,
         ),
         ({"tools": TOOLS, "parallel_tool_calls": "no"}, "parallel_tool_calls", None),
@@ -342,7 +342,6 @@ def test_a_wrong_field_is_named(
     ("template", "fields", "param"),
     [
         ("plain", {"tools": TOOLS}, "tools"),
-        ("plain", {"reasoning_effort": "low"}, "reasoning_effort"),
         ("plain", {"enable_thinking": True}, "enable_thinking"),
     ],
 )
@@ -352,7 +351,26 @@ def test_what_the_template_cannot_do_is_refused(
     response = servers[template].http.post(CHAT, json={"messages": HI, **fields})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
-    assert servers[template].chat(reasoning_effort="none").status_code == 200
+    response = servers[template].chat(reasoning_effort="none")
+    assert response.status_code == 200
+    assert "x-minisrv-warnings" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "name"),
+    [
+        (CHAT, {"messages": HI, "reasoning_effort": "low"}, "reasoning_effort"),
+        ("/v1/responses", {"input": "hi", "reasoning": {"effort": "low"}}, "reasoning.effort"),
+    ],
+)
+def test_an_effort_that_the_template_does_not_read_passes_with_a_warning(
+    servers: dict[str, HttpServer], path: str, body: dict[str, Any], name: str
+) -> None:
+    response = servers["plain"].http.post(path, json=body)
+    assert response.status_code == 200
+    warning = response.headers["x-minisrv-warnings"]
+    assert warning.startswith(f"{name} changes nothing")
+    assert "x-minisrv-warnings" not in servers["hermes"].http.post(path, json=body).headers
 
 
 def test_a_thought_stands_apart_and_is_counted(hermes: HttpServer) -> None:

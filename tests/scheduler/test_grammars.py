@@ -206,6 +206,23 @@ def test_a_grammar_that_fails_on_the_way_fails_its_request_alone() -> None:
     assert result.tokens[1] == expected_output([1, 2], 20, VOCAB)
 
 
+def test_a_grammar_that_fails_between_two_tokens_is_named() -> None:
+    loop = grammar_loop()
+    grammar = Grammar.regex("[a-z]{40}", "guided_regex")
+    loop.channel.inbox.append(generate_msg(0, [1, 2], max_tokens=200, grammar=grammar))
+    result = Result()
+    while not result.tokens[0]:
+        loop.turn()
+        collect(loop, result)
+    matcher = loop.scheduler._requests[0].matcher
+    assert matcher is not None
+    matcher.advance(7)  # a token that does not fit
+    while not result.failures:
+        loop.turn()
+        collect(loop, result)
+    assert result.fields[0] == ("grammar_too_complex", "guided_regex")
+
+
 def test_without_a_vocabulary_a_grammar_is_refused() -> None:
     loop = hash_loop()
     loop.channel.inbox.append(generate_msg(0, [1, 2], max_tokens=4, n=2, grammar=PERSON))

@@ -21,13 +21,16 @@ class Result:
         self.ends: dict[int, Finish] = {}
         self.starts: dict[int, Start] = {}
         self.failures: dict[int, str] = {}
+        self.fields: dict[int, tuple[str | None, str | None]] = {}
 
 
 def collect(loop: SchedulerLoop, result: Result) -> None:
     while loop.channel.outbox:
         message = loop.channel.outbox.popleft()
         result.starts.update({start.uid: start for start in message.starts})
-        result.failures.update({failure.uid: failure.message for failure in message.failures})
+        for failure in message.failures:
+            result.failures[failure.uid] = failure.message
+            result.fields[failure.uid] = failure.code, failure.param
         for uid, token, end in zip(
             message.uids.tolist(), message.token_ids.tolist(), message.finishes, strict=True
         ):

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 import own_tokenizers
 from builders import DEMO_EOS, demo_tokenizer, demo_vocabulary
+from minisrv.errors import InvalidRequestError
 from minisrv.hf_tokenizer import HFTokenizer
 from minisrv.sampling_params import Grammar
 from minisrv.structured_output.matcher import Matcher
@@ -102,3 +103,11 @@ def test_every_id_of_a_model_has_a_bit_and_every_end_token_ends(name: str) -> No
 
 def test_a_tokenizer_that_cannot_be_used_says_why() -> None:
     assert "end-of-text" in str(open_vocabulary(demo_tokenizer(), 512, []))
+
+
+def test_a_rule_that_never_ends_is_told_in_words_of_ours() -> None:
+    for text in ("root ::= root", "start: s\ns: s s"):
+        with pytest.raises(
+            InvalidRequestError, match=r"no text fits it, as when a rule never ends$"
+        ):
+            demo_vocabulary().compile(to_source(Grammar.lark(text)))

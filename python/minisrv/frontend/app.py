@@ -15,7 +15,7 @@ from minisrv.config import ServerConfig
 from minisrv.frontend.access import METRICS_PATH, PUBLIC_PATHS, AccessMiddleware, Keys
 from minisrv.frontend.admin import add_admin_routes
 from minisrv.frontend.anthropic_messages.route import add_messages_routes
-from minisrv.frontend.body_fields import BodyFields
+from minisrv.frontend.body_fields import BodyFields, with_warnings
 from minisrv.frontend.chat import read_chat
 from minisrv.frontend.completions import read_completion
 from minisrv.frontend.cors import PagesMiddleware
@@ -173,6 +173,7 @@ def _add_generation_routes(
             echoed=generation.echoed,
             returned=generation.returned,
         )
+        headers = with_warnings(headers, generation.warnings)
         timings = fields.get("timings", False)
         return GenerationResponse(
             registry, generation, header, context, headers, metrics, timings=timings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fastapi import Request
@@ -22,6 +22,12 @@ WARNINGS_HEADER = "X-Minisrv-Warnings"
 def honoured(schema: Schema, description: str) -> Field:
     """A field that does something."""
     return Field(Treatment.HONOURED, {**schema, "description": description})
+
+
+def with_warnings(headers: dict[str, str], warnings: Iterable[str]) -> dict[str, str]:
+    """The headers of a response that tells these as well."""
+    told = [*([headers[WARNINGS_HEADER]] if WARNINGS_HEADER in headers else []), *warnings]
+    return {**headers, WARNINGS_HEADER: "; ".join(told)} if told else headers
 
 
 class BodyFields:

@@ -16,7 +16,7 @@ from minisrv.frontend.generation import (
 from minisrv.frontend.http_body import parse_json
 from minisrv.frontend.logprobs import read_chat_logprobs
 from minisrv.frontend.model_info import ModelInfo
-from minisrv.frontend.reasoning_fields import read_reasoning
+from minisrv.frontend.reasoning_fields import read_reasoning, reasoning_warnings
 from minisrv.frontend.returned_tokens import read_returned
 from minisrv.frontend.template_fields import check_no_template, read_template, read_template_kwargs
 from minisrv.frontend.tool_fields import read_must_call, read_tools
@@ -49,6 +49,7 @@ def read_chat(fields: dict[str, Any], model: ModelInfo) -> Generation:
             stream=stream,
             returned=returned,
             cache_salt=cache_salt,
+            warnings=reasoning_warnings(fields, model.chat_format),
             **read_template(fields),
         )
     check_no_template(fields)
@@ -82,7 +83,8 @@ def _read_message(message: dict[str, Any], path: str) -> dict[str, Any]:
             for i, call in enumerate(read["tool_calls"])
         ]
     if "content" in read:
-        read["content"] = _read_content(read["content"], f"{path}.content")
+        kinds = ("text", "refusal") if read["role"] == "assistant" else ("text",)
+        read["content"] = _read_content(read["content"], f"{path}.content", kinds)
     elif read["role"] == "assistant" and (read.get("tool_calls") or "function_call" in read):
         read["content"] = None
     else:
@@ -93,18 +95,19 @@ def _read_message(message: dict[str, Any], path: str) -> dict[str, Any]:
     return read
 
 
-def _read_content(content: str | list[dict[str, Any]], path: str) -> str:
+def _read_content(content: str | list[dict[str, Any]], path: str, kinds: tuple[str, ...]) -> str:
+    """The text of all parts, which may be of these kinds."""
     if isinstance(content, str):
         return content
-    return "".join(_read_part(part, f"{path}.{i}") for i, part in enumerate(content))
+    return "".join(_read_part(part, f"{path}.{i}", kinds) for i, part in enumerate(content))
 
 
-def _read_part(part: dict[str, Any], path: str) -> str:
+def _read_part(part: dict[str, Any], path: str, kinds: tuple[str, ...]) -> str:
     kind = part.get("type")
-    if kind not in ("text", "refusal"):
+    if kind not in kinds:
         named = f"of type {kind[:40]!r}" if isinstance(kind, str) else "without a type"
         raise InvalidRequestError(
-            f"{path} is a part {named}; this server takes text parts only",
+            f"{path} is a part {named}; this server takes {' and '.join(kinds)} parts here",
             param=f"{path}.type",
             code="unsupported_parameter",
         )

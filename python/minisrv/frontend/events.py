@@ -62,10 +62,12 @@ class Event:
 
 def failure_error(failure: Failure) -> RequestFailedError:
     """The exception that carries `failure` to the client."""
-    return RequestFailedError(
+    error = RequestFailedError(
         failure.message,
         status=failure.status,
         error_type=failure.error_type,
         code=failure.code,
         param=failure.param,
     )
+    error.lengths = failure.lengths
+    return error

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from minisrv.errors import InvalidRequestError, ModelNotFoundError
 from minisrv.frontend.assistant_message import CallReading
 from minisrv.frontend.field_aliases import merge_aliases, name_sent
+from minisrv.frontend.field_names import rename_fields
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.returned_tokens import Returned
 from minisrv.frontend.stream import StreamOptions
@@ -20,6 +23,7 @@ Messages = tuple[dict[str, Any], ...]
 
 MAX_SALT_CHARS = 128
 _MAX_TOKEN_ID = 2**31 - 1
+_MAX_COMPLETION_TOKENS = ((re.compile(r"\bmax_tokens\b"), "max_completion_tokens"),)
 _SAMPLING_FIELDS = (
     "temperature",
     "top_p",
@@ -47,6 +51,7 @@ class Generation:
     tools: what the template shows. calls: how calls are found in the reply, None if they are not.
     must_call: names of the tools one of which must be called.
     returned: what the reply tells of tokens and prompt.
+    warnings: what the client is to know of fields that do nothing here.
     stream: None for a whole reply.
     """
 
@@ -61,6 +66,7 @@ class Generation:
     must_call: tuple[str, ...] = ()
     returned: Returned | None = None
     cache_salt: str = ""
+    warnings: tuple[str, ...] = ()
     sampling: SamplingParams
     stream: StreamOptions | None
 
@@ -82,8 +88,9 @@ class Generation:
     def check_fits(self, max_open_requests: int) -> None:
         """Raise InvalidRequestError if even an idle server could not take so many choices."""
         if self.num_choices > max_open_requests:
+            prompts = f"{self.num_prompts} prompt{'s' if self.num_prompts > 1 else ''}"
             raise InvalidRequestError(
-                f"the request asks for {self.num_choices} choices ({self.num_prompts} prompts, "
+                f"the request asks for {self.num_choices} choices ({prompts}, "
                 f"n={self.sampling.n}); the server takes at most {max_open_requests}",
                 param="prompt" if self.num_prompts > 1 else "n",
             )
@@ -143,12 +150,15 @@ def read_sampling(
 ) -> SamplingParams:
     """The request's sampling over the model's defaults; `more` are parameters that have been read.
 
+    max_completion_tokens goes before max_tokens, its older name.
     Raises InvalidRequestError.
     """
-    max_tokens = _read_max_tokens(fields)
+    max_tokens = fields.get("max_completion_tokens", fields.get("max_tokens"))
     merged = merge_aliases(fields)
     given = {name: merged[name] for name in _SAMPLING_FIELDS if name in merged} | more
-    given["logit_bias"] = read_logit_bias(fields.get("logit_bias", {}))
+    biases = given["logit_bias"] = read_logit_bias(fields.get("logit_bias", {}))
+    _check_vocabulary("stop_token_ids", fields.get("stop_token_ids", ()), model)
+    _check_vocabulary("logit_bias", [bias.token_id for bias in biases], model)
     try:
         sampling = SamplingParams(
             max_tokens=default_max_tokens if max_tokens is None else max_tokens,
@@ -156,17 +166,10 @@ def read_sampling(
             **given,
         )
     except InvalidRequestError as error:
-        if error.param == "max_tokens" and "max_tokens" not in fields:
-            error.param = "max_completion_tokens"
+        if "max_completion_tokens" in fields:
+            rename_fields(error, _MAX_COMPLETION_TOKENS)
         error.param = name_sent(error.param, fields)
         raise
-    biased = tuple(bias.token_id for bias in sampling.logit_bias)
-    for name, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", biased)):
-        if ids and max(ids) >= model.vocab_size:
-            raise InvalidRequestError(
-                f"{name} holds {max(ids)}; the vocabulary has {model.vocab_size} tokens",
-                param=name,
-            )
     return sampling.with_defaults(model.defaults)
 
 
@@ -208,12 +211,9 @@ def read_token_ids(ids: list[int], model: ModelInfo, path: str) -> tuple[int, ..
     return tuple(ids)
 
 
-def _read_max_tokens(fields: dict[str, Any]) -> int | None:
-    old: int | None = fields.get("max_tokens")
-    new: int | None = fields.get("max_completion_tokens")
-    if old is not None and new is not None and old != new:
+def _check_vocabulary(name: str, ids: Sequence[int], model: ModelInfo) -> None:
+    wrong = next((id for id in ids if not 0 <= id < model.vocab_size), None)
+    if wrong is not None:
         raise InvalidRequestError(
-            f"max_tokens is {old} and max_completion_tokens {new}; send one of them",
-            param="max_tokens",
+            f"{name} holds {wrong}; ids go from 0 to {model.vocab_size - 1}", param=name
         )
-    return old if new is None else new

@@ -11,6 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -19,7 +20,7 @@ from minisrv.errors import InvalidRequestError, RequestTooLargeError
 
 MAX_DEPTH = 64
 BODY_TIMEOUT_S = 60.0
-_MAX_INTEGER = 2**63 - 1
+_MIN_INTEGER, _MAX_INTEGER = -(2**63), 2**63 - 1
 
 
 async def read_json(request: Request, max_bytes: int) -> Any:
@@ -39,11 +40,12 @@ async def read_optional_json(request: Request, max_bytes: int) -> Any:
 
 def parse_json(body: bytes) -> Any:
     """The value of a JSON text in UTF-8. Raises InvalidRequestError."""
+    too_wide: list[int] = []
     try:
         value = json.loads(
             body.decode("utf-8"),
             parse_constant=_refuse_constant,
-            parse_int=_parse_integer,
+            parse_int=partial(_parse_integer, too_wide),
             parse_float=_parse_float,
             object_pairs_hook=_parse_object,
         )
@@ -55,6 +57,8 @@ def parse_json(body: bytes) -> Any:
     except RecursionError:
         raise _too_deep() from None
     _check_text_and_depth(value)
+    if too_wide:
+        raise _too_wide(_path_to(too_wide[0], value))
     return value
 
 
@@ -111,11 +115,32 @@ def _refuse_constant(name: str) -> Any:
     raise InvalidRequestError(f"the body is not JSON: {name} is no JSON number")
 
 
-def _parse_integer(digits: str) -> int:
+def _parse_integer(too_wide: list[int], digits: str) -> int:
+    """The integer; one that does not fit goes to `too_wide`, since its field is known later."""
     value = int(digits) if len(digits) <= 20 else _MAX_INTEGER + 1
-    if abs(value) > _MAX_INTEGER:
-        raise InvalidRequestError("the body holds an integer that does not fit 64 bits")
+    if not _MIN_INTEGER <= value <= _MAX_INTEGER:
+        too_wide.append(value)
     return value
+
+
+def _path_to(wanted: Any, item: Any) -> str | None:
+    """Where in `item` the very object `wanted` stands, None if it does not."""
+    if item is wanted:
+        return ""
+    parts = item.items() if isinstance(item, dict) else enumerate(item)
+    for name, part in parts:
+        if not isinstance(part, dict | list) and part is not wanted:
+            continue
+        path = _path_to(wanted, part)
+        if path is not None:
+            return f"{str(name)[:64]}.{path}".removesuffix(".")
+    return None
+
+
+def _too_wide(path: str | None) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{path or 'the body'} is an integer that does not fit 64 bits", param=path or None
+    )
 
 
 def _parse_float(digits: str) -> float:

@@ -37,6 +37,8 @@ ERROR_SCHEMA: dict[str, Any] = {
                 "type": {"type": "string"},
                 "param": {"anyOf": [{"type": "string"}, {"type": "null"}]},
                 "code": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                "n_prompt_tokens": {"type": "integer"},
+                "n_ctx": {"type": "integer"},
             },
         }
     },
@@ -44,15 +46,16 @@ ERROR_SCHEMA: dict[str, Any] = {
 
 
 def error_body(error: MinisrvError | Failure) -> dict[str, Any]:
-    """The OpenAI body: message, type, param and code."""
-    return {
-        "error": {
-            "message": error.message,
-            "type": error.error_type,
-            "param": error.param,
-            "code": error.code,
-        }
+    """The OpenAI body: message, type, param and code; llama.cpp's two figures of a long prompt."""
+    told: dict[str, Any] = {
+        "message": error.message,
+        "type": error.error_type,
+        "param": error.param,
+        "code": error.code,
     }
+    if error.lengths is not None:
+        told |= {"n_prompt_tokens": error.lengths.prompt, "n_ctx": error.lengths.context}
+    return {"error": told}
 
 
 class ErrorResponse(Response):

@@ -6,15 +6,18 @@ those of a whole reply.
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from minisrv.errors import InvalidRequestError
+from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.frontend.body_fields import BodyFields, honoured
 from minisrv.frontend.events import Event
+from minisrv.frontend.field_names import Names, rename_fields, renamed
 from minisrv.frontend.generation import (
     Generation,
     check_model,
@@ -26,7 +29,7 @@ from minisrv.frontend.metrics import ServerMetrics
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.openai_types import COMPLETION_FIELDS, Field, read_fields
 from minisrv.frontend.openapi import errors, request_body
-from minisrv.frontend.request_context import context_of
+from minisrv.frontend.request_context import RequestContext, context_of
 from minisrv.frontend.request_registry import RequestRegistry
 from minisrv.frontend.responder import GenerationResponse
 from minisrv.frontend.schema import INTEGER, INTEGERS, OBJECT, STRING
@@ -69,7 +72,9 @@ def add_native_route(
         model = registry.model
         fields, headers = await body_fields.read_generation(request, GENERATE_FIELDS)
         context = context_of(request.scope)
-        generation = read_native(fields, model)
+        names = sent_names(fields)
+        with renamed(names):
+            generation = read_native(fields, model)
         generation.check_fits(max_open_requests)
         header = ReplyHeader(
             id=context.request_id,
@@ -79,7 +84,19 @@ def add_native_route(
             system_fingerprint="",
             choices_per_prompt=1,
         )
-        return NativeResponse(registry, generation, header, context, headers, metrics)
+        return NativeResponse(registry, generation, header, context, headers, metrics, names=names)
+
+
+def sent_names(fields: dict[str, Any]) -> Names:
+    """What the request calls the fields that errors name."""
+    sampling = fields.get("sampling_params", {})
+    older = "max_tokens" in sampling and "max_new_tokens" not in sampling
+    limit = "max_tokens" if older else "max_new_tokens"
+    return (
+        (re.compile(r"\bmax_(completion_|new_)?tokens\b"), limit),
+        (re.compile(rf"^({'|'.join(SAMPLING_FIELDS)})\b"), r"sampling_params.\1"),
+        (re.compile(r"^prompt\b"), "input_ids" if "input_ids" in fields else "text"),
+    )
 
 
 def read_native(fields: dict[str, Any], model: ModelInfo) -> Generation:
@@ -91,7 +108,7 @@ def read_native(fields: dict[str, Any], model: ModelInfo) -> Generation:
     if unknown:
         raise InvalidRequestError(
             f"sampling_params has no {unknown[0][:64]!a}; it has {', '.join(SAMPLING_FIELDS)}",
-            param="sampling_params",
+            param=f"sampling_params.{unknown[0][:64]}",
             code="unsupported_parameter",
         )
     if "max_new_tokens" in given:
@@ -109,7 +126,26 @@ def read_native(fields: dict[str, Any], model: ModelInfo) -> Generation:
 
 
 class NativeResponse(GenerationResponse):
-    """Answers in the native shape."""
+    """Answers in the native shape; `names` are those of the request's fields."""
+
+    def __init__(
+        self,
+        registry: RequestRegistry,
+        generation: Generation,
+        header: ReplyHeader,
+        context: RequestContext,
+        headers: dict[str, str],
+        metrics: ServerMetrics,
+        *,
+        names: Names,
+    ) -> None:
+        super().__init__(registry, generation, header, context, headers, metrics)
+        self._names = names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer. Raises MinisrvError, in the names that were sent."""
+        with renamed(self._names):
+            await super().__call__(scope, receive, send)
 
     def _whole(self, events: list[Event]) -> dict[str, Any]:
         (event,) = events
@@ -120,6 +156,10 @@ class NativeResponse(GenerationResponse):
 
     def _end(self) -> bytes:
         return DONE
+
+    def _failed(self, error: MinisrvError) -> bytes:
+        rename_fields(error, self._names)
+        return super()._failed(error)
 
     def _body(self, event: Event) -> dict[str, Any]:
         self._usage.add(event)

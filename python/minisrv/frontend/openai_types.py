@@ -6,6 +6,7 @@ unless its value is null or asks for nothing. Names that no table holds are repo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -123,7 +124,6 @@ _TOOL_CHOICE: Schema = any_of(
 
 _GENERATION_FIELDS: dict[str, Field] = {
     "model": _honoured(STRING, "The served model; missing or empty is the same."),
-    "max_tokens": _honoured(INTEGER, "Most output tokens, at least 1."),
     "temperature": _honoured(NUMBER, "0 to 2; 0 is greedy. Default: the model's, else 1."),
     "top_p": _honoured(NUMBER, "Above 0, up to 1. Default: the model's, else 1."),
     "top_k": _honoured(INTEGER, "0 or -1 keeps all tokens. Default: the model's, else 0."),
@@ -197,8 +197,9 @@ CHAT_FIELDS: dict[str, Field] = {
         any_of(STRING, INTEGERS), "Text or token ids instead of messages; no template is applied."
     ),
     **_GENERATION_FIELDS,
+    "max_tokens": _honoured(INTEGER, "As max_completion_tokens, which goes before it."),
     "max_completion_tokens": _honoured(
-        INTEGER, "Most output tokens. Default: the rest of the context."
+        INTEGER, "Most output tokens, at least 1. Default: the rest of the context."
     ),
     "chat_template_kwargs": _honoured(OBJECT, "Variables for the chat template."),
     "logprobs": _honoured(BOOLEAN, "Tell each token's log-probability, before any change to it."),
@@ -233,6 +234,9 @@ COMPLETION_FIELDS: dict[str, Field] = {
         "Text, token ids, or a list of either.",
     ),
     **_GENERATION_FIELDS,
+    "max_tokens": _honoured(
+        INTEGER, "Most output tokens, at least 1, or with echo 0. Default: 16."
+    ),
     "best_of": _honoured(INTEGER, "1 or n: each choice that is generated is returned."),
     "echo": _honoured(BOOLEAN, "Put the prompt before the text; max_tokens may be 0 then."),
     "suffix": _unsupported(""),
@@ -304,7 +308,7 @@ def _check_neutral(name: str, value: Any, field: Field) -> None:
             param=name,
             code="unsupported_parameter",
         )
-    passing = ", ".join(describe(neutral) for neutral in (*field.neutral, None))
+    passing = ", ".join(json.dumps(neutral) for neutral in (*field.neutral, None))
     reason = f" ({field.reason})" if field.reason else ""
     raise InvalidRequestError(
         f"{name} is not supported by this server{reason}; leave it out (accepted: {passing})",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from minisrv import log
 from minisrv.errors import MinisrvError
 from minisrv.frontend.events import Event
+from minisrv.frontend.field_names import Names, renamed
 from minisrv.frontend.generation import Generation
 from minisrv.frontend.http_errors import error_body
 from minisrv.frontend.metrics import ServerMetrics
@@ -151,6 +153,18 @@ class GenerationResponse(Response):
             events = await self._registry.next_events(base, PING_S)
             self._take(events)
 
+    def _raise_failure(self, events: list[Event]) -> None:
+        """Raise the first failure, which names its prompt if there are several."""
+        if any(event.failure for event in events):
+            self._take_unsent(events)
+        names: Names = ()
+        for event in events:
+            if self._generation.num_prompts > 1:
+                place = event.index // self._generation.sampling.n
+                names = ((re.compile(r"^prompt\b"), f"prompt.{place}"),)
+            with renamed(names):
+                event.raise_failure()
+
     def _whole(self, events: list[Event]) -> dict[str, Any]:
         return whole_reply(self._header, events, self._usage)
 
@@ -192,12 +206,6 @@ class GenerationResponse(Response):
         self._take(events)
         for event in events:
             self._usage.add(event)
-
-    def _raise_failure(self, events: list[Event]) -> None:
-        if any(event.failure for event in events):
-            self._take_unsent(events)
-        for event in events:
-            event.raise_failure()
 
     def _note_failure(self, error: Exception) -> None:
         aborted = isinstance(error, MinisrvError) and error.code == "request_aborted"

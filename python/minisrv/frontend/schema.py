@@ -92,8 +92,15 @@ def _check_any(value: Any, schemas: list[Schema], path: str) -> None:
             return check_value(value, schema, path)
         except InvalidRequestError as error:
             errors.append(error)
-    # An error inside the value tells more than one about the whole.
-    raise next((e for e in errors if e.param != path), _wrong(value, _names(schemas), path))
+    inside = [error for error in errors if error.param != path]
+    if not inside:
+        raise _wrong(value, _names(schemas), path)
+    # An error inside tells more than one about the whole; of several none is the whole truth.
+    first = inside[0]
+    if len(inside) > 1:
+        found = first.message.rpartition("; it must be ")[0]
+        first.message = f"{found or first.message}; {path} must be {_names(schemas)}"
+    raise first
 
 
 def _check_items(value: list[Any], items: Schema, path: str) -> None:
@@ -117,8 +124,20 @@ def _check_properties(value: dict[str, Any], schema: Schema, path: str) -> None:
 
 
 def _names(schemas: list[Schema]) -> str:
-    names = [_TYPE_NAMES[schema["type"]] for schema in schemas]
-    return " or ".join(dict.fromkeys(names))
+    *names, last = dict.fromkeys(_name(schema) for schema in schemas)
+    return f"{', '.join(names)} or {last}" if names else last
+
+
+def _name(schema: Schema) -> str:
+    kind: str = schema["type"]
+    items = schema.get("items")
+    return _TYPE_NAMES[kind] if items is None else f"{_TYPE_NAMES[kind]} of {_plural(items)}"
+
+
+def _plural(schema: Schema) -> str:
+    kind: str = schema["type"]
+    items = schema.get("items")
+    return f"{kind}s" if items is None else f"{kind}s of {_plural(items)}"
 
 
 def _wrong(value: Any, expected: str, path: str) -> InvalidRequestError:

@@ -57,6 +57,8 @@ def add_token_routes(
     async def tokenize(request: Request) -> Response:
         """The tokens of a text, or of a conversation."""
         fields, headers = await body_fields.read(request, tokenize_fields)
+        if not {"prompt", "messages"} & fields.keys():
+            raise InvalidRequestError("send prompt or messages", param="prompt")
         answer = await encode(fields)
         body = {
             "count": len(answer["ids"]),
@@ -87,7 +89,6 @@ def add_token_routes(
     async def apply_template(request: Request) -> Response:
         """The prompt that the model would see, and its tokens."""
         fields, headers = await body_fields.read(request, template_fields)
-        fields.setdefault("messages", [])
         answer = await encode(fields)
         body = {"prompt": answer["text"], "tokens": answer["ids"], "count": len(answer["ids"])}
         return JSONResponse(body, headers=headers)

@@ -78,13 +78,13 @@ def read_must_call(fields: dict[str, Any], calls: CallReading | None) -> tuple[s
     choice = fields.get("tool_choice", "auto")
     if choice in ("none", "auto"):
         return ()
+    name = None if choice == "required" else _read_named(choice)
     if calls is None:
         raise InvalidRequestError(
             "tool_choice asks for a call and there are no tools", param="tool_choice"
         )
-    if choice == "required":
+    if name is None:
         return calls.names
-    name = _read_named(choice)
     if name not in calls.names:
         raise InvalidRequestError(
             f"tool_choice names {name[:80]!a}, which is none of the tools",
@@ -101,7 +101,8 @@ def _read_named(choice: str | dict[str, Any]) -> str:
         )
     if choice["type"] != "function":
         raise InvalidRequestError(
-            f"tool_choice of type {choice['type'][:40]!a} is not supported by this server",
+            f"tool_choice.type is {choice['type'][:40]!a}; an object must have the type function, "
+            "and none, auto and required are texts",
             param="tool_choice.type",
             code="unsupported_parameter",
         )

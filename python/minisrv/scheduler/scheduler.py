@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from minisrv.engine.forward_batch import Logprobs
-from minisrv.errors import InvalidRequestError, MinisrvError
+from minisrv.errors import ContextLengthError, InvalidRequestError, Lengths, MinisrvError
 from minisrv.kvcache.manager import KVCacheManager
 from minisrv.messages import Failure, Finish, GenerateMsg
 from minisrv.scheduler.logprobs import take_logprobs
@@ -193,12 +193,7 @@ class Scheduler:
             return self.max_seq_len - prompt if asked is None else asked
         if not prompt:
             raise InvalidRequestError("the prompt has no tokens", param="prompt")
-        raise InvalidRequestError(
-            f"This model's maximum context length is {self.max_seq_len} tokens. However, you "
-            f"requested {prompt + output} tokens ({prompt} in the messages, {output} in "
-            "the completion). Please reduce the length of the messages or completion.",
-            code="context_length_exceeded",
-        )
+        raise ContextLengthError(Lengths(prompt, output, self.max_seq_len), "messages")
 
     def _schedule_decodes(self, step: Step) -> list[Request]:
         """Take the next token of all that decode; it counts as computed, for steps run in order.
@@ -373,7 +368,9 @@ class Scheduler:
             return
         assert request.matcher is not None
         assert request.matcher.error is not None
-        error = InvalidRequestError(request.matcher.error, code="grammar_too_complex")
+        assert request.sampling.grammar is not None
+        param = request.sampling.grammar.param
+        error = InvalidRequestError(request.matcher.error, param=param, code="grammar_too_complex")
         self.fail(request.uid, error)
 
     def _finish(self, request: Request, token_id: int, finish: Finish) -> None:

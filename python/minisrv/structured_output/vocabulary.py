@@ -63,5 +63,13 @@ class Vocabulary:
         # The first mask builds the automata that all copies share.
         inner.compute_bitmask()
         if inner.is_error():
-            raise InvalidRequestError(f"the grammar cannot be compiled: {inner.get_error()[:300]}")
+            raise InvalidRequestError(f"the grammar cannot be compiled: {_reason(inner)}")
         return Matcher(inner)
+
+
+def _reason(inner: LLMatcher) -> str:
+    """Why there is no first token; for one case llguidance has but a word of its own."""
+    error = inner.get_error().replace("<non-verbose/>", "").strip()
+    if error == "NoExtensionBias":
+        return "no text fits it, as when a rule never ends"
+    return error[:300]

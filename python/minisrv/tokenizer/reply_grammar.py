@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,13 @@ class ReplyGrammars:
         functions = [t["function"] for t in tools if t["function"]["name"] in names]
         reply, rules = self._calls(functions, parallel)
         return Grammar.lark("\n".join([f"start: {reply}", *rules]), "tools")
+
+    def parameters(self, tools: Tools, names: Sequence[str]) -> Iterator[Grammar]:
+        """The schemas of `names` one by one, under the names of their fields."""
+        for i, tool in enumerate(tools):
+            if tool["function"]["name"] in names:
+                schema = _arguments_schema(tool["function"])
+                yield Grammar.json_schema(schema, f"tools.{i}.function.parameters")
 
     def or_calls(self, grammar: Grammar, tools: Tools, parallel: bool) -> Grammar:
         """`grammar` for the text of a reply that may call tools instead.
@@ -86,8 +93,8 @@ class ReplyGrammars:
 
     def _call(self, function: Mapping[str, Any]) -> str:
         name = json.dumps(function["name"])
-        schema = {**(function.get("parameters") or {}), "type": "object"}
-        arguments = f"%json {json.dumps({'x-guidance': JSON_OPTIONS, **schema})}"
+        schema = {"x-guidance": JSON_OPTIONS, **_arguments_schema(function)}
+        arguments = f"%json {json.dumps(schema)}"
         if self._format.tool_format == "mistral" and self._has_arguments_mark:
             return f"{name} {self._mark('[ARGS]')} {arguments}"
         key = "parameters" if self._format.tool_format == "llama" else "arguments"
@@ -97,6 +104,10 @@ class ReplyGrammars:
     def _mark(self, text: str) -> str:
         """A mark that is a token is named by its id: llguidance lets no text spell it."""
         return f"<[{self._ids[text]}]>" if text in self._ids else json.dumps(text)
+
+
+def _arguments_schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    return {**(function.get("parameters") or {}), "type": "object"}
 
 
 def _escape(text: str) -> str:

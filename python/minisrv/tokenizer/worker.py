@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisrv.chat_format import find_chat_format
-from minisrv.errors import InvalidRequestError, MinisrvError
+from minisrv.errors import ContextLengthError, InvalidRequestError, Lengths, MinisrvError
 from minisrv.hf_tokenizer import HFTokenizer
 from minisrv.messages import (
     AbortMsg,
@@ -142,7 +142,12 @@ class TokenizerWorker:
         if message.tools and not message.must_call:
             grammar = self._grammars.or_calls(grammar, message.tools, message.parallel_calls)
         grammar = self._grammars.behind_thought(grammar, parts)
-        self._grammar_checker.check(grammar)
+        try:
+            self._grammar_checker.check(grammar)
+        except InvalidRequestError:
+            for parameters in self._grammars.parameters(message.tools or (), message.must_call):
+                self._grammar_checker.check(parameters)
+            raise
         return replace(message.sampling, grammar=grammar)
 
     def _thought_part(self, prompt: str, continued: str) -> Parts:
@@ -188,9 +193,10 @@ class TokenizerWorker:
         """Token ids of a text that may fit; encoding one that cannot would take seconds."""
         limit = self._max_seq_len * self._tokenizer.longest_token
         if len(text) > limit:
+            have = "messages have" if param == "messages" else f"{param} has"
             raise InvalidRequestError(
                 f"This model's maximum context length is {self._max_seq_len} tokens. However, the "
-                f"{param} has {len(text)} characters, and no more than {limit} can fit. Please "
+                f"{have} {len(text)} characters, and no more than {limit} can fit. Please "
                 f"reduce the length of the {param}.",
                 param=param,
                 code="context_length_exceeded",
@@ -237,14 +243,8 @@ class TokenizerWorker:
         num_output = 1 if max_tokens is None else max_tokens
         if num_prompt + num_output <= self._max_seq_len:
             return
-        raise InvalidRequestError(
-            f"This model's maximum context length is {self._max_seq_len} tokens. However, you "
-            f"requested {num_prompt + num_output} tokens ({num_prompt} in the {param}, "
-            f"{num_output} in the completion). Please reduce the length of the {param} or "
-            "completion.",
-            param=param,
-            code="context_length_exceeded",
-        )
+        lengths = Lengths(num_prompt, num_output, self._max_seq_len)
+        raise ContextLengthError(lengths, param, param=param)
 
     def _failure(self, message: TokenizeMsg, error: MinisrvError) -> UserReply:
         uids = range(message.uid, message.uid + message.sampling.n)

@@ -23,10 +23,7 @@ ERROR_SCHEMA: dict[str, Any] = {
     },
 }
 
-# What the tokenizer says of a prompt that does not fit.
-_LENGTHS = re.compile(
-    r"context length is (\d+) tokens\..* \((\d+) in the \w+, (\d+) in the completion\)"
-)
+_SCHEMA = re.compile(r"^(tools\.\d+)\.function\.parameters\b")
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -56,23 +53,23 @@ def messages_error(error: MinisrvError, request_id: str) -> dict[str, Any]:
 
 def _message(error: MinisrvError) -> str:
     if error.code == "context_length_exceeded":
-        return _length_message(error.message)
+        return _length_message(error)
     # What a chat says by a field is here said by the last turn.
     param = "messages" if error.param == "continue_final_message" else error.param
+    message = _SCHEMA.sub(r"\1.input_schema", error.message)
     if param is not None and param not in error.message:
-        return f"{param}: {error.message}"
-    return error.message
+        return f"{param}: {message}"
+    return message
 
 
-def _length_message(message: str) -> str:
+def _length_message(error: MinisrvError) -> str:
     """In the words that agents look for, to send less of the one or the other."""
-    lengths = _LENGTHS.search(message)
-    if lengths is None:
-        return f"prompt is too long: {message}"
-    limit, num_prompt, num_output = map(int, lengths.groups())
-    if num_prompt >= limit:
-        return f"prompt is too long: {num_prompt} tokens > {limit - 1} maximum"
+    if error.lengths is None:
+        return f"prompt is too long: {error.message}"
+    prompt, output, context = error.lengths.prompt, error.lengths.output, error.lengths.context
+    if prompt >= context:
+        return f"prompt is too long: {prompt} tokens > {context - 1} maximum"
     return (
-        f"input length and `max_tokens` exceed context limit: {num_prompt} + {num_output} > "
-        f"{limit}; send less of one of them"
+        f"input length and `max_tokens` exceed context limit: {prompt} + {output} > "
+        f"{context}; send less of one of them"
     )

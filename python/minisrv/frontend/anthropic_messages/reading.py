@@ -10,6 +10,7 @@ from minisrv.errors import InvalidRequestError
 from minisrv.frontend.anthropic_messages.conversation import chat_messages
 from minisrv.frontend.anthropic_messages.fields import EXTENSIONS, SAMPLING
 from minisrv.frontend.chat import read_chat
+from minisrv.frontend.field_names import rename_fields
 from minisrv.frontend.generation import Generation
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.schema import describe
@@ -38,7 +39,7 @@ def read_prompt(fields: dict[str, Any], model: ModelInfo) -> Generation:
     try:
         generation = read_chat(chat, model)
     except InvalidRequestError as error:
-        _rename(error)
+        rename_fields(error, _NAMES)
         raise
     return _with_format(generation, fields.get("output_config", {}).get("format"))
 
@@ -123,12 +124,6 @@ def _with_format(generation: Generation, format: dict[str, Any] | None) -> Gener
         )
     grammar = Grammar.json_schema(format["schema"], f"{param}.schema")
     return replace(generation, sampling=replace(generation.sampling, grammar=grammar))
-
-
-def _rename(error: InvalidRequestError) -> None:
-    for pattern, name in _NAMES:
-        error.message = pattern.sub(name, error.message)
-        error.param = error.param and pattern.sub(name, error.param)
 
 
 def _unsupported(path: str, why: str) -> InvalidRequestError:

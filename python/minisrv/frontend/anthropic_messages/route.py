@@ -15,7 +15,7 @@ from minisrv.frontend.anthropic_messages.reading import (
     warnings,
 )
 from minisrv.frontend.anthropic_messages.reply import MessagesResponse
-from minisrv.frontend.body_fields import WARNINGS_HEADER, BodyFields
+from minisrv.frontend.body_fields import BodyFields, with_warnings
 from minisrv.frontend.metrics import ServerMetrics
 from minisrv.frontend.openapi import errors, request_body
 from minisrv.frontend.request_context import context_of
@@ -46,9 +46,7 @@ def add_messages_routes(
             choices_per_prompt=1,
             calls=generation.calls,
         )
-        told = [headers[WARNINGS_HEADER]] if headers else []
-        if told := [*told, *warnings(fields)]:
-            headers = {WARNINGS_HEADER: "; ".join(told)}
+        headers = with_warnings(headers, warnings(fields))
         response = MessagesResponse(registry, generation, header, context, headers, metrics)
         response.show_thoughts = fields.get("thinking", {}).get("display") != "omitted"
         return response

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.frontend.chat import read_chat
+from minisrv.frontend.field_names import rename_fields, rename_text
 from minisrv.frontend.generation import Generation
 from minisrv.frontend.model_info import ModelInfo
 from minisrv.frontend.responses.conversation import read_conversation
@@ -53,7 +55,9 @@ def read_response(fields: Fields, model: ModelInfo) -> Generation:
     if "tool_choice" in fields:
         chat["tool_choice"] = _read_tool_choice(fields["tool_choice"])
     with named_as_here():
-        return read_chat(chat, model)
+        generation = read_chat(chat, model)
+    told = tuple(rename_text(warning, _NAMES) for warning in generation.warnings)
+    return replace(generation, warnings=told)
 
 
 @contextmanager
@@ -68,11 +72,8 @@ def named_as_here() -> Iterator[None]:
 
 def rename(error: MinisrvError) -> None:
     """Put the names of a response's fields into the error."""
-    for pattern, name in _NAMES:
-        error.message = pattern.sub(name, error.message)
-        error.param = error.param and pattern.sub(name, error.param)
+    rename_fields(error, _NAMES)
     error.param = error.param and _MESSAGES.sub("input", error.param)
-    error.args = (error.message,)
 
 
 def _check_include(names: list[str]) -> None:

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.body_fields import BodyFields
+from minisrv.frontend.body_fields import BodyFields, with_warnings
 from minisrv.frontend.generation import Generation
 from minisrv.frontend.metrics import ServerMetrics
 from minisrv.frontend.openai_types import Field
@@ -58,6 +58,7 @@ def add_response_routes(
             choices_per_prompt=1,
             calls=generation.calls,
         )
+        headers = with_warnings(headers, generation.warnings)
         echoed = _echo(fields, generation)
         return ResponseReply(registry, generation, header, context, headers, metrics, echoed=echoed)
 
