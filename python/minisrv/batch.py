@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from minisrv import log
 from minisrv.chat_format import find_chat_format
-from minisrv.config import ServerConfig, parse_command_line
+from minisrv.config import ServerConfig, parse_command_line, read_chat_template_kwargs
 from minisrv.errors import ConfigError, InvalidRequestError, MinisrvError
 
 if TYPE_CHECKING:
@@ -206,6 +206,8 @@ def _answers(
     with LLM(options.pop("model"), **options) as llm:
         model = ModelInfo(
             name=config.served_name,
+            aliases=config.served_names[1:],
+            template_kwargs=read_chat_template_kwargs(config.chat_template_kwargs),
             created=int(time.time()),
             max_model_len=llm.max_seq_len,
             vocab_size=llm.model_config.vocab_size,
@@ -294,7 +296,7 @@ def _header(
         id=f"{'chatcmpl' if chat else 'cmpl'}-{_request_id(line)}",
         chat=chat,
         created=model.created,
-        model=model.name,
+        model=model.name_for(line.value["body"] if line.openai else {}),
         system_fingerprint=fingerprint(config),
         choices_per_prompt=generation.sampling.n,
         calls=generation.calls,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,11 @@ from minisrv.errors import ConfigError
 ENV_PREFIX = "MINISRV_"
 MODEL_ENV = "MINISRV_MODEL_PATH"
 MAX_PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}  # where --max-prefill-tokens is not given
+# What the server gives a chat template itself.
+RESERVED_VARIABLES = (
+    *("messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize"),
+)
 _SIZE_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -38,8 +44,11 @@ class ServerConfig:
         "a directory with a Hugging Face checkpoint, a hub name such as Qwen/Qwen3-0.6B, or demo",
         "--model-path",
     )
-    served_model_name: str | None = option(
-        None, "the name that clients use (default: as given in --model)"
+    served_model_name: tuple[str, ...] = option(
+        (),
+        "the name that clients use; may be given several times, the first is that of replies to "
+        "requests without one (default: as given in --model; in the environment: separated by "
+        "commas)",
     )
     host: str = option("127.0.0.1", "address that HTTP listens on")
     port: int = option(8000, "port that HTTP listens on; 0 takes a free one")
@@ -62,6 +71,12 @@ class ServerConfig:
     num_threads: int | None = option(None, "CPU threads of the engine (default: all cores)")
     max_seq_len: int | None = option(None, "longest prompt plus output (default: the model's)")
     chat_template: str | None = option(None, "a Jinja file to use instead of the model's template")
+
+    chat_template_kwargs: str = option(
+        "{}",
+        "variables for the chat template of every request, as JSON such as "
+        """'{"enable_thinking": false}'; those of a request go before them""",
+    )
 
     sampling_defaults: Literal["model", "openai"] = option(
         "model",
@@ -139,6 +154,12 @@ class ServerConfig:
     def __post_init__(self) -> None:
         keys = (self.api_key,) if isinstance(self.api_key, str) else tuple(self.api_key)
         object.__setattr__(self, "api_key", keys)
+        names = self.served_model_name
+        names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+        object.__setattr__(self, "served_model_name", names)
+        if not all(names):
+            raise ConfigError("--served-model-name is empty")
+        read_chat_template_kwargs(self.chat_template_kwargs)
         for f in fields(self):
             _check_choice(f.name, getattr(self, f.name))
         for name, low in _AT_LEAST.items():
@@ -159,9 +180,14 @@ class ServerConfig:
             raise ConfigError("--ssl-keyfile needs --ssl-certfile")
 
     @property
+    def served_names(self) -> tuple[str, ...]:
+        """The model's names in requests; the first is its own."""
+        return self.served_model_name or (self.model,)
+
+    @property
     def served_name(self) -> str:
-        """The model name in requests and replies."""
-        return self.served_model_name or self.model
+        """The name of a model whose request has none."""
+        return self.served_names[0]
 
     @property
     def reasoning_fields(self) -> tuple[str, ...]:
@@ -217,6 +243,21 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ConfigError(f"{text!r} is no size; write it as 512MiB or 4GiB")
     return int(float(match[1]) * _SIZE_UNITS[match[2]])
+
+
+def read_chat_template_kwargs(text: str) -> dict[str, Any]:
+    """The variables of --chat-template-kwargs. Raises ConfigError."""
+    name = flag("chat_template_kwargs")
+    try:
+        variables = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} is no JSON: {error}") from None
+    if not isinstance(variables, dict):
+        raise ConfigError(f"{name} is {text[:60]!r}; it must be a JSON object")
+    for reserved in RESERVED_VARIABLES:
+        if reserved in variables:
+            raise ConfigError(f"{name} may not set {reserved}")
+    return variables
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -131,15 +131,16 @@ def _add_state_routes(app: FastAPI, registry: RequestRegistry, metrics: ServerMe
 def _add_model_routes(app: FastAPI, registry: RequestRegistry) -> None:
     @app.get("/v1/models", responses=errors(503))
     async def list_models() -> dict[str, Any]:
-        """The served model."""
-        return {"object": "list", "data": [_model_body(registry.model)]}
+        """The served model, under each of its names."""
+        model = registry.model
+        return {"object": "list", "data": [_model_body(model, name) for name in model.names]}
 
     @app.get("/v1/models/{model_id:path}", responses=errors(404, 503))
     async def retrieve_model(model_id: str) -> dict[str, Any]:
         """The served model, by name."""
-        if model_id != registry.model.name:
+        if model_id not in registry.model.names:
             raise model_not_found(model_id, registry.model)
-        return _model_body(registry.model)
+        return _model_body(registry.model, model_id)
 
 
 def _add_generation_routes(
@@ -165,7 +166,7 @@ def _add_generation_routes(
             id=f"{'chatcmpl' if chat else 'cmpl'}-{context.request_id}",
             chat=chat,
             created=int(time.time()),
-            model=model.name,
+            model=model.name_for(fields),
             system_fingerprint=system_fingerprint,
             choices_per_prompt=generation.sampling.n,
             calls=generation.calls,
@@ -192,9 +193,9 @@ def _add_generation_routes(
         return await generate(request, COMPLETION_FIELDS, read_completion, chat=False)
 
 
-def _model_body(model: ModelInfo) -> dict[str, Any]:
+def _model_body(model: ModelInfo, name: str) -> dict[str, Any]:
     return {
-        "id": model.name,
+        "id": name,
         "object": "model",
         "created": model.created,
         "owned_by": "minisrv",

@@ -29,7 +29,7 @@ def read_chat(fields: dict[str, Any], model: ModelInfo) -> Generation:
     stream = read_stream(fields)
     returned = read_returned(fields)
     cache_salt = read_cache_salt(fields)
-    template_kwargs = read_reasoning(fields, model.chat_format)
+    template_kwargs = dict(model.template_kwargs) | read_reasoning(fields, model.chat_format)
     template_kwargs |= read_template_kwargs(fields.get("chat_template_kwargs", {}))
     tools, calls = read_tools(fields, model.chat_format)
     must_call = read_must_call(fields, calls)

@@ -130,15 +130,16 @@ class Generation:
 def check_model(fields: dict[str, Any], model: ModelInfo) -> None:
     """Raise ModelNotFoundError unless the request means the served model."""
     name = fields.get("model")
-    if name and name != model.name:
+    if name and name not in model.names:
         raise model_not_found(name, model)
 
 
 def model_not_found(name: str, model: ModelInfo) -> ModelNotFoundError:
     """The error that says what is served."""
     shown = name if len(name) <= 200 else name[:200] + "..."
+    served = ", ".join(repr(name) for name in model.names)
     return ModelNotFoundError(
-        f"the model {shown!r} does not exist here; served: {model.name!r}", param="model"
+        f"the model {shown!r} does not exist here; served: {served}", param="model"
     )
 
 

@@ -14,8 +14,9 @@ from minisrv.sampling_params import SamplingParams
 class ModelInfo:
     """The served model.
 
-    name: what clients write in `model`. created: Unix seconds of the start.
+    name: what clients write in `model`; aliases: or these. created: Unix seconds of the start.
     max_model_len: tokens of prompt and output together. defaults: the model's own sampling.
+    template_kwargs: variables for the chat template of every request.
     chat_format: how it writes thoughts and tool calls.
     facts: what the processes told at their start.
     """
@@ -25,5 +26,16 @@ class ModelInfo:
     max_model_len: int
     vocab_size: int
     defaults: SamplingParams
+    aliases: tuple[str, ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     chat_format: ChatFormat = field(default_factory=ChatFormat)
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that a request may write in `model`."""
+        return (self.name, *self.aliases)
+
+    def name_for(self, fields: Mapping[str, Any]) -> str:
+        """The name in a reply: as the request has it."""
+        return fields.get("model") or self.name

@@ -80,7 +80,7 @@ def add_native_route(
             id=context.request_id,
             chat=False,
             created=int(time.time()),
-            model=model.name,
+            model=model.name_for(fields),
             system_fingerprint="",
             choices_per_prompt=1,
         )

@@ -14,7 +14,7 @@ import uvloop
 
 from minisrv.chat_format import ChatFormat
 from minisrv.child import Child, EngineEnded, EngineReady, Notice, Progress, Ready, run_child
-from minisrv.config import ServerConfig
+from minisrv.config import ServerConfig, read_chat_template_kwargs
 from minisrv.errors import EngineDeadError, NotReadyError
 from minisrv.frontend.app import create_app
 from minisrv.frontend.engine_client import EngineClient
@@ -79,6 +79,8 @@ def _take_notice(
 def _model_info(config: ServerConfig, facts: dict[str, Any]) -> ModelInfo:
     return ModelInfo(
         name=config.served_name,
+        aliases=config.served_names[1:],
+        template_kwargs=read_chat_template_kwargs(config.chat_template_kwargs),
         created=int(time.time()),
         max_model_len=facts["max_seq_len"],
         vocab_size=facts["vocab_size"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from minisrv.config import RESERVED_VARIABLES
 from minisrv.errors import InvalidRequestError
 
 # No template is applied to a prompt.
@@ -15,16 +16,6 @@ _ONLY_WITH_MESSAGES = (
     "enable_thinking",
     "continue_final_message",
     "chat_template",
-)
-# What the server gives the template itself.
-_RESERVED_VARIABLES = (
-    "messages",
-    "tools",
-    "documents",
-    "chat_template",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tokenize",
 )
 
 
@@ -50,7 +41,7 @@ def read_template(fields: dict[str, Any]) -> dict[str, Any]:
 
 def read_template_kwargs(variables: dict[str, Any]) -> dict[str, Any]:
     """More variables for the template. Raises InvalidRequestError for one that the server sets."""
-    for name in _RESERVED_VARIABLES:
+    for name in RESERVED_VARIABLES:
         if name in variables:
             raise InvalidRequestError(
                 f"chat_template_kwargs may not set {name}", param=f"chat_template_kwargs.{name}"

@@ -41,7 +41,7 @@ def add_messages_routes(
             id=f"msg_{context.request_id}",
             chat=True,
             created=int(time.time()),
-            model=model.name,
+            model=model.name_for(fields),
             system_fingerprint="",
             choices_per_prompt=1,
             calls=generation.calls,

@@ -53,7 +53,7 @@ def add_response_routes(
             id=ID_PREFIX + context.request_id,
             chat=True,
             created=int(time.time()),
-            model=model.name,
+            model=model.name_for(fields),
             system_fingerprint="",
             choices_per_prompt=1,
             calls=generation.calls,
