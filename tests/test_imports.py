@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "python" / "minisrv"
 LAYERS = [
     {"errors", "log"},
-    {"sampling_params"},
+    {"sampling_params", "scores"},
     {"config", "model_config", "messages", "cards", "chat_format"},
     {"child", "message_codec"},
     {"ipc", "metrics", "hf_tokenizer", "hub", "child_process"},

@@ -11,14 +11,8 @@ import numpy as np
 
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.frontend.events import Event
-from minisrv.messages import (
-    DetokenizeMsg,
-    Failure,
-    Finish,
-    GenerateMsg,
-    TokenLogprobs,
-    UserReply,
-)
+from minisrv.messages import DetokenizeMsg, Failure, Finish, GenerateMsg, UserReply
+from minisrv.scores import TokenLogprobs
 
 _FINISH_REASONS = {
     Finish.STOP: "stop",

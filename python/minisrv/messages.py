@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 from minisrv.errors import Lengths, MinisrvError
 from minisrv.sampling_params import SamplingParams
+from minisrv.scores import OutputScores, PromptEcho, TokenLogprobs
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 UInt8Array = npt.NDArray[np.uint8]
-Float32Array = npt.NDArray[np.float32]
 
 
 class Finish(IntEnum):
@@ -160,20 +160,6 @@ class FlushMsg:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenLogprobs:
-    """Log-probabilities of N tokens of a request in a row, and of the K likeliest in each place.
-
-    The K of a place are best first, those of all places one after the other.
-    """
-
-    uid: int
-    token_ids: Int32Array  # [N]
-    logprobs: Float32Array  # [N]
-    top_ids: Int32Array  # [N * K]
-    top_logprobs: Float32Array  # [N * K]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """What is known of a request when its first token comes; `cached_tokens` of its prompt.
 
@@ -282,39 +268,6 @@ class OutputIds:
 
     uid: int
     ids: Int32Array
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenScores:
-    """Log-probabilities of N tokens of a text, and of the K likeliest in each place, best first.
-
-    A token is an index into `spellings`: bytes, maybe a part of a character. offsets: where in the
-    text each begins, in characters. A prompt's first token has NaN; its K mean nothing.
-    """
-
-    spellings: tuple[bytes, ...]
-    tokens: Int32Array  # [N]
-    logprobs: Float32Array  # [N]
-    offsets: Int32Array  # [N]
-    top_tokens: Int32Array  # [N * K]
-    top_logprobs: Float32Array  # [N * K]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputScores:
-    """Scores of a request's tokens, from where the last ones ended."""
-
-    uid: int
-    scores: tuple[TokenScores, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptEcho:
-    """The text of a prompt, in front of what its request puts out; `scores` if asked for."""
-
-    uid: int
-    text: str
-    scores: TokenScores | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,8 @@ from minisrv.detokenizer.incremental import TextDecoder
 from minisrv.detokenizer.scores import Scorer
 from minisrv.detokenizer.worker import DetokenizerWorker
 from minisrv.hf_tokenizer import HFTokenizer
-from minisrv.messages import DetokenizeMsg, Finish, Start, TokenLogprobs
+from minisrv.messages import DetokenizeMsg, Finish, Start
+from minisrv.scores import TokenLogprobs
 
 TEXTS = [*own_tokenizers.SENTENCES, "\U0001f600 smile \U0001f469\u200d\U0001f52c", "cafe\u0301"]
 KINDS = ["byte_level_bpe", "llama_like", "gemma_like", "metaspace_bytes"]

@@ -10,14 +10,8 @@ import numpy as np
 from played_model import ADDED, EOS, SPECIAL, PlayedModel, played_logprobs
 
 from minisrv.message_codec import decode, encode
-from minisrv.messages import (
-    DETOKENIZER_INBOX,
-    FRONTEND_INBOX,
-    DetokenizeMsg,
-    Finish,
-    GenerateMsg,
-    TokenLogprobs,
-)
+from minisrv.messages import DETOKENIZER_INBOX, FRONTEND_INBOX, DetokenizeMsg, Finish, GenerateMsg
+from minisrv.scores import TokenLogprobs
 
 MARKS = [*SPECIAL, *ADDED]
 

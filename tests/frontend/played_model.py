@@ -33,10 +33,10 @@ from minisrv.messages import (
     Start,
     TokenizeMsg,
     TokenizerQuery,
-    TokenLogprobs,
     UserReply,
 )
 from minisrv.sampling_params import Grammar
+from minisrv.scores import TokenLogprobs
 from minisrv.structured_output.checker import GrammarChecker
 from minisrv.structured_output.vocabulary import Vocabulary
 from minisrv.tokenizer.chat_template import ChatTemplate

@@ -8,14 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from minisrv.detokenizer.incremental import TextDecoder, TextStream
-from minisrv.messages import (
-    Float32Array,
-    Int32Array,
-    PromptEcho,
-    Start,
-    TokenLogprobs,
-    TokenScores,
-)
+from minisrv.messages import Int32Array, Start
+from minisrv.scores import Float32Array, PromptEcho, TokenLogprobs, TokenScores
 
 
 class Scorer:

@@ -22,14 +22,13 @@ from minisrv.messages import (
     Failure,
     Finish,
     OutputIds,
-    OutputScores,
     Parts,
     Progress,
-    PromptEcho,
     Start,
     Thought,
     UserReply,
 )
+from minisrv.scores import OutputScores, PromptEcho
 
 logger = logging.getLogger("minisrv.detokenizer")
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from minisrv.frontend.events import Event
 from minisrv.frontend.logprobs import echo_scores, moved_scores
-from minisrv.messages import TokenScores
+from minisrv.scores import TokenScores
 
 
 class CompletionTexts:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from minisrv.errors import RequestFailedError
-from minisrv.messages import Failure, Finish, Progress, PromptEcho, Start, TokenScores
+from minisrv.messages import Failure, Finish, Progress, Start
+from minisrv.scores import PromptEcho, TokenScores
 
 
 @dataclass(slots=True)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from minisrv.errors import InvalidRequestError
-from minisrv.messages import TokenScores
 from minisrv.sampling_params import MAX_LOGPROBS
+from minisrv.scores import TokenScores
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from minisrv.frontend.completion_text import CompletionTexts
 from minisrv.frontend.events import Event
 from minisrv.frontend.logprobs import chat_logprobs, text_logprobs
 from minisrv.frontend.returned_tokens import Returned, ReturnedTokens
-from minisrv.messages import Finish, Progress, TokenScores
+from minisrv.messages import Finish, Progress
+from minisrv.scores import TokenScores
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from minisrv.messages import Failure, Finish, Progress, Start, TokenLogprobs
+from minisrv.messages import Failure, Finish, Progress, Start
 from minisrv.scheduler.request import Request, Status
 from minisrv.scheduler.step import Chunk
+from minisrv.scores import TokenLogprobs
 
 
 @dataclass(slots=True)

@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from minisrv.engine.forward_batch import Logprobs
 from minisrv.kvcache.manager import Lease
-from minisrv.messages import Finish, ShownPrompt, Start, TokenLogprobs
+from minisrv.messages import Finish, ShownPrompt, Start
 from minisrv.sampling_params import SamplingParams
+from minisrv.scores import TokenLogprobs
 from minisrv.structured_output.matcher import Matcher
 
 Int32Array = npt.NDArray[np.int32]
