@@ -19,6 +19,8 @@ from recording import Exchange
 
 # What the server sends beyond the types. The last two are OpenAI's own: its replies have them.
 EXTRA_KEYS = {
+    "ErrorObject.n_ctx",
+    "ErrorObject.n_prompt_tokens",
     "Choice.stop_reason",
     "TextChoice.stop_reason",
     "TextChunkChoice.stop_reason",

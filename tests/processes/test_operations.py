@@ -98,7 +98,7 @@ def test_special_tokens_come_back_unless_they_are_skipped(http: httpx.Client, or
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("/tokenize", {}, "messages"),
+        ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": CHAT}, "messages"),
         ("/tokenize", {"prompt": 5}, "prompt"),
         ("/tokenize", {"messages": [{"role": "nobody", "content": "x"}]}, "messages.0.role"),
