@@ -28,12 +28,12 @@ import numpy as np
 import torch
 
 from continuous_batching_peer import measure_peer
+from minisrv.checkpoint.model_config import load_model_config
 from minisrv.config import ServerConfig
-from minisrv.messages import AbortMsg, Finish, GenerateMsg
-from minisrv.model_config import load_model_config
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.build import build_loop
 from minisrv.scheduler.channel import LocalChannel
+from minisrv.wire.messages import AbortMsg, Finish, GenerateMsg
 from roofline import Ideal, Rates, decode_step, ideal, measure_rates, synchronize
 from step_timing import StepTimes, TimedLoop
 

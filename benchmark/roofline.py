@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from minisrv.checkpoint.model_config import ModelConfig
 from minisrv.engine.model_size import count_parameters, kv_bytes_per_token
-from minisrv.engine.parallel.partition import Partition
-from minisrv.model_config import ModelConfig
+from minisrv.engine.parallel.shard import Partition
 
 ITEMSIZE = 2
 _REPETITIONS = 5

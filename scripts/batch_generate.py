@@ -2,7 +2,7 @@
 
 import sys
 
-from minisrv.batch import main
+from minisrv.commands.batch import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,7 @@ import torch
 
 from demo_model.evaluate import TARGETS, Evaluator, makers
 
-PACKAGE = Path(__file__).parent.parent / "python" / "minisrv" / "demo_model"
+PACKAGE = Path(__file__).parent.parent / "python" / "minisrv" / "checkpoint" / "demo_model"
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ OUT=${OUT:-build/gpu_check}
 BUDGET_S=${BUDGET_S:-570}
 SITE=$PWD/build/gpu_site
 DAY=$(date +%F)
-export PYTHONPATH="$SITE:$PWD/python:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$SITE:$PWD/python:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export FLASHINFER_WORKSPACE_BASE=${FLASHINFER_WORKSPACE_BASE:-$PWD/build/flashinfer}
 PATH="$(dirname "$("$PYTHON" -c 'import sys; print(sys.executable)')"):$PATH"
 

@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from minisrv.frontend.openai_types import CHAT_FIELDS, COMPLETION_FIELDS, Field, Treatment
+from minisrv.frontend.fields.table import CHAT_FIELDS, COMPLETION_FIELDS, Field, Treatment
 
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 HEAD = "| field | routes | what it does |\n|---|---|---|\n"

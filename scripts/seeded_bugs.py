@@ -118,7 +118,7 @@ def run(bug: Bug) -> str | None:
         assert source.count(bug.old) == 1, f"{bug.file} does not hold the place of: {bug.name}"
         (package / bug.file).write_text(source.replace(bug.old, bug.new))
         # pythonpath of pyproject.toml would put the true package first
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={folder} tests"]
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={folder} ."]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *options, *TESTS],
             cwd=ROOT,

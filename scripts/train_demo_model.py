@@ -32,7 +32,7 @@ from demo_model.tokenizer import (
     word_pieces,
 )
 
-PACKAGE = Path(__file__).parent.parent / "python" / "minisrv" / "demo_model"
+PACKAGE = Path(__file__).parent.parent / "python" / "minisrv" / "checkpoint" / "demo_model"
 SEED = 7
 VOCAB_SIZE = 512
 FINISHING_STEPS = 1400

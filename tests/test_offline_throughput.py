@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import make_checkpoint
+from tests.support.checkpoints import make_checkpoint
 
 BENCHMARK = Path(__file__).parent.parent / "benchmark"
 CONFIGS = Path(__file__).parent / "configs"
@@ -49,7 +49,7 @@ def test_the_ideal_is_that_of_an_independent_calculation(
     """The figures are of an H200: 4.3 TB/s in copies, 790 TFLOP/s."""
     import offline_throughput
     import roofline
-    from minisrv.model_config import load_model_config
+    from minisrv.checkpoint.model_config import load_model_config
 
     lengths = [(len(prompt), count) for prompt, count in offline_throughput.make_requests()]
     found = roofline.ideal(
@@ -60,7 +60,7 @@ def test_the_ideal_is_that_of_an_independent_calculation(
 
 def test_a_step_reads_only_the_experts_that_its_tokens_pick() -> None:
     import roofline
-    from minisrv.model_config import load_model_config
+    from minisrv.checkpoint.model_config import load_model_config
 
     model = load_model_config(CONFIGS / "Qwen3-30B-A3B")
     rates = roofline.Rates(bandwidth=1.0, flops=1e30)

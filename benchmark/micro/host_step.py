@@ -24,8 +24,11 @@ import numpy as np
 from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput
 from minisrv.engine.page_table import PageTable, token_positions
 from minisrv.kvcache.manager import KVCacheManager
-from minisrv.message_codec import decode, encode
-from minisrv.messages import (
+from minisrv.sampling_params import SamplingParams
+from minisrv.scheduler.loop import SchedulerLoop
+from minisrv.scheduler.scheduler import Scheduler
+from minisrv.wire.codec import decode, encode
+from minisrv.wire.messages import (
     SCHEDULER_INBOX,
     AnswerMsg,
     DetokenizeMsg,
@@ -34,9 +37,6 @@ from minisrv.messages import (
     Message,
     StatsMsg,
 )
-from minisrv.sampling_params import SamplingParams
-from minisrv.scheduler.loop import SchedulerLoop
-from minisrv.scheduler.scheduler import Scheduler
 
 PAGE_SIZE, MAX_SEQ_LEN, VOCAB_SIZE, MAX_PREFILL_TOKENS = 16, 2048, 32_000, 8192
 EOS_ID = VOCAB_SIZE  # never drawn: outputs end at their limit, the check is made all the same

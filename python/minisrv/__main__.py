@@ -1,5 +1,5 @@
 import sys
 
-from minisrv.cli import main
+from minisrv.commands.cli import main
 
 sys.exit(main())

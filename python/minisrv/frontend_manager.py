@@ -16,16 +16,16 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
-from minisrv.child import EngineEnded, EngineReady, Notice
 from minisrv.config import ServerConfig
 from minisrv.errors import EngineDeadError, InvalidRequestError, NotReadyError
-from minisrv.frontend.engine_client import EngineClient
-from minisrv.frontend.events import Event
 from minisrv.frontend.process import take_notice
-from minisrv.frontend.request_registry import RequestRegistry
-from minisrv.frontend.server_state import Ready
-from minisrv.messages import Finish, Start, TokenizeMsg
-from minisrv.supervisor import EPOCH, Supervisor, SupervisorThread
+from minisrv.frontend.registry.engine_client import EngineClient
+from minisrv.frontend.registry.events import Event
+from minisrv.frontend.registry.registry import RequestRegistry
+from minisrv.frontend.registry.server_state import Ready
+from minisrv.supervision.child_main import EngineEnded, EngineReady, Notice
+from minisrv.supervision.supervisor import EPOCH, Supervisor, SupervisorThread
+from minisrv.wire.messages import Finish, Start, TokenizeMsg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,8 @@ from minisrv.config import ServerConfig, parse_command_line
 from minisrv.errors import ConfigError, MinisrvError
 
 if TYPE_CHECKING:
-    from minisrv.child import Notice
-    from minisrv.supervisor import Supervisor
+    from minisrv.supervision.child_main import Notice
+    from minisrv.supervision.supervisor import Supervisor
 
 BACKLOG = 2048
 
@@ -50,7 +50,7 @@ def serve(config: ServerConfig) -> None:
     listener = listen(config.host, config.port)
     console = Console(config, listener.getsockname()[1])
     # Imported late, so that --help and a taken port are answered at once.
-    from minisrv.supervisor import Supervisor
+    from minisrv.supervision.supervisor import Supervisor
 
     supervisor = Supervisor(config, listener=listener, on_notice=console.show)
     with _signals_stop(supervisor):
@@ -87,7 +87,7 @@ def check_certificate(config: ServerConfig) -> None:
 def check_keys(config: ServerConfig) -> None:
     """Raises ConfigError for a key that cannot be used; the frontend would find out only later."""
     if config.api_key or config.api_key_file or config.admin_key is not None:
-        from minisrv.frontend.access import Keys
+        from minisrv.frontend.http.access import Keys
 
         Keys.of(config)
 
@@ -122,7 +122,7 @@ class Console:
 
     def show(self, notice: Notice) -> None:
         """Print a notice; progress in steps of a quarter."""
-        from minisrv.child import EngineReady, Progress
+        from minisrv.supervision.child_main import EngineReady, Progress
 
         match notice:
             case Progress(phase, fraction):

@@ -16,10 +16,10 @@ from demo_model import corpus, tools
 from demo_model.evaluate import absent, held_out_exchanges, makers, messages
 from demo_model.tokenizer import CHAT_TEMPLATE, word_pieces
 from minisrv import LLM, SamplingParams
-from minisrv.chat_format import find_chat_format
-from minisrv.hub import DEMO_DIR
-from minisrv.messages import TokenizeMsg
+from minisrv.checkpoint.chat_format import find_chat_format
+from minisrv.checkpoint.hub import DEMO_DIR
 from minisrv.tokenizer.chat_template import ChatTemplate
+from minisrv.wire.messages import TokenizeMsg
 from train_demo_model import Chats, encode, trainable
 
 TOKENIZER = Tokenizer.from_file(str(DEMO_DIR / "tokenizer.json"))

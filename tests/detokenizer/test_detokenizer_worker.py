@@ -4,16 +4,16 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import own_tokenizers
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-import own_tokenizers
+from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.detokenizer.worker import DetokenizerWorker
-from minisrv.hf_tokenizer import HFTokenizer
-from minisrv.message_codec import decode, encode
-from minisrv.messages import (
+from minisrv.wire.codec import decode, encode
+from minisrv.wire.messages import (
     FRONTEND_INBOX,
     AbortMsg,
     DetokenizeMsg,

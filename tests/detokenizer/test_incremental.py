@@ -1,15 +1,15 @@
 import time
 from functools import cache
 
+import own_tokenizers
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 
-import own_tokenizers
+from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.detokenizer.incremental import TextDecoder
 from minisrv.errors import UnsupportedModelError
-from minisrv.hf_tokenizer import HFTokenizer
 
 TOKENIZERS = {
     name: HFTokenizer(Tokenizer.from_str(maker().to_str()), {}, {})

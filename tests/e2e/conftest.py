@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from network_guard import no_network
-from recording import Recorder
-from server_process import ServerProcess, running
-from wire import check_exchange
+
+from tests.support.network_guard import no_network
+from tests.support.recording import Recorder
+from tests.support.server_process import ServerProcess, running
+from tests.support.wire import check_exchange
 
 # float32, so that the text of a request does not depend on its neighbours in the batch.
 MODEL = ("--model", "demo", "--dtype", "float32", "--num-threads", "1")

@@ -9,11 +9,11 @@ from typing import Any
 import anthropic
 import pytest
 from anthropic.types import Message
-from questions import ANSWERS, COUNT
-from recording import Recorder
-from server_process import ServerProcess
 
 from demo_model.tools import add_tool, get_time_tool
+from tests.support.questions import ANSWERS, COUNT
+from tests.support.recording import Recorder
+from tests.support.server_process import ServerProcess
 
 TOOLS: list[Any] = [
     {

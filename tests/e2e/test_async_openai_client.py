@@ -10,8 +10,9 @@ import httpx
 import openai
 import pytest
 from pydantic import BaseModel, Field
-from questions import ANSWERS, COUNT, ask
-from server_process import ServerProcess, wait_until
+
+from tests.support.questions import ANSWERS, COUNT, ask
+from tests.support.server_process import ServerProcess, wait_until
 
 
 class Entry(BaseModel):

@@ -7,7 +7,8 @@ import math
 
 import openai
 import pytest
-from questions import ANSWERS, COUNT, ask
+
+from tests.support.questions import ANSWERS, COUNT, ask
 
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 

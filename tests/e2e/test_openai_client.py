@@ -9,9 +9,10 @@ import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletion
-from questions import ANSWERS, COUNT, ask
-from recording import Recorder
-from server_process import ServerProcess, wait_until
+
+from tests.support.questions import ANSWERS, COUNT, ask
+from tests.support.recording import Recorder
+from tests.support.server_process import ServerProcess, wait_until
 
 
 def text_of(completion: ChatCompletion) -> str:

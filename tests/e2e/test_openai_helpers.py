@@ -8,7 +8,8 @@ import openai
 import pytest
 from openai import pydantic_function_tool
 from pydantic import BaseModel, Field
-from questions import ANSWERS, COUNT, ask
+
+from tests.support.questions import ANSWERS, COUNT, ask
 
 
 class Entry(BaseModel):

@@ -17,9 +17,10 @@ from pydantic_ai.profiles import ModelProfile
 from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.settings import ModelSettings
-from questions import ANSWERS, COUNT
-from recording import Recorder
-from server_process import ServerProcess
+
+from tests.support.questions import ANSWERS, COUNT
+from tests.support.recording import Recorder
+from tests.support.server_process import ServerProcess
 
 SETTINGS = ModelSettings(max_tokens=100, parallel_tool_calls=False)
 # pydantic-ai knows by name which of Anthropic's models take a schema.

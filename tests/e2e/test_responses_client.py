@@ -10,9 +10,9 @@ import openai
 import pytest
 from openai.types.responses import Response
 from pydantic import BaseModel, Field
-from questions import ANSWERS, COUNT
 
 from demo_model.tools import add_tool, get_time_tool
+from tests.support.questions import ANSWERS, COUNT
 
 TOOLS: list[Any] = [
     {"type": "function", "strict": False, **tool["function"]}

@@ -8,9 +8,10 @@ from typing import Any
 import openai
 import pydantic
 import pytest
-from questions import ask
-from recording import Exchange, Recorder
-from wire import check_exchange
+
+from tests.support.questions import ask
+from tests.support.recording import Exchange, Recorder
+from tests.support.wire import check_exchange
 
 
 def test_a_whole_reply_that_does_not_fit_fails(client: openai.OpenAI, recorder: Recorder) -> None:

@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 
+from minisrv.checkpoint.model_config import ModelConfig, RopeConfig
 from minisrv.config import ServerConfig
 from minisrv.engine.attention.torch_native import TorchNativeAttention
 from minisrv.engine.backends import choose_backends
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
-from minisrv.model_config import ModelConfig, RopeConfig
 
 pytest.importorskip("flashinfer")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from checkpoints import ARCHITECTURES, make_model
+from tests.support.checkpoints import ARCHITECTURES, make_model
 
 NUM_PROMPTS = 24
 

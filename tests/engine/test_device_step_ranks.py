@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from step_driver import sampling_columns
 
-from device_parts import expand, sample_by_torch
 from minisrv.engine.device_step import DeviceKernels, DeviceStep
 from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.engine.parallel.communicator import NoPeers
-from minisrv.engine.parallel.partition import Partition
+from minisrv.engine.parallel.shard import Partition
 from minisrv.engine.step_buffer import StepLimits
+from tests.support.device_parts import expand, sample_by_torch
+from tests.support.step_driver import sampling_columns
 
 SHARE = 5  # of a vocabulary of twice as many
 

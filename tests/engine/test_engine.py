@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from step_driver import StepDriver, open_engine
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from checkpoints import ARCHITECTURES, make_checkpoint
 from minisrv.engine.engine import Engine
 from minisrv.errors import ConfigError
+from tests.support.checkpoints import ARCHITECTURES, make_checkpoint
+from tests.support.step_driver import StepDriver, open_engine
 
 PROMPT_LEN = 45
 # These models enlarge rounding: after 200 tokens transformers too is up to 1e-4 from float64.

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from step_driver import sampling_columns
 
-from device_parts import expand, patch_flashinfer
+from minisrv.checkpoint.model_config import ModelConfig, RopeConfig
 from minisrv.engine.attention.flashinfer import FlashInferAttention
 from minisrv.engine.attention.torch_native import TorchNativeAttention
 from minisrv.engine.forward_batch import ForwardBatch
@@ -25,7 +24,8 @@ from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.page_table import PageTable
 from minisrv.engine.step_buffer import StepBuffer, StepLimits, StepTensors
-from minisrv.model_config import ModelConfig, RopeConfig
+from tests.support.device_parts import expand, patch_flashinfer
+from tests.support.step_driver import sampling_columns
 
 flashinfer = pytest.importorskip("flashinfer")
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, MAX_LEN, NUM_ROWS = 10, 2, 64, 200, 12

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from step_driver import StepDriver, open_engine
 
-from checkpoints import make_checkpoint
-from minisrv.engine.parallel.partition import Cut
+from minisrv.checkpoint.model_config import Fp8Config, load_model_config
+from minisrv.engine.parallel.shard import Cut
 from minisrv.engine.weights import CheckpointWeights
 from minisrv.errors import ConfigError, UnsupportedModelError
-from minisrv.model_config import Fp8Config, load_model_config
+from tests.support.checkpoints import make_checkpoint
+from tests.support.step_driver import StepDriver, open_engine
 
 BLOCK = (48, 40)  # divides none of the matrices
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}

@@ -24,7 +24,7 @@ import json, sys
 from pathlib import Path
 sys.path[:0] = PATHS
 import minisrv.engine.engine as module
-from step_driver import StepDriver, open_engine
+from tests.support.step_driver import StepDriver, open_engine
 
 module.keeps_fp8 = lambda *args: True
 driver = StepDriver(open_engine(Path(MODEL)))

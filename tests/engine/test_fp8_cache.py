@@ -11,18 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from step_driver import StepDriver, open_engine, sampling_columns
 from test_fp8 import write_pair
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from checkpoints import make_checkpoint
+from minisrv.checkpoint.model_config import ModelConfig, RopeConfig
 from minisrv.engine.attention.torch_native import TorchNativeAttention
 from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.engine.kernels.base import CacheSlots
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.page_table import PageTable
-from minisrv.model_config import ModelConfig, RopeConfig
+from tests.support.checkpoints import make_checkpoint
+from tests.support.step_driver import StepDriver, open_engine, sampling_columns
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, MAX_LEN = 6, 2, 16, 120
 E4M3 = torch.float8_e4m3fn

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from step_driver import StepDriver, open_engine
 from test_fp8 import quantize, write_pair
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
+from minisrv.checkpoint.model_config import Fp8Config
 from minisrv.config import ServerConfig
 from minisrv.engine import backends, fp8
 from minisrv.engine.layers.fp8_linear import Fp8Linear, can_multiply
 from minisrv.engine.layers.linear import Linear, Projection, load_linear, load_partial_linear
-from minisrv.engine.parallel.partition import Cut, Partition
+from minisrv.engine.parallel.shard import Cut, Partition
 from minisrv.engine.weights import CheckpointWeights
-from minisrv.model_config import Fp8Config
+from tests.support.step_driver import StepDriver, open_engine
 
 CPU = torch.device("cpu")
 IDS = list(range(1, 40))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from step_driver import sampling_columns
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -19,6 +18,7 @@ from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.sampling import sampler
 from minisrv.engine.sampling.sampler import _probabilities
 from minisrv.engine.sampling.uniform import uniforms
+from tests.support.step_driver import sampling_columns
 
 VOCAB = 50
 CASES = [

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from step_driver import sampling_columns
 
-from device_parts import expand
 from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.engine.page_table import PageTable, token_positions
 from minisrv.engine.step_buffer import StepBuffer, StepLimits, StepTensors
+from tests.support.device_parts import expand
+from tests.support.step_driver import sampling_columns
 
 CPU = torch.device("cpu")
 NUM_ROWS, MAX_LEN = 10, 300
@@ -200,8 +200,8 @@ print("compiled")
 )
 def test_the_kernel_does_the_same(code: str, interpret: str, last_line: str) -> None:
     pytest.importorskip("triton")
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parent), str(here.parent.parent / "python")]
+    root = Path(__file__).parents[2]
+    paths = [str(root), str(root / "python")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         [sys.executable, "-c", code],

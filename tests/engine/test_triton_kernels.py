@@ -98,8 +98,8 @@ _COMPARE_PRODUCT = (
 from minisrv.engine import fp8
 from minisrv.engine.kernels import triton_fp8
 from minisrv.engine.layers.fp8_linear import Fp8Linear, can_multiply
-from minisrv.model_config import Fp8Config
-from minisrv.engine.parallel.partition import Cut
+from minisrv.checkpoint.model_config import Fp8Config
+from minisrv.engine.parallel.shard import Cut
 
 torch.manual_seed(0)
 for num_tokens, outputs, inputs, block, cut in (
@@ -275,11 +275,10 @@ def test_the_interpreted_product_is_that_of_the_rounded_numbers() -> None:
     assert run(_COMPARE_PRODUCT, TRITON_INTERPRET="1") == "all alike\n"
 
 
-@pytest.mark.parametrize("name", ["interpreted_moe.py", "interpreted_sample.py"])
+@pytest.mark.parametrize("name", ["moe.py", "sample.py"])
 def test_the_interpreted_kernels_pass_their_own_tests(name: str) -> None:
-    code = (
-        f"import pytest; raise SystemExit(pytest.main([{str(Path(__file__).with_name(name))!r}]))"
-    )
+    path = Path(__file__).parent / "run_in_triton_interpreter" / name
+    code = f"import pytest; raise SystemExit(pytest.main([{str(path)!r}]))"
     assert " passed" in run(code, TRITON_INTERPRET="1")
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from step_driver import StepDriver, open_engine
 
-from checkpoints import make_checkpoint
+from minisrv.checkpoint.model_config import load_model_config
 from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
 from minisrv.errors import ConfigError
-from minisrv.model_config import load_model_config
+from tests.support.checkpoints import make_checkpoint
+from tests.support.step_driver import StepDriver, open_engine
 
 PROMPT = list(range(40, 80))
 FILE = "model.safetensors"

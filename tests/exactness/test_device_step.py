@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("flashinfer")
-from checkpoints import make_checkpoint
-from device_parts import use_device_step
 from exactness.oracle import (
     CHECKPOINTS,
     compare,
@@ -20,13 +18,16 @@ from exactness.oracle import (
     reference_tokens,
     run,
 )
+
 from minisrv.config import ServerConfig
 from minisrv.llm import LLM
-from minisrv.messages import AbortMsg, Finish, GenerateMsg
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.build import build_loop
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.loop import SchedulerLoop
+from minisrv.wire.messages import AbortMsg, Finish, GenerateMsg
+from tests.support.checkpoints import make_checkpoint
+from tests.support.device_parts import use_device_step
 
 
 def make_loop(model_dir: Path, **options: object) -> SchedulerLoop:

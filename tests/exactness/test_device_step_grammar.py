@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("flashinfer")
-from device_parts import use_device_step
 from minisrv import LLM, Grammar, SamplingParams
+from tests.support.device_parts import use_device_step
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "num_pages": 400, "num_threads": 1}
 GRAMMARS = [

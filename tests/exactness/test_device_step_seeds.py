@@ -10,9 +10,10 @@ import random
 import pytest
 
 pytest.importorskip("flashinfer")
-from device_parts import use_device_step
 from exactness.test_seeds import OPTIONS, Case, check_crowd, make_case
+
 from minisrv.llm import LLM
+from tests.support.device_parts import use_device_step
 
 
 @pytest.fixture(scope="module")

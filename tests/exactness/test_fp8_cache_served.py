@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from oracle import make_prompts, run
 from test_tensor_parallel import WAY, parallel_loop
 
-from checkpoints import VOCAB_SIZE, make_checkpoint
+from tests.support.checkpoints import VOCAB_SIZE, make_checkpoint
+from tests.support.oracle import make_prompts, run
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])

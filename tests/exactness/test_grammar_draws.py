@@ -17,14 +17,14 @@ import jsonschema
 import numpy as np
 import pytest
 import regex
-
-from checkpoints import EOS_ID, VOCAB_SIZE, make_checkpoint
 from exactness.oracle import load_reference, make_prompts
 from exactness.sampled_oracle import Allowed, check_tokens
-from minisrv.hf_tokenizer import HFTokenizer
+
+from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.llm import LLM
-from minisrv.llm_outputs import CompletionOutput
+from minisrv.llm.outputs import CompletionOutput
 from minisrv.sampling_params import Grammar, SamplingParams, TokenBias
+from tests.support.checkpoints import EOS_ID, VOCAB_SIZE, make_checkpoint
 
 BASE = SamplingParams(temperature=1.0, seed=1, max_tokens=24)
 PATTERNS = [

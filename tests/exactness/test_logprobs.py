@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import load_reference, make_prompts
 from transformers import PreTrainedModel
 
-from checkpoints import make_checkpoint
-from minisrv.hub import DEMO_DIR
+from minisrv.checkpoint.hub import DEMO_DIR
 from minisrv.llm import LLM
-from minisrv.llm_outputs import RequestOutput, TokenLogprob
+from minisrv.llm.outputs import RequestOutput, TokenLogprob
 from minisrv.sampling_params import Grammar, SamplingParams, TokenBias
+from tests.support.checkpoints import make_checkpoint
+from tests.support.oracle import load_reference, make_prompts
 
 COUNT = 24
 # The reference is float64: transformers' own float32 is up to 9.4e-5 from it on these checkpoints,
@@ -126,7 +126,7 @@ def test_they_are_right_in_the_step_that_is_made_for_a_gpu(
     tmp_path: Path, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("flashinfer")
-    from device_parts import use_device_step
+    from tests.support.device_parts import use_device_step
 
     repeat = use_device_step(monkeypatch)
     model_dir = make_checkpoint(tmp_path, "qwen3")

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from checkpoints import EOS_ID, make_checkpoint
 from exactness.oracle import load_reference, make_prompts
 from exactness.sampled_oracle import check_tokens
+
 from minisrv.llm import LLM
-from minisrv.messages import AbortMsg, Finish, TokenizeMsg
 from minisrv.sampling_params import Grammar, SamplingParams
 from minisrv.scheduler.loop import SchedulerLoop
+from minisrv.wire.messages import AbortMsg, Finish, TokenizeMsg
+from tests.support.checkpoints import EOS_ID, make_checkpoint
 
 N, PAGE, LENGTH, COUNT = 128, 16, 500, 6
 SHARED = (LENGTH - 1) // PAGE  # the last token is computed for each choice: its logits are drawn

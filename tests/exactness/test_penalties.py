@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import load_reference, make_prompts
 from transformers import PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
-from checkpoints import make_checkpoint
 from minisrv.llm import LLM
 from minisrv.sampling_params import SamplingParams, TokenBias
+from tests.support.checkpoints import make_checkpoint
+from tests.support.oracle import load_reference, make_prompts
 
 COUNT = 24
 CASES = [

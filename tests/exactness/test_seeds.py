@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from checkpoints import EOS_ID, make_checkpoint
 from exactness.oracle import load_reference, make_prompts
 from exactness.sampled_oracle import check_tokens
+
 from minisrv.llm import LLM
-from minisrv.llm_outputs import RequestOutput
+from minisrv.llm.outputs import RequestOutput
 from minisrv.sampling_params import Grammar, SamplingParams, TokenBias
+from tests.support.checkpoints import EOS_ID, make_checkpoint
 
 PLAIN = SamplingParams(temperature=1.0, seed=11, max_tokens=24, ignore_eos=True)
 LIST = {"type": "array", "items": {"enum": ["x", "yy", 10]}, "minItems": 3, "maxItems": 6}

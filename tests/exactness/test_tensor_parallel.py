@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracle import Way, compare, load_reference, make_prompts, reference_tokens, run
 from transformers import PreTrainedModel
 
-from checkpoints import make_checkpoint
 from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
 from minisrv.errors import ConfigError, EngineDeadError
@@ -20,6 +18,8 @@ from minisrv.llm import LLM
 from minisrv.scheduler.build import build_loop
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.loop import SchedulerLoop
+from tests.support.checkpoints import make_checkpoint
+from tests.support.oracle import Way, compare, load_reference, make_prompts, reference_tokens, run
 
 WAY = Way(True, 16, 64, 32, 1, "auto")
 

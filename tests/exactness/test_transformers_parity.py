@@ -5,9 +5,6 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedModel
-
-from checkpoints import make_checkpoint
 from exactness.oracle import (
     CHECKPOINTS,
     EVERY_WAY,
@@ -20,6 +17,9 @@ from exactness.oracle import (
     reference_tokens,
     run,
 )
+from transformers import PreTrainedModel
+
+from tests.support.checkpoints import make_checkpoint
 
 
 @dataclass

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from http_server import HttpServer, serve
+
+from tests.support.http_server import HttpServer, serve
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,12 @@ from typing import Any
 
 import openai
 import pytest
-from http_server import HttpServer, serve
 from starlette.datastructures import Headers
 
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError
-from minisrv.frontend.access import Access, Keys
+from minisrv.frontend.http.access import Access, Keys
+from tests.support.http_server import HttpServer, serve
 
 USER, OTHER, ADMIN = "user-key", "other-key", "admin-key"
 ADMIN_ROUTES = [

@@ -6,15 +6,15 @@ import re
 import runpy
 from pathlib import Path
 
-from http_server import serve
 from prometheus_client.parser import text_string_to_metric_families
-from scripted_backend import stats
 
 from minisrv import sampling_params
-from minisrv.frontend.generation import MAX_SALT_CHARS
-from minisrv.frontend.http_body import MAX_DEPTH
-from minisrv.frontend.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS
-from minisrv.frontend.native import SAMPLING_FIELDS
+from minisrv.frontend.apis.native import SAMPLING_FIELDS
+from minisrv.frontend.generation.request import MAX_SALT_CHARS
+from minisrv.frontend.http.body import MAX_DEPTH
+from minisrv.frontend.http.protocol import MAX_HEAD_BYTES, MAX_HEADERS
+from tests.support.http_server import serve
+from tests.support.scripted_backend import stats
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "api.md").read_text()

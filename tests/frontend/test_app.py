@@ -7,11 +7,11 @@ import re
 import httpx
 import openai
 import pytest
-from http_server import MODEL, HttpServer, serve
 from openai.types import Model
-from scripted_backend import WORDS
 
 from minisrv.errors import EngineDeadError, NotReadyError
+from tests.support.http_server import MODEL, HttpServer, serve
+from tests.support.scripted_backend import WORDS
 
 
 def test_models_are_listed_and_retrieved_with_a_fixed_time(server: HttpServer) -> None:
@@ -132,7 +132,7 @@ def test_a_page_may_read_the_headers_of_every_answer(monkeypatch: pytest.MonkeyP
     def broken(*_: object) -> None:
         raise KeyError
 
-    monkeypatch.setattr("minisrv.frontend.stream.Usage.add", broken)
+    monkeypatch.setattr("minisrv.frontend.apis.openai.render.Usage.add", broken)
     with serve(cors_origins="http://page.example") as server:
         origin = {"Origin": "http://page.example"}
         message = {"max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
@@ -225,7 +225,7 @@ def test_a_bug_is_a_500_that_names_the_request_and_nothing_else(
     def broken(*_: object) -> None:
         raise KeyError("a secret path")
 
-    monkeypatch.setattr("minisrv.frontend.stream.Usage.add", broken)
+    monkeypatch.setattr("minisrv.frontend.apis.openai.render.Usage.add", broken)
     for stream in (False, True):
         response = server.chat(stream=stream)
         assert response.status_code == (200 if stream else 500)

@@ -5,13 +5,13 @@ from typing import Any
 
 import openai
 import pytest
-from http_server import HttpServer, serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted_backend import TEXT
 
-from minisrv.frontend.http_errors import ERROR_SCHEMA
-from minisrv.frontend.openai_types import CHAT_FIELDS, COMPLETION_FIELDS, ROLES
+from minisrv.frontend.fields.table import CHAT_FIELDS, COMPLETION_FIELDS, ROLES
+from minisrv.frontend.http.errors import ERROR_SCHEMA
+from tests.support.http_server import HttpServer, serve
+from tests.support.scripted_backend import TEXT
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from engine_backend import EngineBackend
-from http_server import HttpServer, serve
 from openai.lib.streaming.chat import ChatCompletionStreamState
 
 from minisrv.llm import LLM
+from tests.support.engine_backend import EngineBackend
+from tests.support.http_server import HttpServer, serve
 
 N = 128
 OPTIONS: dict[str, Any] = {"dtype": "float32", "num_threads": 1, "num_pages": 600, "page_size": 16}

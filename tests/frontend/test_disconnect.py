@@ -6,11 +6,12 @@ import time
 from typing import Any
 
 import pytest
-from http_server import HttpServer, serve
-from scripted_backend import TEXT, reply
 
-from minisrv.frontend import http_body, responder
-from minisrv.messages import Finish
+from minisrv.frontend.generation.request import run as responder
+from minisrv.frontend.http import body as http_body
+from minisrv.wire.messages import Finish
+from tests.support.http_server import HttpServer, serve
+from tests.support.scripted_backend import TEXT, reply
 
 CHAT = "/v1/chat/completions"
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from engine_backend import EngineBackend
-from http_server import HttpServer, serve
 from openai.lib.streaming.chat import ChatCompletionStreamState
-from played_model import TEMPLATES
 
-from builders import DEMO_EOS, demo_tokenizer
 from minisrv.llm import LLM
-from minisrv.messages import TokenizeMsg
 from minisrv.sampling_params import Grammar, SamplingParams, TokenBias
+from minisrv.wire.messages import TokenizeMsg
+from tests.support.builders import DEMO_EOS, demo_tokenizer
+from tests.support.engine_backend import EngineBackend
+from tests.support.http_server import HttpServer, serve
+from tests.support.played_model import TEMPLATES
 
 CONTEXT = 320
 OPTIONS: dict[str, Any] = {"dtype": "float32", "num_threads": 1, "num_pages": 3000}

@@ -4,16 +4,16 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from http_server import MODEL
-from scripted_backend import reply
 
 from minisrv.config import ServerConfig
 from minisrv.errors import RequestFailedError
-from minisrv.frontend.engine_client import EngineClient
-from minisrv.frontend.request_registry import RequestRegistry
-from minisrv.ipc import AsyncInbox, Outbox, private_directory
-from minisrv.messages import TOKENIZER_INBOX, AbortMsg, Finish, TokenizeMsg
+from minisrv.frontend.registry.engine_client import EngineClient
+from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.sampling_params import SamplingParams
+from minisrv.wire.messages import TOKENIZER_INBOX, AbortMsg, Finish, TokenizeMsg
+from minisrv.wire.sockets import AsyncInbox, Outbox, private_directory
+from tests.support.http_server import MODEL
+from tests.support.scripted_backend import reply
 
 
 async def _round_trips(run_dir: Path) -> None:

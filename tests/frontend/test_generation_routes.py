@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from http_server import MODEL, HttpServer
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from scripted_backend import TEXT, WORDS
 
-from minisrv.frontend.openai_types import ROLES
+from minisrv.frontend.fields.table import ROLES
+from tests.support.http_server import MODEL, HttpServer
+from tests.support.scripted_backend import TEXT, WORDS
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

@@ -6,7 +6,8 @@ import json
 import socket
 
 import pytest
-from http_server import HttpServer
+
+from tests.support.http_server import HttpServer
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: a\r\n"
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from http_server import HttpServer, serve
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob
-from played_model import TEMPLATES, PlayedModel
+
+from tests.support.http_server import HttpServer, serve
+from tests.support.played_model import TEMPLATES, PlayedModel
 
 TEXT = "the quick 你好 \U0001f600 é server, <tool_call>"
 HI: list[Any] = [{"role": "user", "content": "hi"}]

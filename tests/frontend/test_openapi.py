@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from http_server import HttpServer, serve
 from jsonschema import Draft202012Validator
+
+from tests.support.http_server import HttpServer, serve
 
 Operations = list[tuple[str, str, dict[str, Any]]]
 

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from http_server import MODEL
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from scripted_backend import reply, start_of
 
 from minisrv.config import ServerConfig
 from minisrv.errors import (
@@ -19,11 +17,13 @@ from minisrv.errors import (
     OverloadedError,
     RequestFailedError,
 )
-from minisrv.frontend.events import Event
-from minisrv.frontend.open_request import RequestAborted
-from minisrv.frontend.request_registry import RequestRegistry
-from minisrv.messages import AbortMsg, Failure, Finish, TokenizeMsg, failure_reply
+from minisrv.frontend.registry.events import Event
+from minisrv.frontend.registry.open_request import RequestAborted
+from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.sampling_params import SamplingParams
+from minisrv.wire.messages import AbortMsg, Failure, Finish, TokenizeMsg, failure_reply
+from tests.support.http_server import MODEL
+from tests.support.scripted_backend import reply, start_of
 
 Sent = list[tuple[int, TokenizeMsg | AbortMsg]]
 

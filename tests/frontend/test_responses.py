@@ -7,11 +7,11 @@ from typing import Any
 
 import openai
 import pytest
-from http_server import HttpServer, serve
-from response_wire import EVENT, PATH, events, joined, plain, shape, whole
-from scripted_backend import TEXT, WORDS, ScriptedBackend
 
-from minisrv.frontend import responder
+from minisrv.frontend.generation.request import run as responder
+from tests.support.http_server import HttpServer, serve
+from tests.support.response_wire import EVENT, PATH, events, joined, plain, shape, whole
+from tests.support.scripted_backend import TEXT, WORDS, ScriptedBackend
 
 
 def test_a_text_is_answered(server: HttpServer) -> None:

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.openai_types import (
+from minisrv.frontend.fields.schema import Schema, check_value
+from minisrv.frontend.fields.table import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
     Treatment,
     request_schema,
 )
-from minisrv.frontend.schema import Schema, check_value
 
 SCHEMAS = {
     (endpoint, name): field.schema

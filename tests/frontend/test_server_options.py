@@ -5,13 +5,13 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from http_server import HttpServer, serve
-from scripted_backend import ScriptedBackend
 
-from minisrv.chat_format import ChatFormat
+from minisrv.checkpoint.chat_format import ChatFormat
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError
 from minisrv.frontend.process import _model_info
+from tests.support.http_server import HttpServer, serve
+from tests.support.scripted_backend import ScriptedBackend
 
 HI = [{"role": "user", "content": "hi"}]
 CHAT = ("/v1/chat/completions", {"messages": HI})

@@ -10,20 +10,20 @@ from typing import Any
 
 import httpx
 import pytest
-from cut_model import CutModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from played_model import TEMPLATES
 
 from minisrv.config import ServerConfig
+from minisrv.frontend.apis.openai.render import ReplyHeader, StreamOptions, StreamReply, Usage
 from minisrv.frontend.app import create_app
-from minisrv.frontend.events import Event
-from minisrv.frontend.request_registry import RequestRegistry
-from minisrv.frontend.stream import ReplyHeader, StreamOptions, StreamReply, Usage
-from minisrv.messages import Finish
+from minisrv.frontend.registry.events import Event
+from minisrv.frontend.registry.registry import RequestRegistry
+from minisrv.wire.messages import Finish
+from tests.support.cut_model import CutModel
+from tests.support.played_model import TEMPLATES
 
 TOOLS: list[Any] = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}

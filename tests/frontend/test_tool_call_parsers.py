@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisrv.chat_format import ToolFormat
+from minisrv.checkpoint.chat_format import ToolFormat
 from minisrv.frontend.tool_calls.formats import make_call_id, make_parser
 from minisrv.frontend.tool_calls.pieces import CallStart, Text
 

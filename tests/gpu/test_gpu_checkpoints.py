@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exactness.oracle import NEW_TOKENS, make_prompts, run
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from checkpoints import make_model
-from engine.step_driver import StepDriver, open_engine
-from exactness.oracle import NEW_TOKENS, make_prompts, run
 from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
-from minisrv.engine.step import HostStep
+from minisrv.engine.step_runner import HostStep
 from minisrv.scheduler.build import build_loop
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.loop import SchedulerLoop
+from tests.support.checkpoints import make_model
+from tests.support.step_driver import StepDriver, open_engine
 
 DEVICE = "cuda"
 CLEAR_MARGIN = 0.1  # of the best logit over the second; below it bfloat16 may choose either

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.step_driver import sampling_columns
+from minisrv.checkpoint.model_config import ModelConfig, RopeConfig
 from minisrv.config import ServerConfig
 from minisrv.engine.attention.flashinfer import FlashInferAttention
 from minisrv.engine.backends import choose_backends, device_kernels
@@ -19,7 +19,7 @@ from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.page_table import PageTable
 from minisrv.engine.step_buffer import StepBuffer, StepLimits, StepTensors
-from minisrv.model_config import ModelConfig, RopeConfig
+from tests.support.step_driver import sampling_columns
 
 DEVICE = torch.device("cuda")
 NUM_KV_HEADS, MAX_LEN, NUM_ROWS = 2, 1200, 16

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from engine.step_driver import sampling_columns
 from minisrv.engine.kernels.base import ExpertWeights
+from tests.support.step_driver import sampling_columns
 
 pytest.importorskip("triton")
-from engine.interpreted_sample import CASES, expected
 from minisrv.engine.kernels.triton_moe import run_experts
 from minisrv.engine.kernels.triton_sample import sample_on_device
 from minisrv.engine.sampling.device_columns import DeviceColumns
+from tests.engine.run_in_triton_interpreter.sample import CASES, expected
 
 DEVICE = torch.device("cuda")
 

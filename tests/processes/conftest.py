@@ -3,7 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from server_process import write_model_dir
+
+from tests.support.server_process import write_model_dir
 
 
 @pytest.fixture(scope="session")

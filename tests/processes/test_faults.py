@@ -13,7 +13,8 @@ import httpx
 import openai
 import psutil
 import pytest
-from server_process import OpenRequest, ServerProcess, open_requests, running
+
+from tests.support.server_process import OpenRequest, ServerProcess, open_requests, running
 
 STEP_S = 0.02
 

@@ -16,19 +16,21 @@ import nbformat
 import psutil
 import pytest
 from nbclient import NotebookClient
-from server_process import VOCAB_SIZE, environment
 
-from hash_engine import expected_output
-from minisrv import FrontendManager, SamplingParams, ServerConfig, supervisor
+from minisrv import FrontendManager, SamplingParams, ServerConfig
 from minisrv.errors import ConfigError, InvalidRequestError, NotReadyError, RequestFailedError
 from minisrv.frontend_manager import Ack
-from minisrv.messages import TokenizeMsg
+from minisrv.supervision import supervisor
+from minisrv.wire.messages import TokenizeMsg
+from tests.support.hash_engine import expected_output
+from tests.support.server_process import VOCAB_SIZE, environment
 
 PROMPT = (5, 6, 7)
 SETUP = """
-from minisrv import FrontendManager, SamplingParams, supervisor
-from minisrv.messages import TokenizeMsg
-supervisor.MODULES["scheduler"] = "hash_scheduler"
+from minisrv import FrontendManager, SamplingParams
+from minisrv.supervision import supervisor
+from minisrv.wire.messages import TokenizeMsg
+supervisor.MODULES["scheduler"] = "tests.support.hash_scheduler"
 
 async def answer():
     async with FrontendManager(model={model!r}) as manager:
@@ -41,7 +43,7 @@ async def answer():
 
 @pytest.fixture(autouse=True)
 def _hash_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(supervisor.MODULES, "scheduler", "hash_scheduler")
+    monkeypatch.setitem(supervisor.MODULES, "scheduler", "tests.support.hash_scheduler")
 
 
 def message(uid: int, **sampling: object) -> TokenizeMsg:
@@ -157,7 +159,11 @@ def test_a_death_raises_in_every_open_stream(model_dir: Path) -> None:
         await manager.start()
         uid = manager.new_user()
         await manager.send_one(message(uid, max_tokens=2000))
-        (process,) = [p for p in psutil.Process().children() if p.cmdline()[-1] == "hash_scheduler"]
+        (process,) = [
+            p
+            for p in psutil.Process().children()
+            if p.cmdline()[-1] == "tests.support.hash_scheduler"
+        ]
 
         async def kill_at_first_ack() -> None:
             async for _ in manager.wait_for_ack(uid):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from server_process import ServerProcess, environment, running, wait_until
 
 import minisrv
 from minisrv.config import ServerConfig
 from minisrv.launch_server import banner, listen
+from tests.support.server_process import ServerProcess, environment, running, wait_until
 
 SERVE = [sys.executable, "-m", "minisrv.launch_server"]
 

@@ -14,10 +14,17 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from server_process import ServerProcess, environment, open_requests, running, wait_until
 from transformers import AutoTokenizer
 
-DEMO = Path(__file__).parent.parent.parent / "python" / "minisrv" / "demo_model"
+from tests.support.server_process import (
+    ServerProcess,
+    environment,
+    open_requests,
+    running,
+    wait_until,
+)
+
+DEMO = Path(__file__).parent.parent.parent / "python" / "minisrv" / "checkpoint" / "demo_model"
 CHAT = [{"role": "user", "content": "What is 17 + 25?"}]
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from server_process import ServerProcess, running
 
-from hub_server import REPOSITORY, serve_hub
+from tests.support.hub_server import REPOSITORY, serve_hub
+from tests.support.server_process import ServerProcess, running
 
 
 def test_a_server_downloads_its_model_and_serves_it(

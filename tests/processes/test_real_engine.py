@@ -14,7 +14,9 @@ import httpx
 import openai
 import psutil
 import pytest
-from server_process import (
+
+from tests.support.checkpoints import make_checkpoint
+from tests.support.server_process import (
     ServerProcess,
     environment,
     open_requests,
@@ -22,8 +24,6 @@ from server_process import (
     status_of,
     wait_until,
 )
-
-from checkpoints import make_checkpoint
 
 NUM_PAGES = 140
 PAGE_SIZE = 16

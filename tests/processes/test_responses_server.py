@@ -9,7 +9,8 @@ import openai
 import pydantic
 import pytest
 from openai.types.responses import Response
-from server_process import running
+
+from tests.support.server_process import running
 
 
 class Answer(pydantic.BaseModel):

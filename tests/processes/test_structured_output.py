@@ -13,7 +13,8 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel, Field
-from server_process import ServerProcess, running
+
+from tests.support.server_process import ServerProcess, running
 
 ASK: list[Any] = [{"role": "user", "content": "Answer in JSON: a person."}]
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from minisrv import supervisor
-from minisrv.child import EngineEnded, EngineReady, Notice, Progress
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError, EngineDeadError, MinisrvError
-from minisrv.supervisor import Supervisor
+from minisrv.supervision import supervisor
+from minisrv.supervision.child_main import EngineEnded, EngineReady, Notice, Progress
+from minisrv.supervision.supervisor import Supervisor
 
 CHILD = """
 import os, signal, sys, time
-from minisrv.child import Ready, run_child
+from minisrv.supervision.child_main import Ready, run_child
 from minisrv.errors import ConfigError
 
 def main(child):

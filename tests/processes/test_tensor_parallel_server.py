@@ -9,9 +9,9 @@ import httpx
 import openai
 import psutil
 import pytest
-from server_process import ServerProcess, open_requests, running
 
 from minisrv import LLM
+from tests.support.server_process import ServerProcess, open_requests, running
 
 ARGUMENTS = ("--model", "demo", "--dtype", "float32", "--num-threads", "1")
 QUESTIONS = ["What is 58 + 67?", "Count from 3 to 9.", "Who are you?"]

@@ -8,10 +8,10 @@ from typing import Any
 
 import openai
 import pytest
-from server_process import ServerProcess, running
 
 from demo_model.tokenizer import CHAT_TEMPLATE
 from demo_model.tools import add_tool, get_time_tool
+from tests.support.server_process import ServerProcess, running
 
 TOOLS: Any = [get_time_tool(), add_tool()]
 # Bounded, so that a call that is forced on the model comes to an end.

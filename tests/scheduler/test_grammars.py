@@ -11,15 +11,21 @@ from typing import Any
 
 import pytest
 from llguidance import LLParserLimits
+from scheduler.test_loop import Result, collect, drain
 
-from builders import DEMO_EOS, demo_tokenizer, demo_vocabulary, generate_msg, hash_loop
-from hash_engine import expected_output
-from minisrv.messages import AbortMsg, Finish
 from minisrv.sampling_params import Grammar
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.structured_output.compiler import GrammarCompiler
 from minisrv.structured_output.vocabulary import Vocabulary
-from scheduler.test_loop import Result, collect, drain
+from minisrv.wire.messages import AbortMsg, Finish
+from tests.support.builders import (
+    DEMO_EOS,
+    demo_tokenizer,
+    demo_vocabulary,
+    generate_msg,
+    hash_loop,
+)
+from tests.support.hash_engine import expected_output
 
 VOCAB = 512
 PERSON = Grammar.json_schema(

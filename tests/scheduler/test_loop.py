@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from builders import generate_msg, hash_loop
-from hash_engine import expected_output
-from minisrv.messages import AbortMsg, Finish, ShownPrompt, Start
 from minisrv.scheduler.loop import SchedulerLoop
+from minisrv.wire.messages import AbortMsg, Finish, ShownPrompt, Start
+from tests.support.builders import generate_msg, hash_loop
+from tests.support.hash_engine import expected_output
 
 VOCAB = 50
 

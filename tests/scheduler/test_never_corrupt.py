@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from builders import generate_msg, hash_loop
-from hash_engine import expected_logprobs, expected_output
-from minisrv.messages import AbortMsg, DetokenizeMsg, Finish, Start
+from minisrv.wire.messages import AbortMsg, DetokenizeMsg, Finish, Start
+from tests.support.builders import generate_msg, hash_loop
+from tests.support.hash_engine import expected_logprobs, expected_output
 
 VOCAB = 30
 EOS = 7

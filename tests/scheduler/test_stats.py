@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from builders import generate_msg, hash_loop
-from minisrv.messages import AbortMsg, AnswerMsg, FlushMsg, Start, StatsMsg
 from minisrv.scheduler import loop as loop_module
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.stats import PERIOD_S
+from minisrv.wire.messages import AbortMsg, AnswerMsg, FlushMsg, Start, StatsMsg
+from tests.support.builders import generate_msg, hash_loop
 
 
 class Clock:

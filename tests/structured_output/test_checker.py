@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from builders import demo_vocabulary
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.sampling_params import MAX_GRAMMAR_BYTES, Grammar
 from minisrv.structured_output.checker import GrammarChecker
+from tests.support.builders import demo_vocabulary
 
 
 @pytest.fixture(scope="module")

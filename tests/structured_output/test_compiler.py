@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from builders import demo_vocabulary
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.sampling_params import Grammar
 from minisrv.structured_output.compiler import GrammarCompiler, Outcome
 from minisrv.structured_output.matcher import Matcher
+from tests.support.builders import demo_vocabulary
 
 
 @pytest.fixture

@@ -5,18 +5,18 @@ from __future__ import annotations
 from random import Random
 
 import numpy as np
+import own_tokenizers
 import pytest
 import regex
 from tokenizers import Tokenizer
 
-import own_tokenizers
-from builders import DEMO_EOS, demo_tokenizer, demo_vocabulary
+from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.errors import InvalidRequestError
-from minisrv.hf_tokenizer import HFTokenizer
 from minisrv.sampling_params import Grammar
 from minisrv.structured_output.matcher import Matcher
 from minisrv.structured_output.source import to_source
 from minisrv.structured_output.vocabulary import Vocabulary, open_vocabulary
+from tests.support.builders import DEMO_EOS, demo_tokenizer, demo_vocabulary
 
 PATTERNS = [
     "[a-c]+x?",

@@ -2,10 +2,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import own_tokenizers
 import pytest
 from transformers import AutoTokenizer
 
-import own_tokenizers
 from minisrv.errors import ConfigError, InvalidRequestError
 from minisrv.tokenizer import chat_template
 from minisrv.tokenizer.chat_template import ChatTemplate

@@ -4,20 +4,20 @@ import itertools
 import json
 from typing import Any
 
+import own_tokenizers
 import pytest
 from tokenizers import AddedToken
 
-import own_tokenizers
-from minisrv.chat_format import find_chat_format
+from minisrv.checkpoint.chat_format import find_chat_format
+from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.frontend.tool_calls.formats import make_parser
 from minisrv.frontend.tool_calls.pieces import CallArguments, CallStart
-from minisrv.hf_tokenizer import HFTokenizer
-from minisrv.messages import Parts
 from minisrv.sampling_params import Grammar
 from minisrv.structured_output.checker import GrammarChecker
 from minisrv.structured_output.source import to_source
 from minisrv.structured_output.vocabulary import Vocabulary
 from minisrv.tokenizer.reply_grammar import ReplyGrammars
+from minisrv.wire.messages import Parts
 
 TEMPLATES = {
     "hermes": "{{ tools }}<tool_call></tool_call></think>",

@@ -3,14 +3,19 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import own_tokenizers
 import pytest
 from tokenizers import Tokenizer
 
-import own_tokenizers
+from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.errors import MinisrvError
-from minisrv.hf_tokenizer import HFTokenizer
-from minisrv.message_codec import decode, encode
-from minisrv.messages import (
+from minisrv.sampling_params import SamplingParams, TokenBias
+from minisrv.structured_output.checker import GrammarChecker
+from minisrv.structured_output.vocabulary import open_vocabulary
+from minisrv.tokenizer.chat_template import ChatTemplate
+from minisrv.tokenizer.worker import TokenizerWorker
+from minisrv.wire.codec import decode, encode
+from minisrv.wire.messages import (
     FRONTEND_INBOX,
     SCHEDULER_INBOX,
     AbortMsg,
@@ -24,11 +29,6 @@ from minisrv.messages import (
     TokenizeMsg,
     UserReply,
 )
-from minisrv.sampling_params import SamplingParams, TokenBias
-from minisrv.structured_output.checker import GrammarChecker
-from minisrv.structured_output.vocabulary import open_vocabulary
-from minisrv.tokenizer.chat_template import ChatTemplate
-from minisrv.tokenizer.worker import TokenizerWorker
 
 SOURCE = (
     "{{ bos_token }}{% for m in messages %}{{ raise_exception('no jokes') if m.content == 'joke' "

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from minisrv.child import Child, Ready, run_child
+from minisrv.checkpoint.model_config import load_model_config
+from minisrv.checkpoint.tokenizer import load_tokenizer
 from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput
-from minisrv.hf_tokenizer import load_tokenizer
 from minisrv.kvcache.manager import KVCacheManager
-from minisrv.model_config import load_model_config
 from minisrv.scheduler.channel import ZmqChannel
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
+from minisrv.supervision.child_main import Child, Ready, run_child
 
 NUM_PAGES, NUM_ROWS, PAGE_SIZE = 4096, 256, 16
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from minisrv.chat_format import ChatFormat
-from minisrv.child import Child, Ready, run_child
-from minisrv.ipc import Inbox, Outbox
-from minisrv.messages import TOKENIZER_INBOX, Finish, Start, TokenizeMsg, UserReply
+from minisrv.checkpoint.chat_format import ChatFormat
+from minisrv.supervision.child_main import Child, Ready, run_child
+from minisrv.wire.messages import TOKENIZER_INBOX, Finish, Start, TokenizeMsg, UserReply
+from minisrv.wire.sockets import Inbox, Outbox
 
 TEXT = " word"
 

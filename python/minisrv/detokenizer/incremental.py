@@ -18,8 +18,8 @@ import re
 from functools import cache
 from typing import Any
 
+from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.errors import UnsupportedModelError
-from minisrv.hf_tokenizer import HFTokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _LOCAL_STEPS = frozenset(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minisrv.child import Child, Ready, run_child
+from minisrv.checkpoint.tokenizer import load_tokenizer
 from minisrv.detokenizer.worker import DetokenizerWorker
-from minisrv.hf_tokenizer import load_tokenizer
-from minisrv.ipc import Inbox, Outbox
-from minisrv.messages import DETOKENIZER_INBOX, DetokenizeMsg
+from minisrv.supervision.child_main import Child, Ready, run_child
+from minisrv.wire.messages import DETOKENIZER_INBOX, DetokenizeMsg
+from minisrv.wire.sockets import Inbox, Outbox
 
 
 def main() -> None:

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from minisrv.chat_format import find_chat_format
+from minisrv.checkpoint.chat_format import find_chat_format
+from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.detokenizer.incremental import TextDecoder, TextStream
-from minisrv.detokenizer.scores import Scorer, echo_prompt
+from minisrv.detokenizer.logprobs import Scorer, echo_prompt
+from minisrv.detokenizer.reasoning import ThoughtSplitter
 from minisrv.detokenizer.stop_strings import StopMatcher
-from minisrv.detokenizer.thought import ThoughtSplitter
 from minisrv.errors import MinisrvError
-from minisrv.hf_tokenizer import HFTokenizer
-from minisrv.messages import (
+from minisrv.wire.logprobs import OutputScores, PromptEcho
+from minisrv.wire.messages import (
     AbortMsg,
     DetokenizeMsg,
     End,
@@ -28,7 +29,6 @@ from minisrv.messages import (
     Thought,
     UserReply,
 )
-from minisrv.scores import OutputScores, PromptEcho
 
 logger = logging.getLogger("minisrv.detokenizer")
 

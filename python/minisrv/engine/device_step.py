@@ -29,8 +29,8 @@ from minisrv.engine.parallel.communicator import Communicator
 from minisrv.engine.sampling.adjust import LogitAdjuster
 from minisrv.engine.sampling.device_columns import DeviceColumns
 from minisrv.engine.sampling.logprobs import StepScores, score_prompt
-from minisrv.engine.step import StepHandle, to_pinned
 from minisrv.engine.step_buffer import SentStep, StepBuffer, StepLimits, StepTensors
+from minisrv.engine.step_runner import StepHandle, to_pinned
 from minisrv.engine.upload import upload
 
 logger = logging.getLogger("minisrv.engine")

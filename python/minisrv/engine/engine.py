@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minisrv.checkpoint.model_config import ModelConfig
 from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig
 from minisrv.engine.attention.base import AttentionBackend, LayerAttention
 from minisrv.engine.attention.flashinfer import FlashInferAttention
@@ -36,13 +37,12 @@ from minisrv.engine.model_size import graph_bytes, graph_sizes
 from minisrv.engine.models.registry import BLOCKS
 from minisrv.engine.page_table import PageTable
 from minisrv.engine.parallel.communicator import Communicator, NoPeers, Peers
-from minisrv.engine.parallel.partition import Partition, check_divisible
 from minisrv.engine.parallel.ranks import Ranks
-from minisrv.engine.step import HostStep, Step, StepHandle
+from minisrv.engine.parallel.shard import Partition, check_divisible
 from minisrv.engine.step_buffer import StepLimits
+from minisrv.engine.step_runner import HostStep, Step, StepHandle
 from minisrv.engine.weights import CheckpointWeights, DummyWeights, Progress, Weights
 from minisrv.errors import ConfigError
-from minisrv.model_config import ModelConfig
 
 _OVERLAP_DEPTH = {"cpu": 0, "cuda": 1}
 

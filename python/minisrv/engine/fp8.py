@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisrv.engine.parallel.partition import Cut
+from minisrv.checkpoint.model_config import Fp8Config
+from minisrv.engine.parallel.shard import Cut
 from minisrv.errors import ConfigError
-from minisrv.model_config import Fp8Config
 
 DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 E4M3_MAX = 448.0

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisrv.model_config import ModelConfig
+from minisrv.checkpoint.model_config import ModelConfig
 
 _TOUCHED_BYTES = 256 * 2**20
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from minisrv.engine.parallel.partition import Partition
-from minisrv.model_config import ModelConfig, MoeConfig
+from minisrv.checkpoint.model_config import ModelConfig, MoeConfig
+from minisrv.engine.parallel.shard import Partition
 
 ATTENTION_WORKSPACE_BYTES = (128 + 2 * 8) * 2**20  # FlashInfer's floats, and its two plans
 GRAPH_NODE_BYTES, GRAPH_NODES = 8 * 2**10, 10  # of a kernel in a graph; kernels a layer

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from minisrv.checkpoint.model_config import Fp8Config
 from minisrv.engine.fp8 import DTYPES as FP8_DTYPES
 from minisrv.engine.fp8 import SCALE_SUFFIXES, Fp8Matrix, read_matrix
-from minisrv.engine.parallel.partition import Cut
+from minisrv.engine.parallel.shard import Cut
 from minisrv.errors import ConfigError
-from minisrv.model_config import Fp8Config
 
 Progress = Callable[[str, float], None]
 

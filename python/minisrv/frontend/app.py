@@ -12,38 +12,38 @@ from fastapi_offline import FastAPIOffline
 from starlette.responses import JSONResponse, Response
 
 from minisrv.config import ServerConfig
-from minisrv.frontend.access import METRICS_PATH, PUBLIC_PATHS, AccessMiddleware, Keys
-from minisrv.frontend.admin import add_admin_routes
-from minisrv.frontend.anthropic_messages.route import add_messages_routes
-from minisrv.frontend.body_fields import BodyFields, with_warnings
-from minisrv.frontend.chat import read_chat
-from minisrv.frontend.completions import read_completion
-from minisrv.frontend.cors import PagesMiddleware
-from minisrv.frontend.fingerprint import fingerprint
-from minisrv.frontend.generation import Generation, model_not_found
-from minisrv.frontend.http_errors import RETRY_AFTER_S, add_error_handlers, error_body
-from minisrv.frontend.metrics import CONTENT_TYPE, ServerMetrics
-from minisrv.frontend.model_info import ModelInfo
-from minisrv.frontend.native import add_native_route
-from minisrv.frontend.openai_types import (
+from minisrv.frontend.apis.anthropic.route import add_messages_routes
+from minisrv.frontend.apis.native import add_native_route
+from minisrv.frontend.apis.openai.chat import read_chat
+from minisrv.frontend.apis.openai.completions import read_completion
+from minisrv.frontend.apis.openai.render import ReplyHeader
+from minisrv.frontend.apis.responses.route import add_response_routes
+from minisrv.frontend.apis.tokens import add_token_routes
+from minisrv.frontend.fields.read_body import BodyFields, with_warnings
+from minisrv.frontend.fields.table import (
     COMPLETION_FIELDS,
     Field,
     chat_fields,
 )
-from minisrv.frontend.openapi import describe_errors, errors, request_body
-from minisrv.frontend.request_context import (
+from minisrv.frontend.fields.unknown import UnknownFields
+from minisrv.frontend.generation.fingerprint import fingerprint
+from minisrv.frontend.generation.request import Generation, model_not_found
+from minisrv.frontend.generation.run import GenerationResponse
+from minisrv.frontend.http.access import METRICS_PATH, PUBLIC_PATHS, AccessMiddleware, Keys
+from minisrv.frontend.http.context import (
     BugMiddleware,
     RequestContextMiddleware,
     context_of,
 )
-from minisrv.frontend.request_registry import RequestRegistry
-from minisrv.frontend.responder import GenerationResponse
-from minisrv.frontend.responses.route import add_response_routes
-from minisrv.frontend.root_page import add_root_page
-from minisrv.frontend.server_state import Dead, Ready, Starting
-from minisrv.frontend.stream import ReplyHeader
-from minisrv.frontend.tokens import add_token_routes
-from minisrv.frontend.unknown_fields import UnknownFields
+from minisrv.frontend.http.cors import PagesMiddleware
+from minisrv.frontend.http.errors import RETRY_AFTER_S, add_error_handlers, error_body
+from minisrv.frontend.http.openapi import describe_errors, errors, request_body
+from minisrv.frontend.ops.admin import add_admin_routes
+from minisrv.frontend.ops.metrics import CONTENT_TYPE, ServerMetrics
+from minisrv.frontend.ops.root_page import add_root_page
+from minisrv.frontend.registry.model_info import ModelInfo
+from minisrv.frontend.registry.registry import RequestRegistry
+from minisrv.frontend.registry.server_state import Dead, Ready, Starting
 
 VERSION = version("minisrv")
 

@@ -12,16 +12,24 @@ from typing import Any
 import uvicorn
 import uvloop
 
-from minisrv.chat_format import ChatFormat
-from minisrv.child import Child, EngineEnded, EngineReady, Notice, Progress, Ready, run_child
+from minisrv.checkpoint.chat_format import ChatFormat
 from minisrv.config import ServerConfig, read_chat_template_kwargs
 from minisrv.errors import EngineDeadError, NotReadyError
 from minisrv.frontend.app import create_app
-from minisrv.frontend.engine_client import EngineClient
-from minisrv.frontend.http_protocol import HttpProtocol
-from minisrv.frontend.model_info import ModelInfo
-from minisrv.frontend.request_registry import RequestRegistry
+from minisrv.frontend.http.protocol import HttpProtocol
+from minisrv.frontend.registry.engine_client import EngineClient
+from minisrv.frontend.registry.model_info import ModelInfo
+from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.sampling_params import SamplingParams
+from minisrv.supervision.child_main import (
+    Child,
+    EngineEnded,
+    EngineReady,
+    Notice,
+    Progress,
+    Ready,
+    run_child,
+)
 
 # How long open replies may take to reach their clients at the end.
 LAST_WORDS_S = 2

@@ -13,8 +13,8 @@ from minisrv.engine.forward_batch import (
     Int32Array,
     SamplingColumns,
 )
-from minisrv.scheduler.extras import build_extras
 from minisrv.scheduler.logprobs import build_logprobs
+from minisrv.scheduler.penalties import build_extras
 from minisrv.scheduler.request import Request
 from minisrv.scheduler.step import Step
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from minisrv.checkpoint.model_config import load_model_config
 from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
 from minisrv.errors import MinisrvError
 from minisrv.kvcache.manager import KVCacheManager
-from minisrv.messages import GenerateMsg
-from minisrv.model_config import load_model_config
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.channel import LocalChannel, ZmqChannel
 from minisrv.scheduler.loop import SchedulerLoop
@@ -22,6 +21,7 @@ from minisrv.scheduler.scheduler import Scheduler
 from minisrv.scheduler.stats import LoopStats
 from minisrv.structured_output.compiler import GrammarCompiler
 from minisrv.structured_output.vocabulary import Vocabulary
+from minisrv.wire.messages import GenerateMsg
 
 logger = logging.getLogger("minisrv.scheduler")
 

@@ -6,8 +6,7 @@ from collections import deque
 from pathlib import Path
 from typing import Protocol
 
-from minisrv.ipc import Inbox, Outbox
-from minisrv.messages import (
+from minisrv.wire.messages import (
     SCHEDULER_INBOX,
     AbortMsg,
     AnswerMsg,
@@ -17,6 +16,7 @@ from minisrv.messages import (
     Message,
     StatsMsg,
 )
+from minisrv.wire.sockets import Inbox, Outbox
 
 
 class Channel(Protocol):

@@ -9,7 +9,7 @@ import numpy as np
 from minisrv.engine.forward_batch import Int32Array, LogprobColumns, Logprobs
 from minisrv.scheduler.request import Request, Status
 from minisrv.scheduler.step import Chunk, Step
-from minisrv.scores import TokenLogprobs
+from minisrv.wire.logprobs import TokenLogprobs
 
 
 def build_logprobs(step: Step) -> tuple[Int32Array, LogprobColumns | None]:

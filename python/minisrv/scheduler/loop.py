@@ -11,14 +11,6 @@ import numpy as np
 
 from minisrv.engine.forward_batch import ForwardEngine, ForwardOutput, Int32Array
 from minisrv.errors import InvalidRequestError
-from minisrv.messages import (
-    AbortMsg,
-    AnswerMsg,
-    DetokenizeMsg,
-    Failure,
-    FlushMsg,
-    GenerateMsg,
-)
 from minisrv.scheduler.batch_builder import BatchBuilder
 from minisrv.scheduler.channel import LocalChannel, ZmqChannel
 from minisrv.scheduler.grammars import Grammars
@@ -28,6 +20,14 @@ from minisrv.scheduler.scheduler import Scheduler
 from minisrv.scheduler.stats import LoopStats
 from minisrv.scheduler.step import Step
 from minisrv.structured_output.compiler import GrammarCompiler
+from minisrv.wire.messages import (
+    AbortMsg,
+    AnswerMsg,
+    DetokenizeMsg,
+    Failure,
+    FlushMsg,
+    GenerateMsg,
+)
 
 COMPILE_POLL_S = 0.005
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from minisrv.child import Child, Ready, run_child
+from minisrv.checkpoint.model_config import SAMPLING_DEFAULTS, ModelConfig, load_model_config
+from minisrv.checkpoint.tokenizer import load_tokenizer
 from minisrv.config import ServerConfig
-from minisrv.hf_tokenizer import load_tokenizer
-from minisrv.model_config import SAMPLING_DEFAULTS, ModelConfig, load_model_config
 from minisrv.scheduler.channel import ZmqChannel
 from minisrv.structured_output.vocabulary import open_vocabulary
+from minisrv.supervision.child_main import Child, Ready, run_child
 
 
 def main() -> None:

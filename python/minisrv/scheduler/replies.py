@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from minisrv.messages import Failure, Finish, Progress, Start
 from minisrv.scheduler.request import Request, Status
 from minisrv.scheduler.step import Chunk
-from minisrv.scores import TokenLogprobs
+from minisrv.wire.logprobs import TokenLogprobs
+from minisrv.wire.messages import Failure, Finish, Progress, Start
 
 
 @dataclass(slots=True)

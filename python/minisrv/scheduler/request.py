@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from minisrv.engine.forward_batch import Logprobs
 from minisrv.kvcache.manager import Lease
-from minisrv.messages import Finish, ShownPrompt, Start
 from minisrv.sampling_params import SamplingParams
-from minisrv.scores import TokenLogprobs
 from minisrv.structured_output.matcher import Matcher
+from minisrv.wire.logprobs import TokenLogprobs
+from minisrv.wire.messages import Finish, ShownPrompt, Start
 
 Int32Array = npt.NDArray[np.int32]
 

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from minisrv.engine.forward_batch import Logprobs
 from minisrv.errors import ContextLengthError, InvalidRequestError, Lengths, MinisrvError
 from minisrv.kvcache.manager import KVCacheManager
-from minisrv.messages import Failure, Finish, GenerateMsg
 from minisrv.scheduler.logprobs import take_logprobs
 from minisrv.scheduler.replies import Replies
 from minisrv.scheduler.request import Request, Status
 from minisrv.scheduler.step import Chunk, Step
 from minisrv.scheduler.waiting_queue import WaitingQueue
 from minisrv.structured_output.matcher import Matcher
+from minisrv.wire.messages import Failure, Finish, GenerateMsg
 
 MAX_BYPASSES = 64
 

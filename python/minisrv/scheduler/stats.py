@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from minisrv.messages import Finish, StatsMsg
-from minisrv.metrics import SECONDS, TOKENS, HistogramCounter
 from minisrv.scheduler.replies import Replies
 from minisrv.scheduler.scheduler import Scheduler
 from minisrv.scheduler.step import Step
+from minisrv.wire.histogram import SECONDS, TOKENS, HistogramCounter
+from minisrv.wire.messages import Finish, StatsMsg
 
 PERIOD_S = 0.5
 

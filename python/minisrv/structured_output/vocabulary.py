@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.errors import InvalidRequestError, MinisrvError
-from minisrv.hf_tokenizer import HFTokenizer
 from minisrv.structured_output.matcher import Matcher
 
 # llguidance counts its work in units of its own, so that a grammar passes on all machines or none.

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from minisrv.child import Child, Ready, run_child
-from minisrv.hf_tokenizer import load_tokenizer
-from minisrv.ipc import Inbox, Outbox
-from minisrv.messages import (
+from minisrv.checkpoint.model_config import load_model_config
+from minisrv.checkpoint.tokenizer import load_tokenizer
+from minisrv.structured_output.checker import GrammarChecker
+from minisrv.structured_output.vocabulary import open_vocabulary
+from minisrv.supervision.child_main import Child, Ready, run_child
+from minisrv.tokenizer.chat_template import ChatTemplate
+from minisrv.tokenizer.worker import TokenizerWorker
+from minisrv.wire.messages import (
     TOKENIZER_INBOX,
     AbortMsg,
     AnswerMsg,
@@ -19,11 +23,7 @@ from minisrv.messages import (
     TokenizeMsg,
     UserReply,
 )
-from minisrv.model_config import load_model_config
-from minisrv.structured_output.checker import GrammarChecker
-from minisrv.structured_output.vocabulary import open_vocabulary
-from minisrv.tokenizer.chat_template import ChatTemplate
-from minisrv.tokenizer.worker import TokenizerWorker
+from minisrv.wire.sockets import Inbox, Outbox
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from minisrv.chat_format import ChatFormat
-from minisrv.hf_tokenizer import HFTokenizer
-from minisrv.messages import Parts
+from minisrv.checkpoint.chat_format import ChatFormat
+from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.sampling_params import Grammar
 from minisrv.structured_output.source import JSON_OPTIONS
+from minisrv.wire.messages import Parts
 
 Tools = Sequence[Mapping[str, Any]]
 

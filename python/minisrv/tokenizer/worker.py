@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from minisrv.chat_format import find_chat_format
+from minisrv.checkpoint.chat_format import find_chat_format
+from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.errors import ContextLengthError, InvalidRequestError, Lengths, MinisrvError
-from minisrv.hf_tokenizer import HFTokenizer
-from minisrv.messages import (
+from minisrv.sampling_params import SamplingParams
+from minisrv.structured_output.checker import GrammarChecker
+from minisrv.tokenizer.chat_template import ChatTemplate, Messages
+from minisrv.tokenizer.reply_grammar import ReplyGrammars
+from minisrv.wire.messages import (
     AbortMsg,
     AnswerMsg,
     DecodeMsg,
@@ -28,10 +32,6 @@ from minisrv.messages import (
     UserReply,
     failure_reply,
 )
-from minisrv.sampling_params import SamplingParams
-from minisrv.structured_output.checker import GrammarChecker
-from minisrv.tokenizer.chat_template import ChatTemplate, Messages
-from minisrv.tokenizer.reply_grammar import ReplyGrammars
 
 logger = logging.getLogger("minisrv.tokenizer")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from minisrv.engine.kernels.base import QKNormWeights, RopeRows
 from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.linear import Projection, load_linear, load_partial_linear
-from minisrv.engine.parallel.partition import in_rows
+from minisrv.engine.parallel.shard import in_rows
 
 
 class SelfAttention:

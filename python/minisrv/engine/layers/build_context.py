@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from minisrv.checkpoint.model_config import ModelConfig
 from minisrv.engine.attention.base import LayerAttention
 from minisrv.engine.kernels.base import Kernels
 from minisrv.engine.layers.rope import RotaryEmbedding
 from minisrv.engine.parallel.communicator import Communicator
 from minisrv.engine.weights import Weights
-from minisrv.model_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

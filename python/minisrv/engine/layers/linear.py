@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minisrv.engine.fp8 import Fp8Matrix, join
 from minisrv.engine.layers.fp8_linear import Fp8Linear, can_multiply
-from minisrv.engine.parallel.partition import Cut, Partition
+from minisrv.engine.parallel.shard import Cut, Partition
 from minisrv.engine.weights import Weights
 
 

@@ -11,11 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from minisrv.checkpoint.model_config import MoeConfig
 from minisrv.engine.kernels.base import ExpertWeights
 from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.linear import Projection, load_linear
 from minisrv.engine.layers.mlp import PartialMLP
-from minisrv.model_config import MoeConfig
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_TC, scores_TN, experts_TN -> [T, C]
 

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from minisrv.model_config import RopeConfig
+from minisrv.checkpoint.model_config import RopeConfig
 
 
 class RotaryEmbedding:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from minisrv.engine.parallel.partition import Partition
+from minisrv.engine.parallel.shard import Partition
 
 dist: Any = torch.distributed  # what is used of it has no types
 TIMEOUT = timedelta(seconds=300)

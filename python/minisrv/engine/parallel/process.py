@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minisrv.child import Child, Ready, run_child
+from minisrv.supervision.child_main import Child, Ready, run_child
 
 
 def main() -> None:
@@ -13,10 +13,10 @@ def main() -> None:
 
 
 def _follow(child: Child) -> None:
+    from minisrv.checkpoint.model_config import load_model_config
     from minisrv.engine.engine import Engine
     from minisrv.engine.parallel.plan_pipe import read_plans
     from minisrv.engine.parallel.ranks import JOINING
-    from minisrv.model_config import load_model_config
 
     model_dir, boot = Path(child.boot.model_dir), child.boot
     model_config = load_model_config(model_dir, child.config.max_seq_len)

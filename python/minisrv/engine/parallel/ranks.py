@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
-from minisrv.child import Progress
-from minisrv.child_process import ChildProcess
 from minisrv.config import ServerConfig
 from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.engine.parallel.plan_pipe import encode_plan
 from minisrv.errors import EngineDeadError, MinisrvError
-from minisrv.ipc import private_directory
+from minisrv.supervision.child_handle import ChildProcess
+from minisrv.supervision.child_main import Progress
+from minisrv.wire.sockets import private_directory
 
 JOINING = "join the other ranks"
 _DEATH_SHOWS_S = 2.0

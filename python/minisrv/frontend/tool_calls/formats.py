@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Collection
 
-from minisrv.chat_format import ToolFormat
+from minisrv.checkpoint.chat_format import ToolFormat
 from minisrv.frontend.tool_calls.hermes import HermesParser
 from minisrv.frontend.tool_calls.llama import LlamaParser
 from minisrv.frontend.tool_calls.mistral import MistralParser

@@ -1,0 +1,113 @@
+"""Find the directory of a model: the demo model, a local checkpoint or a download from the hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from minisrv.errors import ConfigError
+
+DEMO = "demo"
+DEMO_DIR = Path(__file__).parent / "demo_model"
+HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?", re.ASCII)
+CONFIG_FILES = ["config.json", "generation_config.json"]
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+
+ReportProgress = Callable[[str, float], None]
+
+
+def find_local_model(name: str) -> Path | None:
+    """The directory of a model that needs no download; None for a hub name.
+
+    `demo` is always the demo model; a directory of that name is ./demo.
+    Raises ConfigError for a name that is neither.
+    """
+    if name == DEMO:
+        if not DEMO_DIR.is_dir():
+            raise ConfigError("this installation has no demo model; give --model a checkpoint")
+        return DEMO_DIR
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise ConfigError(f"--model {name} is a file; give the directory of a checkpoint")
+    if HUB_NAME.fullmatch(name) is None or name.startswith((".", "~")):
+        raise ConfigError(
+            f"--model {name}: no such directory, and no hub name such as Qwen/Qwen3-0.6B"
+        )
+    return None
+
+
+def resolve_model(name: str, progress: ReportProgress, patterns: Sequence[str] = PATTERNS) -> Path:
+    """The directory of the model `name`, downloaded into the hub's cache if need be.
+
+    `name` is demo, a directory, or org/name[@revision] of a hub. `progress` is called with
+    ("download", fraction of the bytes), in any thread. `patterns` name the files to download.
+    Raises ConfigError.
+    """
+    return find_local_model(name) or _download(name, progress, patterns)
+
+
+def _download(name: str, progress: ReportProgress, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    match = HUB_NAME.fullmatch(name)
+    assert match is not None
+    try:
+        return Path(
+            snapshot_download(
+                match["repo"],
+                revision=match["revision"],
+                allow_patterns=list(patterns),
+                tqdm_class=_progress_bar(progress),
+            )
+        )
+    except Exception as error:
+        raise ConfigError(f"--model {name}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    match error:
+        case GatedRepoError():
+            return "the hub gives it only to those who accepted its terms; set HF_TOKEN"
+        case RepositoryNotFoundError():
+            return "no such directory, and the hub has no such model (or HF_TOKEN may not see it)"
+        case RevisionNotFoundError():
+            return "the hub has the model, but not this revision"
+        case LocalEntryNotFoundError():
+            return (
+                "no such directory, it is not in the hub's cache, and the hub cannot be reached; "
+                "check the network or give the directory of a checkpoint"
+            )
+        case _:
+            first_line = (str(error).splitlines() or [""])[0]
+            return f"the download failed: {type(error).__name__}: {first_line}"
+
+
+def _progress_bar(progress: ReportProgress) -> type[Any]:
+    """The hub's progress bar, which also tells `progress` of the bytes."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class ProgressBar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.counts_bytes = kwargs.get("unit") == "B"
+            self.num_bytes = kwargs.get("initial") or 0
+            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            # A bar that is not shown (no terminal) keeps no count of its own.
+            self.num_bytes += n or 0
+            if self.counts_bytes and self.total:
+                progress("download", min(1.0, self.num_bytes / self.total))
+            return super().update(n)
+
+    return ProgressBar

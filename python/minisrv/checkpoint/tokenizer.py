@@ -1,0 +1,262 @@
+"""A Hugging Face tokenizer from tokenizer.json and tokenizer_config.json, without transformers.
+
+The ids equal those of transformers' fast tokenizer for the same files. Two things differ from
+loading tokenizer.json alone: tokens that only the configuration names are added, and a stored
+truncation or padding is off. As in transformers 5, the post-processor of tokenizer.json alone
+says whether BOS and EOS are added: the configuration's `add_bos_token` has no say beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from minisrv.errors import ConfigError, InvalidRequestError
+
+_NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+_ADDED_TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+class HFTokenizer:
+    """Text to token ids and back. Nothing changes after loading, so threads may share it.
+
+    special_tokens: the named ones, such as {"eos_token": "</s>"}, as chat templates know them.
+    special_ids: ids that decoding skips on request.
+    chat_templates: template sources by name; empty, or one of them is "default" as a rule.
+    """
+
+    def __init__(
+        self, backend: Tokenizer, config: dict[str, Any], chat_templates: dict[str, str]
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        _add_tokens(backend, config)
+        self._backend = backend
+        self.chat_templates = chat_templates
+        self.special_tokens = {
+            name: _content(value) for name, value in _named_tokens(config).items()
+        }
+        self.special_ids = frozenset(
+            id for id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        self.bos_id = self._named_id("bos_token")
+        self.eos_id = self._named_id("eos_token")
+
+    @property
+    def bos_token(self) -> str | None:
+        """Text of the token that begins a sequence."""
+        return self.special_tokens.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        """Text of the token that ends a sequence; the model may have more such ids."""
+        return self.special_tokens.get("eos_token")
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens with those added to the vocabulary; the model may have fewer or more rows."""
+        return self._backend.get_vocab_size()
+
+    @property
+    def decoder_state(self) -> dict[str, Any] | None:
+        """The decoder's definition in tokenizer.json."""
+        decoder = self._backend.decoder
+        if decoder is None:
+            return None
+        state: dict[str, Any] = json.loads(decoder.__getstate__())
+        return state
+
+    def to_json(self) -> str:
+        """The whole tokenizer in the form of a tokenizer.json."""
+        return self._backend.to_str()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`. Raises InvalidRequestError for a text that UTF-8 cannot hold."""
+        _check_text(text)
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; ids without a token add nothing, invalid bytes become U+FFFD."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling of an id, None for an id without a token."""
+        return self._backend.id_to_token(token_id)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token as the vocabulary spells it: no token stands for more."""
+        return max(map(len, self._backend.get_vocab()), default=1)
+
+    def describe(self) -> dict[str, Any]:
+        """What a client needs to know to work without the tokenizer's files."""
+        default = self.chat_templates.get("default")
+        return {
+            **self.special_tokens,
+            "bos_token_id": self.bos_id,
+            "eos_token_id": self.eos_id,
+            "vocab_size": self.vocab_size,
+            "chat_template": default,
+            "chat_templates": dict(self.chat_templates),
+        }
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is spelled `text`, None if there is none."""
+        return self._backend.token_to_id(text)
+
+    def _named_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self._backend.token_to_id(token)
+
+
+def load_tokenizer(model_dir: Path, chat_template_file: str | None = None) -> HFTokenizer:
+    """The tokenizer in `model_dir`, with the template of `chat_template_file` if that is given.
+
+    Raises ConfigError when a file is missing or cannot be read.
+    """
+    path = model_dir / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"{model_dir} has no tokenizer.json")
+    config = _read_config(model_dir)
+    templates = _read_templates(model_dir, config, chat_template_file)
+    try:
+        return HFTokenizer(Tokenizer.from_file(str(path)), config, templates)
+    except Exception as error:  # the library raises plain Exception
+        raise ConfigError(f"the tokenizer in {model_dir} cannot be loaded: {error}") from error
+
+
+def needs_conversion(model_dir: Path) -> bool:
+    """Whether `minisrv.checkpoint.convert_tokenizer` must first write a tokenizer.json."""
+    return not (model_dir / "tokenizer.json").is_file()
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"the text holds a lone surrogate (U+{ord(text[error.start]):04X}) at character "
+            f"{error.start}, which no UTF-8 text can hold; send whole characters"
+        ) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _read_config(model_dir: Path) -> dict[str, Any]:
+    """tokenizer_config.json; special_tokens_map.json too where the first is of the old form."""
+    config = _read_json(model_dir / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config |= _read_json(model_dir / "special_tokens_map.json")
+    return config
+
+
+def _read_templates(
+    model_dir: Path, config: dict[str, Any], chat_template_file: str | None
+) -> dict[str, str]:
+    if chat_template_file is not None:
+        return {"default": _read_text(Path(chat_template_file))}
+    files = {path.stem: path for path in (model_dir / "additional_chat_templates").glob("*.jinja")}
+    if (model_dir / "chat_template.jinja").is_file():
+        files["default"] = model_dir / "chat_template.jinja"
+    if files:
+        return {name: _read_text(path) for name, path in files.items()}
+    value = config.get("chat_template")
+    if value is None:
+        value = _read_json(model_dir / "chat_template.json").get("chat_template")
+    return _templates_by_name(value)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the chat template {path} cannot be read: {error}") from error
+
+
+def _templates_by_name(value: Any) -> dict[str, str]:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    try:
+        named = value if isinstance(value, dict) else {t["name"]: t["template"] for t in value}
+    except (TypeError, KeyError):
+        named = {}
+    if not named or not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise ConfigError("chat_template is neither a string nor a list of names and templates")
+    return named
+
+
+def _content(value: Any) -> str:
+    return value if isinstance(value, str) else str(value["content"])
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and "content" in value)
+
+
+def _named_tokens(config: dict[str, Any]) -> dict[str, Any]:
+    named = {name: config[name] for name in _NAMED_TOKENS if _is_token(config.get(name))}
+    for name, value in config.items():
+        if name.endswith("_token") and _is_token(value):
+            named.setdefault(name, value)
+    extra = config.get("extra_special_tokens")
+    return named | extra if isinstance(extra, dict) else named
+
+
+def _extra_tokens(config: dict[str, Any]) -> list[Any]:
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+    return extra if isinstance(extra, list) else []
+
+
+def _added_token(value: Any, **flags: bool) -> AddedToken:
+    if isinstance(value, str):
+        return AddedToken(value, **flags)
+    fields = {name: value[name] for name in _ADDED_TOKEN_FIELDS if name in value}
+    return AddedToken(**fields | flags)
+
+
+def _add_tokens(backend: Tokenizer, config: dict[str, Any]) -> None:
+    """Add the tokens that the configuration has and tokenizer.json has not, lowest id first.
+
+    An added token that the configuration gives a name, such as `eos_token`, becomes special.
+    """
+    present = list(backend.get_added_tokens_decoder().values())
+    spelled = {repr(token) for token in present}
+    by_id = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
+    missing = [t for t in (_added_token(value) for _, value in by_id) if repr(t) not in spelled]
+    known = {token.content: token for token in [*present, *missing]}
+    named = {_content(value) for value in _named_tokens(config).values()}
+    for value in [*_named_tokens(config).values(), *_extra_tokens(config)]:
+        content = _content(value)
+        if content not in known:
+            known[content] = _added_token(value, special=True)
+            missing.append(known[content])
+        elif content in named and not known[content].special:
+            known[content].special = True
+            missing.append(known[content])
+    if missing:
+        backend.add_tokens(missing)

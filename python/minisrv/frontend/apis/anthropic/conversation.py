@@ -1,0 +1,168 @@
+"""From Anthropic's turns of blocks to the messages that chat templates know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minisrv.errors import InvalidRequestError
+from minisrv.frontend.fields.schema import (
+    BOOLEAN,
+    OBJECT,
+    STRING,
+    Schema,
+    any_of,
+    array_of,
+    check_value,
+)
+
+ChatMessage = dict[str, Any]
+Block = dict[str, Any]
+Blocks = str | list[Block]
+
+_BLOCK_SCHEMAS: dict[str, Schema] = {
+    "text": {"type": "object", "required": ["text"], "properties": {"text": STRING}},
+    "thinking": {"type": "object", "required": ["thinking"], "properties": {"thinking": STRING}},
+    "redacted_thinking": OBJECT,
+    "tool_use": {
+        "type": "object",
+        "required": ["id", "name", "input"],
+        "properties": {"id": STRING, "name": STRING, "input": OBJECT},
+    },
+    "tool_result": {
+        "type": "object",
+        "required": ["tool_use_id"],
+        "properties": {
+            "tool_use_id": STRING,
+            "is_error": BOOLEAN,
+            "content": any_of(STRING, array_of(OBJECT)),
+        },
+    },
+}
+_KINDS = {
+    "system": ("text",),
+    "user": ("text", "tool_result"),
+    "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
+}
+
+
+def chat_messages(system: Blocks | None, turns: list[dict[str, Any]]) -> list[ChatMessage]:
+    """The messages. Turns of one role that follow each other are one turn, as at Anthropic.
+
+    If the last one is the assistant's, the reply is to go on with it.
+    Raises InvalidRequestError naming the block.
+    """
+    if not turns:
+        raise InvalidRequestError("messages is empty; it must hold a turn", param="messages")
+    conversation = _Conversation()
+    if system is not None:
+        conversation.add({"role": "system", "content": _text(system, "system")})
+    for i, turn in enumerate(turns):
+        conversation.read_turn(turn, f"messages.{i}.content")
+    last = conversation.messages[-1]
+    if last["role"] == "assistant" and "tool_calls" in last:
+        path = f"messages.{len(turns) - 1}.content"
+        raise InvalidRequestError(
+            f"{path} ends with a call; send its result, or a turn of text to go on with", param=path
+        )
+    return conversation.messages
+
+
+class _Conversation:
+    """The messages so far, and the names of the tools by the ids of their calls."""
+
+    def __init__(self) -> None:
+        self.messages: list[ChatMessage] = []
+        self._names: dict[str, str] = {}
+
+    def add(self, message: ChatMessage) -> None:
+        """Another message, or more of the last one."""
+        last = self.messages[-1] if self.messages else {}
+        if message["role"] != last.get("role") or message["role"] == "tool":
+            self.messages.append(message)
+            return
+        for name in ("content", "reasoning_content"):
+            texts = [text for part in (last, message) if (text := part.get(name))]
+            if texts:
+                last[name] = "\n\n".join(texts)
+        if "tool_calls" in message:
+            last["tool_calls"] = [*last.get("tool_calls", []), *message["tool_calls"]]
+
+    def read_turn(self, turn: dict[str, Any], path: str) -> None:
+        """The message or messages of one turn."""
+        role, content = turn["role"], turn["content"]
+        if isinstance(content, str):
+            return self.add({"role": role, "content": content})
+        if not content:
+            raise InvalidRequestError(f"{path} is empty; it must hold a block", param=path)
+        for i, block in enumerate(content):
+            _check_block(block, _KINDS[role], f"{path}.{i}")
+        if role == "assistant":
+            self._read_assistant(content)
+        else:
+            self._read_user(role, content, path)
+
+    def _read_user(self, role: str, blocks: list[Block], path: str) -> None:
+        """Results are messages of their own; the text between two of them is one message."""
+        text: list[str] = []
+        for i, block in enumerate(blocks):
+            if block["type"] == "text":
+                text.append(block["text"])
+                continue
+            if text:
+                self.add({"role": role, "content": "".join(text)})
+                text = []
+            self.add(self._result(block, f"{path}.{i}.content"))
+        if text:
+            self.add({"role": role, "content": "".join(text)})
+
+    def _result(self, block: Block, path: str) -> ChatMessage:
+        content = _text(block.get("content") or "", path)
+        if block.get("is_error"):
+            content = f"Error: {content}" if content else "Error"
+        call_id = block["tool_use_id"]
+        message = {"role": "tool", "tool_call_id": call_id, "content": content}
+        name = self._names.get(call_id)
+        return message if name is None else {**message, "name": name}
+
+    def _read_assistant(self, blocks: list[Block]) -> None:
+        """A redacted thought is not ours, and nothing that a template could show."""
+        message: ChatMessage = {"role": "assistant", "content": ""}
+        thoughts: list[str] = []
+        calls: list[dict[str, Any]] = []
+        for block in blocks:
+            match block["type"]:
+                case "text":
+                    message["content"] += block["text"]
+                case "thinking":
+                    thoughts.append(block["thinking"])
+                case "tool_use":
+                    self._names[block["id"]] = block["name"]
+                    function = {"name": block["name"], "arguments": block["input"]}
+                    calls.append({"id": block["id"], "type": "function", "function": function})
+        if thought := "".join(thoughts):
+            message["reasoning_content"] = thought
+        if calls:
+            message["tool_calls"] = calls
+        self.add(message)
+
+
+def _text(content: Blocks, path: str) -> str:
+    """The text of a string or of blocks that may be text alone."""
+    if isinstance(content, str):
+        return content
+    for i, block in enumerate(content):
+        _check_block(block, ("text",), f"{path}.{i}")
+    return "".join(block["text"] for block in content)
+
+
+def _check_block(block: Block, kinds: tuple[str, ...], path: str) -> None:
+    kind = block.get("type")
+    if kind not in kinds:
+        named = f"of type {kind[:40]!a}" if isinstance(kind, str) else "without a type"
+        raise InvalidRequestError(
+            f"{path}.type: a block {named} is not supported here; this server takes "
+            f"{', '.join(kinds)}",
+            param=f"{path}.type",
+            code="unsupported_parameter",
+        )
+    check_value(block, _BLOCK_SCHEMAS[kind], path)

@@ -1,0 +1,186 @@
+"""The input of a response, which is a list of items, as the messages that chat templates know.
+
+What the model said in one turn, thought, text and calls, are several items and one message.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minisrv.errors import InvalidRequestError
+from minisrv.frontend.fields.schema import (
+    OBJECT,
+    STRING,
+    Schema,
+    any_of,
+    array_of,
+    check_value,
+    one_of,
+)
+
+Item = dict[str, Any]
+Message = dict[str, Any]
+
+_CONTENT = any_of(STRING, array_of(OBJECT))
+_MESSAGE: Schema = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {
+        "role": one_of("user", "assistant", "system", "developer"),
+        "content": _CONTENT,
+    },
+}
+_CALL: Schema = {
+    "type": "object",
+    "required": ["call_id", "name", "arguments"],
+    "properties": {"call_id": STRING, "name": STRING, "arguments": STRING},
+}
+_OUTPUT: Schema = {
+    "type": "object",
+    "required": ["call_id", "output"],
+    "properties": {"call_id": STRING, "output": _CONTENT},
+}
+_REASONING: Schema = {
+    "type": "object",
+    "properties": {"content": array_of(OBJECT), "summary": array_of(OBJECT)},
+}
+_TEXT_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
+_THOUGHT_PARTS = {"reasoning_text": "text", "summary_text": "text", "text": "text"}
+_SYSTEM_ROLES = ("system", "developer")
+
+
+def read_conversation(fields: dict[str, Any]) -> list[Message]:
+    """The messages of `instructions` and `input`. Raises InvalidRequestError naming the item."""
+    given = fields.get("input")
+    if given is None or given == []:
+        state = "missing" if given is None else "empty"
+        raise InvalidRequestError(
+            f"input is {state}; it must be a text or hold at least one item", param="input"
+        )
+    conversation = _Conversation()
+    if "instructions" in fields:
+        conversation.add_message("system", fields["instructions"])
+    if isinstance(given, str):
+        conversation.add_message("user", given)
+    else:
+        for i, item in enumerate(given):
+            _add_item(conversation, item, f"input.{i}")
+    return [_without_empty_content(message) for message in conversation.messages]
+
+
+class _Conversation:
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+
+    def add_message(self, role: str, text: str) -> None:
+        """A message of anybody but the model. Templates take one system message, in front."""
+        first = self.messages[0] if len(self.messages) == 1 else None
+        if first is not None and {role, first["role"]} <= set(_SYSTEM_ROLES):
+            self.messages[0] = {"role": "system", "content": f"{first['content']}\n\n{text}"}
+        else:
+            self.messages.append({"role": role, "content": text})
+
+    def add_output(self, call_id: str, text: str) -> None:
+        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
+
+    def add_thought(self, text: str) -> None:
+        turn = self._turn()
+        if turn["content"] or "tool_calls" in turn:
+            turn = self._begin_turn()
+        turn["reasoning_content"] = turn.get("reasoning_content", "") + text
+
+    def add_text(self, text: str) -> None:
+        turn = self._turn()
+        if turn["content"] and "tool_calls" not in turn:
+            turn = self._begin_turn()
+        turn["content"] += text
+
+    def add_call(self, item: Item) -> None:
+        function = {"name": item["name"], "arguments": item["arguments"]}
+        call = {"id": item["call_id"], "type": "function", "function": function}
+        self._turn().setdefault("tool_calls", []).append(call)
+
+    def _turn(self) -> Message:
+        if self.messages and self.messages[-1]["role"] == "assistant":
+            return self.messages[-1]
+        return self._begin_turn()
+
+    def _begin_turn(self) -> Message:
+        self.messages.append({"role": "assistant", "content": ""})
+        return self.messages[-1]
+
+
+def _without_empty_content(message: Message) -> Message:
+    """Calls without a text have no content, as in a chat."""
+    if message["content"] or "tool_calls" not in message:
+        return message
+    return {name: value for name, value in message.items() if name != "content"}
+
+
+def _add_item(conversation: _Conversation, item: Item, path: str) -> None:
+    match item.get("type") or ("message" if "role" in item else None):
+        case "message":
+            check_value(item, _MESSAGE, path)
+            text = _read_parts(item["content"], _TEXT_PARTS, f"{path}.content")
+            if item["role"] == "assistant":
+                conversation.add_text(text)
+            else:
+                conversation.add_message(item["role"], text)
+        case "function_call":
+            check_value(item, _CALL, path)
+            conversation.add_call(item)
+        case "function_call_output":
+            check_value(item, _OUTPUT, path)
+            text = _read_parts(item["output"], _TEXT_PARTS, f"{path}.output")
+            conversation.add_output(item["call_id"], text)
+        case "reasoning":
+            check_value(item, _REASONING, path)
+            if thought := _read_thought(item, path):
+                conversation.add_thought(thought)
+        case kind:
+            raise _refusal(kind, path)
+
+
+def _refusal(kind: Any, path: str) -> InvalidRequestError:
+    if not isinstance(kind, str):
+        return InvalidRequestError(f"{path}.type is missing", param=f"{path}.type")
+    reason = (
+        "this server keeps no state"
+        if kind == "item_reference"
+        else ("this server takes messages, reasoning, function_call and function_call_output")
+    )
+    return InvalidRequestError(
+        f"{path} is an item of type {kind[:40]!a}; {reason}",
+        param=f"{path}.type",
+        code="unsupported_parameter",
+    )
+
+
+def _read_thought(item: Item, path: str) -> str:
+    """The thought, or its summary where there is no more; a thought that is encrypted is lost."""
+    for name in ("content", "summary"):
+        if text := _read_parts(item.get(name) or [], _THOUGHT_PARTS, f"{path}.{name}"):
+            return text
+    return ""
+
+
+def _read_parts(content: str | list[Item], kinds: dict[str, str], path: str) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(_read_part(part, kinds, f"{path}.{i}") for i, part in enumerate(content))
+
+
+def _read_part(part: Item, kinds: dict[str, str], path: str) -> str:
+    kind = part.get("type")
+    if not isinstance(kind, str) or kind not in kinds:
+        named = f"of type {kind[:40]!a}" if isinstance(kind, str) else "without a type"
+        raise InvalidRequestError(
+            f"{path} is a part {named}; this server takes text parts only",
+            param=f"{path}.type",
+            code="unsupported_parameter",
+        )
+    text = part.get(kinds[kind])
+    if not isinstance(text, str):
+        name = f"{path}.{kinds[kind]}"
+        raise InvalidRequestError(f"{name} must be a string", param=name)
+    return text

@@ -1,0 +1,121 @@
+"""Routes over the model's tokenizer and chat template, without generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse, Response
+
+from minisrv.errors import InvalidRequestError
+from minisrv.frontend.apis.openai.chat import read_chat
+from minisrv.frontend.fields.read_body import BodyFields, honoured
+from minisrv.frontend.fields.schema import BOOLEAN, INTEGERS, STRING
+from minisrv.frontend.fields.table import CHAT_FIELDS, Field
+from minisrv.frontend.generation.request import check_model, read_token_ids
+from minisrv.frontend.http.openapi import errors, request_body
+from minisrv.frontend.registry.registry import RequestRegistry
+from minisrv.wire.messages import DecodeMsg, DescribeMsg, EncodeMsg
+
+_CHAT_NAMES = (
+    *("model", "messages", "chat_template_kwargs", "tools", "tool_choice"),
+    *("reasoning_effort", "enable_thinking", "add_generation_prompt", "continue_final_message"),
+    "chat_template",
+)
+
+DETOKENIZE_FIELDS: dict[str, Field] = {
+    "model": CHAT_FIELDS["model"],
+    "tokens": honoured(INTEGERS, "Token ids."),
+    "skip_special_tokens": honoured(BOOLEAN, "Leave special tokens out. Default: false."),
+}
+
+
+def add_token_routes(
+    app: FastAPI,
+    body_fields: BodyFields,
+    registry: RequestRegistry,
+    chat_table: Mapping[str, Field],
+) -> None:
+    """Text to tokens and back, the rendered prompt of a conversation, and the tokenizer itself."""
+    template_fields = {name: chat_table[name] for name in _CHAT_NAMES}
+    tokenize_fields = {
+        "prompt": honoured(STRING, "Text; or send messages."),
+        **template_fields,
+        "add_special_tokens": honoured(BOOLEAN, "Default: true for a prompt, false for messages."),
+    }
+    statuses = errors(400, 401, 404, 408, 413, 415, 503)
+
+    async def encode(fields: dict[str, Any]) -> dict[str, Any]:
+        encoding = _read_encoding(fields, registry)
+        return await registry.ask(
+            lambda query: EncodeMsg(query=query, epoch=registry.epoch, **encoding)
+        )
+
+    @app.post("/tokenize", openapi_extra=request_body(tokenize_fields), responses=statuses)
+    async def tokenize(request: Request) -> Response:
+        """The tokens of a text, or of a conversation."""
+        fields, headers = await body_fields.read(request, tokenize_fields)
+        if not {"prompt", "messages"} & fields.keys():
+            raise InvalidRequestError("send prompt or messages", param="prompt")
+        answer = await encode(fields)
+        body = {
+            "count": len(answer["ids"]),
+            "max_model_len": registry.model.max_model_len,
+            "tokens": answer["ids"],
+            "token_strs": answer["tokens"],
+        }
+        return JSONResponse(body, headers=headers)
+
+    @app.post("/detokenize", openapi_extra=request_body(DETOKENIZE_FIELDS), responses=statuses)
+    async def detokenize(request: Request) -> Response:
+        """The text of tokens."""
+        fields, headers = await body_fields.read(request, DETOKENIZE_FIELDS)
+        check_model(fields, registry.model)
+        ids = fields.get("tokens")
+        if ids is None:
+            raise InvalidRequestError("tokens is missing", param="tokens")
+        message = {
+            "token_ids": np.array(ids and read_token_ids(ids, registry.model, "tokens"), np.int32),
+            "skip_special_tokens": fields.get("skip_special_tokens", False),
+            "epoch": registry.epoch,
+        }
+        text = (await registry.ask(lambda query: DecodeMsg(query=query, **message)))["text"]
+        return JSONResponse({"prompt": text, "text": text}, headers=headers)
+
+    @app.post("/apply-template", include_in_schema=False)
+    @app.post("/apply_template", openapi_extra=request_body(template_fields), responses=statuses)
+    async def apply_template(request: Request) -> Response:
+        """The prompt that the model would see, and its tokens."""
+        fields, headers = await body_fields.read(request, template_fields)
+        answer = await encode(fields)
+        body = {"prompt": answer["text"], "tokens": answer["ids"], "count": len(answer["ids"])}
+        return JSONResponse(body, headers=headers)
+
+    @app.get("/tokenizer_info", responses=errors(401, 503))
+    async def tokenizer_info() -> Response:
+        """Special tokens, chat template and size of the vocabulary."""
+        answer = await registry.ask(lambda query: DescribeMsg(query=query, epoch=registry.epoch))
+        return JSONResponse({**answer, "max_model_len": registry.model.max_model_len})
+
+
+def _read_encoding(fields: dict[str, Any], registry: RequestRegistry) -> dict[str, Any]:
+    """The fields of an EncodeMsg. Raises InvalidRequestError."""
+    check_model(fields, registry.model)
+    if "prompt" in fields and "messages" in fields:
+        raise InvalidRequestError("send messages or prompt, not both", param="messages")
+    if "prompt" in fields:
+        special = fields.get("add_special_tokens", True)
+        return {"prompt": fields["prompt"], "add_special_tokens": special}
+    chat = {name: fields[name] for name in _CHAT_NAMES if name in fields}
+    generation = read_chat(chat, registry.model)
+    return {
+        "messages": generation.messages,
+        "template_kwargs": generation.template_kwargs,
+        "tools": generation.tools,
+        "add_special_tokens": fields.get("add_special_tokens", False),
+        "add_generation_prompt": generation.add_generation_prompt,
+        "continue_final_message": generation.continue_final_message,
+        "chat_template": generation.chat_template,
+    }

@@ -1,0 +1,118 @@
+"""The fields that constrain the text, under all their names, to one Grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from minisrv.errors import InvalidRequestError
+from minisrv.frontend.fields.schema import (
+    ANY,
+    BOOLEAN,
+    OBJECT,
+    STRING,
+    STRINGS,
+    Schema,
+    any_of,
+    check_value,
+    one_of,
+)
+from minisrv.sampling_params import Grammar
+
+_Read = Callable[[Any, str], Grammar]
+
+JSON_SCHEMA = any_of(OBJECT, STRING, BOOLEAN)
+RESPONSE_FORMAT: Schema = {
+    "type": "object",
+    "required": ["type"],
+    "properties": {
+        "type": one_of("text", "json_object", "json_schema"),
+        "json_schema": {
+            "type": "object",
+            "required": ["name", "schema"],
+            "properties": {
+                "name": STRING,
+                "description": STRING,
+                "schema": any_of(OBJECT, BOOLEAN),
+                "strict": BOOLEAN,
+            },
+        },
+        "schema": any_of(OBJECT, BOOLEAN),
+    },
+}
+STRUCTURED_OUTPUTS: Schema = {
+    "type": "object",
+    "properties": {
+        "json": JSON_SCHEMA,
+        "json_object": BOOLEAN,
+        "regex": STRING,
+        "choice": STRINGS,
+        "grammar": STRING,
+        "structural_tag": ANY,
+        "whitespace_pattern": ANY,
+        "disable_any_whitespace": ANY,
+        "disable_additional_properties": ANY,
+    },
+}
+_READERS: dict[str, _Read] = {
+    "guided_json": Grammar.json_schema,
+    "guided_regex": Grammar.regex,
+    "guided_choice": Grammar.choice,
+    "guided_grammar": Grammar.lark,
+    "regex": Grammar.regex,
+    "json_schema": Grammar.json_schema,
+    "ebnf": Grammar.lark,
+    "grammar": Grammar.lark,
+}
+_PARTS: dict[str, _Read] = {
+    "json": Grammar.json_schema,
+    "regex": Grammar.regex,
+    "choice": Grammar.choice,
+    "grammar": Grammar.lark,
+}
+
+
+def read_grammar(fields: dict[str, Any]) -> Grammar | None:
+    """What the text must match. Raises InvalidRequestError, also for two such fields."""
+    found = [read(fields[name], name) for name, read in _READERS.items() if name in fields]
+    found += _read_structured_outputs(fields.get("structured_outputs", {}))
+    found += _read_response_format(fields.get("response_format", {"type": "text"}))
+    if len(found) > 1:
+        raise InvalidRequestError(
+            f"send one of {found[0].param} and {found[1].param}, not both", param=found[1].param
+        )
+    return found[0] if found else None
+
+
+def _read_structured_outputs(value: dict[str, Any]) -> list[Grammar]:
+    path = "structured_outputs"
+    found = []
+    for name, part in value.items():
+        if part is None:
+            continue
+        if name in _PARTS:
+            found.append(_PARTS[name](part, f"{path}.{name}"))
+        elif name == "json_object":
+            found += [Grammar.json_object(f"{path}.{name}")] if part else []
+        elif part is not False:
+            raise InvalidRequestError(
+                f"{path}.{name} is not supported by this server; leave it out",
+                param=f"{path}.{name}",
+                code="unsupported_parameter",
+            )
+    if value and not found:
+        raise InvalidRequestError(f"{path} names no constraint", param=path)
+    return found
+
+
+def _read_response_format(value: dict[str, Any]) -> list[Grammar]:
+    path = "response_format"
+    if value["type"] == "text":
+        return []
+    if value["type"] == "json_object":
+        schema = value.get("schema")
+        if schema is not None:
+            return [Grammar.json_schema(schema, f"{path}.schema")]
+        return [Grammar.json_object(path)]
+    check_value(value, {"type": "object", "required": ["json_schema"]}, path)
+    return [Grammar.json_schema(value["json_schema"]["schema"], f"{path}.json_schema.schema")]

@@ -1,0 +1,107 @@
+"""An assistant's message while it comes in: thought, content and tool calls, as OpenAI has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minisrv.checkpoint.chat_format import ToolFormat
+from minisrv.frontend.registry.events import Event
+from minisrv.frontend.tool_calls.formats import make_call_id, make_parser
+from minisrv.frontend.tool_calls.parser import CallParser
+from minisrv.frontend.tool_calls.pieces import CallArguments, CallStart, Piece, Text
+from minisrv.wire.messages import Finish
+
+Delta = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallReading:
+    """How calls are found: those of the tools `names`; at most one if not `parallel`."""
+
+    tool_format: ToolFormat
+    names: tuple[str, ...]
+    parallel: bool = True
+
+
+class AssistantMessage:
+    """One choice's message. Its deltas, merged, are the whole message, however the text was cut."""
+
+    __slots__ = ("_parser", "_reading", "_reasoning_fields", "_said")
+
+    def __init__(self, reading: CallReading | None, reasoning_fields: Sequence[str]) -> None:
+        """`reading` None: no calls are looked for. A thought stands in all `reasoning_fields`."""
+        self._reading = reading
+        self._reasoning_fields = reasoning_fields
+        self._parser: CallParser | None = None
+        self._said = False
+        if reading is not None:
+            self._parser = make_parser(reading.tool_format, reading.names, reading.parallel)
+
+    def deltas(self, event: Event) -> list[Delta]:
+        """What an event adds."""
+        deltas: list[Delta] = []
+        if event.thoughts and (thought := event.thought):
+            deltas.append(dict.fromkeys(self._reasoning_fields, thought))
+        text = event.text
+        if self._parser is None:
+            if text:
+                deltas.append({"content": text})
+            return deltas
+        pieces = self._parser.push(text)
+        if event.final:
+            pieces += self._parser.flush()
+        deltas += [self._delta(piece) for piece in pieces]
+        self._said = self._said or bool(deltas)
+        # Where calls may come, a stream begins without content: an empty reply's is told here.
+        return deltas if self._said or not event.final else [{"content": ""}]
+
+    def whole(self, event: Event) -> dict[str, Any]:
+        """The message of a choice whose only event is `event`."""
+        message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+        calls: list[dict[str, Any]] = []
+        for delta in self.deltas(event):
+            for name, value in delta.items():
+                if name == "tool_calls":
+                    _merge_call(calls, value[0])
+                else:
+                    message[name] = message.get(name, "") + value
+        if calls:
+            message["tool_calls"] = calls
+        if not message["content"] and len(message) > 3:
+            message["content"] = None
+        return message
+
+    @property
+    def in_call(self) -> bool:
+        """Whether a call has begun that has not come to its end."""
+        return self._parser is not None and not self._parser.whole
+
+    def calls_tools(self, event: Event) -> bool:
+        """Whether the message, ended by `event`, asks for its calls to be made: none is cut off."""
+        parser = self._parser
+        if parser is None or not parser.num_calls or not parser.whole:
+            return False
+        return parser.ended or event.finish is not Finish.LENGTH
+
+    def _delta(self, piece: Piece) -> Delta:
+        match piece:
+            case Text(text):
+                return {"content": text}
+            case CallStart(index, name):
+                assert self._reading is not None
+                function = {"name": name, "arguments": ""}
+                id = make_call_id(self._reading.tool_format)
+                call = {"index": index, "id": id, "type": "function", "function": function}
+            case CallArguments(index, text):
+                call = {"index": index, "function": {"arguments": text}}
+        return {"tool_calls": [call]}
+
+
+def _merge_call(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
+    """Add a call's delta to the whole calls, which have no index."""
+    if "id" in delta:
+        calls.append({name: value for name, value in delta.items() if name != "index"})
+    else:
+        calls[-1]["function"]["arguments"] += delta["function"]["arguments"]

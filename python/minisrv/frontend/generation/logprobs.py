@@ -1,0 +1,128 @@
+"""Log-probabilities in OpenAI's two shapes: of a chat completion, and of a completion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from minisrv.errors import InvalidRequestError
+from minisrv.sampling_params import MAX_LOGPROBS
+from minisrv.wire.logprobs import TokenScores
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One token with its log-probability, NaN for a prompt's first, and the likeliest there."""
+
+    spelling: bytes
+    logprob: float
+    offset: int
+    top: list[tuple[bytes, float]]
+
+
+def chat_logprobs(scores: Sequence[TokenScores]) -> dict[str, Any]:
+    """`logprobs` of a chat choice, whole or of one chunk."""
+    content = [
+        _entry(place.spelling, place.logprob)
+        | {"top_logprobs": [_entry(*token) for token in place.top]}
+        for place in _places(scores)
+    ]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(scores: Sequence[TokenScores]) -> dict[str, Any]:
+    """`logprobs` of a completion's choice: four lists with an entry a token.
+
+    The likeliest tokens have the token that came among them. Of two tokens of the same spelling the
+    likelier one is told.
+    """
+    places = list(_places(scores))
+    return {
+        "tokens": [_text(place.spelling) for place in places],
+        "token_logprobs": [None if math.isnan(p.logprob) else p.logprob for p in places],
+        "top_logprobs": [_top(place) for place in places],
+        "text_offset": [place.offset for place in places],
+    }
+
+
+def echo_scores(scores: TokenScores, sent: str) -> TokenScores:
+    """The scores of a prompt that is shown as it was `sent`, with offsets in that.
+
+    What was decoded may differ from it: special tokens are left out, and a tokenizer may change a
+    text. A token whose bytes do not come next in the text, as one that was put in, moves nothing.
+    """
+    text, at, num_chars = sent.encode(errors="replace"), 0, 0
+    offsets = []
+    for token in scores.tokens.tolist():
+        spelling = scores.spellings[token]
+        if not text.startswith(spelling, at):
+            spelling = spelling.removeprefix(b" ")
+        inside = spelling[:1] and 0x80 <= spelling[0] < 0xC0
+        offsets.append(max(0, num_chars - 1) if inside else num_chars)
+        if text.startswith(spelling, at):
+            at += len(spelling)
+            num_chars += sum(byte & 0xC0 != 0x80 for byte in spelling)
+    return replace(scores, offsets=np.array(offsets, np.int32))
+
+
+def moved_scores(scores: Sequence[TokenScores], by: int) -> list[TokenScores]:
+    """The same with offsets that are `by` characters greater."""
+    return [replace(part, offsets=part.offsets + np.int32(by)) for part in scores]
+
+
+def _places(scores: Sequence[TokenScores]) -> Iterator[_Place]:
+    for part in scores:
+        num_top = len(part.top_tokens) // max(1, len(part.tokens))
+        spellings = [part.spellings[token] for token in part.top_tokens.tolist()]
+        top = list(zip(spellings, part.top_logprobs.tolist(), strict=True))
+        columns = zip(
+            part.tokens.tolist(), part.logprobs.tolist(), part.offsets.tolist(), strict=True
+        )
+        for i, (token, logprob, offset) in enumerate(columns):
+            others = top[i * num_top : (i + 1) * num_top]
+            yield _Place(part.spellings[token], logprob, offset, others)
+
+
+def read_chat_logprobs(fields: dict[str, Any]) -> int | None:
+    """How many of the likeliest tokens a chat request wants. Raises InvalidRequestError."""
+    if fields.get("logprobs", False):
+        return _checked(fields.get("top_logprobs", 0), "top_logprobs")
+    if fields.get("top_logprobs", 0):
+        raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    return None
+
+
+def read_text_logprobs(fields: dict[str, Any]) -> int | None:
+    """The same of a completion. Raises InvalidRequestError."""
+    return _checked(fields["logprobs"], "logprobs") if "logprobs" in fields else None
+
+
+def _checked(count: int, param: str) -> int:
+    if not 0 <= count <= MAX_LOGPROBS:
+        raise InvalidRequestError(
+            f"{param} is {count}; it must be from 0 to {MAX_LOGPROBS}", param=param
+        )
+    return count
+
+
+def _entry(spelling: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": _text(spelling), "logprob": logprob, "bytes": list(spelling)}
+
+
+def _top(place: _Place) -> dict[str, float] | None:
+    if math.isnan(place.logprob):
+        return None
+    top = {_text(place.spelling): place.logprob}
+    for spelling, logprob in place.top:
+        text = _text(spelling)
+        top[text] = max(logprob, top.get(text, logprob))
+    return top
+
+
+def _text(spelling: bytes) -> str:
+    r"""The token as text; bytes that are no whole character are written as \xe2."""
+    return spelling.decode(errors="backslashreplace")

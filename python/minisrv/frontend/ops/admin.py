@@ -1,0 +1,154 @@
+"""Routes that show the server's state, and those that change it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from itertools import pairwise
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.responses import JSONResponse, Response
+
+from minisrv.config import ServerConfig
+from minisrv.errors import InvalidRequestError, MinisrvError
+from minisrv.frontend.fields.aliases import merge_aliases
+from minisrv.frontend.fields.read_body import BodyFields, honoured
+from minisrv.frontend.fields.schema import BOOLEAN, NUMBER, STRING
+from minisrv.frontend.fields.table import Field
+from minisrv.frontend.http.access import require_admin
+from minisrv.frontend.http.openapi import errors, request_body
+from minisrv.frontend.registry.registry import RequestRegistry
+from minisrv.wire.messages import FlushMsg, StatsMsg
+
+ABORT_FIELDS: dict[str, Field] = {
+    "rid": honoured(STRING, "The id of a request: X-Request-Id, or that of its reply."),
+    "request_id": honoured(STRING, "The same as rid."),
+    "abort_all": honoured(BOOLEAN, "Abort all open requests."),
+}
+FLUSH_FIELDS: dict[str, Field] = {
+    "timeout": honoured(NUMBER, "Seconds to wait until no request is open. Default: 0.")
+}
+_REPLY_PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "msg_")
+_MAX_WAIT_S = 600.0
+_RETRY_S = 0.05
+
+
+def add_admin_routes(
+    app: FastAPI,
+    config: ServerConfig,
+    version: str,
+    body_fields: BodyFields,
+    registry: RequestRegistry,
+) -> None:
+    """Loads for everybody with a key; the rest for administrators."""
+
+    @app.get("/v1/loads", responses=errors(401, 503))
+    async def loads() -> dict[str, Any]:
+        """How busy the server is."""
+        _ = registry.model
+        return {"loads": [_load(registry)]}
+
+    router = APIRouter(dependencies=[Depends(require_admin)])
+    of_a_body = (400, 401, 403, 408, 413, 415)
+
+    @router.get("/get_server_info", include_in_schema=False)
+    @router.get("/server_info", responses=errors(401, 403, 503))
+    async def server_info() -> dict[str, Any]:
+        """Options, model, state, and what the start took."""
+        return _server_info(config, version, registry)
+
+    @router.post(
+        "/flush_cache",
+        openapi_extra=request_body(FLUSH_FIELDS, required=False),
+        responses=errors(*of_a_body, 503),
+    )
+    async def flush_cache(request: Request) -> Response:
+        """Empty the prefix cache; 400 while requests are open."""
+        fields, headers = await body_fields.read_optional(request, FLUSH_FIELDS)
+        num_pages = await _flush(registry, fields.get("timeout", 0))
+        return JSONResponse({"success": True, "flushed_pages": num_pages}, headers=headers)
+
+    @router.post("/abort", include_in_schema=False)
+    @router.post(
+        "/abort_request",
+        openapi_extra=request_body(ABORT_FIELDS),
+        responses=errors(*of_a_body, 404),
+    )
+    async def abort_request(request: Request) -> Response:
+        """End a request, or all; their clients get an error."""
+        fields, headers = await body_fields.read(request, ABORT_FIELDS)
+        return JSONResponse({"aborted": _abort(registry, fields)}, headers=headers)
+
+    app.include_router(router)
+
+
+def _abort(registry: RequestRegistry, fields: dict[str, Any]) -> int:
+    """How many requests were aborted. Raises InvalidRequestError when none."""
+    named = merge_aliases(fields).get("request_id")
+    if bool(named) == fields.get("abort_all", False):
+        raise InvalidRequestError("send either rid or abort_all: true", param="rid")
+    error = MinisrvError("the request was aborted by the server", code="request_aborted")
+    num_aborted = registry.cancel(named, error)
+    for prefix in _REPLY_PREFIXES:
+        if not num_aborted and named and named.startswith(prefix):
+            num_aborted = registry.cancel(named.removeprefix(prefix), error)
+    if not num_aborted:
+        nothing = InvalidRequestError("no such request is open" if named else "none is open")
+        nothing.http_status = 404
+        raise nothing
+    return num_aborted
+
+
+async def _flush(registry: RequestRegistry, timeout_s: float) -> int:
+    """The pages that were dropped. Raises InvalidRequestError when requests stay open so long."""
+    if not 0 <= timeout_s <= _MAX_WAIT_S:
+        raise InvalidRequestError(f"timeout must be from 0 to {_MAX_WAIT_S:g}", param="timeout")
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            # The way that the requests of one tokenizer go: it finds them all.
+            answer = await registry.ask(
+                lambda query: FlushMsg(query=query, epoch=registry.epoch), tokenizer_index=0
+            )
+            return int(answer["pages"])
+        except MinisrvError as error:
+            if error.http_status != InvalidRequestError.http_status:
+                raise
+            if time.monotonic() >= deadline:
+                raise
+        await asyncio.sleep(_RETRY_S)
+
+
+def _load(registry: RequestRegistry) -> dict[str, Any]:
+    """The last figures of the scheduler, at most a period old."""
+    load: dict[str, Any] = {"dp_rank": 0, "num_open_reqs": registry.num_open}
+    stats = registry.stats
+    if stats is not None:
+        load |= _stats_body(stats)
+    return load
+
+
+def _stats_body(stats: StatsMsg) -> dict[str, Any]:
+    return {
+        "num_running_reqs": stats.running,
+        "num_waiting_reqs": stats.waiting,
+        "num_used_tokens": stats.pages_used * stats.page_size,
+        "max_total_num_tokens": stats.num_pages * stats.page_size,
+        "token_usage": stats.pages_used / stats.num_pages,
+    }
+
+
+def _server_info(config: ServerConfig, version: str, registry: RequestRegistry) -> dict[str, Any]:
+    model = registry.model
+    phases = pairwise(registry.phases.items())
+    return {
+        "version": version,
+        "model": model.name,
+        "max_model_len": model.max_model_len,
+        "vocab_size": model.vocab_size,
+        **{name: value for name, value in model.facts.items() if name != "max_seq_len"},
+        "start_seconds": {name: round(end - began, 3) for (name, began), (_, end) in phases},
+        "load": _load(registry),
+        "config": config.to_public_dict(),
+    }

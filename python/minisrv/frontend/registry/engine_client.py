@@ -1,0 +1,69 @@
+"""The frontend's sockets: an inbox for replies, an outbox to each tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+from types import TracebackType
+
+from minisrv.errors import EngineDeadError
+from minisrv.frontend.registry.registry import RequestRegistry
+from minisrv.frontend.registry.status_line import StatusLine
+from minisrv.wire.messages import (
+    FRONTEND_INBOX,
+    AbortMsg,
+    AnswerMsg,
+    Query,
+    StatsMsg,
+    TokenizeMsg,
+    UserReply,
+)
+from minisrv.wire.sockets import AsyncInbox, Outbox
+
+logger = logging.getLogger("minisrv.frontend")
+
+
+class EngineClient:
+    """Joins a registry to the processes behind; make it inside the event loop that runs it."""
+
+    def __init__(self, run_dir: Path, registry: RequestRegistry, num_tokenizers: int) -> None:
+        self._registry = registry
+        self._inbox = AsyncInbox(run_dir, "frontend", FRONTEND_INBOX, registry.epoch)
+        self._outboxes = [Outbox(run_dir, f"tokenizer-{i}") for i in range(num_tokenizers)]
+        self._status_line = StatusLine()
+        self._receiving: asyncio.Task[None] | None = None
+        registry.connect(self._send)
+
+    async def __aenter__(self) -> EngineClient:
+        self._receiving = asyncio.create_task(self._receive(), name="receive replies")
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._receiving is not None
+        self._receiving.cancel()
+        await asyncio.gather(self._receiving, return_exceptions=True)
+        self._inbox.close()
+        for outbox in self._outboxes:
+            outbox.close()
+
+    def _send(self, tokenizer_index: int, message: TokenizeMsg | AbortMsg | Query) -> None:
+        self._outboxes[tokenizer_index].send(message)
+
+    async def _receive(self) -> None:
+        try:
+            while True:
+                message = await self._inbox.receive()
+                assert isinstance(message, UserReply | AnswerMsg | StatsMsg)
+                self._registry.receive(message)
+                if isinstance(message, StatsMsg):
+                    self._status_line.take(message, time.monotonic())
+        except Exception as error:
+            logger.exception("replies cannot be read")
+            self._registry.fail_all(EngineDeadError(f"replies cannot be read: {error}"))

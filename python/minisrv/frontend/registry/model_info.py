@@ -1,0 +1,41 @@
+"""What the HTTP side knows of the model, once it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from minisrv.checkpoint.chat_format import ChatFormat
+from minisrv.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """The served model.
+
+    name: what clients write in `model`; aliases: or these. created: Unix seconds of the start.
+    max_model_len: tokens of prompt and output together. defaults: the model's own sampling.
+    template_kwargs: variables for the chat template of every request.
+    chat_format: how it writes thoughts and tool calls.
+    facts: what the processes told at their start.
+    """
+
+    name: str
+    created: int
+    max_model_len: int
+    vocab_size: int
+    defaults: SamplingParams
+    aliases: tuple[str, ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    chat_format: ChatFormat = field(default_factory=ChatFormat)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that a request may write in `model`."""
+        return (self.name, *self.aliases)
+
+    def name_for(self, fields: Mapping[str, Any]) -> str:
+        """The name in a reply: as the request has it."""
+        return fields.get("model") or self.name

@@ -1,0 +1,103 @@
+"""One accepted request at the frontend: what has come for its uids, and who waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from minisrv.errors import MinisrvError
+from minisrv.frontend.registry.events import Event
+
+
+class RequestAborted(Exception):
+    """The request was aborted while its reader waited."""
+
+
+@dataclass(slots=True, eq=False)
+class OpenRequest:
+    """What the registry keeps of a request.
+
+    live: uids without a final. tokenizers: which one each sent uid went to.
+
+    changed: something waits for the reader. silence: the timer that ends a wait without anything.
+    unread: what had come for it when it was closed.
+    cancelled: why the reader, which still has to take it, gets nothing more.
+    """
+
+    base: int
+    live: set[int]
+    request_id: str = ""
+    tokenizers: dict[int, int] = field(default_factory=dict)
+    pending: dict[int, Event] = field(default_factory=dict)
+    unread: list[Event] = field(default_factory=list)
+    changed: bool = False
+    waiter: asyncio.Future[None] | None = None
+    silence: asyncio.TimerHandle | None = None
+    wants_deltas: bool = True
+    failed: bool = False
+    aborted: bool = False
+    cancelled: MinisrvError | None = None
+
+    def event(self, uid: int) -> Event:
+        """What the reader takes next of `uid`."""
+        event = self.pending.get(uid)
+        if event is None:
+            event = self.pending[uid] = Event(uid, uid - self.base)
+        return event
+
+    @property
+    def settled(self) -> bool:
+        """Nothing more will come that a reader of whole texts waits for."""
+        return self.aborted or self.failed or not self.live
+
+    def wake_reader(self) -> None:
+        """End the reader's wait, if there is now what it waits for."""
+        if self.wants_deltas or self.settled:
+            self.change()
+
+    def change(self) -> None:
+        """End the reader's wait."""
+        self.changed = True
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Until `change`. A bare future: this is awaited for every token of every stream."""
+        if not self.changed:
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter
+
+    def end_silence(self, after_s: float) -> None:
+        """See to it that a wait ends at most `after_s` from now: one timer for many waits."""
+
+        def end() -> None:
+            self.silence = None
+            self.change()
+
+        if self.silence is None:
+            self.silence = asyncio.get_running_loop().call_later(after_s, end)
+
+    def end_delivery(self) -> None:
+        """After a delivery: nobody reads an aborted request, a waiting reader gets its turn."""
+        if self.aborted:
+            self.pending.clear()
+        else:
+            self.wake_reader()
+
+    def close(self) -> None:
+        """Nobody will read it any more; a reader that waits is told so."""
+        self.aborted = True
+        self.unread = list(self.pending.values())
+        self.pending.clear()
+        self.change()
+        if self.silence is not None:
+            self.silence.cancel()
+
+    def take(self) -> list[Event]:
+        """What has come. Raises RequestAborted after `close`, or why it was cancelled."""
+        if self.aborted:
+            raise self.cancelled or RequestAborted
+        self.changed = False
+        events = list(self.pending.values())
+        self.pending.clear()
+        return events

@@ -1,0 +1,59 @@
+"""Questions to the processes behind, each with one answer: what is no request for text."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from minisrv.errors import MinisrvError
+from minisrv.frontend.registry.events import failure_error
+from minisrv.wire.messages import AnswerMsg, Query
+
+TIMEOUT_S = 30.0
+
+
+class Queries:
+    """Open questions by number. All methods belong to one event loop."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._open: dict[int, asyncio.Future[dict[str, Any]]] = {}
+
+    async def ask(
+        self, make: Callable[[int], Query], send: Callable[[Query], None]
+    ) -> dict[str, Any]:
+        """The answer to `make(number)`, sent by `send`.
+
+        Raises RequestFailedError when it is refused, MinisrvError when none comes.
+        """
+        number = next(self._numbers)
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._open[number] = future
+        try:
+            send(make(number))
+            async with asyncio.timeout(TIMEOUT_S):
+                return await future
+        except TimeoutError:
+            error = MinisrvError(f"no answer came within {TIMEOUT_S:g} s", code="request_timeout")
+            error.http_status = 503
+            raise error from None
+        finally:
+            del self._open[number]
+
+    def deliver(self, answer: AnswerMsg) -> None:
+        """Hand an answer to whoever asked; nobody waits any more for one that is late."""
+        future = self._open.get(answer.query)
+        if future is None or future.done():
+            return
+        if answer.failure is not None:
+            future.set_exception(failure_error(answer.failure))
+        else:
+            future.set_result(answer.value)
+
+    def fail_all(self, error: MinisrvError) -> None:
+        """Fail every open question with `error`."""
+        for future in self._open.values():
+            if not future.done():
+                future.set_exception(error)

@@ -1,0 +1,322 @@
+"""The owner of the promise to clients: every request that was accepted gets a final event.
+
+A request holds consecutive uids, one a choice. A uid counts as open from `open` until its final
+(a finish code or a failure) has come from behind, also when the client has long gone: so the
+limit on open requests is a limit on the work behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from minisrv.config import ServerConfig
+from minisrv.errors import MinisrvError, NotReadyError, OverloadedError
+from minisrv.frontend.registry.events import Event, failure_error
+from minisrv.frontend.registry.model_info import ModelInfo
+from minisrv.frontend.registry.open_request import OpenRequest, RequestAborted
+from minisrv.frontend.registry.queries import Queries
+from minisrv.frontend.registry.server_state import Dead, Ready, Starting, State
+from minisrv.wire.messages import (
+    AbortMsg,
+    AnswerMsg,
+    Failure,
+    Finish,
+    Query,
+    StatsMsg,
+    TokenizeMsg,
+    UserReply,
+)
+
+logger = logging.getLogger("minisrv.frontend")
+
+Send = Callable[[int, TokenizeMsg | AbortMsg | Query], None]
+
+
+class RequestRegistry:
+    """Routes replies to the requests they belong to. All methods belong to one event loop."""
+
+    def __init__(self, config: ServerConfig, epoch: int) -> None:
+        self.epoch = epoch
+        self.state: State = Starting("start", 0.0)
+        self.phases: dict[str, float] = {}
+        self.stats: StatsMsg | None = None
+        self._queries = Queries()
+        self._max_open = config.max_open_requests
+        self._num_tokenizers = config.num_tokenizers
+        self._next_uid = 1
+        self._next_tokenizer = 0
+        self._send: Send | None = None
+        self._requests: dict[int, OpenRequest] = {}
+        self._owners: dict[int, OpenRequest] = {}
+
+    def connect(self, send: Send) -> None:
+        """Send messages by `send(tokenizer_index, message)` from now on."""
+        self._send = send
+
+    def set_progress(self, phase: str, fraction: float) -> None:
+        """Show how far the start is."""
+        if isinstance(self.state, Starting):
+            self.state = Starting(phase, fraction)
+            self.phases.setdefault(phase, time.monotonic())
+
+    def set_ready(self, model: ModelInfo) -> None:
+        """Accept requests from now on."""
+        assert self._send is not None, "connect comes before set_ready"
+        if isinstance(self.state, Starting):
+            self.state = Ready(model)
+            self.phases["ready"] = time.monotonic()
+
+    @property
+    def model(self) -> ModelInfo:
+        """The served model. Raises NotReadyError while starting, RequestFailedError when dead."""
+        match self.state:
+            case Ready(model):
+                return model
+            case Starting(phase, fraction):
+                raise NotReadyError(f"the server is starting: {phase}, {fraction:.0%}")
+            case Dead(error):
+                raise failure_error(Failure.from_error(0, error))
+
+    @property
+    def num_open(self) -> int:
+        """Uids whose final has not come."""
+        return len(self._owners)
+
+    def open(self, n: int = 1, request_id: str = "") -> int:
+        """Take `n` consecutive uids and return the first, the request's base.
+
+        Raises OverloadedError when that many do not fit under the limit, and as `model` does.
+        """
+        assert n >= 1
+        _ = self.model
+        if self.num_open + n > self._max_open:
+            raise OverloadedError(
+                f"the server has {self.num_open} open requests of {self._max_open}, "
+                f"and this one counts {n}; try again later"
+            )
+        base = self._next_uid
+        self._next_uid += n
+        request = OpenRequest(base, set(range(base, base + n)), request_id)
+        self._requests[base] = request
+        self._owners.update(dict.fromkeys(request.live, request))
+        return base
+
+    def send(self, message: TokenizeMsg) -> None:
+        """Pass a message with open uids to the next tokenizer in turn."""
+        assert self._send is not None
+        request = self._owners.get(message.uid)
+        if request is None or request.aborted:
+            raise RequestAborted
+        index = self._take_tokenizer()
+        self._send(index, message)
+        uids = range(message.uid, message.uid + message.sampling.n)
+        request.tokenizers.update(dict.fromkeys(uids, index))
+
+    async def ask(
+        self, make: Callable[[int], Query], tokenizer_index: int | None = None
+    ) -> dict[str, Any]:
+        """The answer to `make(number)` by the next tokenizer in turn, or that of the index.
+
+        Raises as `model`, RequestFailedError when it is refused, MinisrvError when none comes.
+        """
+        _ = self.model
+        assert self._send is not None
+        send = self._send
+        index = self._take_tokenizer() if tokenizer_index is None else tokenizer_index
+        return await self._queries.ask(make, lambda query: send(index, query))
+
+    def receive(self, message: UserReply | AnswerMsg | StatsMsg) -> None:
+        """Take a message from behind."""
+        if isinstance(message, UserReply):
+            self.deliver(message)
+        elif isinstance(message, AnswerMsg):
+            self._queries.deliver(message)
+        else:
+            self.stats = message
+
+    def deliver(self, reply: UserReply) -> None:
+        """Give every column of `reply` to its request; what belongs to no open uid is dropped."""
+        touched: dict[int, OpenRequest] = {}
+        for start in reply.starts:
+            if (request := self._owners.get(start.uid)) is not None:
+                event = request.event(start.uid)
+                event.start, event.started_at = start, time.monotonic()
+                touched[request.base] = request
+        for progress in reply.progress:
+            if (request := self._owners.get(progress.uid)) is not None:
+                request.event(progress.uid).progress = progress
+                touched[request.base] = request
+        for thought in reply.thoughts:
+            if (request := self._owners.get(thought.uid)) is not None:
+                event = request.event(thought.uid)
+                event.thoughts.append(thought.text)
+                event.reasoning_tokens = thought.tokens
+        for output in reply.output_ids:
+            if (request := self._owners.get(output.uid)) is not None:
+                request.event(output.uid).token_ids += output.ids.tolist()
+        for echo in reply.echoes:
+            if (request := self._owners.get(echo.uid)) is not None:
+                request.event(echo.uid).echo = echo
+        for scores in reply.scores:
+            if (request := self._owners.get(scores.uid)) is not None:
+                request.event(scores.uid).scores += scores.scores
+        for end in reply.ends:
+            if (request := self._owners.get(end.uid)) is not None:
+                request.event(end.uid).decode_s = end.decode_s
+        self._deliver_columns(reply, touched)
+        for failure in reply.failures:
+            if (request := self._owners.get(failure.uid)) is not None:
+                self._fail(request, failure)
+                touched[request.base] = request
+        for request in touched.values():
+            request.end_delivery()
+
+    def fail_all(self, error: MinisrvError) -> None:
+        """Fail every open request with `error`, and every later one. The first error stays."""
+        if isinstance(self.state, Dead):
+            return
+        self.state = Dead(error)
+        self._queries.fail_all(error)
+        for uid, request in list(self._owners.items()):
+            self._fail(request, Failure.from_error(uid, error))
+        for request in self._requests.values():
+            request.wake_reader()
+
+    def is_open(self, base: int) -> bool:
+        """Whether `next_events` has something to wait for or to give."""
+        request = self._requests.get(base)
+        if request is None:
+            return False
+        return bool(request.live or request.pending or request.cancelled)
+
+    async def next_events(self, base: int, timeout_s: float | None = None) -> list[Event]:
+        """What has come for an open request, at most one event a uid; waits for the first.
+
+        Empty after a silence of `timeout_s`, or a shorter one if an earlier call named a time that
+        ends now. Raises RequestAborted after `abort`.
+        """
+        request = self._reading(base, wants_deltas=True)
+        if timeout_s is not None:
+            request.end_silence(timeout_s)
+        await request.wait()
+        return request.take()
+
+    async def all_events(self, base: int) -> list[Event]:
+        """One event a uid with its whole text; returns early when one of them has failed.
+
+        Raises RequestAborted after `abort`.
+        """
+        request = self._reading(base, wants_deltas=False)
+        while not request.settled:
+            request.changed = False
+            await request.wait()
+        return request.take()
+
+    async def events(self, base: int) -> AsyncGenerator[Event, None]:
+        """Events until each uid has had its final, or until `abort`; leaving early aborts."""
+        try:
+            while self.is_open(base):
+                for event in await self.next_events(base):
+                    yield event
+        except RequestAborted:
+            return
+        finally:
+            self.abort(base)
+
+    def unread(self, base: int) -> list[Event]:
+        """What has come for a request and was not taken; it may be taken still."""
+        request = self._requests.get(base)
+        return [] if request is None else [*request.unread, *request.pending.values()]
+
+    def abort(self, base: int) -> bool:
+        """Forget a request; what still runs is told to stop. Whether anything still ran.
+
+        Right in every state, and a second time: finished, unsent and unknown requests included.
+        """
+        request = self._requests.pop(base, None)
+        return request is not None and self._stop(request)
+
+    def cancel(self, request_id: str | None, error: MinisrvError) -> int:
+        """Stop the requests of an id, or with None all, as `abort` does, but for their readers:
+        these get `error`. Returns how many requests that were."""
+        matching = [
+            request
+            for request in self._requests.values()
+            if request_id in (None, request.request_id) and not request.aborted and request.live
+        ]
+        for request in matching:
+            request.cancelled = error
+            self._stop(request)
+        return len(matching)
+
+    def _stop(self, request: OpenRequest) -> bool:
+        """Whether anything still ran, and was not stopped already."""
+        if request.aborted:
+            return False
+        running = bool(request.live)
+        request.close()
+        by_tokenizer = defaultdict(list)
+        for uid in sorted(request.live):
+            if uid in request.tokenizers:
+                by_tokenizer[request.tokenizers[uid]].append(uid)
+            else:
+                self._release(request, uid)
+        assert self._send is not None
+        for index, uids in by_tokenizer.items():
+            self._send(index, AbortMsg(uids=tuple(uids), epoch=self.epoch))
+        return running
+
+    def _take_tokenizer(self) -> int:
+        index = self._next_tokenizer
+        self._next_tokenizer = (index + 1) % self._num_tokenizers
+        return index
+
+    def _deliver_columns(self, reply: UserReply, touched: dict[int, OpenRequest]) -> None:
+        columns = zip(
+            reply.uids.tolist(),
+            reply.texts,
+            reply.output_tokens.tolist(),
+            reply.finishes.tolist(),
+            reply.stop_reasons,
+            strict=True,
+        )
+        for uid, text, output_tokens, finish, stop_reason in columns:
+            if (request := self._owners.get(uid)) is None:
+                continue
+            event = request.event(uid)
+            event.deltas.append(text)
+            event.output_tokens = output_tokens
+            if finish:
+                self._finish(request, event, Finish(finish), stop_reason)
+            touched[request.base] = request
+
+    def _finish(
+        self, request: OpenRequest, event: Event, finish: Finish, stop_reason: str | int | None
+    ) -> None:
+        if finish is Finish.ABORT:
+            error = MinisrvError("the request was aborted by the server", code="request_aborted")
+            self._fail(request, Failure.from_error(event.uid, error))
+            return
+        event.finish = finish
+        event.stop_reason = stop_reason
+        self._release(request, event.uid)
+
+    def _fail(self, request: OpenRequest, failure: Failure) -> None:
+        request.event(failure.uid).failure = failure
+        request.failed = True
+        self._release(request, failure.uid)
+
+    def _release(self, request: OpenRequest, uid: int) -> None:
+        request.live.discard(uid)
+        del self._owners[uid]
+
+    def _reading(self, base: int, *, wants_deltas: bool) -> OpenRequest:
+        request = self._requests.get(base)
+        if request is None:
+            raise RequestAborted
+        request.wants_deltas = wants_deltas
+        return request

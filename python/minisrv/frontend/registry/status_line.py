@@ -1,0 +1,43 @@
+"""One line in the log every few seconds of work: how busy the engine is and how fast it goes."""
+
+from __future__ import annotations
+
+import logging
+
+from minisrv import log
+from minisrv.wire.messages import StatsMsg
+
+logger = logging.getLogger("minisrv.frontend")
+
+PERIOD_S = 10.0
+
+
+class StatusLine:
+    """Compares figures with those of its last line; silent while nothing is done."""
+
+    def __init__(self) -> None:
+        self._last: StatsMsg | None = None
+        self._logged_at = 0.0
+
+    def take(self, stats: StatsMsg, now: float) -> None:
+        """New figures have come; `now` in seconds."""
+        last = self._last
+        if last is not None and now < self._logged_at + PERIOD_S:
+            return
+        if last is not None and (stats.steps > last.steps or stats.waiting):
+            seconds = now - self._logged_at
+            prompt = stats.prompt_tokens - last.prompt_tokens
+            cached = stats.cached_tokens - last.cached_tokens
+            figures = {
+                "running": stats.running,
+                "waiting": stats.waiting,
+                "kv_use": round(stats.pages_used / stats.num_pages, 3),
+                "prompt_tokens_per_s": round(prompt / seconds, 1),
+                "output_tokens_per_s": round(
+                    (stats.output_tokens - last.output_tokens) / seconds, 1
+                ),
+                "cache_hits": round(cached / prompt, 3) if prompt else 0.0,
+                "retractions": stats.retractions - last.retractions,
+            }
+            log.event(logger, logging.INFO, "status", figures)
+        self._last, self._logged_at = stats, now

@@ -1,0 +1,336 @@
+"""Offline generation: scheduler, loop, engine and text workers of the server in one process."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from tqdm import tqdm
+
+from minisrv.checkpoint.hub import resolve_model
+from minisrv.checkpoint.model_config import load_model_config
+from minisrv.checkpoint.tokenizer import load_tokenizer, needs_conversion
+from minisrv.config import ServerConfig
+from minisrv.detokenizer.worker import DetokenizerWorker
+from minisrv.errors import ConfigError, InvalidRequestError, MinisrvError
+from minisrv.llm.outputs import RequestOutput, Run, error_of
+from minisrv.sampling_params import SamplingParams
+from minisrv.scheduler.channel import LocalChannel
+from minisrv.structured_output.checker import GrammarChecker
+from minisrv.structured_output.vocabulary import open_vocabulary
+from minisrv.tokenizer.chat_template import ChatTemplate
+from minisrv.tokenizer.worker import TokenizerWorker
+from minisrv.wire.messages import AbortMsg, GenerateMsg, TokenizeMsg, UserReply
+
+if TYPE_CHECKING:
+    import torch
+
+Prompt = str | list[int]
+Chat = list[dict[str, Any]]
+
+
+class LLM:
+    """A model in this process: `LLM("demo").generate(["Hello"], max_tokens=20)`.
+
+    model_path: a directory, a hub name or demo. dtype: a torch dtype or its name; None is the
+    checkpoint's. Options are those of the server, `page_size=16` for `--page-size 16`.
+    Raises ConfigError for a model or option that cannot be used, TypeError for an unknown option.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path = "demo",
+        dtype: torch.dtype | str | None = None,
+        **engine_options: Any,
+    ) -> None:
+        from minisrv.scheduler.build import build_loop
+
+        config = _make_config(str(model_path), dtype, engine_options)
+        model_dir = resolve_model(config.model, lambda phase, fraction: None)
+        model = load_model_config(model_dir, config.max_seq_len)
+        with ExitStack() as stack:
+            tokenizer_dir = _tokenizer_dir(model_dir, stack)
+            tokenizer = load_tokenizer(tokenizer_dir, config.chat_template)
+        self.config = config
+        self.model_config = model
+        self.sampling_defaults = model.defaults_of(config.sampling_defaults)
+        self.tokenizer = tokenizer
+        self._detokenizer = DetokenizerWorker(tokenizer, LocalChannel.epoch)
+        self._channel = LocalChannel()
+        vocabulary = open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
+        self._loop = build_loop(
+            config, model_dir, self._channel, lambda phase, fraction: None, vocabulary=vocabulary
+        )
+        self._tokenizer = TokenizerWorker(
+            tokenizer,
+            ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens),
+            self._loop.scheduler.max_seq_len,
+            model.vocab_size,
+            LocalChannel.epoch,
+            GrammarChecker(vocabulary),
+        )
+        self._next_uid = 0
+        self._closed = False
+
+    @property
+    def max_seq_len(self) -> int:
+        """Most tokens of prompt and output together."""
+        return self._loop.scheduler.max_seq_len
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **sampling_fields: Any,
+    ) -> list[str]:
+        """The text after each prompt (a string or token ids; one alone counts as a list of one).
+
+        Fields such as `max_tokens=50` replace those of `sampling_params`; max_tokens None is the
+        rest of the context. Raises InvalidRequestError, before anything runs, for a prompt or a
+        parameter that cannot be served, and for n > 1.
+        """
+        listed = _listed(prompts)
+        params = _params_for(len(listed), sampling_params, sampling_fields)
+        if any(p.n > 1 for p in params):
+            raise InvalidRequestError(
+                "generate gives one text a prompt; for n > 1 use generate_outputs", param="n"
+            )
+        outputs = self._run(self._encode(listed, params), use_tqdm)
+        return [output.outputs[0].text for output in outputs]
+
+    def generate_outputs(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **sampling_fields: Any,
+    ) -> list[RequestOutput]:
+        """As `generate`, with token ids, finish reasons, usage and all n choices."""
+        listed = _listed(prompts)
+        params = _params_for(len(listed), sampling_params, sampling_fields)
+        return self._run(self._encode(listed, params), use_tqdm)
+
+    def chat(
+        self,
+        messages: Chat | Sequence[Chat],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        **sampling_fields: Any,
+    ) -> list[str]:
+        """The answer to each conversation (one alone counts as a list of one), by the template."""
+        single = bool(messages) and isinstance(messages[0], dict)
+        chats = cast("list[Chat]", [messages] if single else list(messages))
+        params = _params_for(len(chats), sampling_params, sampling_fields)
+        requests = [
+            TokenizeMsg(
+                uid=0,
+                messages=tuple(chat),
+                template_kwargs=chat_template_kwargs or {},
+                sampling=p,
+            )
+            for chat, p in zip(chats, params, strict=True)
+        ]
+        return [o.outputs[0].text for o in self._run(requests, use_tqdm)]
+
+    def prepare(self, request: TokenizeMsg) -> GenerateMsg:
+        """The token ids of a request, checked; the uid is given here.
+
+        Open fields of its sampling are the model's defaults. Raises InvalidRequestError.
+        """
+        if self._closed:
+            raise RuntimeError("this LLM is closed")
+        sampling = request.sampling.with_defaults(self.sampling_defaults)
+        (made,) = self._tokenizer.handle(replace(request, uid=self._next_uid, sampling=sampling))
+        if isinstance(made, UserReply):
+            raise error_of(made.failures[0])
+        assert isinstance(made, GenerateMsg)
+        self._next_uid += sampling.n
+        return made
+
+    def stream_outputs(self, messages: Sequence[GenerateMsg]) -> Iterator[RequestOutput]:
+        """Serve prepared requests together; each comes out when all its choices have ended.
+
+        Closing the iterator early ends what is open.
+        """
+        if self._closed:
+            raise RuntimeError("this LLM is closed")
+        run = Run(messages)
+        self._channel.inbox.extend(messages)
+        try:
+            while run.num_open or self._loop.busy:
+                with _interrupt_later():
+                    self._loop.turn()
+                    ended = list(self._take(run))
+                yield from ended
+        finally:
+            with _interrupt_later():
+                self._drop(run)
+
+    def close(self) -> None:
+        """Free the model and its cache. The object cannot be used after."""
+        self._closed = True
+        if loop := self.__dict__.pop("_loop", None):
+            loop.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _encode(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+    ) -> list[TokenizeMsg]:
+        return [
+            TokenizeMsg(
+                uid=0, prompt=prompt if isinstance(prompt, str) else tuple(prompt), sampling=p
+            )
+            for prompt, p in zip(prompts, params, strict=True)
+        ]
+
+    def _run(self, requests: Sequence[TokenizeMsg], use_tqdm: bool) -> list[RequestOutput]:
+        messages = []
+        for index, request in enumerate(requests):
+            try:
+                messages.append(self.prepare(request))
+            except MinisrvError as error:
+                error.message = f"prompt {index}: {error.message}"
+                error.args = (error.message,)
+                raise
+        done: dict[int, RequestOutput] = {}
+        tokens = 0
+        with tqdm(total=len(requests), desc="generate", unit="req", disable=not use_tqdm) as bar:
+            for output in self.stream_outputs(messages):
+                done[output.index] = output
+                tokens += output.usage.completion_tokens
+                elapsed = bar.format_dict["elapsed"] or 1e-9
+                bar.set_postfix_str(f"{tokens / elapsed:.0f} tok/s", refresh=False)
+                bar.update()
+        for index, request in enumerate(requests):
+            done[index].prompt = request.prompt if isinstance(request.prompt, str) else None
+        return [done[index] for index in range(len(requests))]
+
+    def _take(self, run: Run) -> Iterator[RequestOutput]:
+        """What the last turn gave."""
+        outbox = self._channel.outbox
+        while outbox:
+            message = outbox.popleft()
+            run.take_tokens(message)
+            reply, aborts = self._detokenizer.handle(message)
+            if aborts is not None:
+                self._channel.inbox.append(aborts)
+            if reply is not None:
+                yield from run.take_texts(reply)
+
+    def _drop(self, run: Run) -> None:
+        """End what is still open, so that the next call finds an idle engine."""
+        if self._closed:
+            return
+        self._channel.inbox.append(AbortMsg(uids=tuple(run.choices)))
+        while self._loop.busy or self._channel.inbox:
+            self._loop.turn()
+            for _ in self._take(run):
+                pass
+
+
+@contextmanager
+def _interrupt_later() -> Iterator[None]:
+    """Hold Ctrl+C back until the end of the block: a scheduler must not stop half way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
+
+
+def _make_config(
+    model: str, dtype: torch.dtype | str | None, options: dict[str, Any]
+) -> ServerConfig:
+    known = [f.name for f in fields(ServerConfig)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"; near names: {', '.join(near)}" if near else ""
+            raise TypeError(f"LLM has no option {name!r}{hint}")
+    name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
+    return ServerConfig(**{"model": model, "dtype": name, **options})
+
+
+def _tokenizer_dir(model_dir: Path, stack: ExitStack) -> Path:
+    """Where tokenizer.json is: the model's directory, or one that a child converts into."""
+    if not needs_conversion(model_dir):
+        return model_dir
+    out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minisrv-")))
+    converter = "minisrv.checkpoint.convert_tokenizer"
+    command = [sys.executable, "-m", converter, str(model_dir), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise ConfigError(lines[-1] if lines else "the tokenizer could not be converted")
+    return out
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    listed: list[Any] = list(prompts)
+    if listed and all(isinstance(item, int) and not isinstance(item, bool) for item in listed):
+        return [listed]
+    for i, prompt in enumerate(listed):
+        ids = isinstance(prompt, list | tuple) and all(type(item) is int for item in prompt)
+        if not isinstance(prompt, str) and not ids:
+            raise InvalidRequestError(
+                f"prompt {i} is a {type(prompt).__name__}; it must be a string or a list of "
+                "token ids",
+                param="prompts",
+            )
+    return listed
+
+
+def _params_for(
+    count: int,
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    sampling_fields: dict[str, Any],
+) -> list[SamplingParams]:
+    """One SamplingParams a prompt."""
+    known = {f.name for f in fields(SamplingParams)}
+    unknown = sorted(sampling_fields.keys() - known)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=3)
+        hint = f"; near names: {', '.join(near)}" if near else ""
+        raise TypeError(f"there is no sampling field {unknown[0]!r}{hint}")
+    if params is None or isinstance(params, SamplingParams):
+        listed = [params or SamplingParams()] * count
+    else:
+        listed = list(params)
+    if len(listed) != count:
+        raise InvalidRequestError(
+            f"there are {count} prompts and {len(listed)} sampling_params", param="sampling_params"
+        )
+    return [replace(p, **sampling_fields) for p in listed] if sampling_fields else listed

@@ -1,0 +1,190 @@
+"""What comes of offline requests, and how it is gathered from the messages of scheduler and
+detokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from minisrv.errors import InvalidRequestError, MinisrvError
+from minisrv.frontend.registry.events import Event
+from minisrv.wire.logprobs import TokenLogprobs
+from minisrv.wire.messages import DetokenizeMsg, Failure, Finish, GenerateMsg, UserReply
+
+_FINISH_REASONS = {
+    Finish.STOP: "stop",
+    Finish.STOP_TOKEN: "stop",
+    Finish.COMPLETE: "stop",
+    Finish.LENGTH: "length",
+    Finish.ABORT: "abort",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log-probability, and the likeliest tokens in its place, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionOutput:
+    """One choice. finish_reason: stop or length. stop_reason: the stop string or token id.
+
+    thought: what the model thought, for a request with `split_thought`. logprobs: of `token_ids`,
+    for a request that asks for them. event: the same as the server's frontend has it.
+    The end-of-text token and stop tokens count in `token_ids` and are not in `text`.
+    """
+
+    index: int
+    text: str = ""
+    thought: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    event: Event = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Token counts of a request; cached_tokens is the part of the prompt found in the cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestOutput:
+    """What came of the prompt at place `index`. `prompt` is None for messages and token ids.
+
+    prompt_logprobs: of all tokens of the prompt but the first, which has none.
+    """
+
+    index: int
+    prompt: str | None = None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts of prompt and all choices."""
+        return Usage(
+            prompt_tokens=len(self.prompt_token_ids),
+            completion_tokens=sum(len(output.token_ids) for output in self.outputs),
+            cached_tokens=self.cached_tokens,
+        )
+
+
+class Run:
+    """The requests of one call, and what is known of their choices."""
+
+    def __init__(self, messages: Sequence[GenerateMsg]) -> None:
+        self.choices: dict[int, tuple[RequestOutput, CompletionOutput]] = {}
+        self._missing: dict[int, int] = {}
+        for index, message in enumerate(messages):
+            self._open(index, message)
+
+    @property
+    def num_open(self) -> int:
+        """Choices that have not ended."""
+        return len(self.choices)
+
+    def _open(self, index: int, message: GenerateMsg) -> None:
+        self._missing[index] = message.sampling.n
+        output = RequestOutput(
+            index=index,
+            prompt_token_ids=message.prompt_ids.tolist(),
+            outputs=[
+                CompletionOutput(index=choice, event=Event(message.uid + choice, choice))
+                for choice in range(message.sampling.n)
+            ],
+        )
+        for choice in output.outputs:
+            self.choices[message.uid + choice.index] = (output, choice)
+
+    def take_tokens(self, message: DetokenizeMsg) -> None:
+        """What the scheduler tells of a step."""
+        for start in message.starts:
+            if start.uid in self.choices:
+                output, choice = self.choices[start.uid]
+                choice.event.start = start
+                if choice.index == 0:
+                    output.cached_tokens = start.cached_tokens
+                    if start.prompt_logprobs is not None:
+                        output.prompt_logprobs += _by_token(start.prompt_logprobs)
+        for logprobs in message.logprobs:
+            if logprobs.uid in self.choices:
+                self.choices[logprobs.uid][1].logprobs += _by_token(logprobs)
+        tokens = np.flatnonzero(message.token_ids >= 0)
+        for uid, token_id in zip(
+            message.uids[tokens].tolist(), message.token_ids[tokens].tolist(), strict=True
+        ):
+            if uid in self.choices:
+                self.choices[uid][1].token_ids.append(token_id)
+
+    def take_texts(self, reply: UserReply) -> Iterator[RequestOutput]:
+        """What the detokenizer makes of it; yields the requests that have ended."""
+        for failure in reply.failures:
+            if failure.uid in self.choices:
+                raise error_of(failure)
+        for thought in reply.thoughts:
+            if thought.uid in self.choices:
+                choice = self.choices[thought.uid][1]
+                choice.thought += thought.text
+                choice.event.thoughts.append(thought.text)
+                choice.event.reasoning_tokens = thought.tokens
+        for echo in reply.echoes:
+            if echo.uid in self.choices:
+                self.choices[echo.uid][1].event.echo = echo
+        for scores in reply.scores:
+            if scores.uid in self.choices:
+                self.choices[scores.uid][1].event.scores += scores.scores
+        columns = zip(
+            reply.uids.tolist(),
+            reply.texts,
+            reply.output_tokens.tolist(),
+            reply.finishes.tolist(),
+            reply.stop_reasons,
+            strict=True,
+        )
+        for uid, text, num_tokens, finish, stop_reason in columns:
+            if uid not in self.choices:
+                continue
+            output, choice = self.choices[uid]
+            choice.text += text
+            choice.event.deltas.append(text)
+            choice.event.output_tokens = num_tokens
+            if not finish:
+                continue
+            del choice.token_ids[num_tokens:]
+            del choice.logprobs[num_tokens:]
+            choice.finish_reason = _FINISH_REASONS[Finish(finish)]
+            choice.stop_reason = choice.event.stop_reason = stop_reason
+            choice.event.finish = Finish(finish)
+            del self.choices[uid]
+            self._missing[output.index] -= 1
+            if not self._missing[output.index]:
+                yield output
+
+
+def _by_token(logprobs: TokenLogprobs) -> Iterator[TokenLogprob]:
+    ids = logprobs.token_ids.tolist()
+    num_top = len(logprobs.top_ids) // len(ids) if ids else 0
+    top = list(zip(logprobs.top_ids.tolist(), logprobs.top_logprobs.tolist(), strict=True))
+    for place, (token_id, logprob) in enumerate(zip(ids, logprobs.logprobs.tolist(), strict=True)):
+        yield TokenLogprob(token_id, logprob, tuple(top[place * num_top : (place + 1) * num_top]))
+
+
+def error_of(failure: Failure) -> MinisrvError:
+    """The exception that tells of a failure."""
+    kind = InvalidRequestError if failure.status < 500 else MinisrvError
+    return kind(failure.message, param=failure.param, code=failure.code)

@@ -1,0 +1,104 @@
+"""The supervisor's end of the pipes that join it to a child; see `child` for the other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from typing import IO, Any
+
+from minisrv.errors import ConfigError, EngineDeadError, MinisrvError
+from minisrv.supervision.child_main import (
+    Boot,
+    Failed,
+    Notice,
+    Ready,
+    Report,
+    decode_line,
+    encode_line,
+)
+
+
+class ChildProcess:
+    """The supervisor's side of a child: its lifeline, its reports, its end."""
+
+    def __init__(self, name: str, module: str, boot: dict[str, Any], fds: dict[str, int]) -> None:
+        self.name = name
+        self.ready: Ready | None = None
+        self.failed: Failed | None = None
+        self._buffer = b""
+        self.status_fd, child_fd = os.pipe()
+        os.set_blocking(self.status_fd, False)
+        self._popen = subprocess.Popen(
+            [sys.executable, "-P", "-m", module],
+            stdin=subprocess.PIPE,
+            bufsize=0,
+            pass_fds=[child_fd, *fds.values()],
+            # Out of the terminal's group: an interrupt reaches the supervisor alone.
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        os.close(child_fd)
+        self.pid = self._popen.pid
+        self.watched_fds = [self.status_fd]
+        if sys.platform == "linux":
+            self.watched_fds.append(os.pidfd_open(self.pid))
+        self._write(encode_line(Boot(**boot, status_fd=child_fd, parent_pid=os.getpid(), fds=fds)))
+        os.set_blocking(self._stdin.fileno(), False)
+
+    def tell(self, notice: Notice) -> None:
+        """Send a notice; one that a dead or stuck child cannot take is lost."""
+        self._write(encode_line(notice))
+
+    def _write(self, line: bytes) -> None:
+        with contextlib.suppress(OSError):
+            self._stdin.write(line)
+
+    @property
+    def _stdin(self) -> IO[bytes]:
+        assert self._popen.stdin is not None
+        return self._popen.stdin
+
+    def read_reports(self) -> list[Report]:
+        """What has come since the last call."""
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self.status_fd, 65536):
+                self._buffer += chunk
+        *lines, self._buffer = self._buffer.split(b"\n")
+        return [self._note(decode_line(line)) for line in lines]
+
+    def _note(self, report: Any) -> Report:
+        match report:
+            case Ready():
+                self.ready = report
+            case Failed():
+                self.failed = report
+        return report  # type: ignore[no-any-return]
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._popen.poll() is not None
+
+    def error(self) -> MinisrvError:
+        """Why the process is gone."""
+        if self.failed is not None and self.failed.exit_code == 2:
+            return ConfigError(self.failed.sentence)
+        if self.failed is not None:
+            return EngineDeadError(f"the {self.name} process has died: {self.failed.sentence}")
+        status = self._popen.wait()
+        if status >= 0:
+            return EngineDeadError(f"the {self.name} process has died with exit status {status}")
+        how = f"it was killed by {signal.Signals(-status).name}"
+        memory = " (the system does this when memory runs out)" if status == -signal.SIGKILL else ""
+        return EngineDeadError(f"the {self.name} process has died: {how}{memory}")
+
+    def kill(self) -> None:
+        """End the process if it still runs, wait for it, and close what joined it to us."""
+        self._popen.kill()
+        self._popen.wait()
+        self._stdin.close()
+        for fd in self.watched_fds:
+            os.close(fd)

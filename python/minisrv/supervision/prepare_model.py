@@ -1,0 +1,15 @@
+"""The process that downloads a model from the hub before the others start."""
+
+from __future__ import annotations
+
+from minisrv.checkpoint.hub import resolve_model
+from minisrv.supervision.child_main import Child, Ready, run_child
+
+
+def _download(child: Child) -> None:
+    path = resolve_model(child.config.model, child.progress)
+    child.report(Ready({"model_dir": str(path)}))
+
+
+if __name__ == "__main__":
+    run_child("hub", _download)

@@ -1,0 +1,17 @@
+"""The process that converts a tokenizer to tokenizer.json before the others start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minisrv.checkpoint.convert_tokenizer import convert
+from minisrv.supervision.child_main import Child, Ready, run_child
+
+
+def _convert(child: Child) -> None:
+    convert(Path(child.boot.model_dir), Path(child.boot.tokenizer_dir))
+    child.report(Ready())
+
+
+if __name__ == "__main__":
+    run_child("converter", _convert)

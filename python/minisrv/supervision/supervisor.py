@@ -1,0 +1,282 @@
+"""Starts the processes in order, watches them, and ends them together.
+
+Every child has a lifeline to this process and a status pipe from it; the pipe's end and the
+child's pidfd tell of a death at once. The processes share state (the cache, open requests), so
+when one dies the others end too. The thread in `Supervisor.run` starts all children and outlives
+them, for the kernel ties each to the thread that started it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import math
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from minisrv.checkpoint.hub import find_local_model
+from minisrv.checkpoint.tokenizer import needs_conversion
+from minisrv.config import ServerConfig
+from minisrv.errors import MinisrvError
+from minisrv.supervision.child_handle import ChildProcess
+from minisrv.supervision.child_main import EngineEnded, EngineReady, Notice, Progress
+from minisrv.wire.sockets import private_directory
+
+logger = logging.getLogger("minisrv.supervision.supervisor")
+
+END_GRACE_S = 3.5
+EPOCH = 1
+MODULES = {
+    "frontend": "minisrv.frontend",
+    "hub": "minisrv.supervision.prepare_model",
+    "converter": "minisrv.supervision.prepare_tokenizer",
+    "scheduler": "minisrv.scheduler",
+    "detokenizer": "minisrv.detokenizer",
+    "tokenizer": "minisrv.tokenizer",
+}
+
+
+class _StopRequested(Exception):
+    """Somebody called `stop`."""
+
+
+class Supervisor:
+    """Runs the engine's processes, and the frontend too when it is given a socket to listen on.
+
+    Without `listener` the caller is the frontend: it binds the inbox in `run_dir` and gets by
+    `on_notice`, in the thread of `run`, what a frontend process would be told.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        listener: socket.socket | None = None,
+        on_notice: Callable[[Notice], None] = lambda notice: None,
+    ) -> None:
+        self._config = config
+        self._listener = listener
+        self._on_notice = on_notice
+        self._exit_stack = contextlib.ExitStack()
+        self.run_dir = self._exit_stack.enter_context(private_directory())
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._wake_receiver.setblocking(False)
+        self._wake_sender.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake_receiver, selectors.EVENT_READ)
+        self._children: list[ChildProcess] = []
+        self._frontend: ChildProcess | None = None
+        self._last_progress = Progress("", 0.0)
+        self._num_stops = 0
+
+    @property
+    def wake_fd(self) -> int:
+        """For signal.set_wakeup_fd: every byte written here counts as a call of `stop`."""
+        return self._wake_sender.fileno()
+
+    def stop(self) -> None:
+        """Have `run` end everything; a second call ends it at once. Right in every state."""
+        with contextlib.suppress(OSError):
+            self._wake_sender.send(b"s")
+
+    def run(self) -> None:
+        """Start, watch, and end; returns after `stop`, when no child is left.
+
+        Raises ConfigError if the model or an option cannot be used, EngineDeadError if a process
+        has died, MinisrvError if the start takes too long.
+        """
+        try:
+            self._start()
+            self._watch_until(lambda: False)
+        except _StopRequested:
+            self._tell(EngineEnded("the server is stopping", stopping=True))
+        except Exception as error:
+            self._tell(EngineEnded(str(error), stopping=False))
+            raise
+        finally:
+            self._end_children()
+            self._close()
+
+    def _start(self) -> None:
+        local_model_dir = find_local_model(self._config.model)
+        if self._listener is not None:
+            fds = {"listener": self._listener.fileno()}
+            self._frontend = self._spawn("frontend", fds=fds)
+            self._listener.close()
+        model_dir = local_model_dir or self._download()
+        deadline = time.monotonic() + self._config.start_timeout_s
+        tokenizer_dir = self._convert_tokenizer(model_dir, deadline)
+        workers = [
+            self._spawn("scheduler", model_dir, tokenizer_dir),
+            self._spawn("detokenizer", model_dir, tokenizer_dir),
+        ]
+        for index in range(self._config.num_tokenizers):
+            workers.append(self._spawn("tokenizer", model_dir, tokenizer_dir, index=index))
+        self._watch_until_ready(workers, deadline)
+        facts = {k: v for w in workers if w.ready for k, v in w.ready.facts.items()}
+        notice = EngineReady(facts)
+        if self._frontend is not None:
+            self._frontend.tell(notice)
+            self._watch_until_ready([self._frontend], deadline)
+        self._on_notice(notice)
+
+    def _download(self) -> Path:
+        """Fetch the model in a child, for as long as that takes."""
+        hub = self._spawn("hub")
+        self._watch_until_ready([hub], math.inf)
+        assert hub.ready is not None
+        self._retire(hub)
+        return Path(hub.ready.facts["model_dir"])
+
+    def _convert_tokenizer(self, model_dir: Path, deadline: float) -> Path:
+        """The directory of a tokenizer.json: the model's, or one made in a child from its own."""
+        if not needs_conversion(model_dir):
+            return model_dir
+        directory = self.run_dir / "tokenizer"
+        converter = self._spawn("converter", model_dir, directory)
+        self._watch_until_ready([converter], deadline)
+        self._retire(converter)
+        return directory
+
+    def _spawn(
+        self,
+        kind: str,
+        model_dir: Path | None = None,
+        tokenizer_dir: Path | None = None,
+        *,
+        index: int = 0,
+        fds: dict[str, int] | None = None,
+    ) -> ChildProcess:
+        boot = {
+            "config": self._config.to_dict(),
+            "run_dir": str(self.run_dir),
+            "epoch": EPOCH,
+            "index": index,
+            "model_dir": str(model_dir or ""),
+            "tokenizer_dir": str(tokenizer_dir or ""),
+        }
+        name = f"{kind}-{index}" if kind == "tokenizer" else kind
+        child = ChildProcess(name, MODULES[kind], boot, fds or {})
+        self._children.append(child)
+        for fd in child.watched_fds:
+            self._selector.register(fd, selectors.EVENT_READ, child)
+        logger.debug("started %s pid=%d", name, child.pid)
+        return child
+
+    def _retire(self, child: ChildProcess) -> None:
+        """End a child and forget it."""
+        self._children.remove(child)
+        self._unwatch(child)
+        child.kill()
+
+    def _watch_until_ready(self, children: list[ChildProcess], deadline: float) -> None:
+        self._watch_until(lambda: all(child.ready for child in children), deadline)
+
+    def _watch_until(self, done: Callable[[], bool], deadline: float = math.inf) -> None:
+        """Take reports until `done`. Raises _StopRequested, and for a death or the deadline."""
+        while not done():
+            self._poll(deadline)
+            if self._num_stops:
+                raise _StopRequested
+            dead = next((child for child in self._children if child.ended), None)
+            if dead is not None:
+                self._take_reports(dead)
+                raise dead.error()
+            if time.monotonic() >= deadline:
+                late = ", ".join(child.name for child in self._children if not child.ready)
+                raise MinisrvError(
+                    f"the start took more than {self._config.start_timeout_s:g} s, waiting for "
+                    f"{late}; raise --start-timeout-s if that is too short"
+                )
+
+    def _poll(self, deadline: float) -> None:
+        """Wait for reports, deaths and stops, at most until `deadline`, and note them."""
+        timeout_s = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        for key, _ in self._selector.select(timeout_s):
+            if key.data is None:
+                self._num_stops += len(self._wake_receiver.recv(4096))
+            elif key.fd == key.data.status_fd:
+                self._take_reports(key.data)
+            if key.data is not None and key.data.ended:
+                self._unwatch(key.data)
+
+    def _take_reports(self, child: ChildProcess) -> None:
+        for report in child.read_reports():
+            if isinstance(report, Progress) and self._is_news(report):
+                self._last_progress = report
+                self._tell(report)
+
+    def _is_news(self, progress: Progress) -> bool:
+        last = self._last_progress
+        grown = abs(progress.fraction - last.fraction) >= 0.01
+        return progress.phase != last.phase or grown or progress.fraction == 1.0
+
+    def _tell(self, notice: Notice) -> None:
+        if self._frontend is not None:
+            self._frontend.tell(notice)
+        self._on_notice(notice)
+
+    def _unwatch(self, child: ChildProcess) -> None:
+        for fd in child.watched_fds:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(fd)
+
+    def _end_children(self) -> None:
+        """Kill the workers, which have nothing to save; let the frontend say its last words."""
+        serving = self._frontend if self._frontend and self._frontend.ready else None
+        for child in list(self._children):
+            if child is not serving:
+                self._retire(child)
+        deadline = time.monotonic() + END_GRACE_S
+        num_stops = self._num_stops
+        while serving and not serving.ended and self._num_stops == num_stops:
+            if time.monotonic() >= deadline:
+                break
+            self._poll(deadline)
+        if serving:
+            self._retire(serving)
+
+    def _close(self) -> None:
+        self._wake_sender.close()
+        self._wake_receiver.close()
+        self._selector.close()
+        self._exit_stack.close()
+
+
+class SupervisorThread:
+    """A supervisor beside a caller that is the frontend itself.
+
+    `error` is what `Supervisor.run` raised, once the thread has ended. A caller that forgets to
+    stop it is no trouble: the end of the process ends it too.
+    """
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self.error: MinisrvError | None = None
+        self._thread = threading.Thread(target=self._run, name="minisrv supervisor", daemon=True)
+
+    def start(self) -> None:
+        """Run the supervisor in its thread."""
+        atexit.register(self.stop)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End all children, and wait for that."""
+        atexit.unregister(self.stop)
+        self._supervisor.stop()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._supervisor.run()
+        except MinisrvError as error:
+            self.error = error
+            logger.error("%s", error.message)
+        except Exception as error:
+            self.error = MinisrvError(f"the supervisor has failed: {error}")
+            logger.exception("the supervisor has failed")

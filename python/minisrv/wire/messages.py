@@ -1,0 +1,362 @@
+"""Every message between processes, and which of them each inbox takes.
+
+One step's tokens travel as packed columns. How a message becomes a frame is in message_codec.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum, IntFlag
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from minisrv.errors import Lengths, MinisrvError
+from minisrv.sampling_params import SamplingParams
+from minisrv.wire.logprobs import OutputScores, PromptEcho, TokenLogprobs
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+UInt8Array = npt.NDArray[np.uint8]
+
+
+class Finish(IntEnum):
+    """How a request ended; 0 while it runs.
+
+    STOP_TOKEN is one of the request's own ids. COMPLETE: the text is all that its grammar allows.
+    """
+
+    NONE = 0
+    STOP = 1
+    LENGTH = 2
+    STOP_TOKEN = 3
+    ABORT = 4
+    COMPLETE = 5
+
+
+class Parts(IntFlag):
+    """What a reply may hold besides plain text; the message fields of this name are plain ints.
+
+    CALLS: tool calls, whose markers stay in the text. THOUGHT: it may begin with a thought, which
+    goes apart. OPEN_THOUGHT: it does, since the prompt ends inside of one.
+    """
+
+    CALLS = 1
+    THOUGHT = 2
+    OPEN_THOUGHT = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownPrompt:
+    """What a client that asks is told of its prompt: the token ids, the text, or both."""
+
+    ids: Int32Array | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizeMsg:
+    """Frontend to tokenizer: either a prompt (text or token ids) or messages for the template.
+
+    The `sampling.n` choices answer under uid, uid + 1, ... The sampling has no None but max_tokens
+    and seed. `tools` are shown to the template, and calls of them looked for in the reply.
+    must_call: the reply must be a call of one of these tools; with `parallel_calls` maybe several.
+    split_thought: a thought comes apart from the text. continue_final_message: the prompt ends
+    where the last message's content ends. chat_template: a source in place of the model's.
+    show_prompt_ids, show_prompt_text: in the first `Start`. show_progress: by `Progress`.
+    cache_salt: pages are shared within the same salt alone.
+    """
+
+    uid: int
+    prompt: str | tuple[int, ...] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    sampling: SamplingParams
+    tools: tuple[dict[str, Any], ...] | None = None
+    must_call: tuple[str, ...] = ()
+    parallel_calls: bool = True
+    split_thought: bool = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    show_prompt_ids: bool = False
+    show_prompt_text: bool = False
+    show_progress: bool = False
+    cache_salt: str = ""
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AbortMsg:
+    """Frontend to tokenizer to scheduler, and detokenizer to scheduler: nobody reads these uids.
+
+    Every uid is answered with one final code, its own end or ABORT. Unknown uids mean nothing.
+    """
+
+    uids: tuple[int, ...]
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateMsg:
+    """Tokenizer to scheduler: a checked prompt, at least one token, with ids in the vocabulary."""
+
+    uid: int
+    prompt_ids: Int32Array
+    sampling: SamplingParams
+    parts: int = 0
+    shown_prompt: ShownPrompt | None = None
+    show_progress: bool = False
+    cache_salt: str = ""
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeMsg:
+    """Frontend to tokenizer: what would these be as tokens? Answered with text, ids and tokens.
+
+    Either a prompt or messages for the template. For messages `add_special_tokens` is False but
+    where somebody wants the ids that a template which writes none would have.
+    """
+
+    query: int
+    prompt: str | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] | None = None
+    add_special_tokens: bool
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeMsg:
+    """Frontend to tokenizer: the text of these ids. Answered with text."""
+
+    query: int
+    token_ids: Int32Array
+    skip_special_tokens: bool
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DescribeMsg:
+    """Frontend to tokenizer: what tokenizer is this? Answered as HFTokenizer.describe."""
+
+    query: int
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlushMsg:
+    """Frontend to tokenizer to scheduler: empty the prefix cache. Answered with pages or busy."""
+
+    query: int
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What is known of a request when its first token comes; `cached_tokens` of its prompt.
+
+    queue_s: from its arrival at the scheduler to its first step; prefill_s: on to the first token,
+    which came at `at` on the scheduler's clock.
+    prompt_ids: of a prompt that is echoed. prompt_logprobs: of all its tokens but the first.
+    logprobs: whether they come with each token.
+    """
+
+    uid: int
+    prompt_tokens: int
+    cached_tokens: int
+    min_tokens: int
+    stop: tuple[str, ...]
+    skip_special_tokens: bool
+    parts: int = 0
+    return_token_ids: bool = False
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    at: float = 0.0
+    include_stop: bool = False
+    prompt_ids: Int32Array | None = None
+    prompt_logprobs: TokenLogprobs | None = None
+    logprobs: bool = False
+    shown_prompt: ShownPrompt | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A prompt before its first token. `processed` counts `cached`; seconds are from step one."""
+
+    uid: int
+    total: int
+    cached: int
+    processed: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thought:
+    """More of a thought; `tokens` is the count so far, that of the tags included."""
+
+    uid: int
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """The final reply to a request that could not be served: the fields of an OpenAI error."""
+
+    uid: int
+    message: str
+    status: int
+    error_type: str
+    code: str | None
+    param: str | None
+    lengths: Lengths | None = None
+
+    @classmethod
+    def from_error(cls, uid: int, error: MinisrvError) -> Failure:
+        """The reply that tells of `error`."""
+        return cls(
+            uid=uid,
+            message=error.message,
+            status=error.http_status,
+            error_type=error.error_type,
+            code=error.code,
+            param=error.param,
+            lengths=error.lengths,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetokenizeMsg:
+    """Scheduler to detokenizer, one a step: columns of equal length, a token (or end) each.
+
+    A request's `Start` is in the message of its first entry. An ABORT entry has token -1, and so
+    has the end of a request that asked for no token. The token of a STOP or STOP_TOKEN entry counts
+    in the usage and is not text. `logprobs`: one for each token of a request that asked for them.
+    `at`: when the tokens came, on the scheduler's clock.
+    """
+
+    uids: Int64Array
+    token_ids: Int32Array
+    finishes: UInt8Array
+    starts: tuple[Start, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    progress: tuple[Progress, ...] = ()
+    at: float = 0.0
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How long a request that has ended took from its first token to its last."""
+
+    uid: int
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputIds:
+    """Token ids of a request that asked for them, in order, from where the last ones ended."""
+
+    uid: int
+    ids: Int32Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserReply:
+    """Detokenizer (and tokenizer, for failures) to frontend: columns of equal length.
+
+    `texts` are deltas that join to the full text. `output_tokens` is the count so far.
+    `stop_reasons` is the stop string or token id that ended a request, or None. `thoughts` come
+    before the text of the same uid. Each uid ends with one finish code but NONE or one failure.
+    """
+
+    uids: Int64Array
+    texts: tuple[str, ...]
+    output_tokens: Int32Array
+    finishes: UInt8Array
+    stop_reasons: tuple[str | int | None, ...]
+    output_ids: tuple[OutputIds, ...] = ()
+    starts: tuple[Start, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    thoughts: tuple[Thought, ...] = ()
+    echoes: tuple[PromptEcho, ...] = ()
+    scores: tuple[OutputScores, ...] = ()
+    ends: tuple[End, ...] = ()
+    progress: tuple[Progress, ...] = ()
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerMsg:
+    """Tokenizer or scheduler to frontend: the answer to one query, plain values or a failure."""
+
+    query: int
+    value: dict[str, Any] = field(default_factory=dict)
+    failure: Failure | None = None
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Histogram:
+    """Counts a bucket, the last one without an upper bound, and the sum of all values."""
+
+    counts: Int64Array
+    total: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatsMsg:
+    """Scheduler to frontend, on a period: its figures now, and its counts since the start.
+
+    pages_used: held by running requests, not those that only the cache has. prompt_tokens and
+    cached_tokens: of requests that got a first token. The buckets are those of `metrics`.
+    """
+
+    running: int
+    waiting: int
+    pages_used: int
+    num_pages: int
+    page_size: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    retractions: int
+    steps: int
+    inter_token: Histogram
+    step_tokens: Histogram
+    epoch: int = 0
+
+
+TokenizerQuery = EncodeMsg | DecodeMsg | DescribeMsg
+Query = TokenizerQuery | FlushMsg
+Message = (
+    TokenizeMsg | AbortMsg | Query | GenerateMsg | DetokenizeMsg | UserReply | AnswerMsg | StatsMsg
+)
+InboxTypes = tuple[type[Message], ...]
+
+TOKENIZER_INBOX: InboxTypes = (TokenizeMsg, AbortMsg, EncodeMsg, DecodeMsg, DescribeMsg, FlushMsg)
+SCHEDULER_INBOX: InboxTypes = (GenerateMsg, AbortMsg, FlushMsg)
+DETOKENIZER_INBOX: InboxTypes = (DetokenizeMsg,)
+FRONTEND_INBOX: InboxTypes = (UserReply, AnswerMsg, StatsMsg)
+
+
+def failure_reply(failures: Sequence[Failure], epoch: int) -> UserReply:
+    """A reply with failures alone."""
+    return UserReply(
+        uids=np.empty(0, np.int64),
+        texts=(),
+        output_tokens=np.empty(0, np.int32),
+        finishes=np.empty(0, np.uint8),
+        stop_reasons=(),
+        failures=tuple(failures),
+        epoch=epoch,
+    )

@@ -1,0 +1,133 @@
+"""ZeroMQ links between processes: every receiver binds one inbox, every sender connects to it.
+
+All sockets are PUSH/PULL over ipc:// in a private directory. Messages of one sender to one inbox
+keep their order. A full inbox (HIGH_WATER messages) makes its senders wait: nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+
+from minisrv.errors import DecodeError
+from minisrv.wire.codec import decode, encode
+from minisrv.wire.messages import InboxTypes, Message
+
+logger = logging.getLogger("minisrv.wire.sockets")
+
+HIGH_WATER = 100_000
+
+
+@contextmanager
+def private_directory() -> Iterator[Path]:
+    """A directory of mode 0700 for this run's sockets, removed at the end."""
+    path = Path(tempfile.mkdtemp(prefix="minisrv-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _endpoint(directory: Path, name: str) -> str:
+    path = os.fspath(directory / name)
+    if len(os.fsencode(path)) > zmq.IPC_PATH_MAX_LEN:
+        raise ValueError(f"the socket path {path} is too long; set TMPDIR to a shorter directory")
+    return f"ipc://{path}"
+
+
+def _open(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
+    socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
+    return socket
+
+
+def _accept(frame: bytes, types: InboxTypes, epoch: int) -> Message | None:
+    """The message in a frame; None, with a log line, for a frame that must be dropped."""
+    try:
+        message = decode(frame, types)
+    except DecodeError as error:
+        logger.error("dropped a frame of %d bytes: %s", len(frame), error)
+        return None
+    if message.epoch != epoch:
+        logger.warning("dropped a message of epoch %d, this is %d", message.epoch, epoch)
+        return None
+    return message
+
+
+class Inbox:
+    """A blocking PULL socket that only takes messages of `types` and of `epoch`."""
+
+    def __init__(self, directory: Path, name: str, types: InboxTypes, epoch: int) -> None:
+        self._types = types
+        self._epoch = epoch
+        self._socket = _open(zmq.Context.instance(), zmq.PULL)
+        self._socket.bind(_endpoint(directory, name))
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Block until a frame is there; False when `timeout_s` has passed without one."""
+        return bool(self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)))
+
+    def drain(self) -> list[Message]:
+        """All messages that have come, oldest first, without blocking."""
+        messages: list[Message] = []
+        while True:
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return messages
+            message = _accept(frame, self._types, self._epoch)
+            if message is not None:
+                messages.append(message)
+
+    def close(self) -> None:
+        """Drop what has not been read."""
+        self._socket.close()
+
+
+class Outbox:
+    """A PUSH socket to one inbox; the inbox may bind later."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self._socket = _open(zmq.Context.instance(), zmq.PUSH)
+        self._socket.connect(_endpoint(directory, name))
+
+    def send(self, message: Message) -> None:
+        """Queue a message; blocks while the inbox is full."""
+        self._socket.send(encode(message))
+
+    def close(self) -> None:
+        """Drop what has not been sent."""
+        self._socket.close()
+
+
+class AsyncInbox:
+    """An inbox for asyncio."""
+
+    def __init__(self, directory: Path, name: str, types: InboxTypes, epoch: int) -> None:
+        self._types = types
+        self._epoch = epoch
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
+        self._socket.bind(_endpoint(directory, name))
+
+    async def receive(self) -> Message:
+        """The next message."""
+        while True:
+            message = _accept(await self._socket.recv(), self._types, self._epoch)
+            if message is not None:
+                return message
+
+    def close(self) -> None:
+        """Drop what has not been read."""
+        self._socket.close()

@@ -1,0 +1,61 @@
+"""What is found in chat templates: the ways to write calls and thoughts, and nothing else."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from minisrv.checkpoint.chat_format import ChatFormat, find_chat_format
+
+# The telling parts of the templates of these families.
+QWEN = """{% if tools %}# Tools
+within <tool_call></tool_call> XML tags:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call>{% endif %}"""
+QWEN_THINKING = (
+    QWEN + "{{ message.content.split('</think>')[-1] }}{% if enable_thinking %}{% endif %}"
+)
+QWEN_CODER = "{% if tools %}<tool_call>\n<function=name>\n<parameter=x>\n{% endif %}"
+GLM = "{% if tools %}<tool_call>{name}\n<arg_key>{key}</arg_key>{% endif %}"
+LLAMA = """{% if tools is not none %}Environment: ipython
+{{ '{"name": "' + tool_call.name + '", "parameters": ' }}{% endif %}"""
+MISTRAL = "{% if tools %}[AVAILABLE_TOOLS]{% endif %}[TOOL_CALLS]{{ calls }}"
+MAGISTRAL = MISTRAL + "[THINK]{{ thought }}[/THINK]"
+R1 = "{{ content.split('</think>') }}<|Assistant|><think>\n"
+GRANITE = "{% if thinking %}Think.{% endif %}"
+THINK = ("<think>", "</think>")
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        (QWEN, ChatFormat(takes_tools=True, tool_format="hermes")),
+        (
+            QWEN_THINKING,
+            ChatFormat(
+                takes_tools=True, tool_format="hermes", thought=THINK, switches_thought=True
+            ),
+        ),
+        (QWEN_CODER, ChatFormat(takes_tools=True)),
+        (GLM, ChatFormat(takes_tools=True)),
+        (LLAMA, ChatFormat(takes_tools=True, tool_format="llama")),
+        (MISTRAL, ChatFormat(takes_tools=True, tool_format="mistral")),
+        (
+            MAGISTRAL,
+            ChatFormat(takes_tools=True, tool_format="mistral", thought=("[THINK]", "[/THINK]")),
+        ),
+        (R1, ChatFormat(thought=THINK)),
+        (GRANITE, ChatFormat(switches_thought=True)),
+        ("{{ messages[0].content }}", ChatFormat()),
+    ],
+)
+def test_a_family_is_known_by_its_template(template: str, found: ChatFormat) -> None:
+    assert find_chat_format({"default": template}) == found
+    assert ChatFormat.from_dict(json.loads(json.dumps(asdict(found)))) == found
+
+
+def test_the_template_for_tools_is_asked_about_tools() -> None:
+    both = {"default": "{{ messages }}", "tool_use": QWEN}
+    assert find_chat_format(both).tool_format == "hermes"
+    assert find_chat_format({}) == ChatFormat()

@@ -1,0 +1,289 @@
+"""The sampling kernels in Triton's interpreter; run by test_triton_kernels.py with it turned on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from minisrv.engine.forward_batch import Int64Array, SamplingColumns
+from minisrv.engine.kernels import triton_sample
+from minisrv.engine.kernels.torch_native import TorchKernels
+from minisrv.engine.kernels.triton_noise import gumbel, row_keys
+from minisrv.engine.kernels.triton_sample import sample_on_device
+from minisrv.engine.sampling import sampler
+from minisrv.engine.sampling.device_columns import DeviceColumns
+from tests.support.step_driver import sampling_columns
+
+VOCAB = 300
+CPU = torch.device("cpu")
+MASK = 0xFFFFFFFF
+CASES = [
+    {},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 1000},
+    {"top_p": 0.6},
+    {"top_p": 1e-6},
+    {"top_p": 0.99999},
+    {"min_p": 0.2},
+    {"min_p": 1.0},
+    {"top_k": 20, "top_p": 0.9},
+    {"top_k": 20, "top_p": 0.9, "min_p": 0.1},
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks a row, the last of them not full."""
+    monkeypatch.setattr(triton_sample, "_BLOCK", 128)
+
+
+def draw(logits: torch.Tensor, columns: SamplingColumns, positions: Int64Array) -> torch.Tensor:
+    out = torch.full((logits.shape[0],), -1)
+    given = DeviceColumns.from_host(columns, positions, CPU)
+    return sample_on_device(logits.clone(), given, out)
+
+
+def mix_64(value: np.ndarray) -> np.ndarray:
+    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def mix_32(value: torch.Tensor) -> torch.Tensor:
+    value = ((value ^ (value >> 16)) * 0x85EBCA6B) & MASK
+    value = ((value ^ (value >> 13)) * 0xC2B2AE35) & MASK
+    return value ^ (value >> 16)
+
+
+def noise(columns: SamplingColumns, positions: Int64Array, vocab: int) -> torch.Tensor:
+    """The kernels' Gumbel noise [S, V] in float64, where nothing of it rounds to 0 or 1."""
+    with np.errstate(over="ignore"):
+        state = mix_64(columns.seeds.view(np.uint64))
+        state = mix_64(state ^ columns.choices.astype(np.uint64))
+        state = mix_64(state ^ positions.astype(np.uint64))
+        last = mix_64(state)
+    low, high = (
+        torch.from_numpy((part & np.uint64(MASK)).astype(np.int64))[:, None]
+        for part in (state, state >> np.uint64(32))
+    )
+    fraction = torch.from_numpy((last >> np.uint64(41)).astype(np.float64) + 0.5) * 2.0**-23
+    hashed = mix_32(mix_32(torch.arange(vocab) ^ low) ^ high).double()
+    u = (hashed + fraction[:, None]) * 2.0**-32
+    return -torch.log(-torch.log1p(-u))
+
+
+def expected(logits: torch.Tensor, columns: SamplingColumns, positions: Int64Array) -> torch.Tensor:
+    """The same rule in torch: the sampler's own filters, by sorting in float64, and the noise."""
+    kept = sampler._probabilities(logits, columns, np.arange(logits.shape[0])) > 0
+    temperature = torch.from_numpy(columns.temperature).double()[:, None]
+    scores = logits.double() + temperature * noise(columns, positions, logits.shape[1])
+    return scores.masked_fill(~kept, -torch.inf).argmax(-1)
+
+
+def random_logits(rows: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(rows, VOCAB, generator=generator) * 3).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, torch.bfloat16) for case in CASES]
+    + [(case, dtype) for case in (CASES[0], CASES[-1]) for dtype in DTYPES],
+    ids=str,
+)
+def test_the_draw_is_that_of_torch(case: dict[str, float], dtype: torch.dtype) -> None:
+    rows = 4
+    logits, positions = random_logits(rows, dtype), np.arange(rows)
+    temperature = [0.1, 0.7, 1.0, 2.0]
+    columns = sampling_columns(rows, temperature=temperature, seeds=positions - 9, **case)
+    ours, theirs = draw(logits, columns, positions), expected(logits, columns, positions)
+    assert ours.tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize("case", [{"top_k": 5}, {"top_p": 0.5}, {"top_k": 40, "top_p": 0.7}])
+def test_of_equal_tokens_the_lower_ids_are_kept(case: dict[str, float]) -> None:
+    """Whole numbers: each cut goes through tokens that are equal, in several blocks."""
+    rows = 25
+    logits = random_logits(1).div(3).round().clamp(-2, 1).bfloat16().repeat(rows, 1)
+    positions = np.arange(rows)
+    columns = sampling_columns(rows, temperature=1.0, **case)
+    ours = draw(logits, columns, positions)
+    assert ours.tolist() == expected(logits, columns, positions).tolist()
+    kept = sampler._probabilities(logits[:1], columns, np.arange(1))[0].nonzero().squeeze(1)
+    assert set(ours.tolist()) <= set(kept.tolist())
+    ties = (logits[0] == logits[0, kept].min()).nonzero().squeeze(1)
+    assert len(ties) > len(set(ties.tolist()) & set(kept.tolist())) > 1
+
+
+def test_a_row_of_minus_infinity_gives_a_token_whatever_its_filters() -> None:
+    for case in CASES:
+        columns = sampling_columns(1, temperature=1.0, **case)
+        logits = torch.full((1, VOCAB), -torch.inf)
+        assert draw(logits, columns, np.zeros(1, np.int64)).tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_greedy_rows_take_the_first_of_the_greatest_or_the_first_nan(dtype: torch.dtype) -> None:
+    logits = random_logits(12, dtype).round()
+    logits[1, 200] = logits[1, 70] = torch.nan
+    logits[2] = -torch.inf
+    logits[3] = -0.0
+    logits[3, 90] = 0.0
+    logits[4, 150] = torch.inf
+    temperature = [0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0]
+    columns = sampling_columns(12, temperature=temperature, top_k=3)
+    taken = draw(logits, columns, np.zeros(12, np.int64))
+    greedy = [i for i, value in enumerate(temperature) if value == 0]
+    best = [TorchKernels().argmax(logits[i : i + 1]).item() for i in greedy]
+    assert taken[greedy].tolist() == best
+    assert best[1:5] == [70, 0, 0, 150]
+
+
+def test_a_row_is_drawn_alike_alone_in_any_batch_and_beside_padding() -> None:
+    rows = len(CASES)
+    logits, positions = random_logits(rows, seed=5), np.arange(rows) + 10
+    defaults = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    filters: dict[str, list[float]] = {
+        name: [case.get(name, default) for case in CASES] for name, default in defaults.items()
+    }
+    columns = sampling_columns(rows, temperature=1.0, seeds=np.arange(rows), **filters)
+    together = draw(logits, columns, positions)
+    for i in range(rows):
+        own: dict[str, Any] = {name: [values[i], 1] for name, values in filters.items()}
+        padded = sampling_columns(2, temperature=[1, 0], seeds=[i, 0], **own)
+        pair = torch.cat([logits[i : i + 1], torch.full((1, VOCAB), torch.nan)])
+        assert draw(pair, padded, np.array([i + 10, 0]))[0] == together[i]
+        alone = sampling_columns(1, temperature=1.0, seeds=i, **{k: v[0] for k, v in own.items()})
+        assert draw(pair[:1], alone, np.array([i + 10]))[0] == together[i]
+
+
+def test_a_draw_depends_on_seed_choice_and_position_each() -> None:
+    logits = torch.zeros(5, VOCAB)
+    columns = sampling_columns(5, temperature=1.0, seeds=[3, -4, 3, 3, 3], choices=[0, 0, 1, 0, 0])
+    drawn = draw(logits, columns, np.array([9, 9, 9, 8, 9])).tolist()
+    assert len(set(drawn)) == 4
+    assert drawn[0] == drawn[4]
+
+
+def test_only_the_counted_pairs_are_suppressed() -> None:
+    logits = random_logits(4)
+    best = logits.argmax(-1).tolist()
+    columns = sampling_columns(4, suppress=[(0, best[0]), (2, best[2]), (1, best[1])])
+    given = DeviceColumns.from_host(columns, np.arange(4), CPU)
+    given.num_suppressed[0] = 2
+    taken = sample_on_device(logits.clone(), given, torch.zeros(4, dtype=torch.int32)).tolist()
+    assert [taken[i] == best[i] for i in range(4)] == [False, True, False, True]
+
+
+def test_rows_of_logits_may_lie_apart() -> None:
+    wide = random_logits(6)
+    columns = sampling_columns(6, temperature=[0, 1, 1, 0, 1, 1], top_k=[0, 0, 4, 0, 4, 0])
+    given = DeviceColumns.from_host(columns, np.arange(6), CPU)
+    view = wide[:, :131].clone().contiguous()
+    apart = sample_on_device(wide[:, :131], given, torch.zeros(6, dtype=torch.int64))
+    assert apart.tolist() == draw(view, columns, np.arange(6)).tolist()
+
+
+def test_a_temperature_near_zero_gives_the_best_token() -> None:
+    logits = random_logits(8, seed=9) * 1e4
+    for temperature in (1e-30, 1e-42):
+        for case in ({}, {"top_p": 0.5}, {"top_k": 5}, {"min_p": 0.1}):
+            columns = sampling_columns(8, temperature=temperature, **case)
+            assert draw(logits, columns, np.arange(8)).tolist() == logits.argmax(-1).tolist()
+
+
+def test_the_sampler_leaves_it_to_the_kernels_of_cuda() -> None:
+    pytest.importorskip("flashinfer")
+    from minisrv.engine.kernels.cuda import CudaKernels
+
+    logits, positions = random_logits(6), np.arange(6)
+    columns = sampling_columns(6, temperature=[0, 1, 1, 0, 1, 1], top_k=4, suppress=[(1, 3)])
+    theirs = sampler.sample(logits.clone(), columns, positions, CudaKernels())
+    assert theirs.tolist() == draw(logits, columns, positions).tolist()
+    drawn_on_cpu = sampler.sample(logits.repeat(1, 1), columns, positions, TorchKernels())
+    assert theirs[[0, 3]].tolist() == drawn_on_cpu[[0, 3]].tolist()
+
+
+def assert_follows(seen: np.ndarray, wanted: np.ndarray) -> None:
+    """Chi-square within five standard deviations; what is too rare is counted together."""
+    assert seen[wanted == 0].sum() == 0
+    rare = wanted < 5
+    seen = np.append(seen[~rare], seen[rare].sum())
+    wanted = np.append(wanted[~rare], wanted[rare].sum())
+    chi_square = ((seen - wanted) ** 2 / np.maximum(wanted, 1e-9))[wanted > 0].sum()
+    freedom = max(1, len(wanted) - 1)
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("case", "count"),
+    [({}, 500), ({"top_k": 6}, 100), ({"top_p": 0.6}, 100), ({"min_p": 0.2}, 100)],
+)
+def test_draws_follow_the_filtered_probabilities(case: dict[str, float], count: int) -> None:
+    logits, positions = random_logits(1, seed=3).bfloat16(), np.arange(count)
+    columns = sampling_columns(count, temperature=0.9, seeds=7, **case)
+    drawn = draw(logits.repeat(count, 1), columns, positions)
+    probabilities = sampler._probabilities(logits, columns, np.arange(1))[0]
+    wanted = (probabilities / probabilities.sum() * count).numpy()
+    assert_follows(np.bincount(drawn.numpy(), minlength=VOCAB), wanted)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_many_draws_of_the_reference_follow_the_filtered_probabilities(
+    case: dict[str, float],
+) -> None:
+    """At counts that the interpreter cannot reach."""
+    count = 20_000
+    logits, positions = random_logits(1, seed=3), np.arange(count)
+    columns = sampling_columns(count, temperature=0.9, seeds=7, **case)
+    drawn = expected(logits.repeat(count, 1), columns, positions)
+    probabilities = sampler._probabilities(logits, columns, np.arange(1))[0]
+    wanted = (probabilities / probabilities.sum() * count).numpy()
+    assert_follows(np.bincount(drawn.numpy(), minlength=VOCAB), wanted)
+
+
+def test_the_tail_of_a_large_vocabulary_is_drawn_as_often_as_it_should() -> None:
+    """One token of 152k has 0.8 of the mass: the others, of 1.3e-6 each, share the rest."""
+    vocab, count, tail = 152_000, 20, 0.2
+    logits = torch.zeros(1, vocab, dtype=torch.float64)
+    logits[0, 0] = np.log((1 - tail) / tail * (vocab - 1))
+    drawn = []
+    for start in range(0, 1_000, count):
+        columns = sampling_columns(count, seeds=5)
+        scores = logits + noise(columns, np.arange(start, start + count), vocab)
+        drawn += scores.argmax(-1).tolist()
+    others = [token for token in drawn if token]
+    wanted = tail * len(drawn)
+    assert abs(len(others) - wanted) < 4 * wanted**0.5
+    halves = sum(token < vocab // 2 for token in others)
+    assert abs(halves - len(others) / 2) < 5 * (len(others) / 4) ** 0.5
+
+
+def test_the_kernels_noise_is_exact_to_its_ends() -> None:
+    """As float64 has it, for a million tokens."""
+    size = 2**20
+    ours = torch.empty(size)
+    _write_noise[(1,)](ours, SIZE=size)
+    columns = sampling_columns(1, seeds=-5, choices=1)
+    theirs = noise(columns, np.array([77]), size)[0]
+    assert ours.isfinite().all()
+    assert theirs.max() > 12
+    assert theirs.min() < -2.5
+    # Where u is near 1 it is rounded to 2^-24, which moves -log(1 - u) by that over 1 - u.
+    share = (-theirs).exp()
+    assert ((ours - theirs).abs() < 4e-6 + 2.0**-24 * share.exp() / share).all()
+
+
+@triton.jit
+def _write_noise(out, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, SIZE)
+    keys = row_keys(tl.full([], -5, tl.int64), tl.full([], 1, tl.int32), tl.full([], 77, tl.int64))
+    tl.store(out + at, gumbel(at, keys[0], keys[1], keys[2]))

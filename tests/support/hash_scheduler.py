@@ -1,0 +1,70 @@
+"""A scheduler process without torch: the real loop and scheduler over a hash engine.
+
+MINISRV_TEST_STEP_S makes its steps slow, so that a test finds streams open. It is not ready
+before there is a file MINISRV_TEST_GATE.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from minisrv.checkpoint.model_config import load_model_config
+from minisrv.engine.forward_batch import ForwardBatch
+from minisrv.kvcache.manager import KVCacheManager
+from minisrv.scheduler.channel import ZmqChannel
+from minisrv.scheduler.loop import SchedulerLoop
+from minisrv.scheduler.scheduler import Scheduler
+from minisrv.supervision.child_main import Child, Ready, run_child
+from tests.support.hash_engine import HashEngine
+
+STEP_S = float(os.environ.get("MINISRV_TEST_STEP_S", "0"))
+GATE = os.environ.get("MINISRV_TEST_GATE", "")
+NUM_PAGES = 256
+PAGE_SIZE = 16
+NUM_ROWS = 64
+
+
+class SlowHashEngine(HashEngine):
+    def launch(self, batch: ForwardBatch) -> Any:
+        time.sleep(STEP_S)
+        return super().launch(batch)
+
+
+def serve(child: Child) -> None:
+    model = load_model_config(child.boot.model_dir, child.config.max_seq_len)
+    channel = ZmqChannel(Path(child.boot.run_dir), child.boot.epoch)
+    child.progress("weights", 0.5)
+    while GATE and not Path(GATE).exists():
+        time.sleep(0.01)
+    engine = SlowHashEngine(
+        num_pages=NUM_PAGES,
+        page_size=PAGE_SIZE,
+        num_rows=NUM_ROWS,
+        max_seq_len=model.max_seq_len,
+        vocab_size=model.vocab_size,
+        lazy=False,
+    )
+    scheduler = Scheduler(
+        KVCacheManager(NUM_PAGES, NUM_ROWS, PAGE_SIZE, radix_cache=True),
+        max_seq_len=model.max_seq_len,
+        max_prefill_tokens=64,
+        eos_ids=model.eos_token_ids,
+        new_seed=lambda: 0,
+    )
+    child.progress("weights", 1.0)
+    facts = {
+        "max_seq_len": model.max_seq_len,
+        "vocab_size": model.vocab_size,
+        "sampling_defaults": {"temperature": 0.0},
+        "unapplied_defaults": [],
+        "placement": "hashes on cpu",
+        "memory_plan": "a hash a slot",
+    }
+    child.report(Ready(facts))
+    SchedulerLoop(scheduler, engine, channel, 0).run(lambda: None)
+
+
+run_child("scheduler", serve)

@@ -1,0 +1,185 @@
+"""The wire form of messages: lossless, and closed to what a socket may not carry."""
+
+from dataclasses import fields
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minisrv.errors import DecodeError, InvalidRequestError
+from minisrv.sampling_params import SamplingParams, TokenBias
+from minisrv.wire.codec import decode, encode
+from minisrv.wire.messages import (
+    DETOKENIZER_INBOX,
+    FRONTEND_INBOX,
+    SCHEDULER_INBOX,
+    TOKENIZER_INBOX,
+    AbortMsg,
+    AnswerMsg,
+    DecodeMsg,
+    DescribeMsg,
+    DetokenizeMsg,
+    EncodeMsg,
+    Failure,
+    FlushMsg,
+    GenerateMsg,
+    Histogram,
+    OutputIds,
+    Start,
+    StatsMsg,
+    TokenizeMsg,
+    UserReply,
+    failure_reply,
+)
+
+ALL = TOKENIZER_INBOX + SCHEDULER_INBOX + DETOKENIZER_INBOX + FRONTEND_INBOX
+
+
+def same(left: object, right: object) -> bool:
+    if isinstance(left, np.ndarray):
+        return left.dtype == right.dtype and np.array_equal(left, right)  # type: ignore[attr-defined]
+    if hasattr(left, "__dataclass_fields__"):
+        return type(left) is type(right) and all(
+            same(getattr(left, f.name), getattr(right, f.name)) for f in fields(left)
+        )
+    if isinstance(left, tuple) and isinstance(right, tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+START = Start(
+    uid=7, prompt_tokens=9, cached_tokens=4, min_tokens=0, stop=("\n",), skip_special_tokens=True
+)
+FAILURE = Failure.from_error(9, InvalidRequestError("no", param="prompt"))
+EXAMPLES = [
+    TokenizeMsg(
+        uid=2**40, prompt="h\u00e9llo \U0001f600", sampling=SamplingParams(seed=-5, temperature=0.5)
+    ),
+    TokenizeMsg(
+        uid=1,
+        prompt=(1, 2, 3),
+        sampling=SamplingParams(stop=("a", "b"), n=3, logit_bias=(TokenBias(5, -1.5),)),
+        epoch=4,
+    ),
+    TokenizeMsg(
+        uid=1,
+        messages=({"role": "user", "content": [{"type": "text", "text": "x"}]},),
+        template_kwargs={"enable_thinking": False},
+        sampling=SamplingParams(stop_token_ids=(5,)),
+    ),
+    AbortMsg(uids=(1, 2**50), epoch=3),
+    GenerateMsg(uid=1, prompt_ids=np.arange(5, dtype=np.int32), sampling=SamplingParams()),
+    DetokenizeMsg(
+        uids=np.array([7, 8]),
+        token_ids=np.array([1, -1], np.int32),
+        finishes=np.array([0, 4], np.uint8),
+        starts=(START,),
+        failures=(FAILURE,),
+    ),
+    UserReply(
+        uids=np.array([1, 2, 3]),
+        texts=("a", "", "\u4f60"),
+        output_tokens=np.array([1, 2, 3], np.int32),
+        finishes=np.array([0, 1, 3], np.uint8),
+        stop_reasons=(None, "STOP", 17),
+        starts=(START,),
+        epoch=2,
+    ),
+    failure_reply([FAILURE], 5),
+    UserReply(
+        uids=np.array([1]),
+        texts=("a",),
+        output_tokens=np.array([2], np.int32),
+        finishes=np.array([0], np.uint8),
+        stop_reasons=(None,),
+        output_ids=(OutputIds(uid=1, ids=np.array([3, 4], np.int32)),),
+    ),
+    EncodeMsg(query=3, prompt="\u00e9", add_special_tokens=True),
+    EncodeMsg(
+        query=3,
+        messages=({"role": "user", "content": "x"},),
+        template_kwargs={"a": 1},
+        add_special_tokens=False,
+        add_generation_prompt=False,
+    ),
+    DecodeMsg(query=1, token_ids=np.array([5], np.int32), skip_special_tokens=True),
+    DescribeMsg(query=2),
+    FlushMsg(query=2**40, epoch=1),
+    AnswerMsg(query=2, value={"ids": [1, 2], "text": "\u4f60", "tokens": ["a", None]}),
+    AnswerMsg(query=2, failure=FAILURE),
+    StatsMsg(
+        running=1,
+        waiting=2,
+        pages_used=3,
+        num_pages=4,
+        page_size=16,
+        prompt_tokens=5,
+        cached_tokens=6,
+        output_tokens=7,
+        retractions=8,
+        steps=9,
+        inter_token=Histogram(counts=np.array([1, 2]), total=0.5),
+        step_tokens=Histogram(counts=np.array([0]), total=0.0),
+        epoch=3,
+    ),
+]
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
+def test_a_message_survives_the_wire(message: object) -> None:
+    assert same(decode(encode(message), ALL), message)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
+def test_a_socket_refuses_the_types_of_others(message: object) -> None:
+    others = tuple(kind for kind in ALL if kind is not type(message))
+    with pytest.raises(DecodeError):
+        decode(encode(message), others)  # type: ignore[arg-type]
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused(frame: bytes) -> None:
+    with pytest.raises(DecodeError):
+        decode(frame, ALL)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=10,
+)
+
+
+@given(st.sampled_from(EXAMPLES), st.data())
+def test_a_frame_with_a_changed_field_is_refused_or_a_valid_message(message: object, data) -> None:  # type: ignore[no-untyped-def]
+    values = msgpack.unpackb(encode(message))  # type: ignore[arg-type]
+    values[data.draw(st.integers(0, len(values) - 1))] = data.draw(JSON)
+    try:
+        decoded = decode(msgpack.packb(values), ALL)
+    except DecodeError:
+        return
+    assert encode(decoded)
+
+
+def test_columns_of_different_lengths_are_refused() -> None:
+    frame = encode(
+        DetokenizeMsg(
+            uids=np.array([1]),
+            token_ids=np.array([1, 2], np.int32),
+            finishes=np.array([0], np.uint8),
+        )
+    )
+    with pytest.raises(DecodeError, match="columns"):
+        decode(frame, DETOKENIZER_INBOX)
+
+
+def test_an_invalid_sampling_value_is_refused_on_the_wire() -> None:
+    values = msgpack.unpackb(encode(EXAMPLES[0]))  # type: ignore[arg-type]
+    good = values[5]
+    values[5] = [99.0, *good[1:]]
+    with pytest.raises((DecodeError, InvalidRequestError)):
+        decode(msgpack.packb(values), TOKENIZER_INBOX)
