@@ -44,7 +44,7 @@ PYTHON_END
 }
 
 # The options of pyproject.toml are for a machine with all test packages.
-run_tests() { "$PYTHON" -m pytest -o addopts= -q -rfE -m gpu "$@"; }
+run_tests() { "$PYTHON" -m pytest -o addopts=--import-mode=importlib -q -rfE -m gpu "$@"; }
 
 run_stage() {
     case $1 in

@@ -28,7 +28,7 @@ def table() -> str:
 
 
 def _text(field: Field) -> str:
-    if field.treatment is not Treatment.UNSUPPORTED:
+    if field.treatment is not Treatment.REJECTED:
         return str(field.schema["description"]).replace("|", "\\|")
     if field.flag is not None:
         return f"Refused, but with `{field.flag}`."

@@ -83,7 +83,7 @@ BUGS = [
         "                    self._page_writes[lease.row, column] = page\n",
     ),
     Bug(
-        "a retraction keeps a page that is not computed",
+        "a preemption keeps a page that is not computed",
         "scheduler/scheduler.py",
         "        known = min(request.computed, request.num_tokens)\n",
         "        known = request.num_tokens\n",

@@ -88,7 +88,7 @@ class ServerConfig:
     )
 
     reasoning_field: Literal["reasoning_content", "reasoning", "both"] = option(
-        "reasoning_content", "where replies have a model's thought"
+        "reasoning_content", "where replies have a model's reasoning"
     )
 
     page_size: int = option(16, "tokens in a cache page")
@@ -191,7 +191,7 @@ class ServerConfig:
 
     @property
     def reasoning_fields(self) -> tuple[str, ...]:
-        """The fields of a message that hold the thought."""
+        """The fields of a message that hold the reasoning."""
         both = ("reasoning_content", "reasoning")
         return both if self.reasoning_field == "both" else (self.reasoning_field,)
 

@@ -162,7 +162,7 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or repetition)
 
     @property
-    def has_extras(self) -> bool:
+    def has_penalties(self) -> bool:
         """Whether logits are changed before the draw."""
         return self.penalised or bool(self.logit_bias)
 

@@ -34,7 +34,10 @@ THINK = ("<think>", "</think>")
         (
             QWEN_THINKING,
             ChatFormat(
-                takes_tools=True, tool_format="hermes", thought=THINK, switches_thought=True
+                takes_tools=True,
+                tool_format="hermes",
+                reasoning_markers=THINK,
+                switches_reasoning=True,
             ),
         ),
         (QWEN_CODER, ChatFormat(takes_tools=True)),
@@ -43,10 +46,12 @@ THINK = ("<think>", "</think>")
         (MISTRAL, ChatFormat(takes_tools=True, tool_format="mistral")),
         (
             MAGISTRAL,
-            ChatFormat(takes_tools=True, tool_format="mistral", thought=("[THINK]", "[/THINK]")),
+            ChatFormat(
+                takes_tools=True, tool_format="mistral", reasoning_markers=("[THINK]", "[/THINK]")
+            ),
         ),
-        (R1, ChatFormat(thought=THINK)),
-        (GRANITE, ChatFormat(switches_thought=True)),
+        (R1, ChatFormat(reasoning_markers=THINK)),
+        (GRANITE, ChatFormat(switches_reasoning=True)),
         ("{{ messages[0].content }}", ChatFormat()),
     ],
 )

@@ -4,13 +4,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import own_tokenizers
 import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
 from minisrv.checkpoint.tokenizer import load_tokenizer, needs_conversion
 from minisrv.detokenizer.incremental import TextDecoder
+from tests.support import own_tokenizers
 
 TEXTS = [*own_tokenizers.SENTENCES, "", " ", "emoji 👍🏽 end", "  a  b ", "<s> and </s>"]
 

@@ -5,13 +5,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import own_tokenizers
 import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from minisrv.checkpoint.tokenizer import load_tokenizer, needs_conversion
 from minisrv.errors import ConfigError, InvalidRequestError
+from tests.support import own_tokenizers
 
 TEXTS = [
     *own_tokenizers.SENTENCES,

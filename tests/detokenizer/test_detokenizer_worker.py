@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import own_tokenizers
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +21,7 @@ from minisrv.wire.messages import (
     Start,
     UserReply,
 )
+from tests.support import own_tokenizers
 
 TOKENIZER = HFTokenizer(Tokenizer.from_str(own_tokenizers.byte_level_bpe().to_str()), {}, {})
 EOS = 2

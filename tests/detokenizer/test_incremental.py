@@ -1,7 +1,6 @@
 import time
 from functools import cache
 
-import own_tokenizers
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -10,6 +9,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.detokenizer.incremental import TextDecoder
 from minisrv.errors import UnsupportedModelError
+from tests.support import own_tokenizers
 
 TOKENIZERS = {
     name: HFTokenizer(Tokenizer.from_str(maker().to_str()), {}, {})

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import own_tokenizers
 import pytest
 
 from minisrv.checkpoint.tokenizer import HFTokenizer
@@ -12,6 +11,7 @@ from minisrv.detokenizer.logprobs import Scorer
 from minisrv.detokenizer.worker import DetokenizerWorker
 from minisrv.wire.logprobs import TokenLogprobs
 from minisrv.wire.messages import DetokenizeMsg, Finish, Start
+from tests.support import own_tokenizers
 
 TEXTS = [*own_tokenizers.SENTENCES, "\U0001f600 smile \U0001f469\u200d\U0001f52c", "cafe\u0301"]
 KINDS = ["byte_level_bpe", "llama_like", "gemma_like", "metaspace_bytes"]

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisrv.detokenizer.reasoning import ThoughtSplitter
+from minisrv.detokenizer.reasoning import ReasoningSplitter
 
 
 def split(pieces: list[str], opened: bool = False) -> tuple[str, str]:
-    splitter = ThoughtSplitter("<think>", "</think>", opened)
+    splitter = ReasoningSplitter("<think>", "</think>", opened)
     got = [splitter.push(piece) for piece in pieces] + [splitter.flush()]
     return "".join(thought for thought, _ in got), "".join(text for _, text in got)
 
@@ -38,10 +38,10 @@ def test_only_a_thought_at_the_beginning_goes_apart(
 
 
 def test_a_thought_is_passed_on_as_it_comes() -> None:
-    splitter = ThoughtSplitter("<think>", "</think>", opened=False)
+    splitter = ReasoningSplitter("<think>", "</think>", opened=False)
     assert splitter.push("<think>\nso") == ("so", "")
     assert splitter.push(" it") == (" it", "")
-    assert splitter.in_thought
+    assert splitter.in_reasoning
     assert not splitter.closed
     assert splitter.push(" is\n</") == (" is", "")
     assert splitter.push("think>\n") == ("", "")

@@ -10,9 +10,9 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import ARGUMENTS
 
 from demo_model.tokenizer import CHAT_TEMPLATE
+from tests.e2e.conftest import ARGUMENTS
 from tests.support.questions import ANSWERS, COUNT, ask
 from tests.support.server_process import running
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
-from minisrv.engine.forward_batch import SamplingExtras
+from minisrv.engine.forward_batch import Penalties
 from minisrv.engine.sampling.adjust import LogitAdjuster
 
 VOCAB = 50
@@ -17,12 +17,12 @@ PROMPT, OUTPUT = [3, 4, 4, 9], [9, 11, 11, 12]
 
 def make_extras(
     prompt: list[int] | None = None, output: list[int] | None = None, **columns: Any
-) -> SamplingExtras:
+) -> Penalties:
     """Sample 1 of a step, in row 5; it begins there when `prompt` is given."""
     begins = prompt is not None
     ids = [*(prompt or []), *(output or [])]
     bias = columns.get("bias", {})
-    return SamplingExtras(
+    return Penalties(
         samples=np.array([1], np.int32),
         rows=np.array([5], np.int32),
         presence=np.array([columns.get("presence", 0)], np.float32),
@@ -42,10 +42,10 @@ def random_logits() -> torch.Tensor:
     return torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(1)) * 3
 
 
-def adjusted(adjuster: LogitAdjuster, extras: SamplingExtras) -> torch.Tensor:
+def adjusted(adjuster: LogitAdjuster, penalties: Penalties) -> torch.Tensor:
     """Row 1 of the logits; the others must be as they were."""
     logits = random_logits()
-    adjuster.adjust_(logits, extras)
+    adjuster.adjust_(logits, penalties)
     assert torch.equal(logits[[0, 2]], random_logits()[[0, 2]])
     return logits[1]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_fp8 import FP8, SCHEMES, write_pair
-from test_triton_kernels import ROUND_AS_TORCH, run
 from transformers import AutoModelForCausalLM
 
 from minisrv.engine import fp8
+from tests.engine.test_fp8 import FP8, SCHEMES, write_pair
+from tests.engine.test_triton_kernels import ROUND_AS_TORCH, run
 
 pytest.importorskip("triton")
 

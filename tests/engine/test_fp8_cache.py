@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from test_fp8 import write_pair
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from minisrv.checkpoint.model_config import ModelConfig, RopeConfig
@@ -21,6 +20,7 @@ from minisrv.engine.kernels.base import CacheSlots
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.page_table import PageTable
+from tests.engine.test_fp8 import write_pair
 from tests.support.checkpoints import make_checkpoint
 from tests.support.step_driver import StepDriver, open_engine, sampling_columns
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_fp8 import quantize, write_pair
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +18,7 @@ from minisrv.engine.layers.fp8_linear import Fp8Linear, can_multiply
 from minisrv.engine.layers.linear import Linear, Projection, load_linear, load_partial_linear
 from minisrv.engine.parallel.shard import Cut, Partition
 from minisrv.engine.weights import CheckpointWeights
+from tests.engine.test_fp8 import quantize, write_pair
 from tests.support.step_driver import StepDriver, open_engine
 
 CPU = torch.device("cpu")

@@ -168,7 +168,7 @@ def test_a_host_buffer_is_not_written_again_before_three_steps_are_over() -> Non
 # The interpreter is chosen when a kernel is defined: another process, so that no test is moved.
 _INTERPRETED = """
 from minisrv.engine.kernels.triton_expand import expand
-from test_step_buffer import check_random_steps
+from tests.engine.test_step_buffer import check_random_steps
 for seed, page_size in ((100, 1), (101, 16), (102, 64)):
     check_random_steps(expand, seed, page_size)
 print("all alike")

@@ -10,15 +10,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("flashinfer")
-from exactness.oracle import (
-    CHECKPOINTS,
-    compare,
-    load_reference,
-    make_prompts,
-    reference_tokens,
-    run,
-)
-
 from minisrv.config import ServerConfig
 from minisrv.llm import LLM
 from minisrv.sampling_params import SamplingParams
@@ -28,6 +19,14 @@ from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.wire.messages import AbortMsg, Finish, GenerateMsg
 from tests.support.checkpoints import make_checkpoint
 from tests.support.device_parts import use_device_step
+from tests.support.oracle import (
+    CHECKPOINTS,
+    compare,
+    load_reference,
+    make_prompts,
+    reference_tokens,
+    run,
+)
 
 
 def make_loop(model_dir: Path, **options: object) -> SchedulerLoop:
@@ -110,7 +109,7 @@ def test_short_memory_and_aborts_leave_the_text_of_the_others(
     expected = reference_tokens(model, prompts)
     loop = make_loop(checkpoint, overlap_depth=overlap_depth, page_size=4, num_pages=120)
     outputs = _run_with_aborts(loop, prompts)
-    assert loop.scheduler.num_retractions
+    assert loop.scheduler.num_preemptions
     kept = [i for i, output in enumerate(outputs) if output is not None]
     assert 0 < len(kept) < len(prompts)
     answers = [output for output in outputs if output is not None]

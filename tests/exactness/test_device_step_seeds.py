@@ -10,9 +10,8 @@ import random
 import pytest
 
 pytest.importorskip("flashinfer")
-from exactness.test_seeds import OPTIONS, Case, check_crowd, make_case
-
 from minisrv.llm import LLM
+from tests.exactness.test_seeds import OPTIONS, Case, check_crowd, make_case
 from tests.support.device_parts import use_device_step
 
 
@@ -39,5 +38,5 @@ def test_seeded_texts_are_those_of_the_host_step(
     with LLM(case.model_dir, **OPTIONS, **options) as llm:
         for seed in range(2):
             check_crowd(case, llm, random.Random(seed))
-        assert (llm._loop.scheduler.num_retractions > 0) == (num_pages == 60)
+        assert (llm._loop.scheduler.num_preemptions > 0) == (num_pages == 60)
     assert bool(repeat.replays) == bool(largest)

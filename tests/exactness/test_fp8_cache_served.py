@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_tensor_parallel import WAY, parallel_loop
 
+from tests.exactness.test_tensor_parallel import WAY, parallel_loop
 from tests.support.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.support.oracle import make_prompts, run
 
@@ -29,10 +29,10 @@ def test_two_ranks_give_the_text_of_one(tmp_path: Path) -> None:
     prompts = make_prompts(8, VOCAB_SIZE, longest=120)
     texts = []
     for tp in (1, 2):
-        # So few pages that requests are retracted and go on.
+        # So few pages that requests are preempted and go on.
         with parallel_loop(model_dir, tp, num_pages=14, kv_cache_dtype="fp8") as loop:
             outputs, _ = run(loop, prompts, WAY.at_once)
-            assert loop.scheduler.num_retractions > 0
+            assert loop.scheduler.num_preemptions > 0
             loop.scheduler.check()
         texts.append(outputs)
     assert texts[0] == texts[1]

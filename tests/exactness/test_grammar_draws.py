@@ -17,14 +17,14 @@ import jsonschema
 import numpy as np
 import pytest
 import regex
-from exactness.oracle import load_reference, make_prompts
-from exactness.sampled_oracle import Allowed, check_tokens
 
 from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.llm import LLM
 from minisrv.llm.outputs import CompletionOutput
 from minisrv.sampling_params import Grammar, SamplingParams, TokenBias
 from tests.support.checkpoints import EOS_ID, VOCAB_SIZE, make_checkpoint
+from tests.support.oracle import load_reference, make_prompts
+from tests.support.sampled_oracle import Allowed, check_tokens
 
 BASE = SamplingParams(temperature=1.0, seed=1, max_tokens=24)
 PATTERNS = [
@@ -104,7 +104,7 @@ def test_constrained_draws_are_those_of_the_oracle(
     ]
     with LLM(model_dir, **OPTIONS, **options) as llm:
         outputs = llm.generate_outputs(prompts, params, use_tqdm=False)
-        assert (llm._loop.scheduler.num_retractions > 0) == (options["num_pages"] == 60)
+        assert (llm._loop.scheduler.num_preemptions > 0) == (options["num_pages"] == 60)
         tokenizer = llm.tokenizer
     model = load_reference(model_dir)
     allowed = {pattern: allowed_by(pattern, tokenizer) for pattern in PATTERNS}

@@ -85,7 +85,7 @@ def check(
 
 
 def check_served(model_dir: Path, greedy: bool = False, **options: Any) -> int:
-    """All cases at once, if `greedy` without draws; how often a request was retracted."""
+    """All cases at once, if `greedy` without draws; how often a request was preempted."""
     model = load_reference(model_dir)
     prompts = make_prompts(2 * len(CASES), model.config.vocab_size, longest=60)
     params = [CASES[i % len(CASES)] for i in range(len(prompts))]
@@ -101,7 +101,7 @@ def check_served(model_dir: Path, greedy: bool = False, **options: Any) -> int:
                 if asked.prompt_logprobs is not None:
                     assert not output.cached_tokens
         llm._loop.scheduler.check()
-        return llm._loop.scheduler.num_retractions
+        return llm._loop.scheduler.num_preemptions
 
 
 @pytest.mark.parametrize("overlap_depth", [0, 1])

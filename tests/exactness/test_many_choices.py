@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exactness.oracle import load_reference, make_prompts
-from exactness.sampled_oracle import check_tokens
 
 from minisrv.llm import LLM
 from minisrv.sampling_params import Grammar, SamplingParams
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.wire.messages import AbortMsg, Finish, TokenizeMsg
 from tests.support.checkpoints import EOS_ID, make_checkpoint
+from tests.support.oracle import load_reference, make_prompts
+from tests.support.sampled_oracle import check_tokens
 
 N, PAGE, LENGTH, COUNT = 128, 16, 500, 6
 SHARED = (LENGTH - 1) // PAGE  # the last token is computed for each choice: its logits are drawn
@@ -118,7 +118,7 @@ def test_so_few_pages_that_choices_are_retracted_give_the_same(
         params = replace(PARAMS, max_tokens=COUNT + 60)
         (output,) = llm.generate_outputs([PROMPT], params, use_tqdm=False)
         assert [choice.token_ids[:COUNT] for choice in output.outputs] == texts
-        assert llm._loop.scheduler.num_retractions > 0
+        assert llm._loop.scheduler.num_preemptions > 0
         assert is_idle_and_whole(llm._loop)
 
 

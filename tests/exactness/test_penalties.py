@@ -65,7 +65,7 @@ def test_greedy_texts_are_those_of_the_oracle_with_chunks_and_retractions(
         model_dir, dtype="float32", num_threads=1, overlap_depth=overlap_depth, **options
     ) as llm:
         outputs = llm.generate_outputs(prompts, params, use_tqdm=False)
-        assert llm._loop.scheduler.num_retractions > 0
+        assert llm._loop.scheduler.num_preemptions > 0
     assert [output.outputs[0].token_ids for output in outputs] == expected
 
 
@@ -106,13 +106,13 @@ def test_a_seeded_draw_with_penalties_is_the_same_after_a_retraction(tmp_path: P
     params = SamplingParams(
         temperature=1.0, seed=9, max_tokens=COUNT, ignore_eos=True, frequency_penalty=1.0
     )
-    texts, retractions = [], []
+    texts, preemptions = [], []
     for num_pages in (48, 1000):
         with LLM(
             model_dir, dtype="float32", num_threads=1, page_size=4, num_pages=num_pages
         ) as llm:
             outputs = llm.generate_outputs(prompts, params, use_tqdm=False)
-            retractions.append(llm._loop.scheduler.num_retractions)
+            preemptions.append(llm._loop.scheduler.num_preemptions)
         texts.append([output.outputs[0].token_ids for output in outputs])
-    assert retractions[0] > 0 == retractions[1]
+    assert preemptions[0] > 0 == preemptions[1]
     assert texts[0] == texts[1]

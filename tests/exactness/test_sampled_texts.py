@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from exactness.oracle import load_reference, make_prompts
-from exactness.sampled_oracle import adjusted_logits, check_tokens, probabilities
 from transformers import PreTrainedModel
 
 from minisrv.llm import LLM
 from minisrv.sampling_params import SamplingParams, TokenBias
 from tests.support.checkpoints import EOS_ID, make_checkpoint
+from tests.support.oracle import load_reference, make_prompts
+from tests.support.sampled_oracle import adjusted_logits, check_tokens, probabilities
 
 BASE = SamplingParams(temperature=1.0, seed=1, max_tokens=20, ignore_eos=True)
 ALONE: list[dict[str, Any]] = [

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exactness.oracle import load_reference, make_prompts
-from exactness.sampled_oracle import check_tokens
 
 from minisrv.llm import LLM
 from minisrv.llm.outputs import RequestOutput
 from minisrv.sampling_params import Grammar, SamplingParams, TokenBias
 from tests.support.checkpoints import EOS_ID, make_checkpoint
+from tests.support.oracle import load_reference, make_prompts
+from tests.support.sampled_oracle import check_tokens
 
 PLAIN = SamplingParams(temperature=1.0, seed=11, max_tokens=24, ignore_eos=True)
 LIST = {"type": "array", "items": {"enum": ["x", "yy", 10]}, "minItems": 3, "maxItems": 6}
@@ -118,7 +118,7 @@ def test_in_a_crowd_cold_and_warm_however_it_is_chunked(case: Case, way: dict[st
     with LLM(case.model_dir, **OPTIONS, num_pages=6000 // way["page_size"], **way) as llm:
         for _ in range(2):
             check_crowd(case, llm, rng)
-        assert not llm._loop.scheduler.num_retractions
+        assert not llm._loop.scheduler.num_preemptions
 
 
 @pytest.mark.parametrize(("overlap_depth", "budget"), [(0, 64), (1, 9)])
@@ -127,14 +127,14 @@ def test_after_retractions(case: Case, overlap_depth: int, budget: int) -> None:
     with LLM(case.model_dir, **OPTIONS, overlap_depth=overlap_depth, **options) as llm:
         for seed in range(2):
             check_crowd(case, llm, random.Random(seed))
-        assert llm._loop.scheduler.num_retractions > 5
+        assert llm._loop.scheduler.num_preemptions > 5
 
 
 def test_on_two_ranks(case: Case) -> None:
     options = {"page_size": 4, "num_pages": 60, "max_prefill_tokens": 20}
     with LLM(case.model_dir, **OPTIONS, tp=2, **options) as llm:
         check_crowd(case, llm, random.Random(5))
-        assert llm._loop.scheduler.num_retractions > 0
+        assert llm._loop.scheduler.num_preemptions > 0
 
 
 def test_a_choice_is_the_same_whatever_n_is(case: Case) -> None:

@@ -68,10 +68,10 @@ def test_the_tokens_are_those_of_transformers(
     vocab_size = model.config.vocab_size
     prompts = [*make_prompts(6, vocab_size, longest=300), *make_prompts(20, vocab_size, longest=40)]
     expected = reference_tokens(model, prompts)
-    # So few pages that requests are retracted and go on.
+    # So few pages that requests are preempted and go on.
     with parallel_loop(model_dir, tp, page_size=16, num_pages=26) as loop:
         outputs, _ = run(loop, prompts, WAY.at_once)
-        assert loop.scheduler.num_retractions > 0
+        assert loop.scheduler.num_preemptions > 0
         loop.scheduler.check()
     assert not compare(model, prompts, expected, outputs)
 

@@ -5,7 +5,10 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import pytest
-from exactness.oracle import (
+from transformers import PreTrainedModel
+
+from tests.support.checkpoints import make_checkpoint
+from tests.support.oracle import (
     CHECKPOINTS,
     EVERY_WAY,
     PAIRWISE,
@@ -17,9 +20,6 @@ from exactness.oracle import (
     reference_tokens,
     run,
 )
-from transformers import PreTrainedModel
-
-from tests.support.checkpoints import make_checkpoint
 
 
 @dataclass

@@ -17,7 +17,7 @@ from tests.support.anthropic_bodies import COUNT, HI, PATH, TOOL, error_of, resu
 from tests.support.http_server import HttpServer, serve
 from tests.support.played_model import TEMPLATES, PlayedModel
 
-UNSUPPORTED = [n for n, f in MESSAGES_FIELDS.items() if f.treatment is Treatment.UNSUPPORTED]
+REJECTED = [n for n, f in MESSAGES_FIELDS.items() if f.treatment is Treatment.REJECTED]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def hermes() -> Iterator[HttpServer]:
         yield running
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
+@pytest.mark.parametrize("name", REJECTED)
 def test_an_unsupported_field_is_refused_by_name(hermes: HttpServer, name: str) -> None:
     response = send(hermes, **{name: ["anything", 5]})
     assert response.status_code == 400

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 
-from minisrv.frontend.generation.request import run as responder
+from minisrv.frontend.generation import run as responder
 from tests.support.anthropic_bodies import HI, PATH
 from tests.support.http_server import HttpServer, serve
 from tests.support.played_model import TEMPLATES, PlayedModel

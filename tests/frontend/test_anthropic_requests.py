@@ -30,7 +30,7 @@ from tests.support.anthropic_bodies import (
 from tests.support.http_server import HttpServer, serve
 from tests.support.played_model import TEMPLATES, PlayedModel
 
-HARMLESS = [n for n, f in MESSAGES_FIELDS.items() if f.treatment is Treatment.HARMLESS]
+IGNORED = [n for n, f in MESSAGES_FIELDS.items() if f.treatment is Treatment.IGNORED]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_the_page_has_every_field_and_no_other() -> None:
 
 def test_harmless_fields_change_nothing(hermes: HttpServer) -> None:
     bare = prompt(hermes, *HI)
-    body = {name: {"any": [1]} for name in HARMLESS}
+    body = {name: {"any": [1]} for name in IGNORED}
     assert prompt(hermes, *HI, **body) == bare
     assert "x-minisrv-warnings" not in send(hermes, **body).headers
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minisrv.frontend.generation.request import run as responder
+from minisrv.frontend.generation import run as responder
 from minisrv.frontend.http import body as http_body
 from minisrv.wire.messages import Finish
 from tests.support.http_server import HttpServer, serve

@@ -22,7 +22,7 @@ PROMPT = "Once upon a time there was a"
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
-    """Its template knows tools and thoughts, so that their fields can be honoured."""
+    """Its template knows tools and thoughts, so that their fields can be supported."""
     template = tmp_path_factory.mktemp("template") / "chat.jinja"
     template.write_text(TEMPLATES["hermes"])
     with LLM("demo", num_threads=1, chat_template=str(template), num_pages=400) as llm:

@@ -1,6 +1,6 @@
 """What is done with every field of the two OpenAI routes, written down a second time.
 
-Each is honoured, with a test that shows what it does; harmless, and changes nothing; or refused by
+Each is supported, with a test that shows what it does; harmless, and changes nothing; or refused by
 name. The server's tables say the same, neither more nor less.
 """
 
@@ -23,8 +23,8 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TABLES: dict[str, dict[str, Field]] = {CHAT: CHAT_FIELDS, COMPLETIONS: COMPLETION_FIELDS}
 TESTS = Path(__file__).parent
 
-ENGINE, EFFECTS = "test_fields_on_the_engine.py", "test_field_effects.py"
-TOOLS, ROUTES = "test_tools_and_thoughts.py", "test_generation_routes.py"
+ENGINE, EFFECTS = "test_field_effects_on_the_demo_model.py", "test_effect_of_each_field.py"
+TOOLS, ROUTES = "test_tools_and_reasoning.py", "test_generation_routes.py"
 _DRAW = f"{ENGINE}::test_the_draw_follows_temperature_top_p_top_k_min_p_and_seed"
 _PENALTIES = f"{ENGINE}::test_penalties_change_a_text"
 _STOPS = f"{ENGINE}::test_stop_stop_token_ids_and_min_tokens_end_the_text"
@@ -45,7 +45,7 @@ _LOGPROBS = f"{ENGINE}::test_logprobs_and_top_logprobs_tell_of_the_tokens_and_ec
 _TURN = f"{EFFECTS}::test_the_assistants_turn_is_begun_or_not_or_its_text_continued"
 
 # Each with the tests that show what it does.
-HONOURED: dict[str, str | tuple[str, ...]] = {
+SUPPORTED: dict[str, str | tuple[str, ...]] = {
     "model": f"{ENGINE}::test_a_model_must_be_the_served_one",
     "max_tokens": f"{ENGINE}::test_max_tokens_bounds_the_output",
     **dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "seed", "sampling_seed"), _DRAW),
@@ -88,7 +88,7 @@ HONOURED_BY: dict[str, dict[str, str | tuple[str, ...]]] = {
         "echo": _LOGPROBS,
     },
 }
-HARMLESS = (
+IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     *("prompt_cache_options", "prompt_cache_retention", "verbosity", "prediction"),
 )
@@ -113,7 +113,7 @@ REFUSED_BY: dict[str, dict[str, tuple[Any, ...]]] = {
         "audio": (),
         "web_search_options": (),
         "moderation": (),
-        "chat_template": (),  # honoured with a flag: see test_field_effects.py
+        "chat_template": (),  # supported with a flag: see test_field_effects.py
     },
     COMPLETIONS: {"suffix": ("",), "messages": (), "top_logprobs": (0,)},
 }
@@ -139,8 +139,8 @@ stop_regex sampling_seed
 )
 
 
-def honoured(path: str) -> dict[str, str | tuple[str, ...]]:
-    return HONOURED | HONOURED_BY[path]
+def supported(path: str) -> dict[str, str | tuple[str, ...]]:
+    return SUPPORTED | HONOURED_BY[path]
 
 
 def refused(path: str) -> dict[str, tuple[Any, ...]]:
@@ -162,11 +162,11 @@ def sent(server: HttpServer, path: str, **fields: Any) -> Any:
 
 @pytest.mark.parametrize("path", TABLES)
 def test_the_server_does_with_each_field_what_is_written_here(path: str) -> None:
-    expected = dict.fromkeys(honoured(path), Treatment.HONOURED)
-    expected |= dict.fromkeys(HARMLESS, Treatment.HARMLESS)
-    expected |= dict.fromkeys(refused(path), Treatment.UNSUPPORTED)
+    expected = dict.fromkeys(supported(path), Treatment.SUPPORTED)
+    expected |= dict.fromkeys(IGNORED, Treatment.IGNORED)
+    expected |= dict.fromkeys(refused(path), Treatment.REJECTED)
     assert {name: field.treatment for name, field in TABLES[path].items()} == expected
-    assert len(expected) == len(honoured(path)) + len(HARMLESS) + len(refused(path))
+    assert len(expected) == len(supported(path)) + len(IGNORED) + len(refused(path))
     for name, neutral in refused(path).items():
         assert TABLES[path][name].neutral == neutral, name
 
@@ -198,7 +198,7 @@ def test_a_value_that_asks_for_nothing_passes_and_changes_nothing(
         assert sent(server, path, **{name: value}) == plain
 
 
-@pytest.mark.parametrize(("path", "name"), of_both(lambda path: HARMLESS))
+@pytest.mark.parametrize(("path", "name"), of_both(lambda path: IGNORED))
 def test_a_harmless_field_changes_nothing(server: HttpServer, path: str, name: str) -> None:
     plain = sent(server, path)
     for value in (None, "x", 1, {"any": [1]}, ["x"]):
@@ -225,9 +225,9 @@ def sources_of(file: str) -> dict[str, str]:
     return {name: text for name, text in sources.items() if name.startswith("test_")}
 
 
-@pytest.mark.parametrize(("path", "name"), of_both(honoured))
+@pytest.mark.parametrize(("path", "name"), of_both(supported))
 def test_each_honoured_field_has_a_test_of_what_it_does(path: str, name: str) -> None:
-    references = honoured(path)[name]
+    references = supported(path)[name]
     sources = []
     for reference in (references,) if isinstance(references, str) else references:
         file, _, test = reference.partition("::")

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from minisrv.frontend.generation.request import run as responder
+from minisrv.frontend.generation import run as responder
 from tests.support.http_server import HttpServer, serve
 from tests.support.response_wire import EVENT, PATH, events, joined, plain, shape, whole
 from tests.support.scripted_backend import TEXT, WORDS, ScriptedBackend

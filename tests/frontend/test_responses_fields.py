@@ -25,8 +25,8 @@ from tests.support.response_wire import (
     post,
 )
 
-UNSUPPORTED = [n for n, f in RESPONSE_FIELDS.items() if f.treatment is Treatment.UNSUPPORTED]
-HARMLESS = [n for n, f in RESPONSE_FIELDS.items() if f.treatment is Treatment.HARMLESS]
+REJECTED = [n for n, f in RESPONSE_FIELDS.items() if f.treatment is Treatment.REJECTED]
+IGNORED = [n for n, f in RESPONSE_FIELDS.items() if f.treatment is Treatment.IGNORED]
 FUNCTION: dict[str, Any] = {"type": "function", "name": "f"}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 
@@ -45,7 +45,7 @@ def test_the_page_of_the_api_has_every_field() -> None:
     assert RESPONSE_FIELDS.keys() - {"model", "rid"} <= named
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
+@pytest.mark.parametrize("name", REJECTED)
 def test_an_unsupported_field_is_refused_by_name(server: HttpServer, name: str) -> None:
     error = error_of(post(server, **{name: ["anything", 5]}))
     assert (error["param"], error["code"]) == (name, "unsupported_parameter")
@@ -65,7 +65,7 @@ def test_a_null_and_a_neutral_value_never_fail(server: HttpServer) -> None:
 
 
 def test_harmless_fields_change_nothing(server: HttpServer) -> None:
-    response = post(server, **{name: {"any": [1]} for name in HARMLESS})
+    response = post(server, **{name: {"any": [1]} for name in IGNORED})
     assert response.status_code == 200
     assert "x-minisrv-warnings" not in response.headers
     agent = {"include": ["reasoning.encrypted_content"], "text": {"verbosity": "low"}}

@@ -25,7 +25,9 @@ FACTS: dict[str, Any] = {
     "max_seq_len": 2048,
     "vocab_size": 1000,
     "sampling_defaults": {},
-    "chat_format": asdict(ChatFormat(thought=("<think>", "</think>"), switches_thought=True)),
+    "chat_format": asdict(
+        ChatFormat(reasoning_markers=("<think>", "</think>"), switches_reasoning=True)
+    ),
 }
 
 

@@ -16,7 +16,8 @@ from openai import omit
 from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.chat import ChatCompletion
 from pydantic import TypeAdapter
-from test_streams_joined import (
+
+from tests.frontend.test_streams_joined import (
     ARGUMENTS,
     CALLS,
     CHAT,

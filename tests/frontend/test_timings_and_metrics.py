@@ -398,7 +398,7 @@ def test_the_status_line_tells_of_work_and_is_silent_without(
     line.take(stats(steps=12, output_tokens=170, prompt_tokens=120, cached_tokens=50), 10.0)
     assert caplog.messages == [
         "status running=3 waiting=2 kv_use=0.25 prompt_tokens_per_s=2.0 output_tokens_per_s=10.0 "
-        "cache_hits=0.5 retractions=0"
+        "cache_hits=0.5 preemptions=0"
     ]
     line.take(stats(steps=12, waiting=0), 30.0)
     assert len(caplog.messages) == 1

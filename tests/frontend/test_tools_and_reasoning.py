@@ -73,7 +73,7 @@ def chunks(server: HttpServer, text: str, **body: Any) -> list[ChatCompletionChu
 
 
 def joined(stream: list[ChatCompletionChunk]) -> tuple[str, str, list[Any], str | None]:
-    """Thought, content, calls (id, type, name, arguments) and finish reason of a stream."""
+    """ReasoningText, content, calls (id, type, name, arguments) and finish reason of a stream."""
     thought, content, calls = "", "", list[list[Any]]()
     assert stream[0].choices[0].delta.role == "assistant"
     for chunk in stream[1:-1]:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exactness.oracle import NEW_TOKENS, make_prompts, run
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from minisrv.config import ServerConfig
@@ -21,6 +20,7 @@ from minisrv.scheduler.build import build_loop
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.loop import SchedulerLoop
 from tests.support.checkpoints import make_model
+from tests.support.oracle import NEW_TOKENS, make_prompts, run
 from tests.support.step_driver import StepDriver, open_engine
 
 DEVICE = "cuda"

@@ -1,12 +1,5 @@
-"""One small checkpoint for all offline tests."""
+"""Fixtures of this folder."""
 
-from pathlib import Path
+from tests.support.model_dir import model_dir
 
-import pytest
-
-from tests.support.checkpoints import make_checkpoint
-
-
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), "qwen3")
+__all__ = ["model_dir"]

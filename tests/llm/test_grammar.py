@@ -57,7 +57,7 @@ def test_a_small_cache_that_retracts_gives_the_same_texts(llm: LLM) -> None:
     expected = llm.generate(prompts, params, use_tqdm=False)
     with LLM("demo", **OPTIONS | {"kv_memory": None, "num_pages": 16, "max_seq_len": 128}) as small:
         assert small.generate(prompts, params, use_tqdm=False) == expected
-        assert small._loop.scheduler.num_retractions > 0
+        assert small._loop.scheduler.num_preemptions > 0
     assert all(re.fullmatch("[a-f]{1,90}", text) for text in expected)
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from exactness.oracle import load_reference, make_prompts, reference_tokens
 
 from minisrv import LLM, SamplingParams
 from minisrv.errors import ConfigError, InvalidRequestError
 from minisrv.sampling_params import TokenBias
+from tests.support.oracle import load_reference, make_prompts, reference_tokens
 
 OPTIONS = {"dtype": torch.float32, "kv_memory": "64MiB", "num_threads": 1}
 

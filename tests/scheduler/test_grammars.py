@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 from llguidance import LLParserLimits
-from scheduler.test_loop import Result, collect, drain
 
 from minisrv.sampling_params import Grammar
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.structured_output.compiler import GrammarCompiler
 from minisrv.structured_output.vocabulary import Vocabulary
 from minisrv.wire.messages import AbortMsg, Finish
+from tests.scheduler.test_loop import Result, collect, drain
 from tests.support.builders import (
     DEMO_EOS,
     demo_tokenizer,
@@ -105,7 +105,7 @@ def test_the_same_text_after_retractions(depth: int) -> None:
                 generate_msg(uid, [uid, 1, 2, 3], max_tokens=60, grammar=PERSON)
             )
         texts.append(drain(loop).tokens)
-    assert loop.scheduler.num_retractions > 0
+    assert loop.scheduler.num_preemptions > 0
     assert texts[0] == texts[1]
 
 

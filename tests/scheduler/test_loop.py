@@ -98,7 +98,7 @@ def test_a_pool_that_is_too_small_retracts_and_every_text_stays_right(depth: int
     for uid, prompt in prompts.items():
         loop.channel.inbox.append(generate_msg(uid, prompt, max_tokens=12))
     result = drain(loop)
-    assert loop.scheduler.num_retractions > 0
+    assert loop.scheduler.num_preemptions > 0
     assert result.tokens == {u: expected_output(p, 12, VOCAB) for u, p in prompts.items()}
 
 

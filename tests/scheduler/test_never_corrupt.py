@@ -1,4 +1,4 @@
-"""Any order of requests, steps, aborts, evictions and retractions gives the text of the oracle,
+"""Any order of requests, steps, aborts, evictions and preemptions gives the text of the oracle,
 with its log-probabilities, where a request asks for them; and no request finds in the cache what
 none of its salt has put there."""
 
@@ -17,7 +17,7 @@ from tests.support.hash_engine import expected_logprobs, expected_output
 
 VOCAB = 30
 EOS = 7
-DISTURBANCES = ["abort", "disconnect", "retract", "retract", "evict"]
+DISTURBANCES = ["abort", "disconnect", "preempt", "preempt", "evict"]
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -77,11 +77,11 @@ class CacheMachine(RuleBasedStateMachine):
     def disturb(self, data: Any, what: str) -> None:
         if what == "evict":
             self.cache.evict(data.draw(st.integers(1, 6)))
-        elif what != "retract":
+        elif what != "preempt":
             uids = self.open_uids()
             self.abort(uids if what == "disconnect" else [data.draw(st.sampled_from(uids))])
         elif self.scheduler.running:
-            self.scheduler._retract(data.draw(st.sampled_from(self.scheduler.running)))
+            self.scheduler._preempt(data.draw(st.sampled_from(self.scheduler.running)))
 
     def abort(self, uids: list[int]) -> None:
         self.aborted.update(uids)

@@ -63,7 +63,7 @@ def test_retracted_requests_are_counted_and_their_wait_is_an_interval() -> None:
         loop.channel.inbox.append(generate_msg(uid, [uid, uid], max_tokens=9))
     run(loop)
     stats = last_stats(loop)
-    assert stats.retractions > 0
+    assert stats.preemptions > 0
     assert stats.output_tokens == 27
     assert stats.inter_token.counts.sum() == 27 - 3
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from random import Random
 
 import numpy as np
-import own_tokenizers
 import pytest
 import regex
 from tokenizers import Tokenizer
@@ -16,6 +15,7 @@ from minisrv.sampling_params import Grammar
 from minisrv.structured_output.matcher import Matcher
 from minisrv.structured_output.source import to_source
 from minisrv.structured_output.vocabulary import Vocabulary, open_vocabulary
+from tests.support import own_tokenizers
 from tests.support.builders import DEMO_EOS, demo_tokenizer, demo_vocabulary
 
 PATTERNS = [

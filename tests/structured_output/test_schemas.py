@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator, FormatChecker
 from jsonschema.protocols import Validator
-from structured_output.schemas import FEATURES, make_schema
 
 from minisrv import LLM, Grammar, SamplingParams
 from minisrv.structured_output.source import to_source
 from minisrv.structured_output.vocabulary import Vocabulary
 from tests.support.checkpoints import make_checkpoint
+from tests.support.schemas import FEATURES, make_schema
 
 OPTIONS = {"dtype": "float32", "kv_memory": "256MiB"}
 MAX_TOKENS = 600

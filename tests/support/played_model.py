@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import own_tokenizers
 from tokenizers import AddedToken
 
 from minisrv.checkpoint.chat_format import find_chat_format
@@ -40,6 +39,7 @@ from minisrv.wire.messages import (
     TokenizerQuery,
     UserReply,
 )
+from tests.support import own_tokenizers
 from tests.support.http_server import MODEL
 
 EOS = 2

@@ -2,13 +2,13 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import own_tokenizers
 import pytest
 from transformers import AutoTokenizer
 
 from minisrv.errors import ConfigError, InvalidRequestError
 from minisrv.tokenizer import chat_template
 from minisrv.tokenizer.chat_template import ChatTemplate
+from tests.support import own_tokenizers
 
 CHATML = """
 {%- for message in messages %}

@@ -4,7 +4,6 @@ import itertools
 import json
 from typing import Any
 
-import own_tokenizers
 import pytest
 from tokenizers import AddedToken
 
@@ -18,6 +17,7 @@ from minisrv.structured_output.source import to_source
 from minisrv.structured_output.vocabulary import Vocabulary
 from minisrv.tokenizer.reply_grammar import ReplyGrammars
 from minisrv.wire.messages import Parts
+from tests.support import own_tokenizers
 
 TEMPLATES = {
     "hermes": "{{ tools }}<tool_call></tool_call></think>",
@@ -160,24 +160,24 @@ def test_a_reply_is_text_of_a_grammar_or_calls(replies: Replies, template: str) 
 @pytest.mark.parametrize("name", ["hermes", "mistral"])
 def test_a_grammar_begins_behind_the_thought(grammar: Grammar, name: str) -> None:
     replies = Replies(name)
-    begin, end = replies.chat_format.thought or ("", "")
+    begin, end = replies.chat_format.reasoning_markers or ("", "")
     text, thought = '{"a": 1}', 'hm "}" <b>\n\u4f60\n'
-    may = replies.grammars.behind_thought(grammar, Parts.THOUGHT)
+    may = replies.grammars.behind_reasoning(grammar, Parts.REASONING)
     assert replies.takes(may, text)
     assert replies.takes(may, f"{begin}\n{thought}{end}\n\n{text}")
     assert not replies.takes(may, f"{begin}\n{thought}")
     with pytest.raises(AssertionError):
         replies.takes(may, f"{begin}\n{thought}{end}\n\nHello")
-    is_open = replies.grammars.behind_thought(grammar, Parts.OPEN_THOUGHT)
+    is_open = replies.grammars.behind_reasoning(grammar, Parts.OPEN_REASONING)
     assert replies.takes(is_open, f"{thought}{end}\n\n{text}")
     assert not replies.takes(is_open, text)
-    assert replies.grammars.behind_thought(grammar, Parts.CALLS) == grammar
+    assert replies.grammars.behind_reasoning(grammar, Parts.CALLS) == grammar
 
 
 def test_calls_may_come_behind_a_thought() -> None:
     replies = Replies("hermes")
     calls = replies.grammars.calls(TOOLS, ("add",), parallel=False)
-    grammar = replies.grammars.behind_thought(calls, Parts.THOUGHT | Parts.CALLS)
+    grammar = replies.grammars.behind_reasoning(calls, Parts.REASONING | Parts.CALLS)
     call = write("hermes", ("add", ADD))
     assert replies.takes(grammar, f"<think>\nhm\n</think>\n\n{call}")
     assert replies.takes(grammar, call)
@@ -187,9 +187,9 @@ def test_calls_may_come_behind_a_thought() -> None:
 @pytest.mark.parametrize("name", ["hermes", "mistral"])
 def test_text_or_calls_come_behind_a_thought(name: str) -> None:
     replies = Replies(name)
-    begin, end = replies.chat_format.thought or ("", "")
+    begin, end = replies.chat_format.reasoning_markers or ("", "")
     either = replies.grammars.or_calls(Grammar.regex("yes|no"), TOOLS, parallel=True)
-    grammar = replies.grammars.behind_thought(either, Parts.THOUGHT | Parts.CALLS)
+    grammar = replies.grammars.behind_reasoning(either, Parts.REASONING | Parts.CALLS)
     for reply in ("yes", write(name, ("add", ADD))):
         assert replies.takes(grammar, reply)
         assert replies.takes(grammar, f"{begin}hm{end}\n\n{reply}")

@@ -3,7 +3,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import own_tokenizers
 import pytest
 from tokenizers import Tokenizer
 
@@ -29,6 +28,7 @@ from minisrv.wire.messages import (
     TokenizeMsg,
     UserReply,
 )
+from tests.support import own_tokenizers
 
 SOURCE = (
     "{{ bos_token }}{% for m in messages %}{{ raise_exception('no jokes') if m.content == 'joke' "

@@ -118,7 +118,7 @@ EXAMPLES = [
         prompt_tokens=5,
         cached_tokens=6,
         output_tokens=7,
-        retractions=8,
+        preemptions=8,
         steps=9,
         inter_token=Histogram(counts=np.array([1, 2]), total=0.5),
         step_tokens=Histogram(counts=np.array([0]), total=0.0),

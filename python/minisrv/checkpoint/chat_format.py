@@ -1,4 +1,4 @@
-"""How a model writes thoughts and tool calls: found in its chat template, so no flag is needed."""
+"""How a model writes reasoning and tool calls: found in its chat template, so no flag is needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CALL_MARKERS: dict[ToolFormat, tuple[str, ...]] = {
     "llama": ("<|python_tag|>",),
     "mistral": ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
 }
-_THOUGHT_MARKERS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+_REASONING_MARKERS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 # Other ways to fill the same tag: XML parameters (Qwen3-Coder), key and value tags (GLM).
 _OTHER_TAGS = ("<function=", "<parameter=", "<arg_key>")
 
@@ -24,14 +24,14 @@ _OTHER_TAGS = ("<function=", "<parameter=", "<arg_key>")
 class ChatFormat:
     """takes_tools: the template shows tools to the model. tool_format: how the model calls them.
 
-    thought: what stands before and after a thought. switches_thought: the template has a variable
-    that turns thinking on and off, or says how much.
+    reasoning_markers: the texts before and after the reasoning. switches_reasoning: the template
+    has a variable that turns thinking on and off, or sets its effort.
     """
 
     takes_tools: bool = False
     tool_format: ToolFormat | None = None
-    thought: tuple[str, str] | None = None
-    switches_thought: bool = False
+    reasoning_markers: tuple[str, str] | None = None
+    switches_reasoning: bool = False
 
     @property
     def call_markers(self) -> tuple[str, ...]:
@@ -41,8 +41,8 @@ class ChatFormat:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ChatFormat:
         """The format from its fields as JSON has them."""
-        thought = values["thought"]
-        return cls(**{**values, "thought": thought and tuple(thought)})
+        reasoning = values["reasoning_markers"]
+        return cls(**{**values, "reasoning_markers": reasoning and tuple(reasoning)})
 
 
 def find_chat_format(templates: Mapping[str, str]) -> ChatFormat:
@@ -52,8 +52,8 @@ def find_chat_format(templates: Mapping[str, str]) -> ChatFormat:
     return ChatFormat(
         takes_tools=re.search(r"\btools\b", tools) is not None,
         tool_format=_find_tool_format(tools),
-        thought=next((marks for marks in _THOUGHT_MARKERS if marks[1] in text), None),
-        switches_thought=re.search(r"\b(enable_thinking|thinking|reasoning_effort)\b", text)
+        reasoning_markers=next((marks for marks in _REASONING_MARKERS if marks[1] in text), None),
+        switches_reasoning=re.search(r"\b(enable_thinking|thinking|reasoning_effort)\b", text)
         is not None,
     )
 

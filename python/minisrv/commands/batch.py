@@ -231,7 +231,7 @@ def _answer_part(
         try:
             generation = _read_generation(line, model, defaults, llm.config)
             prepared = [
-                llm.prepare(replace(request, split_thought=line.openai))
+                llm.prepare(replace(request, split_reasoning=line.openai))
                 for request in generation.tokenize_messages(0, 0)
             ]
         except MinisrvError as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 from minisrv.checkpoint.hub import CONFIG_FILES, resolve_model
 from minisrv.checkpoint.model_config import ModelConfig, load_model_config
-from minisrv.commands.gpus import Card, find_card
+from minisrv.commands.gpus import GPU, find_card
 from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig, flag, parse_command_line, parse_size
 from minisrv.engine.memory import MemoryPlan, format_size, useful_pages
 from minisrv.engine.model_size import (
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def describe(request: Request, card: Card | None) -> str:
+def describe(request: Request, card: GPU | None) -> str:
     """The table, under a line that names model and card and above one with the limit of speed."""
     config, size = request.config, format_size(request.memory)
     where = f"{card.name} of {size}" if card else f"a card of {size}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from minisrv.detokenizer.incremental import TextDecoder, TextStream
-from minisrv.wire.logprobs import Float32Array, PromptEcho, TokenLogprobs, TokenScores
+from minisrv.wire.logprobs import Float32Array, PromptEcho, SpelledLogprobs, TokenLogprobs
 from minisrv.wire.messages import Int32Array, Start
 
 
@@ -23,7 +23,7 @@ class Scorer:
         """offset: of the first token."""
         self._decoder, self._offset = decoder, offset
         self._expected: deque[TokenLogprobs] = deque()
-        self.scores: list[TokenScores] = []
+        self.logprobs: list[SpelledLogprobs] = []
 
     def expect(self, logprobs: TokenLogprobs) -> None:
         """The log-probabilities of a token that comes next."""
@@ -33,12 +33,12 @@ class Scorer:
         """The next token has come, and with it `text`."""
         told = self._expected.popleft()
         offset = self._offset + _begin(self._decoder.spell(int(told.token_ids[0])), text)
-        self.scores.append(_scores(self._decoder, told, told.logprobs, told.token_ids, [offset]))
+        self.logprobs.append(_scores(self._decoder, told, told.logprobs, told.token_ids, [offset]))
         self._offset += len(text)
 
-    def take(self) -> tuple[TokenScores, ...]:
+    def take(self) -> tuple[SpelledLogprobs, ...]:
         """What has come since the last call."""
-        scores, self.scores = tuple(self.scores), []
+        scores, self.logprobs = tuple(self.logprobs), []
         return scores
 
 
@@ -59,7 +59,7 @@ def echo_prompt(
     if told is not None:
         logprobs = np.concatenate([np.array([np.nan], np.float32), told.logprobs])
         scores = _scores(decoder, told, logprobs, prompt_ids, offsets)
-    return PromptEcho(uid=start.uid, text="".join(pieces), scores=scores)
+    return PromptEcho(uid=start.uid, text="".join(pieces), logprobs=scores)
 
 
 def _begin(spelled: bytes, text: str) -> int:
@@ -83,7 +83,7 @@ def _scores(
     logprobs: Float32Array,
     token_ids: Int32Array,
     offsets: Sequence[int],
-) -> TokenScores:
+) -> SpelledLogprobs:
     """As columns: a prompt has thousands of tokens, and each may have twenty others beside it.
 
     Where `logprobs` are more than those told, the first have no others.
@@ -94,7 +94,7 @@ def _scores(
     top_logprobs = np.concatenate([np.full(missing, np.nan, np.float32), told.top_logprobs])
     ids, indices = np.unique(np.concatenate([token_ids, top_ids]), return_inverse=True)
     places: Int32Array = indices.astype(np.int32)
-    return TokenScores(
+    return SpelledLogprobs(
         spellings=tuple(map(decoder.spell, ids.tolist())),
         tokens=places[: len(token_ids)],
         logprobs=logprobs,

@@ -1,7 +1,7 @@
-"""A thought at the beginning of a reply, apart from the text that follows, in pieces as they come.
+"""Split the reasoning at the beginning of a reply from the text that follows, incrementally.
 
 What comes out, joined, does not depend on how the text was cut. The line breaks at both ends of a
-thought, and those behind it, belong to the tags: templates write them again.
+reasoning, and those behind it, belong to the tags: templates write them again.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from enum import Enum, auto
 
 class _State(Enum):
     START = auto()
-    THOUGHT = auto()
+    REASONING = auto()
     BEHIND = auto()
     TEXT = auto()
 
 
-class ThoughtSplitter:
-    """Splits one reply. Only its first words can open a thought: later tags are text."""
+class ReasoningSplitter:
+    """Splits one reply. Only its first words can open reasoning: later tags are text."""
 
     __slots__ = ("_begin", "_end", "_held", "_is_first", "_opened", "_state", "closed")
 
     def __init__(self, begin: str, end: str, opened: bool) -> None:
-        """`opened`: the prompt ends inside a thought; a tag that the reply repeats is skipped.
+        """`opened`: the prompt ends inside reasoning; a tag that the reply repeats is skipped.
 
-        `closed` tells whether a thought has come to its end.
+        `closed` tells whether reasoning has come to its end.
         """
         self._begin = begin
         self._end = end
@@ -35,9 +35,9 @@ class ThoughtSplitter:
         self.closed = False
 
     @property
-    def in_thought(self) -> bool:
-        """Whether what comes next belongs to a thought, as far as is known."""
-        return self._state is _State.THOUGHT or (self._opened and self._state is _State.START)
+    def in_reasoning(self) -> bool:
+        """Whether what comes next belongs to reasoning, as far as is known."""
+        return self._state is _State.REASONING or (self._opened and self._state is _State.START)
 
     @property
     def done(self) -> bool:
@@ -45,26 +45,26 @@ class ThoughtSplitter:
         return self._state is _State.TEXT
 
     def push(self, delta: str) -> tuple[str, str]:
-        """The thought and the text that are sure now that `delta` has come."""
+        """The reasoning and the text that are sure now that `delta` has come."""
         self._held += delta
-        thought = ""
+        reasoning = ""
         if self._state is _State.START:
             self._read_start()
-        if self._state is _State.THOUGHT:
-            thought = self._read_thought()
+        if self._state is _State.REASONING:
+            reasoning = self._read_reasoning()
         if self._state is _State.BEHIND:
             self._held = self._held.lstrip("\n")
             if self._held:
                 self._state = _State.TEXT
         if self._state is not _State.TEXT:
-            return thought, ""
+            return reasoning, ""
         text, self._held = self._held, ""
-        return thought, text
+        return reasoning, text
 
     def flush(self) -> tuple[str, str]:
         """The rest, when no more will come."""
         held, self._held = self._held, ""
-        if self.in_thought:
+        if self.in_reasoning:
             return held.rstrip("\n"), ""
         return "", held
 
@@ -72,24 +72,24 @@ class ThoughtSplitter:
         text = self._held.lstrip()
         if text.startswith(self._begin):
             self._held = text[len(self._begin) :]
-            self._state = _State.THOUGHT
+            self._state = _State.REASONING
         elif not self._begin.startswith(text):
-            self._state = _State.THOUGHT if self._opened else _State.TEXT
+            self._state = _State.REASONING if self._opened else _State.TEXT
 
-    def _read_thought(self) -> str:
+    def _read_reasoning(self) -> str:
         if self._is_first:
             self._held = self._held.lstrip("\n")
         at = self._held.find(self._end)
         if at >= 0:
-            thought = self._held[:at].rstrip("\n")
+            reasoning = self._held[:at].rstrip("\n")
             self._held = self._held[at + len(self._end) :]
             self._state = _State.BEHIND
             self.closed = True
-            return thought
+            return reasoning
         num_sure = len(self._held) - self._num_unsure()
-        thought, self._held = self._held[:num_sure], self._held[num_sure:]
-        self._is_first = self._is_first and not thought
-        return thought
+        reasoning, self._held = self._held[:num_sure], self._held[num_sure:]
+        self._is_first = self._is_first and not reasoning
+        return reasoning
 
     def _num_unsure(self) -> int:
         """Characters at the end that may be line breaks before the tag, or a part of it."""

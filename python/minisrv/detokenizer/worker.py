@@ -12,10 +12,10 @@ from minisrv.checkpoint.chat_format import find_chat_format
 from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.detokenizer.incremental import TextDecoder, TextStream
 from minisrv.detokenizer.logprobs import Scorer, echo_prompt
-from minisrv.detokenizer.reasoning import ThoughtSplitter
+from minisrv.detokenizer.reasoning import ReasoningSplitter
 from minisrv.detokenizer.stop_strings import StopMatcher
 from minisrv.errors import MinisrvError
-from minisrv.wire.logprobs import OutputScores, PromptEcho
+from minisrv.wire.logprobs import OutputLogprobs, PromptEcho
 from minisrv.wire.messages import (
     AbortMsg,
     DetokenizeMsg,
@@ -25,8 +25,8 @@ from minisrv.wire.messages import (
     OutputIds,
     Parts,
     Progress,
+    ReasoningText,
     Start,
-    Thought,
     UserReply,
 )
 
@@ -40,7 +40,7 @@ class _Request:
     """started_at: when its first token came, on the scheduler's clock.
 
     start: kept until it is forwarded. matcher: None without stop strings.
-    splitter: None where no thought can come, or none any more.
+    splitter: None where no reasoning can come, or none any more.
     new_ids: what has not been told yet; None for a request that does not want ids.
     scorer: None for a request that wants no log-probabilities.
     """
@@ -48,7 +48,7 @@ class _Request:
     uid: int
     stream: TextStream
     matcher: StopMatcher | None
-    splitter: ThoughtSplitter | None
+    splitter: ReasoningSplitter | None
     min_tokens: int
     start: Start | None
     num_tokens: int = 0
@@ -68,11 +68,11 @@ class _Columns:
     stop_reasons: list[str | int | None] = field(default_factory=list)
     starts: list[Start] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-    thoughts: list[Thought] = field(default_factory=list)
+    reasoning: list[ReasoningText] = field(default_factory=list)
     aborts: list[int] = field(default_factory=list)
     output_ids: list[OutputIds] = field(default_factory=list)
     echoes: list[PromptEcho] = field(default_factory=list)
-    scores: list[OutputScores] = field(default_factory=list)
+    logprobs: list[OutputLogprobs] = field(default_factory=list)
     progress: tuple[Progress, ...] = ()
     at: float = 0.0
     ends: list[End] = field(default_factory=list)
@@ -96,9 +96,9 @@ class _Columns:
             output_ids=tuple(self.output_ids),
             starts=tuple(self.starts),
             failures=tuple(self.failures),
-            thoughts=tuple(self.thoughts),
+            reasoning=tuple(self.reasoning),
             echoes=tuple(self.echoes),
-            scores=tuple(self.scores),
+            logprobs=tuple(self.logprobs),
             ends=tuple(self.ends),
             progress=self.progress,
             epoch=epoch,
@@ -117,7 +117,7 @@ class DetokenizerWorker:
         self._decoder = TextDecoder(tokenizer)
         self._format = find_chat_format(tokenizer.chat_templates)
         self._call_ids = _special_ids(tokenizer, self._format.call_markers)
-        self._thought_ids = _special_ids(tokenizer, self._format.thought or ())
+        self._reasoning_ids = _special_ids(tokenizer, self._format.reasoning_markers or ())
         self._epoch = epoch
         self._requests: dict[int, _Request] = {}
         self._ended: set[int] = set()
@@ -158,9 +158,13 @@ class DetokenizerWorker:
 
     def _open(self, start: Start, columns: _Columns) -> _Request:
         parts = Parts(start.parts)
-        marks = self._format.thought if parts & (Parts.THOUGHT | Parts.OPEN_THOUGHT) else None
+        marks = (
+            self._format.reasoning_markers
+            if parts & (Parts.REASONING | Parts.OPEN_REASONING)
+            else None
+        )
         kept_ids = (self._call_ids if parts & Parts.CALLS else frozenset()) | (
-            self._thought_ids if marks else frozenset()
+            self._reasoning_ids if marks else frozenset()
         )
         stream = self._decoder.stream(start.skip_special_tokens, kept_ids)
         num_chars = 0
@@ -172,7 +176,9 @@ class DetokenizerWorker:
             uid=start.uid,
             stream=stream,
             matcher=StopMatcher(start.stop, start.include_stop) if start.stop else None,
-            splitter=ThoughtSplitter(*marks, bool(parts & Parts.OPEN_THOUGHT)) if marks else None,
+            splitter=ReasoningSplitter(*marks, bool(parts & Parts.OPEN_REASONING))
+            if marks
+            else None,
             min_tokens=start.min_tokens,
             start=start,
             started_at=start.at,
@@ -193,15 +199,15 @@ class DetokenizerWorker:
         request.num_tokens += 1
         if request.new_ids is not None:
             request.new_ids.append(token_id)
-        text, stop, thought = _next_text(request, token_id, finish)
-        if thought is not None:
-            columns.thoughts.append(thought)
+        text, stop, reasoning = _next_text(request, token_id, finish)
+        if reasoning is not None:
+            columns.reasoning.append(reasoning)
         if stop is not None:
             self._end(request, finish, columns, text, stop)
         elif finish:
             reason = token_id if finish == _STOP_TOKEN else None
             self._close(request, columns, text, finish, reason)
-        elif text or thought is not None or request.start is not None:
+        elif text or reasoning is not None or request.start is not None:
             self._add(request, columns, text, finish, None)
 
     def _add(
@@ -220,8 +226,8 @@ class DetokenizerWorker:
             ids = np.array(request.new_ids, np.int32)
             columns.output_ids.append(OutputIds(uid=request.uid, ids=ids))
             request.new_ids = []
-        if request.scorer is not None and request.scorer.scores:
-            columns.scores.append(OutputScores(uid=request.uid, scores=request.scorer.take()))
+        if request.scorer is not None and request.scorer.logprobs:
+            columns.logprobs.append(OutputLogprobs(uid=request.uid, logprobs=request.scorer.take()))
 
     def _close(
         self,
@@ -273,39 +279,39 @@ def _special_ids(tokenizer: HFTokenizer, texts: Sequence[str]) -> frozenset[int]
 
 def _next_text(
     request: _Request, token_id: int, finish: int
-) -> tuple[str, str | None, Thought | None]:
-    """What the entry adds to the text, the stop string that ends it there, and the thought."""
+) -> tuple[str, str | None, ReasoningText | None]:
+    """What the entry adds to the text, the stop string that ends it there, and the reasoning."""
     is_text = finish in (_NONE, _LENGTH, _COMPLETE)
     text = request.stream.push(token_id) if is_text else request.stream.flush()
     if request.scorer is not None:
         request.scorer.add(text)
     if finish:
         text += request.stream.flush()
-    thought = None
+    reasoning = None
     if request.splitter is not None:
-        text, thought = _split(request, request.splitter, text, finish)
+        text, reasoning = _split(request, request.splitter, text, finish)
     num_text_tokens = request.num_tokens if is_text else request.num_tokens - 1
     if request.matcher is None or num_text_tokens <= request.min_tokens:
-        return text, None, thought
+        return text, None, reasoning
     text, stop = request.matcher.push(text)
     if finish and stop is None:
         text += request.matcher.flush()
-    return text, stop, thought
+    return text, stop, reasoning
 
 
 def _split(
-    request: _Request, splitter: ThoughtSplitter, text: str, finish: int
-) -> tuple[str, Thought | None]:
-    """The part of `text` that is no thought, and the thought if it grows, in text or in tokens."""
+    request: _Request, splitter: ReasoningSplitter, text: str, finish: int
+) -> tuple[str, ReasoningText | None]:
+    """Split `text` into content and reasoning; the latter is None unless it has grown."""
     was_closed = splitter.closed
-    thought, text = splitter.push(text)
+    reasoning, text = splitter.push(text)
     ends = splitter.closed and not was_closed
     if finish:
-        ends = ends or splitter.in_thought
-        rest_of_thought, rest = splitter.flush()
-        thought, text = thought + rest_of_thought, text + rest
+        ends = ends or splitter.in_reasoning
+        rest_of_reasoning, rest = splitter.flush()
+        reasoning, text = reasoning + rest_of_reasoning, text + rest
     if splitter.done:
         request.splitter = None
-    if thought or ends:
-        return text, Thought(uid=request.uid, text=thought, tokens=request.num_tokens)
+    if reasoning or ends:
+        return text, ReasoningText(uid=request.uid, text=reasoning, tokens=request.num_tokens)
     return text, None

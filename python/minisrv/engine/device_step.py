@@ -116,17 +116,17 @@ class DeviceStep:
             size = self._graph_size(batch)
             logits_SV, step, scores = self._replay(batch, size) if size else self._run(batch)
             # The other ranks have a share of the vocabulary, and none of this is for them.
-            extras = batch.extras if self._peers.partition.rank == 0 else None
+            penalties = batch.penalties if self._peers.partition.rank == 0 else None
             if self._peers.partition.rank == 0:
                 self._mask(batch.sampling, logits_SV, step)
-            if extras is not None:
-                self._adjuster.adjust_(logits_SV, extras)
+            if penalties is not None:
+                self._adjuster.adjust_(logits_SV, penalties)
             if size:
                 self._graphs[size].sampler()
             elif step.num_samples:
                 self._sample(logits_SV, step.num_samples)
-            if extras is not None:
-                self._adjuster.take(self._tensors.tokens_S, extras)
+            if penalties is not None:
+                self._adjuster.take(self._tensors.tokens_S, penalties)
             handle = self._to_host(step.num_samples, scores)
         self._buffer.done()
         return handle

@@ -50,7 +50,7 @@ class SamplingColumns:
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingExtras:
+class Penalties:
     """Penalties and biases of the samples that ask for them; rank 0 alone uses these.
 
     Columns of the samples with penalties first. A request brings its tokens (prompt, then output)
@@ -121,7 +121,7 @@ class ForwardBatch:
     page_ids: Int32Array  # [P]
     sample_indices: Int32Array  # [S] ascending indices into R; the last token's logits are used
     sampling: SamplingColumns
-    extras: SamplingExtras | None = None  # None in nearly all steps
+    penalties: Penalties | None = None  # None in nearly all steps
     scored_tokens: Int32Array = field(default_factory=_no_tokens)  # [Q] indices into T
     logprobs: LogprobColumns | None = None  # None in nearly all steps
 

@@ -113,11 +113,11 @@ class HostStep:
             return torch.empty(logits_SV.shape[0], dtype=torch.int64, device=self._device)
         ends = batch.start_positions + batch.query_lens
         new_positions = ends[batch.sample_indices].astype(np.int64)
-        if batch.extras is None:
+        if batch.penalties is None:
             return sample(logits_SV, batch.sampling, new_positions, self._kernels)
-        self._adjuster.adjust_(logits_SV, batch.extras)
+        self._adjuster.adjust_(logits_SV, batch.penalties)
         token_ids_S = sample(logits_SV, batch.sampling, new_positions, self._kernels)
-        self._adjuster.take(token_ids_S, batch.extras)
+        self._adjuster.take(token_ids_S, batch.penalties)
         return token_ids_S
 
     def _input_ids(self, batch: ForwardBatch) -> Tensor:

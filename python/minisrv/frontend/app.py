@@ -78,7 +78,7 @@ def create_app(
     add_root_page(app, VERSION, config.served_name)
     _add_state_routes(app, registry, metrics)
     _add_model_routes(app, registry)
-    body_fields = BodyFields(config.max_body_bytes, unknown_fields, metrics.count_harmless_field)
+    body_fields = BodyFields(config.max_body_bytes, unknown_fields, metrics.count_ignored_field)
     chat_table = chat_fields(trust_template=config.trust_request_chat_template)
     _add_generation_routes(app, config, body_fields, registry, metrics, chat_table)
     add_native_route(app, config.max_open_requests, body_fields, registry, metrics)

@@ -36,14 +36,14 @@ class TokenLogprob:
 class CompletionOutput:
     """One choice. finish_reason: stop or length. stop_reason: the stop string or token id.
 
-    thought: what the model thought, for a request with `split_thought`. logprobs: of `token_ids`,
+    reasoning: its reasoning text, for a request with `split_reasoning`. logprobs: of `token_ids`,
     for a request that asks for them. event: the same as the server's frontend has it.
     The end-of-text token and stop tokens count in `token_ids` and are not in `text`.
     """
 
     index: int
     text: str = ""
-    thought: str = ""
+    reasoning: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -136,18 +136,18 @@ class Run:
         for failure in reply.failures:
             if failure.uid in self.choices:
                 raise error_of(failure)
-        for thought in reply.thoughts:
-            if thought.uid in self.choices:
-                choice = self.choices[thought.uid][1]
-                choice.thought += thought.text
-                choice.event.thoughts.append(thought.text)
-                choice.event.reasoning_tokens = thought.tokens
+        for reasoning in reply.reasoning:
+            if reasoning.uid in self.choices:
+                choice = self.choices[reasoning.uid][1]
+                choice.reasoning += reasoning.text
+                choice.event.reasoning.append(reasoning.text)
+                choice.event.reasoning_tokens = reasoning.tokens
         for echo in reply.echoes:
             if echo.uid in self.choices:
                 self.choices[echo.uid][1].event.echo = echo
-        for scores in reply.scores:
+        for scores in reply.logprobs:
             if scores.uid in self.choices:
-                self.choices[scores.uid][1].event.scores += scores.scores
+                self.choices[scores.uid][1].event.logprobs += scores.logprobs
         columns = zip(
             reply.uids.tolist(),
             reply.texts,

@@ -14,7 +14,7 @@ from minisrv.engine.forward_batch import (
     SamplingColumns,
 )
 from minisrv.scheduler.logprobs import build_logprobs
-from minisrv.scheduler.penalties import build_extras
+from minisrv.scheduler.penalties import build_penalties
 from minisrv.scheduler.request import Request
 from minisrv.scheduler.step import Step
 
@@ -35,7 +35,7 @@ class BatchBuilder:
         self._choices = np.zeros(num_rows, np.int32)
         self._min_tokens = np.zeros(num_rows, np.int32)
         self._constrained = np.zeros(num_rows, np.bool_)
-        self._has_extras = np.zeros(num_rows, np.bool_)
+        self._has_penalties = np.zeros(num_rows, np.bool_)
         self._has_logprobs = np.zeros(num_rows, np.bool_)
 
     def build(self, step: Step, fill_masks: FillMasks) -> ForwardBatch:
@@ -55,7 +55,7 @@ class BatchBuilder:
         sample_indices = np.arange(len(decodes) + len(step.sampling_prefills), dtype=np.int32)
         sample_indices[len(decodes) :] = [len(decodes) + i for i in step.sampling_prefills]
         sample_rows = rows[sample_indices]
-        has_extras = self._has_extras[sample_rows].any()
+        has_penalties = self._has_penalties[sample_rows].any()
         has_logprobs = step.scored or self._has_logprobs[sample_rows].any()
         scored, logprobs = build_logprobs(step) if has_logprobs else (_NO_TOKENS, None)
         places = np.array(list(step.page_writes), np.int32).reshape(-1, 2)
@@ -71,7 +71,7 @@ class BatchBuilder:
             page_ids=np.array(list(step.page_writes.values()), np.int32),
             sample_indices=sample_indices,
             sampling=self._columns(step, sample_rows, fill_masks),
-            extras=build_extras(step, sample_rows) if has_extras else None,
+            penalties=build_penalties(step, sample_rows) if has_penalties else None,
             scored_tokens=scored,
             logprobs=logprobs,
         )
@@ -87,7 +87,7 @@ class BatchBuilder:
         self._choices[row] = request.choice
         self._min_tokens[row] = sampling.min_tokens
         self._constrained[row] = request.matcher is not None
-        self._has_extras[row] = sampling.has_extras
+        self._has_penalties[row] = sampling.has_penalties
         self._has_logprobs[row] = sampling.logprobs is not None
 
     def _columns(self, step: Step, rows: Int32Array, fill_masks: FillMasks) -> SamplingColumns:

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minisrv.engine.forward_batch import Int32Array, SamplingExtras
+from minisrv.engine.forward_batch import Int32Array, Penalties
 from minisrv.scheduler.request import Request
 from minisrv.scheduler.step import Step
 
 
-def build_extras(step: Step, rows: Int32Array) -> SamplingExtras:
-    """The extras of a step; `rows` are those of its samples.
+def build_penalties(step: Step, rows: Int32Array) -> Penalties:
+    """The penalties of a step; `rows` are those of its samples.
 
     A request brings its tokens with the chunk that ends its prompt, the first step that samples.
-    After a retraction that chunk holds the output as well; none of it is in flight then.
+    After a preemption that chunk holds the output as well; none of it is in flight then.
     """
     samples = step.samples
     penalised = [(i, request) for i, request in enumerate(samples) if request.sampling.penalised]
@@ -25,7 +25,7 @@ def build_extras(step: Step, rows: Int32Array) -> SamplingExtras:
     ]
     chosen = [i for i, _ in penalised]
     params = [request.sampling for _, request in penalised]
-    return SamplingExtras(
+    return Penalties(
         samples=_ints(chosen),
         rows=rows[chosen],
         presence=np.array([p.presence_penalty for p in params], np.float32),

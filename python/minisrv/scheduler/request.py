@@ -30,13 +30,13 @@ class Status(Enum):
 class Request:
     """A request's tokens, how far they are computed, and what is still to come.
 
-    `arrival` orders requests for ever, also after a retraction. `prefill_ids` are the tokens that
-    must be in the cache before the next one can be sampled: the prompt, and after a retraction
+    `arrival` orders requests for ever, also after a preemption. `prefill_ids` are the tokens that
+    must be in the cache before the next one can be sampled: the prompt, and after a preemption
     the output so far. `computed` counts the positions computed or in a launched step; `pending`
     the sampled tokens that have not come back; `last_step` is the last step that it was in.
     `matcher` follows the output; a request with a grammar waits until it has one.
     `prompt_logprobs` are those of its second token first, as far as they are computed.
-    `arrived_at`, `admitted_at` (the first time) and `retracted_at` are on the scheduler's clock.
+    `arrived_at`, `admitted_at` (the first time) and `preempted_at` are on the scheduler's clock.
     """
 
     uid: int
@@ -59,14 +59,14 @@ class Request:
     pending: int = 0
     cached_tokens: int = 0
     started: bool = False
-    retracted: bool = False
+    preempted: bool = False
     bypassed: int = 0
     last_step: int = 0
     matcher: Matcher | None = None
     prompt_logprobs: Logprobs | None = None
     arrived_at: float = 0.0
     admitted_at: float | None = None
-    retracted_at: float = 0.0
+    preempted_at: float = 0.0
     _ends: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 One step takes the next token of every request that decodes, then prompt chunks under a token
 budget (chunked prefill as in Sarathi-Serve, Agrawal et al., 2024, arXiv:2403.02310). Pages are
 taken when they are needed. When none is left: evict from the radix tree, wait for pages that a
-step in flight still uses, or retract the newest request, which continues later.
+step in flight still uses, or preempt the newest request, which continues later.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Scheduler:
         self.max_prefill_tokens = max_prefill_tokens
         self.running: list[Request] = []
         self.waiting = WaitingQueue()
-        self.num_retractions = 0
+        self.num_preemptions = 0
         self.now = 0.0
         self._eos_ids = frozenset(eos_ids)
         self._new_seed = new_seed
@@ -55,7 +55,7 @@ class Scheduler:
         self._replies = Replies()
         self._arrivals = 0
         self._step_id = 0
-        self._retracted = False
+        self._preempted = False
 
     @property
     def num_compiling(self) -> int:
@@ -118,7 +118,7 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step, or None when nothing can be computed now."""
         step = Step(self._step_id + 1)
-        self._retracted = False
+        self._preempted = False
         prefilling = self._schedule_decodes(step)
         self._schedule_prefills(step, prefilling)
         if not step.decodes and not step.prefills:
@@ -204,7 +204,7 @@ class Scheduler:
         decodes, prefilling = step.decodes, list[Request]()
         for request in self.running[:]:
             lease, position = request.lease, request.computed
-            if lease is None:  # retracted for one before it
+            if lease is None:  # preempted for one before it
                 continue
             if position < len(request.prefill_ids):
                 prefilling.append(request)
@@ -237,7 +237,7 @@ class Scheduler:
     def _prefill_candidates(self, step_id: int, prefilling: list[Request]) -> Iterator[Request]:
         """Requests that may prefill now, each with a lease and what the cache has for it.
 
-        Nobody is admitted in a step that had to retract. A waiter that has no room is passed by at
+        Nobody is admitted in a step that had to preempt. A waiter that has no room is passed by at
         most MAX_BYPASSES younger ones.
         """
         for request in prefilling:
@@ -246,7 +246,7 @@ class Scheduler:
         passed: list[Request] = []
         for request in self.waiting:
             full = not self.cache.rows.num_free or len(passed) >= MAX_BYPASSES
-            if full or self._retracted:
+            if full or self._preempted:
                 return
             if request.compiling:
                 continue
@@ -304,7 +304,7 @@ class Scheduler:
         if computed is None:
             return False
         request.computed = computed
-        if not request.retracted:
+        if not request.preempted:
             request.cached_tokens += computed - before
         return True
 
@@ -341,7 +341,7 @@ class Scheduler:
     def _reserve(self, request: Request, num_tokens: int, step_id: int) -> int:
         """Pages for up to `num_tokens`; returns how many fit.
 
-        Retracts newer requests, but none that is in this step already.
+        Preempts newer requests, but none that is in this step already.
         """
         assert request.lease is not None
         while True:
@@ -351,16 +351,16 @@ class Scheduler:
             victim = self.running[-1]
             if victim.arrival <= request.arrival or victim.last_step == step_id:
                 return fits
-            self._retract(victim)
+            self._preempt(victim)
 
-    def _retract(self, request: Request) -> None:
+    def _preempt(self, request: Request) -> None:
         """Take a running request's pages; it waits at its old place with the same text."""
         self._release(request)
         request.status = Status.WAITING
         self.waiting.add(request)
-        request.retracted = self._retracted = True
-        request.retracted_at = self.now
-        self.num_retractions += 1
+        request.preempted = self._preempted = True
+        request.preempted_at = self.now
+        self.num_preemptions += 1
 
     def _end(self, request: Request, token_id: int, finish: Finish) -> None:
         if finish is not Finish.ABORT:

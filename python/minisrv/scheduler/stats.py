@@ -40,7 +40,7 @@ class LoopStats:
         ending = [step.prefills[i].request for i in step.sampling_prefills]
         for request in ending:
             if request.started:
-                self._inter_token.add(now - request.retracted_at)
+                self._inter_token.add(now - request.preempted_at)
         return sum(request.max_tokens > 0 for request in ending)
 
     def count_tokens(self, num_tokens: int, num_first: int, now: float) -> None:
@@ -80,7 +80,7 @@ class LoopStats:
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
-            retractions=scheduler.num_retractions,
+            preemptions=scheduler.num_preemptions,
             steps=self._steps,
             inter_token=self._inter_token.message(),
             step_tokens=self._step_tokens.message(),

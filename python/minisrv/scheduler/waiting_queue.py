@@ -1,4 +1,4 @@
-"""Requests without a row, oldest first; a retracted one returns to its old place."""
+"""Requests without a row, oldest first; a preempted one returns to its old place."""
 
 from __future__ import annotations
 

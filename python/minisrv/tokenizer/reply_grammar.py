@@ -1,4 +1,4 @@
-"""Grammars of whole replies: calls that must be made, and text behind a thought.
+"""Grammars of whole replies: calls that must be made, and text behind reasoning.
 
 Written here because the prompt and the special tokens are known here.
 """
@@ -27,7 +27,7 @@ class ReplyGrammars:
         self._format = chat_format
         named = "\n".join(tokenizer.chat_templates.values())
         self._has_arguments_mark = "[ARGS]" in named
-        marks = (*chat_format.call_markers, *(chat_format.thought or ()))
+        marks = (*chat_format.call_markers, *(chat_format.reasoning_markers or ()))
         self._ids = {mark: id for mark in marks if (id := tokenizer.token_id(mark)) is not None}
 
     def calls(self, tools: Tools, names: Sequence[str], parallel: bool) -> Grammar:
@@ -52,21 +52,23 @@ class ReplyGrammars:
         reply, rules = self._calls(named, parallel)
         return replace(grammar, before="\n".join(["(@text | calls)", f"calls: {reply}", *rules]))
 
-    def behind_thought(self, grammar: Grammar, parts: Parts) -> Grammar:
-        """`grammar` for what follows the thought that the reply has, or may have."""
-        if self._format.thought is None or not parts & (Parts.THOUGHT | Parts.OPEN_THOUGHT):
+    def behind_reasoning(self, grammar: Grammar, parts: Parts) -> Grammar:
+        """`grammar` for what follows the reasoning that the reply has, or may have."""
+        if self._format.reasoning_markers is None or not parts & (
+            Parts.REASONING | Parts.OPEN_REASONING
+        ):
             return grammar
-        begin, end = self._format.thought
-        opening = "" if parts & Parts.OPEN_THOUGHT else f"{self._mark(begin)} "
+        begin, end = self._format.reasoning_markers
+        opening = "" if parts & Parts.OPEN_REASONING else f"{self._mark(begin)} "
         if end in self._ids:
-            rule = f"thought: {opening}/(?s:.*)/ {self._mark(end)}"
+            rule = f"reasoning: {opening}/(?s:.*)/ {self._mark(end)}"
         else:
             # One lexeme from tag to tag, as short as can be: it ends at the first closing tag.
-            begins = "" if parts & Parts.OPEN_THOUGHT else _escape(begin)
-            rule = f"thought[lazy]: /{begins}(?s:.*){_escape(end)}/"
-        optional = "" if parts & Parts.OPEN_THOUGHT else "?"
+            begins = "" if parts & Parts.OPEN_REASONING else _escape(begin)
+            rule = f"reasoning[lazy]: /{begins}(?s:.*){_escape(end)}/"
+        optional = "" if parts & Parts.OPEN_REASONING else "?"
         text, *rules = (grammar.before or "@text").splitlines()
-        body = f"(thought /\\n*/){optional} {text}"
+        body = f"(reasoning /\\n*/){optional} {text}"
         return replace(grammar, before="\n".join([body, rule, *rules]))
 
     def _calls(

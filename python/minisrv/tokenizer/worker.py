@@ -44,7 +44,7 @@ class TokenizerWorker:
     """Turns requests into checked token ids.
 
     max_seq_len: most tokens of prompt and output together. vocab_size: ids that the model knows.
-    chat_format: how the model writes thoughts and tool calls.
+    chat_format: how the model writes reasoning and tool calls.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class TokenizerWorker:
             return self._prompt_ids(message), text, Parts(0)
         text = self._render(message, message.messages)
         parts = Parts.CALLS if message.tools else Parts(0)
-        if message.split_thought:
+        if message.split_reasoning:
             continued = message.messages[-1]["content"] if message.continue_final_message else ""
-            parts |= self._thought_part(text, continued)
+            parts |= self._reasoning_part(text, continued)
         # The template writes the special tokens itself: a second BOS would be wrong.
         return self._encode(text, False, "messages"), text, parts
 
@@ -141,7 +141,7 @@ class TokenizerWorker:
             return message.sampling
         if message.tools and not message.must_call:
             grammar = self._grammars.or_calls(grammar, message.tools, message.parallel_calls)
-        grammar = self._grammars.behind_thought(grammar, parts)
+        grammar = self._grammars.behind_reasoning(grammar, parts)
         try:
             self._grammar_checker.check(grammar)
         except InvalidRequestError:
@@ -150,21 +150,21 @@ class TokenizerWorker:
             raise
         return replace(message.sampling, grammar=grammar)
 
-    def _thought_part(self, prompt: str, continued: str) -> Parts:
-        """Whether the reply begins in a thought, may begin with one, or has none.
+    def _reasoning_part(self, prompt: str, continued: str) -> Parts:
+        """Whether the reply begins in reasoning, may begin with one, or has none.
 
         continued: the text that it goes on with, if it does.
         """
-        if self.chat_format.thought is None:
+        if self.chat_format.reasoning_markers is None:
             return Parts(0)
-        begin, end = self.chat_format.thought
+        begin, end = self.chat_format.reasoning_markers
         if continued.strip():
             is_open = continued.rfind(begin) > continued.rfind(end)
-            return Parts.OPEN_THOUGHT if is_open else Parts(0)
+            return Parts.OPEN_REASONING if is_open else Parts(0)
         written = prompt.rstrip()
         if written.endswith(begin):
-            return Parts.OPEN_THOUGHT
-        return Parts(0) if written.endswith(end) else Parts.THOUGHT
+            return Parts.OPEN_REASONING
+        return Parts(0) if written.endswith(end) else Parts.REASONING
 
     def _answer(self, message: TokenizerQuery) -> AnswerMsg:
         try:

@@ -26,7 +26,7 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenScores:
+class SpelledLogprobs:
     """Log-probabilities of N tokens of a text, and of the K likeliest in each place, best first.
 
     A token is an index into `spellings`: bytes, maybe a part of a character. offsets: where in the
@@ -42,11 +42,11 @@ class TokenScores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OutputScores:
+class OutputLogprobs:
     """Scores of a request's tokens, from where the last ones ended."""
 
     uid: int
-    scores: tuple[TokenScores, ...]
+    logprobs: tuple[SpelledLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,4 +55,4 @@ class PromptEcho:
 
     uid: int
     text: str
-    scores: TokenScores | None = None
+    logprobs: SpelledLogprobs | None = None

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from minisrv.errors import Lengths, MinisrvError
 from minisrv.sampling_params import SamplingParams
-from minisrv.wire.logprobs import OutputScores, PromptEcho, TokenLogprobs
+from minisrv.wire.logprobs import OutputLogprobs, PromptEcho, TokenLogprobs
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -39,13 +39,13 @@ class Finish(IntEnum):
 class Parts(IntFlag):
     """What a reply may hold besides plain text; the message fields of this name are plain ints.
 
-    CALLS: tool calls, whose markers stay in the text. THOUGHT: it may begin with a thought, which
-    goes apart. OPEN_THOUGHT: it does, since the prompt ends inside of one.
+    CALLS: tool calls, whose markers stay in the text. REASONING: it may begin with reasoning, which
+    goes apart. OPEN_REASONING: it does, since the prompt ends inside of one.
     """
 
     CALLS = 1
-    THOUGHT = 2
-    OPEN_THOUGHT = 4
+    REASONING = 2
+    OPEN_REASONING = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ class TokenizeMsg:
     The `sampling.n` choices answer under uid, uid + 1, ... The sampling has no None but max_tokens
     and seed. `tools` are shown to the template, and calls of them looked for in the reply.
     must_call: the reply must be a call of one of these tools; with `parallel_calls` maybe several.
-    split_thought: a thought comes apart from the text. continue_final_message: the prompt ends
+    split_reasoning: reasoning comes apart from the text. continue_final_message: the prompt ends
     where the last message's content ends. chat_template: a source in place of the model's.
     show_prompt_ids, show_prompt_text: in the first `Start`. show_progress: by `Progress`.
     cache_salt: pages are shared within the same salt alone.
@@ -77,7 +77,7 @@ class TokenizeMsg:
     tools: tuple[dict[str, Any], ...] | None = None
     must_call: tuple[str, ...] = ()
     parallel_calls: bool = True
-    split_thought: bool = False
+    split_reasoning: bool = False
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template: str | None = None
@@ -199,8 +199,8 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Thought:
-    """More of a thought; `tokens` is the count so far, that of the tags included."""
+class ReasoningText:
+    """More of reasoning; `tokens` is the count so far, that of the tags included."""
 
     uid: int
     text: str
@@ -275,7 +275,7 @@ class UserReply:
     """Detokenizer (and tokenizer, for failures) to frontend: columns of equal length.
 
     `texts` are deltas that join to the full text. `output_tokens` is the count so far.
-    `stop_reasons` is the stop string or token id that ended a request, or None. `thoughts` come
+    `stop_reasons` is the stop string or token id that ended a request, or None. `reasoning` come
     before the text of the same uid. Each uid ends with one finish code but NONE or one failure.
     """
 
@@ -287,9 +287,9 @@ class UserReply:
     output_ids: tuple[OutputIds, ...] = ()
     starts: tuple[Start, ...] = ()
     failures: tuple[Failure, ...] = ()
-    thoughts: tuple[Thought, ...] = ()
+    reasoning: tuple[ReasoningText, ...] = ()
     echoes: tuple[PromptEcho, ...] = ()
-    scores: tuple[OutputScores, ...] = ()
+    logprobs: tuple[OutputLogprobs, ...] = ()
     ends: tuple[End, ...] = ()
     progress: tuple[Progress, ...] = ()
     epoch: int = 0
@@ -329,7 +329,7 @@ class StatsMsg:
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
-    retractions: int
+    preemptions: int
     steps: int
     inter_token: Histogram
     step_tokens: Histogram

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisrv.engine.forward_batch import SamplingExtras
+from minisrv.engine.forward_batch import Penalties
 from minisrv.engine.upload import upload
 
 
@@ -28,51 +28,51 @@ class _Counts:
 
 
 class LogitAdjuster:
-    """Keeps the counts of the rows that have penalties; only steps with extras come here."""
+    """Keeps the counts of the rows that have penalties; only steps with penalties come here."""
 
     def __init__(self) -> None:
         self._counts: dict[int, _Counts] = {}
 
-    def adjust_(self, logits_SV: Tensor, extras: SamplingExtras) -> None:
+    def adjust_(self, logits_SV: Tensor, penalties: Penalties) -> None:
         """Change the logits of a step in place, before its tokens are drawn."""
-        self._begin(extras, logits_SV.shape[-1], logits_SV.device)
-        for i, (sample, row) in enumerate(_pairs(extras)):
+        self._begin(penalties, logits_SV.shape[-1], logits_SV.device)
+        for i, (sample, row) in enumerate(_pairs(penalties)):
             logits_V = logits_SV[sample].float()
             counts = self._counts[row]
-            repetition = float(extras.repetition[i])
+            repetition = float(penalties.repetition[i])
             if repetition != 1:
                 scaled = torch.where(logits_V > 0, logits_V / repetition, logits_V * repetition)
                 logits_V = torch.where(counts.seen_V, scaled, logits_V)
-            logits_V = logits_V - float(extras.frequency[i]) * counts.output_V
-            logits_V = logits_V - float(extras.presence[i]) * (counts.output_V > 0)
+            logits_V = logits_V - float(penalties.frequency[i]) * counts.output_V
+            logits_V = logits_V - float(penalties.presence[i]) * (counts.output_V > 0)
             logits_SV[sample] = logits_V.to(logits_SV.dtype)
-        if extras.bias_ids.size:
+        if penalties.bias_ids.size:
             device = logits_SV.device
             at = (
-                upload(extras.bias_samples, device).long(),
-                upload(extras.bias_ids, device).long(),
+                upload(penalties.bias_samples, device).long(),
+                upload(penalties.bias_ids, device).long(),
             )
-            logits_SV[at] += upload(extras.bias_values, device).to(logits_SV.dtype)
+            logits_SV[at] += upload(penalties.bias_values, device).to(logits_SV.dtype)
 
-    def take(self, token_ids_S: Tensor, extras: SamplingExtras) -> None:
+    def take(self, token_ids_S: Tensor, penalties: Penalties) -> None:
         """Count the tokens that the step has drawn, where they are."""
-        for sample, row in _pairs(extras):
+        for sample, row in _pairs(penalties):
             token_id = token_ids_S[sample : sample + 1].long()
             counts = self._counts[row]
             counts.seen_V.index_fill_(0, token_id, True)
             counts.output_V.index_add_(0, token_id, torch.ones_like(token_id, dtype=torch.float32))
 
-    def _begin(self, extras: SamplingExtras, vocab_size: int, device: torch.device) -> None:
+    def _begin(self, penalties: Penalties, vocab_size: int, device: torch.device) -> None:
         """Start the counts of rows that sample for the first time, with the tokens they bring."""
         end = 0
         begun = zip(
-            extras.begin_rows.tolist(),
-            extras.begin_lens.tolist(),
-            extras.begin_prompt_lens.tolist(),
+            penalties.begin_rows.tolist(),
+            penalties.begin_lens.tolist(),
+            penalties.begin_prompt_lens.tolist(),
             strict=True,
         )
         for row, length, prompt_len in begun:
-            ids = upload(extras.begin_ids[end : end + length], device).long()
+            ids = upload(penalties.begin_ids[end : end + length], device).long()
             end += length
             seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             output_V = torch.zeros(vocab_size, device=device)
@@ -81,5 +81,5 @@ class LogitAdjuster:
             self._counts[row] = _Counts(seen_V.index_fill_(0, ids, True), output_V)
 
 
-def _pairs(extras: SamplingExtras) -> list[tuple[int, int]]:
-    return list(zip(extras.samples.tolist(), extras.rows.tolist(), strict=True))
+def _pairs(penalties: Penalties) -> list[tuple[int, int]]:
+    return list(zip(penalties.samples.tolist(), penalties.rows.tolist(), strict=True))

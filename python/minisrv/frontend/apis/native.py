@@ -23,7 +23,7 @@ from minisrv.frontend.apis.openai.render import (
     sse,
 )
 from minisrv.frontend.fields.names import Names, rename_fields, renamed
-from minisrv.frontend.fields.read_body import BodyFields, honoured
+from minisrv.frontend.fields.read_body import BodyFields, supported
 from minisrv.frontend.fields.schema import INTEGER, INTEGERS, OBJECT, STRING
 from minisrv.frontend.fields.table import COMPLETION_FIELDS, Field, read_fields
 from minisrv.frontend.generation.request import (
@@ -47,12 +47,12 @@ _SAMPLING_NAMES = (
 )
 SAMPLING_FIELDS: dict[str, Field] = {
     **{name: COMPLETION_FIELDS[name] for name in _SAMPLING_NAMES},
-    "max_new_tokens": honoured(INTEGER, "The same as max_tokens. Default: 128."),
+    "max_new_tokens": supported(INTEGER, "The same as max_tokens. Default: 128."),
 }
 GENERATE_FIELDS: dict[str, Field] = {
-    "text": honoured(STRING, "The prompt; or send input_ids."),
-    "input_ids": honoured(INTEGERS, "The prompt as token ids."),
-    "sampling_params": honoured(OBJECT, f"Any of {', '.join(SAMPLING_FIELDS)}."),
+    "text": supported(STRING, "The prompt; or send input_ids."),
+    "input_ids": supported(INTEGERS, "The prompt as token ids."),
+    "sampling_params": supported(OBJECT, f"Any of {', '.join(SAMPLING_FIELDS)}."),
     **{
         name: COMPLETION_FIELDS[name]
         for name in ("model", "stream", "cache_salt", "request_id", "rid")

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from minisrv.errors import InvalidRequestError
 from minisrv.frontend.apis.openai.chat import read_chat
-from minisrv.frontend.fields.read_body import BodyFields, honoured
+from minisrv.frontend.fields.read_body import BodyFields, supported
 from minisrv.frontend.fields.schema import BOOLEAN, INTEGERS, STRING
 from minisrv.frontend.fields.table import CHAT_FIELDS, Field
 from minisrv.frontend.generation.request import check_model, read_token_ids
@@ -27,8 +27,8 @@ _CHAT_NAMES = (
 
 DETOKENIZE_FIELDS: dict[str, Field] = {
     "model": CHAT_FIELDS["model"],
-    "tokens": honoured(INTEGERS, "Token ids."),
-    "skip_special_tokens": honoured(BOOLEAN, "Leave special tokens out. Default: false."),
+    "tokens": supported(INTEGERS, "Token ids."),
+    "skip_special_tokens": supported(BOOLEAN, "Leave special tokens out. Default: false."),
 }
 
 
@@ -41,9 +41,9 @@ def add_token_routes(
     """Text to tokens and back, the rendered prompt of a conversation, and the tokenizer itself."""
     template_fields = {name: chat_table[name] for name in _CHAT_NAMES}
     tokenize_fields = {
-        "prompt": honoured(STRING, "Text; or send messages."),
+        "prompt": supported(STRING, "Text; or send messages."),
         **template_fields,
-        "add_special_tokens": honoured(BOOLEAN, "Default: true for a prompt, false for messages."),
+        "add_special_tokens": supported(BOOLEAN, "Default: true for a prompt, false for messages."),
     }
     statuses = errors(400, 401, 404, 408, 413, 415, 503)
 

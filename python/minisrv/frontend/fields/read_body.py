@@ -19,9 +19,9 @@ logger = logging.getLogger("minisrv.frontend")
 WARNINGS_HEADER = "X-Minisrv-Warnings"
 
 
-def honoured(schema: Schema, description: str) -> Field:
+def supported(schema: Schema, description: str) -> Field:
     """A field that does something."""
-    return Field(Treatment.HONOURED, {**schema, "description": description})
+    return Field(Treatment.SUPPORTED, {**schema, "description": description})
 
 
 def with_warnings(headers: dict[str, str], warnings: Iterable[str]) -> dict[str, str]:
@@ -33,18 +33,18 @@ def with_warnings(headers: dict[str, str], warnings: Iterable[str]) -> dict[str,
 class BodyFields:
     """Reads bodies within the server's limit, and reports what no table names.
 
-    count_harmless: is told each field that is accepted and changes nothing.
+    count_ignored: is told each field that is accepted and changes nothing.
     """
 
     def __init__(
         self,
         max_bytes: int,
         unknown_fields: UnknownFields,
-        count_harmless: Callable[[str], None],
+        count_ignored: Callable[[str], None],
     ) -> None:
         self._max_bytes = max_bytes
         self._unknown_fields = unknown_fields
-        self._count_harmless = count_harmless
+        self._count_ignored = count_ignored
 
     async def read(
         self, request: Request, table: Mapping[str, Field]
@@ -69,8 +69,8 @@ class BodyFields:
     def _read(self, body: Any, table: Mapping[str, Field]) -> tuple[dict[str, Any], dict[str, str]]:
         fields, unknown = read_fields(body, table)
         for name in body.keys() & table.keys():
-            if table[name].treatment is Treatment.HARMLESS and body[name] is not None:
+            if table[name].treatment is Treatment.IGNORED and body[name] is not None:
                 logger.debug("request field %s changes nothing", name)
-                self._count_harmless(name)
+                self._count_ignored(name)
         warning = self._unknown_fields.report(unknown)
         return fields, {WARNINGS_HEADER: warning} if warning else {}

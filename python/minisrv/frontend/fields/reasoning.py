@@ -26,7 +26,7 @@ def read_reasoning(fields: dict[str, Any], chat_format: ChatFormat) -> dict[str,
             param="reasoning_effort",
         )
     thinks = effort != "none" if enabled is None else enabled
-    if not chat_format.switches_thought:
+    if not chat_format.switches_reasoning:
         if enabled is not None:
             _check_fixed(enabled, chat_format, "enable_thinking")
         elif effort == "none":
@@ -38,18 +38,18 @@ def read_reasoning(fields: dict[str, Any], chat_format: ChatFormat) -> dict[str,
 
 def reasoning_warnings(fields: dict[str, Any], chat_format: ChatFormat) -> tuple[str, ...]:
     """What the client is to know of an effort that does nothing."""
-    if chat_format.switches_thought or fields.get("reasoning_effort", "none") == "none":
+    if chat_format.switches_reasoning or fields.get("reasoning_effort", "none") == "none":
         return ()
     return ("reasoning_effort changes nothing: the chat template of this model does not read it",)
 
 
 def _check_fixed(thinks: bool, chat_format: ChatFormat, name: str) -> None:
     """Without a variable, only what the model does anyway can be asked for."""
-    if thinks == (chat_format.thought is not None):
+    if thinks == (chat_format.reasoning_markers is not None):
         return
-    state = "always thinks" if chat_format.thought else "does not think"
+    state = "always thinks" if chat_format.reasoning_markers else "does not think"
     raise InvalidRequestError(
-        f"{name} cannot be honoured: this model {state}, and its chat template has no switch",
+        f"{name} cannot be supported: this model {state}, and its chat template has no switch",
         param=name,
         code="unsupported_parameter",
     )

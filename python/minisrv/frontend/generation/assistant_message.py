@@ -1,4 +1,4 @@
-"""An assistant's message while it comes in: thought, content and tool calls, as OpenAI has them."""
+"""Build an assistant message incrementally, as OpenAI deltas."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class AssistantMessage:
     __slots__ = ("_parser", "_reading", "_reasoning_fields", "_said")
 
     def __init__(self, reading: CallReading | None, reasoning_fields: Sequence[str]) -> None:
-        """`reading` None: no calls are looked for. A thought stands in all `reasoning_fields`."""
+        """`reading` None: no calls are looked for. A reasoning stands in all `reasoning_fields`."""
         self._reading = reading
         self._reasoning_fields = reasoning_fields
         self._parser: CallParser | None = None
@@ -42,8 +42,8 @@ class AssistantMessage:
     def deltas(self, event: Event) -> list[Delta]:
         """What an event adds."""
         deltas: list[Delta] = []
-        if event.thoughts and (thought := event.thought):
-            deltas.append(dict.fromkeys(self._reasoning_fields, thought))
+        if event.reasoning and (reasoning := event.reasoning_text):
+            deltas.append(dict.fromkeys(self._reasoning_fields, reasoning))
         text = event.text
         if self._parser is None:
             if text:

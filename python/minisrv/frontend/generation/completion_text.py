@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from minisrv.frontend.generation.logprobs import echo_scores, moved_scores
+from minisrv.frontend.generation.logprobs import echo_logprobs, moved_logprobs
 from minisrv.frontend.registry.events import Event
-from minisrv.wire.logprobs import TokenScores
+from minisrv.wire.logprobs import SpelledLogprobs
 
 
 class CompletionTexts:
@@ -18,16 +18,18 @@ class CompletionTexts:
         self._choices_per_prompt = choices_per_prompt
         self._moved_by: dict[int, int] = defaultdict(int)
 
-    def add(self, event: Event) -> tuple[str, list[TokenScores]]:
+    def add(self, event: Event) -> tuple[str, list[SpelledLogprobs]]:
         """What an event adds."""
         if event.echo is None:
             moved_by = self._moved_by.get(event.index, 0)
-            return event.text, moved_scores(event.scores, moved_by) if moved_by else event.scores
+            return event.text, moved_logprobs(
+                event.logprobs, moved_by
+            ) if moved_by else event.logprobs
         echo, sent = event.echo, self._echoed[event.index // self._choices_per_prompt]
-        scores = [] if echo.scores is None else [echo.scores]
+        scores = [] if echo.logprobs is None else [echo.logprobs]
         if sent is None:
-            return echo.text + event.text, scores + event.scores
+            return echo.text + event.text, scores + event.logprobs
         # Offsets of the output were counted behind what the prompt's tokens spell.
         moved_by = self._moved_by[event.index] = len(sent) - len(echo.text)
-        scores = [echo_scores(part, sent) for part in scores]
-        return sent + event.text, scores + moved_scores(event.scores, moved_by)
+        scores = [echo_logprobs(part, sent) for part in scores]
+        return sent + event.text, scores + moved_logprobs(event.logprobs, moved_by)

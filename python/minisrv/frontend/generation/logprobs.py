@@ -11,7 +11,7 @@ import numpy as np
 
 from minisrv.errors import InvalidRequestError
 from minisrv.sampling_params import MAX_LOGPROBS
-from minisrv.wire.logprobs import TokenScores
+from minisrv.wire.logprobs import SpelledLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,23 +24,23 @@ class _Place:
     top: list[tuple[bytes, float]]
 
 
-def chat_logprobs(scores: Sequence[TokenScores]) -> dict[str, Any]:
+def chat_logprobs(logprobs: Sequence[SpelledLogprobs]) -> dict[str, Any]:
     """`logprobs` of a chat choice, whole or of one chunk."""
     content = [
         _entry(place.spelling, place.logprob)
         | {"top_logprobs": [_entry(*token) for token in place.top]}
-        for place in _places(scores)
+        for place in _places(logprobs)
     ]
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(scores: Sequence[TokenScores]) -> dict[str, Any]:
+def text_logprobs(logprobs: Sequence[SpelledLogprobs]) -> dict[str, Any]:
     """`logprobs` of a completion's choice: four lists with an entry a token.
 
     The likeliest tokens have the token that came among them. Of two tokens of the same spelling the
     likelier one is told.
     """
-    places = list(_places(scores))
+    places = list(_places(logprobs))
     return {
         "tokens": [_text(place.spelling) for place in places],
         "token_logprobs": [None if math.isnan(p.logprob) else p.logprob for p in places],
@@ -49,16 +49,16 @@ def text_logprobs(scores: Sequence[TokenScores]) -> dict[str, Any]:
     }
 
 
-def echo_scores(scores: TokenScores, sent: str) -> TokenScores:
-    """The scores of a prompt that is shown as it was `sent`, with offsets in that.
+def echo_logprobs(logprobs: SpelledLogprobs, sent: str) -> SpelledLogprobs:
+    """The logprobs of a prompt that is shown as it was `sent`, with offsets in that.
 
     What was decoded may differ from it: special tokens are left out, and a tokenizer may change a
     text. A token whose bytes do not come next in the text, as one that was put in, moves nothing.
     """
     text, at, num_chars = sent.encode(errors="replace"), 0, 0
     offsets = []
-    for token in scores.tokens.tolist():
-        spelling = scores.spellings[token]
+    for token in logprobs.tokens.tolist():
+        spelling = logprobs.spellings[token]
         if not text.startswith(spelling, at):
             spelling = spelling.removeprefix(b" ")
         inside = spelling[:1] and 0x80 <= spelling[0] < 0xC0
@@ -66,16 +66,16 @@ def echo_scores(scores: TokenScores, sent: str) -> TokenScores:
         if text.startswith(spelling, at):
             at += len(spelling)
             num_chars += sum(byte & 0xC0 != 0x80 for byte in spelling)
-    return replace(scores, offsets=np.array(offsets, np.int32))
+    return replace(logprobs, offsets=np.array(offsets, np.int32))
 
 
-def moved_scores(scores: Sequence[TokenScores], by: int) -> list[TokenScores]:
+def moved_logprobs(logprobs: Sequence[SpelledLogprobs], by: int) -> list[SpelledLogprobs]:
     """The same with offsets that are `by` characters greater."""
-    return [replace(part, offsets=part.offsets + np.int32(by)) for part in scores]
+    return [replace(part, offsets=part.offsets + np.int32(by)) for part in logprobs]
 
 
-def _places(scores: Sequence[TokenScores]) -> Iterator[_Place]:
-    for part in scores:
+def _places(logprobs: Sequence[SpelledLogprobs]) -> Iterator[_Place]:
+    for part in logprobs:
         num_top = len(part.top_tokens) // max(1, len(part.tokens))
         spellings = [part.spellings[token] for token in part.top_tokens.tolist()]
         top = list(zip(spellings, part.top_logprobs.tolist(), strict=True))

@@ -114,7 +114,7 @@ class Generation:
                     tools=self.tools,
                     must_call=self.must_call,
                     parallel_calls=self.calls is None or self.calls.parallel,
-                    split_thought=True,
+                    split_reasoning=True,
                     add_generation_prompt=self.add_generation_prompt,
                     continue_final_message=self.continue_final_message,
                     chat_template=self.chat_template,

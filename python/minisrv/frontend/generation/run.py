@@ -29,7 +29,7 @@ from minisrv.frontend.apis.openai.render import (
 )
 from minisrv.frontend.fields.names import Names, renamed
 from minisrv.frontend.generation.request import Generation
-from minisrv.frontend.generation.timings import RequestFigures
+from minisrv.frontend.generation.timings import RequestTimings
 from minisrv.frontend.http.context import CLIENT_GONE, RequestContext
 from minisrv.frontend.http.errors import error_body
 from minisrv.frontend.ops.metrics import ServerMetrics
@@ -73,7 +73,7 @@ class GenerationResponse(Response):
         self._usage = Usage(header)
         self._metrics = metrics
         self._timings = timings
-        self._figures = RequestFigures(generation.num_choices, context.arrived_at)
+        self._figures = RequestTimings(generation.num_choices, context.arrived_at)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer. Raises MinisrvError for a failure that came before any output."""
@@ -96,7 +96,7 @@ class GenerationResponse(Response):
         finally:
             watch.cancel()
             self._abort(base)
-            self._context.figures = self._log_figures()
+            self._context.figures = self._log_values()
             self._metrics.count_request(self._figures)
 
     async def _abort_when_gone(self, receive: Receive, base: int) -> None:
@@ -229,7 +229,7 @@ class GenerationResponse(Response):
         }
         log.event(logger, logging.INFO, "started", figures)
 
-    def _log_figures(self) -> dict[str, Any]:
+    def _log_values(self) -> dict[str, Any]:
         """For the request's last line in the log."""
         usage, reason = self._usage, self._figures.failure_reason
         return {
@@ -238,7 +238,7 @@ class GenerationResponse(Response):
             "prompt": usage.prompt_tokens,
             "cached": usage.cached_tokens,
             "output": usage.output_tokens,
-            **self._figures.log_figures(),
+            **self._figures.log_values(),
         }
 
 

@@ -26,7 +26,7 @@ class Choice:
 
 
 @dataclass(slots=True)
-class RequestFigures:
+class RequestTimings:
     """Gathers from events. The times of a request are those of the choice that began first.
 
     failure_reason: abort or error, of a request that did not end by itself.
@@ -102,7 +102,7 @@ class RequestFigures:
             "decode_tokens_per_s": round(decoded / decode_s, 2) if decoded and decode_s else None,
         }
 
-    def log_figures(self) -> dict[str, Any]:
+    def log_values(self) -> dict[str, Any]:
         """For the request's last line in the log."""
         if self._first is None:
             return {}

@@ -65,13 +65,13 @@ def parse_json(body: bytes) -> Any:
 def _check_kind(request: Request) -> None:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise _unsupported("the body must come with Content-Type: application/json")
+        raise _rejected("the body must come with Content-Type: application/json")
     coding = request.headers.get("content-encoding", "").strip()
     if coding.lower() not in ("", "identity"):
-        raise _unsupported(f"Content-Encoding {coding[:40]!a} is not supported; send plain JSON")
+        raise _rejected(f"Content-Encoding {coding[:40]!a} is not supported; send plain JSON")
 
 
-def _unsupported(sentence: str) -> InvalidRequestError:
+def _rejected(sentence: str) -> InvalidRequestError:
     error = InvalidRequestError(sentence)
     error.http_status = 415
     return error

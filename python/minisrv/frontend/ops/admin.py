@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from minisrv.config import ServerConfig
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.frontend.fields.aliases import merge_aliases
-from minisrv.frontend.fields.read_body import BodyFields, honoured
+from minisrv.frontend.fields.read_body import BodyFields, supported
 from minisrv.frontend.fields.schema import BOOLEAN, NUMBER, STRING
 from minisrv.frontend.fields.table import Field
 from minisrv.frontend.http.access import require_admin
@@ -22,12 +22,12 @@ from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.wire.messages import FlushMsg, StatsMsg
 
 ABORT_FIELDS: dict[str, Field] = {
-    "rid": honoured(STRING, "The id of a request: X-Request-Id, or that of its reply."),
-    "request_id": honoured(STRING, "The same as rid."),
-    "abort_all": honoured(BOOLEAN, "Abort all open requests."),
+    "rid": supported(STRING, "The id of a request: X-Request-Id, or that of its reply."),
+    "request_id": supported(STRING, "The same as rid."),
+    "abort_all": supported(BOOLEAN, "Abort all open requests."),
 }
 FLUSH_FIELDS: dict[str, Field] = {
-    "timeout": honoured(NUMBER, "Seconds to wait until no request is open. Default: 0.")
+    "timeout": supported(NUMBER, "Seconds to wait until no request is open. Default: 0.")
 }
 _REPLY_PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "msg_")
 _MAX_WAIT_S = 600.0

@@ -17,7 +17,7 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from minisrv.frontend.generation.timings import Choice, RequestFigures
+from minisrv.frontend.generation.timings import Choice, RequestTimings
 from minisrv.wire import messages
 from minisrv.wire.histogram import SECONDS, TOKENS
 from minisrv.wire.messages import StatsMsg
@@ -62,7 +62,7 @@ class ServerMetrics:
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
-        self._harmless = Counter(
+        self._ignored = Counter(
             f"{PREFIX}harmless_request_fields",
             "Request fields that are accepted and change nothing.",
             ["field"],
@@ -95,7 +95,7 @@ class ServerMetrics:
     def _tokens(self, name: str, help: str) -> Histogram:
         return self._histogram(name, help, TOKENS)
 
-    def count_request(self, figures: RequestFigures) -> None:
+    def count_request(self, figures: RequestTimings) -> None:
         """A generation has ended, well or not."""
         first = figures.first
         finished = [choice for choice in figures.choices.values() if choice.finish_reason]
@@ -127,9 +127,9 @@ class ServerMetrics:
         self._responses.labels(route, method, status).inc()
         self._response_seconds.labels(route, method).observe(seconds)
 
-    def count_harmless_field(self, name: str) -> None:
+    def count_ignored_field(self, name: str) -> None:
         """A request has a field of a table that changes nothing."""
-        self._harmless.labels(name).inc()
+        self._ignored.labels(name).inc()
 
     def text(self) -> bytes:
         """The exposition."""
@@ -169,7 +169,7 @@ class _SchedulerCollector(Collector):
         yield self._counter("prefix_cache_hits", "Prompt tokens that the cache held.", hits)
         yield self._counter("prompt_tokens", "Prompt tokens, cached ones too.", queries)
         yield self._counter("generation_tokens", "Tokens generated.", stats.output_tokens)
-        yield self._counter("num_preemptions", "Retractions for want of pages.", stats.retractions)
+        yield self._counter("num_preemptions", "Preemptions for want of pages.", stats.preemptions)
         yield self._histogram(
             "inter_token_latency_seconds", "Between two tokens.", stats.inter_token, SECONDS
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from minisrv.errors import RequestFailedError
-from minisrv.wire.logprobs import PromptEcho, TokenScores
+from minisrv.wire.logprobs import PromptEcho, SpelledLogprobs
 from minisrv.wire.messages import Failure, Finish, Progress, Start
 
 
@@ -14,10 +14,10 @@ class Event:
     """All that came for `uid` since the last event: a reader that is late gets fewer, longer ones.
 
     index: the choice of the request, its uid less the request's first.
-    thoughts: of the reply's thought, before all deltas. reasoning_tokens: its count so far, 0 in
-    an event without a thought.
+    reasoning: text deltas of the reply's reasoning, before all `deltas`. reasoning_tokens: its
+    count so far, 0 in an event without reasoning.
     output_tokens: the count so far. `start` is set in the first event that follows the prompt.
-    token_ids and scores: of the output's tokens, where the request asked for them. echo: of the
+    token_ids and logprobs: of the output's tokens, where the request asked for them. echo: of the
     prompt, likewise, before all deltas. progress: the prompt's latest. started_at is on the
     clock of the event loop; decode_s, when the uid has ended, from its first token to its last. The
     last event of a uid has a `finish` other than NONE, or a `failure`.
@@ -26,7 +26,7 @@ class Event:
     uid: int
     index: int
     deltas: list[str] = field(default_factory=list)
-    thoughts: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
     reasoning_tokens: int = 0
     output_tokens: int = 0
     finish: Finish = Finish.NONE
@@ -34,7 +34,7 @@ class Event:
     start: Start | None = None
     failure: Failure | None = None
     token_ids: list[int] = field(default_factory=list)
-    scores: list[TokenScores] = field(default_factory=list)
+    logprobs: list[SpelledLogprobs] = field(default_factory=list)
     echo: PromptEcho | None = None
     progress: Progress | None = None
     started_at: float = 0.0
@@ -46,9 +46,9 @@ class Event:
         return "".join(self.deltas)
 
     @property
-    def thought(self) -> str:
-        """The thought that came since the last event."""
-        return "".join(self.thoughts)
+    def reasoning_text(self) -> str:
+        """The reasoning text that arrived since the last event."""
+        return "".join(self.reasoning)
 
     @property
     def final(self) -> bool:

@@ -17,7 +17,7 @@ class ModelInfo:
     name: what clients write in `model`; aliases: or these. created: Unix seconds of the start.
     max_model_len: tokens of prompt and output together. defaults: the model's own sampling.
     template_kwargs: variables for the chat template of every request.
-    chat_format: how it writes thoughts and tool calls.
+    chat_format: how it writes reasoning and tool calls.
     facts: what the processes told at their start.
     """
 

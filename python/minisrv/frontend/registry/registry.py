@@ -150,20 +150,20 @@ class RequestRegistry:
             if (request := self._owners.get(progress.uid)) is not None:
                 request.event(progress.uid).progress = progress
                 touched[request.base] = request
-        for thought in reply.thoughts:
-            if (request := self._owners.get(thought.uid)) is not None:
-                event = request.event(thought.uid)
-                event.thoughts.append(thought.text)
-                event.reasoning_tokens = thought.tokens
+        for reasoning in reply.reasoning:
+            if (request := self._owners.get(reasoning.uid)) is not None:
+                event = request.event(reasoning.uid)
+                event.reasoning.append(reasoning.text)
+                event.reasoning_tokens = reasoning.tokens
         for output in reply.output_ids:
             if (request := self._owners.get(output.uid)) is not None:
                 request.event(output.uid).token_ids += output.ids.tolist()
         for echo in reply.echoes:
             if (request := self._owners.get(echo.uid)) is not None:
                 request.event(echo.uid).echo = echo
-        for scores in reply.scores:
+        for scores in reply.logprobs:
             if (request := self._owners.get(scores.uid)) is not None:
-                request.event(scores.uid).scores += scores.scores
+                request.event(scores.uid).logprobs += scores.logprobs
         for end in reply.ends:
             if (request := self._owners.get(end.uid)) is not None:
                 request.event(end.uid).decode_s = end.decode_s

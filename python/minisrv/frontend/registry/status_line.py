@@ -37,7 +37,7 @@ class StatusLine:
                     (stats.output_tokens - last.output_tokens) / seconds, 1
                 ),
                 "cache_hits": round(cached / prompt, 3) if prompt else 0.0,
-                "retractions": stats.retractions - last.retractions,
+                "preemptions": stats.preemptions - last.preemptions,
             }
             log.event(logger, logging.INFO, "status", figures)
         self._last, self._logged_at = stats, now

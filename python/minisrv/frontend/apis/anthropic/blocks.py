@@ -11,7 +11,7 @@ from minisrv.frontend.generation.assistant_message import Delta
 
 StreamEvent = dict[str, Any]
 
-# Clients hand thoughts back with it, or drop those without one; it is not read here.
+# Clients hand reasoning back with it, or drop those without one; it is not read here.
 SIGNATURE = "minisrv"
 # Where a call's arguments are no JSON object, they stand under this name as the model wrote them.
 INVALID_JSON = "INVALID_JSON"
@@ -25,9 +25,9 @@ _EMPTY: dict[str, dict[str, Any]] = {
 class ContentBlocks:
     """One message's blocks as events: each block begins when the one before it has ended."""
 
-    def __init__(self, *, show_thoughts: bool = True) -> None:
-        """Without `show_thoughts` a thought is a block without text."""
-        self._show_thoughts = show_thoughts
+    def __init__(self, *, show_reasoning: bool = True) -> None:
+        """Without `show_reasoning` reasoning is a block without text."""
+        self._show_reasoning = show_reasoning
         self._index = -1
         self._open: str | None = None
 
@@ -42,9 +42,9 @@ class ContentBlocks:
         if "content" in delta:
             return [*self._ensure("text"), self._delta("text_delta", "text", delta["content"])]
         events = self._ensure("thinking")
-        if self._show_thoughts:
-            thought = delta["reasoning_content"]
-            events.append(self._delta("thinking_delta", "thinking", thought))
+        if self._show_reasoning:
+            reasoning = delta["reasoning_content"]
+            events.append(self._delta("thinking_delta", "thinking", reasoning))
         return events
 
     def end(self) -> list[StreamEvent]:

@@ -125,22 +125,22 @@ class _Conversation:
         return message if name is None else {**message, "name": name}
 
     def _read_assistant(self, blocks: list[Block]) -> None:
-        """A redacted thought is not ours, and nothing that a template could show."""
+        """A redacted reasoning is not ours, and nothing that a template could show."""
         message: ChatMessage = {"role": "assistant", "content": ""}
-        thoughts: list[str] = []
+        thinking: list[str] = []
         calls: list[dict[str, Any]] = []
         for block in blocks:
             match block["type"]:
                 case "text":
                     message["content"] += block["text"]
                 case "thinking":
-                    thoughts.append(block["thinking"])
+                    thinking.append(block["thinking"])
                 case "tool_use":
                     self._names[block["id"]] = block["name"]
                     function = {"name": block["name"], "arguments": block["input"]}
                     calls.append({"id": block["id"], "type": "function", "function": function})
-        if thought := "".join(thoughts):
-            message["reasoning_content"] = thought
+        if reasoning := "".join(thinking):
+            message["reasoning_content"] = reasoning
         if calls:
             message["tool_calls"] = calls
         self.add(message)

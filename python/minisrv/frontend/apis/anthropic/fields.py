@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minisrv.frontend.fields.read_body import honoured
+from minisrv.frontend.fields.read_body import supported
 from minisrv.frontend.fields.schema import (
     ANY,
     BOOLEAN,
@@ -81,53 +81,53 @@ EXTENSIONS = (
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "stream")
 
 
-def _harmless() -> Field:
+def _ignored() -> Field:
     return CHAT_FIELDS["metadata"]
 
 
-def _unsupported(*neutral: object) -> Field:
-    return Field(Treatment.UNSUPPORTED, ANY, neutral)
+def _rejected(*neutral: object) -> Field:
+    return Field(Treatment.REJECTED, ANY, neutral)
 
 
 _PROMPT_FIELDS: dict[str, Field] = {
     "model": CHAT_FIELDS["model"],
-    "messages": honoured(
+    "messages": supported(
         array_of(_MESSAGE), "The conversation; the reply goes on with a last turn of the assistant."
     ),
-    "system": honoured(any_of(STRING, _BLOCKS), "Text, or blocks of text."),
-    "tools": honoured(array_of(_TOOL), "Tools of the client, with an input_schema."),
-    "tool_choice": honoured(_TOOL_CHOICE, "auto, any, tool or none. Default: auto with tools."),
-    "thinking": honoured(
+    "system": supported(any_of(STRING, _BLOCKS), "Text, or blocks of text."),
+    "tools": supported(array_of(_TOOL), "Tools of the client, with an input_schema."),
+    "tool_choice": supported(_TOOL_CHOICE, "auto, any, tool or none. Default: auto with tools."),
+    "thinking": supported(
         _THINKING, "Whether the model thinks first, where it can choose. Default: the template's."
     ),
-    "output_config": honoured(
+    "output_config": supported(
         _OUTPUT_CONFIG, "effort: a variable for the template. format: the text is JSON of a schema."
     ),
-    "context_management": honoured(
+    "context_management": supported(
         _CONTEXT_MANAGEMENT, "Edits that change nothing: clear_thinking_20251015 that keeps all."
     ),
     "chat_template_kwargs": CHAT_FIELDS["chat_template_kwargs"],
-    "cache_control": _harmless(),
-    "user_profile_id": _harmless(),
-    "workspace_id": _harmless(),
-    "betas": _harmless(),
-    "mcp_servers": _unsupported([]),
-    "speed": _unsupported("standard"),
+    "cache_control": _ignored(),
+    "user_profile_id": _ignored(),
+    "workspace_id": _ignored(),
+    "betas": _ignored(),
+    "mcp_servers": _rejected([]),
+    "speed": _rejected("standard"),
 }
 COUNT_FIELDS: dict[str, Field] = _PROMPT_FIELDS
 MESSAGES_FIELDS: dict[str, Field] = {
     **_PROMPT_FIELDS,
     **{name: CHAT_FIELDS[name] for name in (*SAMPLING, *EXTENSIONS, "request_id", "rid")},
-    "max_tokens": honoured(INTEGER, "Most output tokens, at least 1; required."),
-    "stop_sequences": honoured(STRINGS, "The text ends before these."),
-    "metadata": _harmless(),
-    "service_tier": _harmless(),
-    "billing_policy": _harmless(),
-    "compaction": _unsupported(),
-    "container": _unsupported(),
-    "diagnostics": _unsupported({}, {"previous_message_id": None}),
-    "fallback_credit_token": _unsupported(),
-    "fallbacks": _unsupported([]),
-    "inference_geo": _unsupported(),
-    "thread": _unsupported(),
+    "max_tokens": supported(INTEGER, "Most output tokens, at least 1; required."),
+    "stop_sequences": supported(STRINGS, "The text ends before these."),
+    "metadata": _ignored(),
+    "service_tier": _ignored(),
+    "billing_policy": _ignored(),
+    "compaction": _rejected(),
+    "container": _rejected(),
+    "diagnostics": _rejected({}, {"previous_message_id": None}),
+    "fallback_credit_token": _rejected(),
+    "fallbacks": _rejected([]),
+    "inference_geo": _rejected(),
+    "thread": _rejected(),
 }

@@ -35,7 +35,7 @@ def read_message_request(fields: dict[str, Any], model: ModelInfo) -> Generation
 def read_prompt(fields: dict[str, Any], model: ModelInfo) -> Generation:
     """The same for a request without sampling. Raises InvalidRequestError."""
     _check_edits(fields.get("context_management", {}))
-    chat = _chat_fields(fields, switches_thought=model.chat_format.switches_thought)
+    chat = _chat_fields(fields, switches_reasoning=model.chat_format.switches_reasoning)
     try:
         generation = read_chat(chat, model)
     except InvalidRequestError as error:
@@ -47,11 +47,11 @@ def read_prompt(fields: dict[str, Any], model: ModelInfo) -> Generation:
 def warnings(fields: dict[str, Any]) -> list[str]:
     """What the client is to know of fields that do less here than they say."""
     if fields.get("thinking", {}).get("budget_tokens") is not None:
-        return ["thinking.budget_tokens is no limit here; max_tokens is one of thought and text"]
+        return ["thinking.budget_tokens is no limit here; max_tokens is one of reasoning and text"]
     return []
 
 
-def _chat_fields(fields: dict[str, Any], *, switches_thought: bool) -> dict[str, Any]:
+def _chat_fields(fields: dict[str, Any], *, switches_reasoning: bool) -> dict[str, Any]:
     names = ("model", *SAMPLING, *EXTENSIONS)
     chat = {name: fields[name] for name in names if name in fields}
     if "messages" not in fields:
@@ -65,7 +65,7 @@ def _chat_fields(fields: dict[str, Any], *, switches_thought: bool) -> dict[str,
         chat |= _read_choice(fields["tool_choice"])
     kind = fields.get("thinking", {}).get("type")
     # "adaptive" lets a model think that can; one that cannot has nothing to decide.
-    if kind in ("enabled", "disabled") or (kind == "adaptive" and switches_thought):
+    if kind in ("enabled", "disabled") or (kind == "adaptive" and switches_reasoning):
         chat["enable_thinking"] = kind != "disabled"
     effort = fields.get("output_config", {}).get("effort")
     if effort is not None:
@@ -78,13 +78,11 @@ def _tool(tool: dict[str, Any], path: str) -> dict[str, Any]:
     """The tool as a function. Raises InvalidRequestError for one that the server would run."""
     kind = tool.get("type") or "custom"
     if kind != "custom":
-        raise _unsupported(
-            f"{path}.type", f"a tool of type {kind[:40]!a} is not known to this server"
-        )
+        raise _rejected(f"{path}.type", f"a tool of type {kind[:40]!a} is not known to this server")
     if tool.get("defer_loading"):
-        raise _unsupported(f"{path}.defer_loading", "all tools are shown to the model at once")
+        raise _rejected(f"{path}.defer_loading", "all tools are shown to the model at once")
     if "direct" not in (tool.get("allowed_callers") or ["direct"]):
-        raise _unsupported(f"{path}.allowed_callers", "it is the model alone that calls tools")
+        raise _rejected(f"{path}.allowed_callers", "it is the model alone that calls tools")
     schema = tool.get("input_schema")
     if schema is None:
         raise InvalidRequestError(f"{path}.input_schema is missing", param=f"{path}.input_schema")
@@ -106,12 +104,12 @@ def _read_choice(choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_edits(context_management: dict[str, Any]) -> None:
-    """What may stand there changes nothing: this server drops no thought, whatever is sent."""
+    """What may stand there changes nothing: this server drops no reasoning, whatever is sent."""
     for i, edit in enumerate(context_management.get("edits") or []):
         keeps_all = edit.get("keep") in ("all", {"type": "all"})
         if edit["type"] != "clear_thinking_20251015" or not keeps_all:
             path = f"context_management.edits.{i}"
-            raise _unsupported(path, f"{describe(edit['type'])} would change the conversation")
+            raise _rejected(path, f"{describe(edit['type'])} would change the conversation")
 
 
 def _with_format(generation: Generation, format: dict[str, Any] | None) -> Generation:
@@ -126,7 +124,7 @@ def _with_format(generation: Generation, format: dict[str, Any] | None) -> Gener
     return replace(generation, sampling=replace(generation.sampling, grammar=grammar))
 
 
-def _unsupported(path: str, why: str) -> InvalidRequestError:
+def _rejected(path: str, why: str) -> InvalidRequestError:
     return InvalidRequestError(
         f"{path} is not supported: {why}", param=path, code="unsupported_parameter"
     )

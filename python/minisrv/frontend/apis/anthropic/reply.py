@@ -21,7 +21,7 @@ from minisrv.wire.messages import Finish
 class MessagesResponse(GenerationResponse):
     """Answers in Anthropic's shape; there is one choice."""
 
-    show_thoughts = True
+    show_reasoning = True
     _message: AssistantMessage | None = None
 
     def _whole(self, events: list[Event]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class MessagesResponse(GenerationResponse):
         return named_sse({"type": "ping"})
 
     def _new_blocks(self) -> ContentBlocks:
-        return ContentBlocks(show_thoughts=self.show_thoughts)
+        return ContentBlocks(show_reasoning=self.show_reasoning)
 
     def _head(self) -> dict[str, Any]:
         return {

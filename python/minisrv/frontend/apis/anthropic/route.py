@@ -48,7 +48,7 @@ def add_messages_routes(
         )
         headers = with_warnings(headers, warnings(fields))
         response = MessagesResponse(registry, generation, header, context, headers, metrics)
-        response.show_thoughts = fields.get("thinking", {}).get("display") != "omitted"
+        response.show_reasoning = fields.get("thinking", {}).get("display") != "omitted"
         return response
 
     @app.post(f"{PATH}/count_tokens", openapi_extra=request_body(COUNT_FIELDS), responses=statuses)

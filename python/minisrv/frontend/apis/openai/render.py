@@ -1,7 +1,7 @@
 """From events to OpenAI's replies: server-sent chunks, or one whole object.
 
 The order on the wire: a chunk with the role for each choice by index (chat), since clients number
-the choices of a stream as they first come; for each choice, chunks with thought, text and tool
+the choices of a stream as they first come; for each choice, chunks with reasoning, text and tool
 calls, then an empty chunk with the finish reason; if asked for, one chunk with the usage; then
 [DONE].
 """
@@ -17,7 +17,7 @@ from minisrv.frontend.generation.completion_text import CompletionTexts
 from minisrv.frontend.generation.logprobs import chat_logprobs, text_logprobs
 from minisrv.frontend.generation.returned_tokens import Returned, ReturnedTokens
 from minisrv.frontend.registry.events import Event
-from minisrv.wire.logprobs import TokenScores
+from minisrv.wire.logprobs import SpelledLogprobs
 from minisrv.wire.messages import Finish, Progress
 
 DONE = b"data: [DONE]\n\n"
@@ -120,7 +120,7 @@ class Usage:
 
     @property
     def reasoning_tokens(self) -> int:
-        """Those of them that are thoughts."""
+        """Those of them that are reasoning."""
         return sum(self._reasoning.values())
 
     def body(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class StreamReply:
         self._options = options
         self._object = "chat.completion.chunk" if header.chat else "text_completion"
         self._messages: list[AssistantMessage] = []
-        self._held_scores: dict[int, list[TokenScores]] = {}
+        self._held_logprobs: dict[int, list[SpelledLogprobs]] = {}
         self._empty = b'"content":""' if header.chat else b'"text":""'
         self._frames: dict[int, tuple[bytes, bytes]] = {}
         self._tokens = header.returned_tokens()
@@ -160,7 +160,7 @@ class StreamReply:
         message = self._messages[event.index]
         if event.progress is not None:
             chunks.append(self._progress_chunk(event.index, {}, event.progress))
-        scores = self._held_scores.pop(event.index, []) + event.scores
+        scores = self._held_logprobs.pop(event.index, []) + event.logprobs
         if self._tokens is not None:
             self._tokens.take_ids(event)
         for delta in message.deltas(event):
@@ -175,7 +175,7 @@ class StreamReply:
             logprobs = chat_logprobs(scores) if scores else None
             chunks.append(self._chunk(event.index, {}, _ending(event, message), logprobs))
         elif scores:  # their text is held back
-            self._held_scores[event.index] = scores
+            self._held_logprobs[event.index] = scores
         return b"".join(chunks)
 
     def _open_messages(self) -> list[bytes]:
@@ -267,7 +267,7 @@ def whole_reply(header: ReplyHeader, events: list[Event], usage: Usage) -> dict[
         if header.chat:
             message = header.message()
             choice["message"] = message.whole(event)
-            logprobs = chat_logprobs(event.scores) if event.scores else None
+            logprobs = chat_logprobs(event.logprobs) if event.logprobs else None
         else:
             choice["text"], scores = texts.add(event)
             logprobs = text_logprobs(scores) if scores else None

@@ -1,6 +1,6 @@
 """The input of a response, which is a list of items, as the messages that chat templates know.
 
-What the model said in one turn, thought, text and calls, are several items and one message.
+What the model said in one turn, reasoning, text and calls, are several items and one message.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _REASONING: Schema = {
     "properties": {"content": array_of(OBJECT), "summary": array_of(OBJECT)},
 }
 _TEXT_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
-_THOUGHT_PARTS = {"reasoning_text": "text", "summary_text": "text", "text": "text"}
+_REASONING_PARTS = {"reasoning_text": "text", "summary_text": "text", "text": "text"}
 _SYSTEM_ROLES = ("system", "developer")
 
 
@@ -83,7 +83,7 @@ class _Conversation:
     def add_output(self, call_id: str, text: str) -> None:
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
 
-    def add_thought(self, text: str) -> None:
+    def add_reasoning(self, text: str) -> None:
         turn = self._turn()
         if turn["content"] or "tool_calls" in turn:
             turn = self._begin_turn()
@@ -135,8 +135,8 @@ def _add_item(conversation: _Conversation, item: Item, path: str) -> None:
             conversation.add_output(item["call_id"], text)
         case "reasoning":
             check_value(item, _REASONING, path)
-            if thought := _read_thought(item, path):
-                conversation.add_thought(thought)
+            if reasoning := _read_reasoning(item, path):
+                conversation.add_reasoning(reasoning)
         case kind:
             raise _refusal(kind, path)
 
@@ -156,10 +156,10 @@ def _refusal(kind: Any, path: str) -> InvalidRequestError:
     )
 
 
-def _read_thought(item: Item, path: str) -> str:
-    """The thought, or its summary where there is no more; a thought that is encrypted is lost."""
+def _read_reasoning(item: Item, path: str) -> str:
+    """The reasoning, or its summary where there is no more; reasoning that is encrypted is lost."""
     for name in ("content", "summary"):
-        if text := _read_parts(item.get(name) or [], _THOUGHT_PARTS, f"{path}.{name}"):
+        if text := _read_parts(item.get(name) or [], _REASONING_PARTS, f"{path}.{name}"):
             return text
     return ""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from minisrv.frontend.fields.read_body import honoured
+from minisrv.frontend.fields.read_body import supported
 from minisrv.frontend.fields.schema import (
     ANY,
     BOOLEAN,
@@ -72,52 +72,52 @@ _TOOL_CHOICE: Schema = any_of(
 _STREAM_OPTIONS: Schema = {"type": "object", "properties": {"include_obfuscation": BOOLEAN}}
 
 
-def _harmless(reason: str = "it changes nothing here") -> Field:
-    return Field(Treatment.HARMLESS, {**ANY, "description": f"Accepted; {reason}."})
+def _ignored(reason: str = "it changes nothing here") -> Field:
+    return Field(Treatment.IGNORED, {**ANY, "description": f"Accepted; {reason}."})
 
 
-def _unsupported(*neutral: Any, reason: str = "") -> Field:
-    return Field(Treatment.UNSUPPORTED, ANY, neutral, reason)
+def _rejected(*neutral: Any, reason: str = "") -> Field:
+    return Field(Treatment.REJECTED, ANY, neutral, reason)
 
 
 _NO_STATE = "it keeps no state, so send the whole conversation as input"
 
 RESPONSE_FIELDS: dict[str, Field] = {
-    "input": honoured(any_of(STRING, array_of(OBJECT)), "A text, or the conversation as items."),
-    "instructions": honoured(STRING, "A system message before the input."),
+    "input": supported(any_of(STRING, array_of(OBJECT)), "A text, or the conversation as items."),
+    "instructions": supported(STRING, "A system message before the input."),
     **{name: CHAT_FIELDS[name] for name in CHAT_NAMES},
-    "max_output_tokens": honoured(
+    "max_output_tokens": supported(
         INTEGER, "Most output tokens, at least 1. Default: the rest of the context."
     ),
-    "text": honoured(_TEXT, "The form of the text: text, a JSON object, or JSON of a schema."),
-    "reasoning": honoured(_REASONING, "effort: none turns thinking off."),
-    "tools": honoured(array_of(_TOOL), "Functions that the model may call; see docs/tools.md."),
-    "tool_choice": honoured(
+    "text": supported(_TEXT, "The form of the text: text, a JSON object, or JSON of a schema."),
+    "reasoning": supported(_REASONING, "effort: none turns thinking off."),
+    "tools": supported(array_of(_TOOL), "Functions that the model may call; see docs/tools.md."),
+    "tool_choice": supported(
         _TOOL_CHOICE, "none, auto, required or a function. Default: auto with tools."
     ),
-    "include": honoured(STRINGS, "reasoning.encrypted_content alone, which changes nothing."),
-    "metadata": honoured(OBJECT, "Texts by name; they come back in the reply."),
-    "stream_options": honoured(_STREAM_OPTIONS, "Only with stream; changes nothing here."),
+    "include": supported(STRINGS, "reasoning.encrypted_content alone, which changes nothing."),
+    "metadata": supported(OBJECT, "Texts by name; they come back in the reply."),
+    "stream_options": supported(_STREAM_OPTIONS, "Only with stream; changes nothing here."),
     "request_id": CHAT_FIELDS["request_id"],
     "rid": CHAT_FIELDS["rid"],
-    "store": _harmless("nothing is stored, and the reply says so"),
-    "user": _harmless(),
-    "safety_identifier": _harmless(),
-    "service_tier": _harmless(),
-    "prompt_cache_key": _harmless(),
-    "prompt_cache_options": _harmless(),
-    "prompt_cache_retention": _harmless(),
-    "client_metadata": _harmless(),
-    "previous_response_id": _unsupported(reason=_NO_STATE),
-    "conversation": _unsupported(reason=_NO_STATE),
-    "background": _unsupported(False, reason="it keeps no state"),
-    "background_options": _unsupported(),
-    "context_management": _unsupported([]),
-    "max_tool_calls": _unsupported(),
-    "truncation": _unsupported("disabled", reason="no prompt is cut"),
-    "prompt": _unsupported(reason="it stores no prompts"),
-    "top_logprobs": _unsupported(0, reason="chat completions have log-probabilities"),
-    "moderation": _unsupported(),
-    "image": _unsupported(),
-    "access_programs": _unsupported(),
+    "store": _ignored("nothing is stored, and the reply says so"),
+    "user": _ignored(),
+    "safety_identifier": _ignored(),
+    "service_tier": _ignored(),
+    "prompt_cache_key": _ignored(),
+    "prompt_cache_options": _ignored(),
+    "prompt_cache_retention": _ignored(),
+    "client_metadata": _ignored(),
+    "previous_response_id": _rejected(reason=_NO_STATE),
+    "conversation": _rejected(reason=_NO_STATE),
+    "background": _rejected(False, reason="it keeps no state"),
+    "background_options": _rejected(),
+    "context_management": _rejected([]),
+    "max_tool_calls": _rejected(),
+    "truncation": _rejected("disabled", reason="no prompt is cut"),
+    "prompt": _rejected(reason="it stores no prompts"),
+    "top_logprobs": _rejected(0, reason="chat completions have log-probabilities"),
+    "moderation": _rejected(),
+    "image": _rejected(),
+    "access_programs": _rejected(),
 }

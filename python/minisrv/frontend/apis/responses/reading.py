@@ -31,7 +31,7 @@ _NAMES = tuple(
     )
 )
 _MESSAGES = re.compile(r"^messages\b")
-_HARMLESS_INCLUDES = ("reasoning.encrypted_content",)
+_IGNORED_INCLUDES = ("reasoning.encrypted_content",)
 _NAMED_SCHEMA = {"type": "object", "required": ["name", "schema"]}
 
 
@@ -78,7 +78,7 @@ def rename(error: MinisrvError) -> None:
 
 def _check_include(names: list[str]) -> None:
     for i, name in enumerate(names):
-        if name not in _HARMLESS_INCLUDES:
+        if name not in _IGNORED_INCLUDES:
             raise InvalidRequestError(
                 f"include.{i} is {name[:60]!a}, which this server cannot give; leave it out",
                 param=f"include.{i}",
