@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from minisrv.checkpoint.chat_format import ToolFormat
 from minisrv.frontend.registry.events import Event
-from minisrv.frontend.tool_calls.formats import make_call_id, make_parser
+from minisrv.frontend.tool_calls.formats import CallReading as CallReading
 from minisrv.frontend.tool_calls.parser import CallParser
-from minisrv.frontend.tool_calls.pieces import CallArguments, CallStart, Piece, Text
+from minisrv.frontend.tool_calls.pieces import Piece, Text, ToolCallArguments, ToolCallStart
 from minisrv.wire.messages import Finish
 
 Delta = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallReading:
-    """How calls are found: those of the tools `names`; at most one if not `parallel`."""
-
-    tool_format: ToolFormat
-    names: tuple[str, ...]
-    parallel: bool = True
-
-
 class AssistantMessage:
     """One choice's message. Its deltas, merged, are the whole message, however the text was cut."""
 
-    __slots__ = ("_parser", "_reading", "_reasoning_fields", "_said")
+    __slots__ = ("_parser", "_reasoning_fields", "_said")
 
     def __init__(self, reading: CallReading | None, reasoning_fields: Sequence[str]) -> None:
         """`reading` None: no calls are looked for. A reasoning stands in all `reasoning_fields`."""
-        self._reading = reading
         self._reasoning_fields = reasoning_fields
-        self._parser: CallParser | None = None
+        self._parser: CallParser | None = None if reading is None else reading.make_parser()
         self._said = False
-        if reading is not None:
-            self._parser = make_parser(reading.tool_format, reading.names, reading.parallel)
 
     def deltas(self, event: Event) -> list[Delta]:
         """What an event adds."""
@@ -89,12 +75,10 @@ class AssistantMessage:
         match piece:
             case Text(text):
                 return {"content": text}
-            case CallStart(index, name):
-                assert self._reading is not None
+            case ToolCallStart(index, id, name):
                 function = {"name": name, "arguments": ""}
-                id = make_call_id(self._reading.tool_format)
                 call = {"index": index, "id": id, "type": "function", "function": function}
-            case CallArguments(index, text):
+            case ToolCallArguments(index, text):
                 call = {"index": index, "function": {"arguments": text}}
         return {"tool_calls": [call]}
 
