@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import selectors
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from minisrv.errors import ConfigError, EngineDeadError, MinisrvError
 from minisrv.supervision import supervisor
 from minisrv.supervision.child_main import EngineEnded, EngineReady, Notice, Progress
 from minisrv.supervision.supervisor import Supervisor
+from tests.support.server_process import wait_until
 
 CHILD = """
 import os, signal, sys, time
@@ -29,6 +32,13 @@ def main(child):
 run_child("test", main)
 """
 SERVE = "child.report(Ready({'pid': os.getpid()})); time.sleep(60)"
+
+# Children that report once and exit, by kind.
+SHORT_LIVED = [kind for kind, module in supervisor.MODULES.items() if ".prepare_" in module]
+PREPARE = {
+    "hub": "child.report(Ready({'model_dir': os.environ['TEST_MODEL_DIR']}))",
+    "converter": "os.mkdir(child.boot.tokenizer_dir); child.report(Ready())",
+}
 
 Children = Callable[..., None]
 
@@ -45,7 +55,7 @@ def children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Children:
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(**bodies: str) -> None:
-        for kind in ("scheduler", "detokenizer", "tokenizer", "converter"):
+        for kind in ("scheduler", "detokenizer", "tokenizer", *SHORT_LIVED):
             module = f"child_{kind}"
             body = bodies.get(kind, SERVE)
             (tmp_path / f"{module}.py").write_text(CHILD.format(body=body))
@@ -57,8 +67,8 @@ def children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Children:
 class Run:
     """`Supervisor.run` in a thread."""
 
-    def __init__(self, model_dir: Path, **options: object) -> None:
-        config = ServerConfig(model=str(model_dir), **options)  # type: ignore[arg-type]
+    def __init__(self, model: Path | str, **options: object) -> None:
+        config = ServerConfig(model=str(model), **options)  # type: ignore[arg-type]
         self.notices: list[Notice] = []
         self.times: list[float] = []
         self.error: MinisrvError | None = None
@@ -201,13 +211,69 @@ def test_a_tokenizer_is_converted_before_the_others_start(
 ) -> None:
     (model_dir / "tokenizer.json").unlink()
     children(
-        converter="os.mkdir(child.boot.tokenizer_dir); child.report(Ready())",
+        converter=PREPARE["converter"],
         tokenizer="assert os.path.isdir(child.boot.tokenizer_dir); " + SERVE,
     )
     run = Run(model_dir)
     run.wait_for(EngineReady)
     run.supervisor.stop()
     assert run.join().error is None
+
+
+class LateSelector(selectors.DefaultSelector):
+    """A supervisor that runs again only when its short-lived children have exited."""
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        children = [key.data for key in self.get_map().values() if key.data is not None]
+        wait_until(lambda: all(c.ended for c in children if c.name in SHORT_LIVED))
+        return super().select(timeout)
+
+
+@pytest.fixture
+def start_late(
+    children: Children, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str], Run]:
+    """Start with a late supervisor and one short-lived child that does `body`."""
+    monkeypatch.setattr(selectors, "DefaultSelector", LateSelector)
+    monkeypatch.setenv("TEST_MODEL_DIR", str(model_dir))
+
+    def start(kind: str, body: str) -> Run:
+        children(**{kind: body})
+        if kind == "converter":
+            (model_dir / "tokenizer.json").unlink()
+        return Run("org/name" if kind == "hub" else model_dir)
+
+    return start
+
+
+@pytest.mark.parametrize("kind", SHORT_LIVED)
+def test_a_child_that_exits_right_after_ready_is_not_taken_for_dead(
+    kind: str, start_late: Callable[[str, str], Run]
+) -> None:
+    run = start_late(kind, PREPARE[kind])
+    run.wait_for(EngineReady)
+    run.supervisor.stop()
+    assert run.join().error is None
+
+
+@pytest.mark.parametrize("kind", SHORT_LIVED)
+def test_a_child_that_exits_without_ready_fails_the_start_however_late(
+    kind: str, start_late: Callable[[str, str], Run]
+) -> None:
+    error = start_late(kind, "raise ConfigError('no such file')").join().error
+    assert isinstance(error, ConfigError)
+    assert error.message == "no such file"
+
+
+def test_a_worker_that_dies_right_after_ready_ends_the_engine(
+    children: Children, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children(scheduler="child.report(Ready())")
+    monkeypatch.setattr(selectors, "DefaultSelector", LateSelector)
+    monkeypatch.setattr(sys.modules[__name__], "SHORT_LIVED", ["scheduler"])
+    run = Run(model_dir).join()
+    assert isinstance(run.error, EngineDeadError)
+    assert run.error.message == "the scheduler process has died with exit status 0"
 
 
 def test_a_child_hears_nothing_of_interrupts_and_ends_on_sigterm(

@@ -178,14 +178,20 @@ class Supervisor:
         self._watch_until(lambda: all(child.ready for child in children), deadline)
 
     def _watch_until(self, done: Callable[[], bool], deadline: float = math.inf) -> None:
-        """Take reports until `done`. Raises _StopRequested, and for a death or the deadline."""
-        while not done():
-            self._poll(deadline)
+        """Take reports until `done`. Raises _StopRequested, and for a death or the deadline.
+
+        A child may report and exit before this process runs again. Its last reports are therefore
+        read, and `done` is asked, before its exit counts as a death.
+        """
+        while True:
             if self._num_stops:
                 raise _StopRequested
             dead = next((child for child in self._children if child.ended), None)
             if dead is not None:
                 self._take_reports(dead)
+            if done():
+                return
+            if dead is not None:
                 raise dead.error()
             if time.monotonic() >= deadline:
                 late = ", ".join(child.name for child in self._children if not child.ready)
@@ -193,6 +199,7 @@ class Supervisor:
                     f"the start took more than {self._config.start_timeout_s:g} s, waiting for "
                     f"{late}; raise --start-timeout-s if that is too short"
                 )
+            self._poll(deadline)
 
     def _poll(self, deadline: float) -> None:
         """Wait for reports, deaths and stops, at most until `deadline`, and note them."""
