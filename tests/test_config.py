@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import fields
+from types import ModuleType
 from typing import Any
 
 import pytest
 
+from minisrv import launch_server
+from minisrv.commands import batch, plan
 from minisrv.config import ServerConfig, add_flags, flag, parse_command_line, parse_size
 from minisrv.errors import ConfigError
 
@@ -30,8 +34,22 @@ def test_every_field_has_a_flag_and_a_help() -> None:
     add_flags(parser)
     text = " ".join(parser.format_help().split())
     for field in fields(ServerConfig):
-        assert (field.metadata["negative"] or flag(field.name)) in text
+        assert flag(f"no_{field.name}" if field.default is True else field.name) in text
         assert field.metadata["help"]
+
+
+@pytest.mark.parametrize("command", [launch_server, batch, plan])
+def test_a_negated_flag_says_that_it_switches_off(
+    command: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    helps = dict(re.findall(r"^ +--no-(\S+) +(\S.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert helps.keys() == {
+        f.name.replace("_", "-") for f in fields(ServerConfig) if f.default is True
+    }
+    assert all(help.startswith("do not ") for help in helps.values()), helps
 
 
 def test_defaults_are_those_of_the_fields() -> None:

@@ -24,14 +24,13 @@ RESERVED_VARIABLES = (
 _SIZE_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
-def option(
-    default: Any, help: str, *aliases: str, negative: str | None = None, secret: bool = False
-) -> Any:
-    """A field with its help. `aliases` are more flags; `negative` is the flag that turns it off.
+def option(default: Any, help: str, *aliases: str, secret: bool = False) -> Any:
+    """A field with the help of its flag. `aliases` are further names of the flag.
 
+    A field that is True by default gets the flag `--no-<name>`; its help says what that one does.
     secret: kept out of the repr and of `to_public_dict`.
     """
-    metadata = {"help": help, "aliases": aliases, "negative": negative, "secret": secret}
+    metadata = {"help": help, "aliases": aliases, "secret": secret}
     return field(default=default, repr=not secret, metadata=metadata)
 
 
@@ -101,9 +100,7 @@ class ServerConfig:
         "bytes for the KV cache on CPU, such as 2GiB (default: 25%% of free memory, at most 4GiB)",
     )
     memory_fraction: float = option(0.9, "share of the GPU's memory to use")
-    radix_cache: bool = option(
-        True, "share cached prefixes between requests", negative="--no-radix-cache"
-    )
+    radix_cache: bool = option(True, "do not keep or share cached prefixes between requests")
 
     max_running_requests: int = option(256, "requests that may decode together")
     max_prefill_tokens: int | None = option(
@@ -270,8 +267,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         names = [flag(f.name), *f.metadata["aliases"]]
         common: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
         if _plain_type(f.name) is bool:
-            if f.metadata["negative"]:
-                parser.add_argument(f.metadata["negative"], action="store_false", **common)
+            if f.default is True:
+                parser.add_argument(flag(f"no_{f.name}"), action="store_false", **common)
             else:
                 parser.add_argument(*names, action="store_true", **common)
         elif literal:
