@@ -25,12 +25,22 @@ class MinisrvError(Exception):
     code: str | None = "internal_error"
     lengths: Lengths | None = None
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        status: int | None = None,
+    ) -> None:
+        """`code` and `status` replace those of the class."""
         super().__init__(message)
         self.message = message
         self.param = param
         if code is not None:
             self.code = code
+        if status is not None:
+            self.http_status = status
 
 
 class InvalidRequestError(MinisrvError, ValueError):
@@ -114,8 +124,7 @@ class RequestFailedError(MinisrvError):
     def __init__(
         self, message: str, *, status: int, error_type: str, code: str | None, param: str | None
     ) -> None:
-        super().__init__(message, param=param)
-        self.http_status = status
+        super().__init__(message, param=param, status=status)
         self.error_type = error_type
         self.code = code
 
