@@ -17,13 +17,14 @@ import pytest
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError, EngineDeadError, MinisrvError
 from minisrv.supervision import supervisor
-from minisrv.supervision.child_main import EngineEnded, EngineReady, Notice, Progress
+from minisrv.supervision.records import EngineEnded, EngineReady, Notice, StartProgress
 from minisrv.supervision.supervisor import Supervisor
 from tests.support.server_process import wait_until
 
 CHILD = """
 import os, signal, sys, time
-from minisrv.supervision.child_main import Ready, run_child
+from minisrv.supervision.child_main import run_child
+from minisrv.supervision.records import ChildReady
 from minisrv.errors import ConfigError
 
 def main(child):
@@ -31,13 +32,13 @@ def main(child):
 
 run_child("test", main)
 """
-SERVE = "child.report(Ready({'pid': os.getpid()})); time.sleep(60)"
+SERVE = "child.report(ChildReady({'pid': os.getpid()})); time.sleep(60)"
 
 # Children that report once and exit, by kind.
 SHORT_LIVED = [kind for kind, module in supervisor.MODULES.items() if ".prepare_" in module]
 PREPARE = {
-    "hub": "child.report(Ready({'model_dir': os.environ['TEST_MODEL_DIR']}))",
-    "converter": "os.mkdir(child.boot.tokenizer_dir); child.report(Ready())",
+    "hub": "child.report(ChildReady({'model_dir': os.environ['TEST_MODEL_DIR']}))",
+    "converter": "os.mkdir(child.boot.tokenizer_dir); child.report(ChildReady())",
 }
 
 Children = Callable[..., None]
@@ -107,7 +108,9 @@ class Run:
 def test_it_is_ready_when_all_children_are_and_stops_when_told(
     children: Children, model_dir: Path
 ) -> None:
-    children(scheduler="time.sleep(0.3); child.report(Ready({'num_pages': 7})); time.sleep(60)")
+    children(
+        scheduler="time.sleep(0.3); child.report(ChildReady({'num_pages': 7})); time.sleep(60)"
+    )
     run = Run(model_dir, num_tokenizers=2)
     ready = run.wait_for(EngineReady)
     assert isinstance(ready, EngineReady)
@@ -121,17 +124,17 @@ def test_it_is_ready_when_all_children_are_and_stops_when_told(
 
 def test_progress_is_passed_on_in_steps_of_a_percent(children: Children, model_dir: Path) -> None:
     children(
-        scheduler="[child.progress('weights', i / 2000) for i in range(2001)]; "
-        "child.progress('warm-up', 0.0); " + SERVE
+        scheduler="[child.report_progress('weights', i / 2000) for i in range(2001)]; "
+        "child.report_progress('warm-up', 0.0); " + SERVE
     )
     run = Run(model_dir)
     run.wait_for(EngineReady)
     run.supervisor.stop()
     run.join()
-    progress = [n for n in run.notices if isinstance(n, Progress)]
-    assert progress[0] == Progress("weights", 0.0)
-    assert Progress("weights", 1.0) in progress
-    assert progress[-1] == Progress("warm-up", 0.0)
+    progress = [n for n in run.notices if isinstance(n, StartProgress)]
+    assert progress[0] == StartProgress("weights", 0.0)
+    assert StartProgress("weights", 1.0) in progress
+    assert progress[-1] == StartProgress("warm-up", 0.0)
     assert len(progress) < 120
 
 
@@ -188,9 +191,9 @@ def test_a_start_that_takes_too_long_names_who_is_late(children: Children, model
 
 
 def test_a_stop_during_the_start_ends_all(children: Children, model_dir: Path) -> None:
-    children(scheduler="child.progress('weights', 0.1); time.sleep(60)")
+    children(scheduler="child.report_progress('weights', 0.1); time.sleep(60)")
     run = Run(model_dir)
-    run.wait_for(Progress)
+    run.wait_for(StartProgress)
     run.supervisor.stop()
     assert run.join().error is None
 
@@ -268,7 +271,7 @@ def test_a_child_that_exits_without_ready_fails_the_start_however_late(
 def test_a_worker_that_dies_right_after_ready_ends_the_engine(
     children: Children, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    children(scheduler="child.report(Ready())")
+    children(scheduler="child.report(ChildReady())")
     monkeypatch.setattr(selectors, "DefaultSelector", LateSelector)
     monkeypatch.setattr(sys.modules[__name__], "SHORT_LIVED", ["scheduler"])
     run = Run(model_dir).join()
