@@ -123,11 +123,11 @@ def test_keys_of_the_environment_hold_beside_those_of_flags(
         ({"tp": 0}, "--tp is 0; it must be at least 1"),
         ({"attention_backend": "fast"}, "--attention-backend is 'fast'; it must be one of auto"),
         ({"dtype": "int8"}, "--dtype is 'int8'; it must be one of auto, bfloat16"),
-        ({"kv_memory": "lots"}, "'lots' is no size"),
-        ({"num_pages": True}, "--num-pages is True; it must be a int"),
-        ({"num_pages": 1.5}, "--num-pages is 1.5; it must be a int"),
-        ({"model": None}, "--model is None; it must be a str"),
-        ({"radix_cache": 1}, "--radix-cache is 1; it must be a bool"),
+        ({"kv_memory": "lots"}, "invalid size 'lots'"),
+        ({"num_pages": True}, "--num-pages is True; it must be an integer"),
+        ({"num_pages": 1.5}, "--num-pages is 1.5; it must be an integer"),
+        ({"model": None}, "--model is None; it must be a string"),
+        ({"radix_cache": 1}, "--radix-cache is 1; it must be true or false"),
         ({"ssl_keyfile": "k"}, "--ssl-keyfile needs --ssl-certfile"),
     ],
 )
@@ -155,7 +155,7 @@ def test_two_models_that_differ_are_refused(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as ended:
         parse("one", "--model", "two")
     assert ended.value.code == 2
-    assert "two models given: one and two" in capsys.readouterr().err
+    assert "two models are given: one and two" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_a_size_is_read_with_its_unit(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "1XB", "1 2", "1e9", "nan"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no size"):
+def test_an_invalid_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="invalid size"):
         parse_size(text)
 
 

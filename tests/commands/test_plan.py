@@ -176,7 +176,7 @@ def test_an_fp8_cache_holds_twice_the_tokens(capsys: pytest.CaptureFixture[str])
     ("command", "sentence"),
     [
         ("demo --gpu abacus", "--gpu is 'abacus'; known GPUs are B200, H200, H100 80GB"),
-        ("demo --gpu-memory much", "'much' is no size"),
+        ("demo --gpu-memory much", "invalid size 'much'"),
         ("/nowhere/at/all --gpu l4", "no such directory"),
         (f"{MODELS[2]} --gpu l4 --tp 3", "40 attention heads cannot be split into 3"),
     ],
