@@ -232,7 +232,7 @@ def _answer_part(
             generation = _read_generation(line, model, defaults, llm.config)
             prepared = [
                 llm.prepare(replace(request, split_reasoning=line.openai))
-                for request in generation.tokenize_messages(0, 0)
+                for request in generation.tokenize_messages(0)
             ]
         except MinisrvError as error:
             yield line.key, _failure(line, error)

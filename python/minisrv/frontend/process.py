@@ -54,7 +54,7 @@ def main() -> None:
 
 
 async def _serve(child: Child) -> None:
-    registry = RequestRegistry(child.config, child.boot.epoch)
+    registry = RequestRegistry(child.config)
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(child.config, registry),
@@ -69,7 +69,9 @@ async def _serve(child: Child) -> None:
     )
     loop = asyncio.get_running_loop()
     take = functools.partial(_take_notice, child, registry, server)
-    async with EngineClient(Path(child.boot.run_dir), registry, child.config.num_tokenizers):
+    async with EngineClient(
+        Path(child.boot.run_dir), registry, child.config.num_tokenizers, child.boot.epoch
+    ):
         child.listen(lambda notice: loop.call_soon_threadsafe(take, notice))
         await server.serve([socket.socket(fileno=child.boot.fds["listener"])])
 

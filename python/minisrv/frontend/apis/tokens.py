@@ -49,9 +49,7 @@ def add_token_routes(
 
     async def encode(fields: dict[str, Any]) -> dict[str, Any]:
         encoding = _read_encoding(fields, registry)
-        return await registry.ask(
-            lambda query: EncodeMsg(query=query, epoch=registry.epoch, **encoding)
-        )
+        return await registry.ask(lambda query: EncodeMsg(query=query, **encoding))
 
     @app.post("/tokenize", openapi_extra=request_body(tokenize_fields), responses=statuses)
     async def tokenize(request: Request) -> Response:
@@ -79,7 +77,6 @@ def add_token_routes(
         message = {
             "token_ids": np.array(ids and read_token_ids(ids, registry.model, "tokens"), np.int32),
             "skip_special_tokens": fields.get("skip_special_tokens", False),
-            "epoch": registry.epoch,
         }
         text = (await registry.ask(lambda query: DecodeMsg(query=query, **message)))["text"]
         return JSONResponse({"prompt": text, "text": text}, headers=headers)
@@ -96,7 +93,7 @@ def add_token_routes(
     @app.get("/tokenizer_info", responses=errors(401, 503))
     async def tokenizer_info() -> Response:
         """Special tokens, chat template and size of the vocabulary."""
-        answer = await registry.ask(lambda query: DescribeMsg(query=query, epoch=registry.epoch))
+        answer = await registry.ask(lambda query: DescribeMsg(query=query))
         return JSONResponse({**answer, "max_model_len": registry.model.max_model_len})
 
 

@@ -16,6 +16,7 @@ from minisrv.frontend.generation.assistant_message import CallReading
 from minisrv.frontend.generation.returned_tokens import Returned
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.sampling_params import SamplingParams, read_logit_bias
+from minisrv.wire.arrays import token_array
 from minisrv.wire.messages import TokenizeMsg
 
 Prompt = str | tuple[int, ...]
@@ -95,11 +96,10 @@ class Generation:
                 param="prompt" if self.num_prompts > 1 else "n",
             )
 
-    def tokenize_messages(self, base: int, epoch: int) -> list[TokenizeMsg]:
+    def tokenize_messages(self, base: int) -> list[TokenizeMsg]:
         """One message a prompt; choice i of the reply answers under uid `base + i`."""
         common: dict[str, Any] = {
             "sampling": self.sampling,
-            "epoch": epoch,
             "cache_salt": self.cache_salt,
             "show_progress": self.stream is not None and self.stream.progress,
             "show_prompt_ids": self.returned is not None and self.returned.token_ids,
@@ -122,7 +122,11 @@ class Generation:
                 )
             ]
         return [
-            TokenizeMsg(uid=base + i * self.sampling.n, prompt=prompt, **common)
+            TokenizeMsg(
+                uid=base + i * self.sampling.n,
+                prompt=prompt if isinstance(prompt, str) else token_array(prompt),
+                **common,
+            )
             for i, prompt in enumerate(self.prompts)
         ]
 

@@ -65,7 +65,6 @@ def add_messages_routes(
                 add_special_tokens=False,
                 add_generation_prompt=generation.add_generation_prompt,
                 continue_final_message=generation.continue_final_message,
-                epoch=registry.epoch,
             )
         )
         return JSONResponse({"input_tokens": len(answer["ids"])}, headers=headers)

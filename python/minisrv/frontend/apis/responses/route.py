@@ -73,7 +73,6 @@ def add_response_routes(
             answer = await registry.ask(
                 lambda query: EncodeMsg(
                     query=query,
-                    epoch=registry.epoch,
                     messages=generation.messages,
                     template_kwargs=generation.template_kwargs,
                     tools=generation.tools,
