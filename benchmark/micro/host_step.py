@@ -64,8 +64,6 @@ class StubEngine:
 class FrameChannel:
     """Frames in memory, decoded and encoded as on a socket."""
 
-    epoch = 1
-
     def __init__(self) -> None:
         self.inbox: list[bytes] = []
         self.outbox: list[bytes] = []
@@ -116,7 +114,7 @@ class Clients:
         assert sampling.max_tokens is not None
         self.wanted[self._uid] = sampling.max_tokens
         message = GenerateMsg(
-            uid=self._uid, prompt_ids=np.array(prompt, np.int32), sampling=sampling, epoch=1
+            uid=self._uid, prompt_ids=np.array(prompt, np.int32), sampling=sampling
         )
         self.channel.inbox.append(encode(message))
 

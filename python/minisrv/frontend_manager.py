@@ -25,6 +25,7 @@ from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.frontend.registry.server_state import Ready
 from minisrv.supervision.records import EngineEnded, EngineReady, Notice
 from minisrv.supervision.supervisor import EPOCH, Supervisor, SupervisorThread
+from minisrv.wire.arrays import token_array
 from minisrv.wire.messages import Finish, Start, TokenizeMsg
 
 
@@ -56,7 +57,7 @@ class FrontendManager:
         if config is not None and options:
             raise TypeError("give a config or options, not both")
         self.config = config or ServerConfig.from_environment(**options)
-        self.registry = RequestRegistry(self.config, EPOCH)
+        self.registry = RequestRegistry(self.config)
         self._thread: SupervisorThread | None = None
         self._client: EngineClient | None = None
         self._started = asyncio.Event()
@@ -88,7 +89,7 @@ class FrontendManager:
         supervisor = Supervisor(self.config, on_notice=hand_over)
         # It binds in the run directory, which a supervisor that fails takes with it.
         num_tokenizers = self.config.num_tokenizers
-        self._client = EngineClient(supervisor.run_dir, self.registry, num_tokenizers)
+        self._client = EngineClient(supervisor.run_dir, self.registry, num_tokenizers, EPOCH)
         self._thread = SupervisorThread(supervisor)
         self._thread.start()
         await self._client.__aenter__()
@@ -142,7 +143,8 @@ class FrontendManager:
     def send_one(self, message: TokenizeMsg) -> Awaitable[None]:
         """Send the request of a uid from `new_user`. It is sent at once, awaited or not.
 
-        What `message.sampling` leaves open is filled from the model's defaults.
+        What `message.sampling` leaves open is filled from the model's defaults. A prompt of token
+        ids may be any sequence of integers.
         """
         num_choices = self._num_choices.pop(message.uid, None)
         if num_choices != message.sampling.n:
@@ -150,7 +152,10 @@ class FrontendManager:
                 f"uid {message.uid} with n={message.sampling.n} is not from new_user, or was sent"
             )
         sampling = message.sampling.with_defaults(self.registry.model.defaults)
-        self.registry.send(replace(message, sampling=sampling, epoch=self.registry.epoch))
+        prompt = message.prompt
+        if prompt is not None and not isinstance(prompt, str):
+            prompt = token_array(prompt)
+        self.registry.send(replace(message, prompt=prompt, sampling=sampling))
         return _Sent()
 
     async def wait_for_ack(self, uid: int) -> AsyncGenerator[Ack, None]:

@@ -40,7 +40,6 @@ def step(entries: Sequence[Entry], *starts: Start, failures: Sequence[Failure] =
         finishes=np.array([e[2] for e in entries], np.uint8),
         starts=starts,
         failures=tuple(failures),
-        epoch=3,
     )
 
 
@@ -48,7 +47,7 @@ class Frontend:
     """Gathers what a frontend would, and holds the promises of every reply."""
 
     def __init__(self) -> None:
-        self.worker = DetokenizerWorker(TOKENIZER, epoch=3)
+        self.worker = DetokenizerWorker(TOKENIZER)
         self.texts: dict[int, str] = defaultdict(str)
         self.counts: dict[int, int] = {}
         self.ends: dict[int, tuple[Finish, str | int | None]] = {}
@@ -62,14 +61,12 @@ class Frontend:
         reply, abort = self.worker.handle(step(entries, *starts, failures=failures))
         if abort is not None:
             assert isinstance(abort, AbortMsg)
-            assert abort.epoch == 3
             self.aborted += abort.uids
         if reply is not None:
             self._read(reply)
         return reply
 
     def _read(self, reply: UserReply) -> None:
-        assert reply.epoch == 3
         assert isinstance(decode(encode(reply), FRONTEND_INBOX), UserReply)
         for begun in reply.starts:
             assert begun.uid not in self.started
@@ -226,7 +223,7 @@ def test_a_failure_after_a_stop_string_is_not_a_second_final() -> None:
 
 @pytest.mark.parametrize("stop", [(), (TOKENIZER.decode([301]),)])
 def test_an_end_tells_the_time_since_the_first_token_also_at_a_stop(stop: tuple[str, ...]) -> None:
-    worker = DetokenizerWorker(TOKENIZER, epoch=3)
+    worker = DetokenizerWorker(TOKENIZER)
     worker.handle(replace(step([(1, 300, Finish.NONE)], start(1, stop=stop, at=100.0)), at=100.0))
     last = Finish.NONE if stop else Finish.LENGTH
     reply, _ = worker.handle(replace(step([(1, 301, last)]), at=100.25))

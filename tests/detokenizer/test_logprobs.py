@@ -123,7 +123,7 @@ def test_an_echo_is_the_whole_prompt_and_the_output_goes_on_behind_it(
         finishes=np.array([Finish.LENGTH], np.uint8),
         starts=(start,),
     )
-    reply, _ = DetokenizerWorker(tokenizer, epoch=0).handle(message)
+    reply, _ = DetokenizerWorker(tokenizer).handle(message)
     assert reply is not None
     echo, text = reply.echoes[0].text, reply.texts[0]
     assert echo + text == tokenizer.decode([*ids, *output])

@@ -13,11 +13,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from minisrv.engine.forward_batch import Int64Array, SamplingColumns
+from minisrv.engine.forward_batch import SamplingColumns
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.sampling import sampler
 from minisrv.engine.sampling.sampler import _probabilities
 from minisrv.engine.sampling.uniform import uniforms
+from minisrv.wire.arrays import Int64Array
 from tests.support.step_driver import sampling_columns
 
 VOCAB = 50

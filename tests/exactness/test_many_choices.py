@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from minisrv.llm import LLM
@@ -46,7 +47,7 @@ def texts(model_dir: Path) -> list[list[int]]:
 
 def send(llm: LLM, params: SamplingParams) -> int:
     """Queue the request; returns the uid of its first choice."""
-    message = llm.prepare(TokenizeMsg(uid=0, prompt=tuple(PROMPT), sampling=params))
+    message = llm.prepare(TokenizeMsg(uid=0, prompt=np.array(PROMPT, np.int32), sampling=params))
     llm._channel.inbox.append(message)
     return message.uid
 

@@ -31,7 +31,7 @@ BODY: dict[str, Any] = {
 def server() -> Iterator[HttpServer]:
     with (
         LLM("demo", **OPTIONS) as llm,
-        serve(epoch=0, make_backend=functools.partial(EngineBackend, llm=llm)) as running,
+        serve(make_backend=functools.partial(EngineBackend, llm=llm)) as running,
     ):
         yield running
 

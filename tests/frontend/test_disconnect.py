@@ -139,10 +139,10 @@ def test_the_openai_client_ignores_pings(
 
 def test_a_slow_reader_gets_all_and_delays_nobody(server: HttpServer) -> None:
     """The connection is not read while 20 MB come from behind; another client is served."""
-    num_steps, word, epoch = 2000, "Q" * 10_000, server.registry.epoch
+    num_steps, word = 2000, "Q" * 10_000
 
     def deliver(text: str, output_tokens: int, finish: Finish = Finish.NONE) -> None:
-        server.backend.deliver(reply(uid, text, output_tokens, finish, epoch=epoch))
+        server.backend.deliver(reply(uid, text, output_tokens, finish))
 
     def flood() -> None:
         for i in range(num_steps):

@@ -34,7 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
     options = {**OPTIONS, "max_seq_len": CONTEXT, "chat_template": str(template), "page_size": 4}
     with (
         LLM("demo", **options) as llm,
-        serve(epoch=0, make_backend=functools.partial(EngineBackend, llm=llm)) as running,
+        serve(make_backend=functools.partial(EngineBackend, llm=llm)) as running,
     ):
         yield running
 

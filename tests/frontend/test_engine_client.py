@@ -10,6 +10,7 @@ from minisrv.errors import RequestFailedError
 from minisrv.frontend.registry.engine_client import EngineClient
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.sampling_params import SamplingParams
+from minisrv.wire.codec import encode
 from minisrv.wire.messages import TOKENIZER_INBOX, AbortMsg, Finish, TokenizeMsg
 from minisrv.wire.sockets import AsyncInbox, Outbox, private_directory
 from tests.support.http_server import MODEL
@@ -17,25 +18,25 @@ from tests.support.scripted_backend import reply
 
 
 async def _round_trips(run_dir: Path) -> None:
-    registry = RequestRegistry(ServerConfig(num_tokenizers=2), epoch=4)
+    registry = RequestRegistry(ServerConfig(num_tokenizers=2))
     inboxes = [AsyncInbox(run_dir, f"tokenizer-{i}", TOKENIZER_INBOX, 4) for i in range(2)]
-    async with EngineClient(run_dir, registry, num_tokenizers=2):
+    async with EngineClient(run_dir, registry, num_tokenizers=2, epoch=4):
         registry.set_ready(MODEL)
-        back = Outbox(run_dir, "frontend")
+        back = Outbox(run_dir, "frontend", epoch=4)
         for inbox in inboxes:
             base = registry.open()
             sampling = SamplingParams(temperature=0.5)
-            registry.send(TokenizeMsg(uid=base, prompt="hi", sampling=sampling, epoch=4))
-            assert (await inbox.receive()).epoch == 4
-            back.send(reply(base, "stale", 1, Finish.STOP, epoch=3))
-            back.send(reply(base, "a", 1, epoch=4))
-            back.send(reply(base, "b", 2, Finish.STOP, epoch=4))
+            registry.send(TokenizeMsg(uid=base, prompt="hi", sampling=sampling))
+            assert isinstance(await inbox.receive(), TokenizeMsg)
+            back._socket.send(encode(reply(base, "stale", 1, Finish.STOP), epoch=3))
+            back.send(reply(base, "a", 1))
+            back.send(reply(base, "b", 2, Finish.STOP))
             assert "".join([event.text async for event in registry.events(base)]) == "ab"
         base = registry.open()
-        registry.send(TokenizeMsg(uid=base, prompt="hi", sampling=sampling, epoch=4))
+        registry.send(TokenizeMsg(uid=base, prompt="hi", sampling=sampling))
         registry.abort(base)
         assert isinstance(await inboxes[0].receive(), TokenizeMsg)
-        assert await inboxes[0].receive() == AbortMsg(uids=(base,), epoch=4)
+        assert await inboxes[0].receive() == AbortMsg(uids=(base,))
         back.close()
     for inbox in inboxes:
         inbox.close()
@@ -47,10 +48,10 @@ def test_messages_and_replies_pass_the_sockets_and_stale_ones_are_dropped() -> N
 
 
 async def _bad_reply(run_dir: Path) -> None:
-    registry = RequestRegistry(ServerConfig(), epoch=0)
-    async with EngineClient(run_dir, registry, num_tokenizers=1):
+    registry = RequestRegistry(ServerConfig())
+    async with EngineClient(run_dir, registry, num_tokenizers=1, epoch=4):
         registry.set_ready(MODEL)
-        back = Outbox(run_dir, "frontend")
+        back = Outbox(run_dir, "frontend", epoch=4)
         base = registry.open()
         back.send(reply(base, "a", 1, finish=99))
         (event,) = await registry.all_events(base)

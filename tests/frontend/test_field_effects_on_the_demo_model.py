@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from minisrv.llm import LLM
-from minisrv.scheduler.channel import LocalChannel
 from tests.support.engine_backend import EngineBackend
 from tests.support.http_server import HttpServer, serve
 from tests.support.played_model import TEMPLATES
@@ -27,7 +26,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
     template.write_text(TEMPLATES["hermes"])
     with LLM("demo", num_threads=1, chat_template=str(template), num_pages=400) as llm:
         make = functools.partial(EngineBackend, llm=llm)
-        with serve(make_backend=make, epoch=LocalChannel.epoch) as server:
+        with serve(make_backend=make) as server:
             yield server
 
 

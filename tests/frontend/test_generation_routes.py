@@ -119,7 +119,7 @@ def test_each_form_of_prompt_is_completed(
     assert completion.usage is not None
     assert completion.usage.prompt_tokens == 7 * num_prompts
     sent = server.backend.requests[-num_prompts:]
-    plain = [m.prompt if isinstance(m.prompt, str) else list(m.prompt or ()) for m in sent]
+    plain = [m.prompt if isinstance(m.prompt, str) else m.prompt.tolist() for m in sent]
     assert plain == (prompt if num_prompts > 1 else [prompt])
     assert [message.uid - sent[0].uid for message in sent] == [2 * i for i in range(num_prompts)]
     assert all(message.sampling.max_tokens == 16 for message in sent)
@@ -148,7 +148,7 @@ def test_a_chat_prompt_goes_without_messages(server: HttpServer) -> None:
         assert server.http.post(CHAT, json={"prompt": prompt}).status_code == 200
         sent = server.backend.requests[-1]
         assert sent.messages is None
-        assert sent.prompt == (prompt if isinstance(prompt, str) else tuple(prompt))
+        assert (sent.prompt if isinstance(prompt, str) else sent.prompt.tolist()) == prompt
 
 
 def test_sampling_is_the_request_over_the_model_over_openai(server: HttpServer) -> None:

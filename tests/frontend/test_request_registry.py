@@ -29,7 +29,7 @@ Sent = list[tuple[int, TokenizeMsg | AbortMsg]]
 
 
 def make_registry(**options: Any) -> tuple[RequestRegistry, Sent]:
-    registry = RequestRegistry(ServerConfig(**options), epoch=0)
+    registry = RequestRegistry(ServerConfig(**options))
     sent: Sent = []
     registry.connect(lambda index, message: sent.append((index, message)))
     registry.set_ready(MODEL)
@@ -57,7 +57,7 @@ def test_a_uid_is_open_until_its_final_comes() -> None:
     assert registry.num_open == 2
     registry.deliver(reply(base, "a", 1, Finish.STOP))
     assert registry.num_open == 1
-    registry.deliver(failure_reply([failure_of(base + 1)], 0))
+    registry.deliver(failure_reply([failure_of(base + 1)]))
     assert registry.num_open == 0
     assert len(sent) == 1
 
@@ -132,7 +132,7 @@ def test_a_reader_of_the_whole_sleeps_until_the_last_final_or_a_failure() -> Non
         await asyncio.sleep(0.01)
         assert not reader.done()
         if fail:
-            registry.deliver(failure_reply([failure_of(base + 1)], 0))
+            registry.deliver(failure_reply([failure_of(base + 1)]))
             assert [event.failure is not None for event in await reader] == [False, True]
         else:
             registry.deliver(reply(base + 1, "b", 1, Finish.LENGTH))
@@ -216,14 +216,14 @@ async def _drain(registry: RequestRegistry, base: int) -> list[Event]:
 
 
 def test_before_it_is_ready_nothing_opens() -> None:
-    registry = RequestRegistry(ServerConfig(), epoch=0)
+    registry = RequestRegistry(ServerConfig())
     registry.set_progress("weights", 0.5)
     with pytest.raises(NotReadyError, match="weights, 50%"):
         registry.open()
 
 
 def test_a_dead_registry_does_not_become_ready() -> None:
-    registry = RequestRegistry(ServerConfig(), epoch=0)
+    registry = RequestRegistry(ServerConfig())
     registry.connect(lambda index, message: None)
     registry.fail_all(EngineDeadError("gone"))
     registry.set_ready(MODEL)
@@ -299,7 +299,7 @@ class RegistryMachine(RuleBasedStateMachine):
         if not expected.sent:
             return
         if end == "failure":
-            self.registry.deliver(failure_reply([failure_of(uid)], 0))
+            self.registry.deliver(failure_reply([failure_of(uid)]))
         else:
             finish = {"": Finish.NONE, "finish": Finish.STOP, "abort": Finish.ABORT}[end]
             self.registry.deliver(reply(uid, text, 1, finish))

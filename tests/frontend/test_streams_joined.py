@@ -73,7 +73,7 @@ def open_clients() -> Iterator[dict[str, Client]]:
 
 async def open_client(template: str, loop: asyncio.AbstractEventLoop) -> Client:
     config = ServerConfig(served_model_name="org/tiny")
-    registry = RequestRegistry(config, epoch=0)
+    registry = RequestRegistry(config)
     model = CutModel(registry, TEMPLATES[template])
     registry.set_ready(model.info)
     transport = httpx.ASGITransport(create_app(config, registry))

@@ -93,7 +93,6 @@ class _Steps:
             finishes=np.array([finish for _, finish in entries], np.uint8),
             starts=starts,
             logprobs=self._logprobs(uids, entries),
-            epoch=model._registry.epoch,
         )
         reply, abort = model._detokenizer.handle(decode(encode(step), DETOKENIZER_INBOX))  # type: ignore[arg-type]
         if abort is not None:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput, Int32Array, Logprobs
+from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput, Logprobs
+from minisrv.wire.arrays import Int32Array
 
 MASK = (1 << 64) - 1
 

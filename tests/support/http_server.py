@@ -64,7 +64,6 @@ class HttpServer:
 @contextlib.contextmanager
 def serve(
     ready: bool = True,
-    epoch: int = 3,
     make_backend: Callable[[RequestRegistry], Any] = ScriptedBackend,
     **options: Any,
 ) -> Iterator[HttpServer]:
@@ -73,7 +72,7 @@ def serve(
     A backend may have an `info` of its model.
     """
     config = ServerConfig(served_model_name=MODEL.name, **options)
-    registry = RequestRegistry(config, epoch=epoch)
+    registry = RequestRegistry(config)
     backend = make_backend(registry)
     if ready:
         registry.set_ready(getattr(backend, "info", MODEL))

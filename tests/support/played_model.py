@@ -111,10 +111,9 @@ class PlayedModel:
             ChatTemplate(self.tokenizer.chat_templates, self.tokenizer.special_tokens),
             1_000_000,
             self.tokenizer.vocab_size,
-            registry.epoch,
             GrammarChecker(self.vocabulary),
         )
-        self._detokenizer = DetokenizerWorker(self.tokenizer, registry.epoch)
+        self._detokenizer = DetokenizerWorker(self.tokenizer)
         self._tasks: set[asyncio.Task[None]] = set()
         registry.connect(self.send)
 
@@ -174,7 +173,6 @@ class PlayedModel:
                 logprobs=(played_logprobs(uid, [token_id], sampling.logprobs or 0),)
                 if told
                 else (),
-                epoch=self._registry.epoch,
             )
             reply, abort = self._detokenizer.handle(decode(encode(step), DETOKENIZER_INBOX))  # type: ignore[arg-type]
             if reply is not None:

@@ -38,7 +38,6 @@ def reply(
     finish: Finish = Finish.NONE,
     stop_reason: str | int | None = None,
     start: Start | None = None,
-    epoch: int = 0,
 ) -> UserReply:
     return UserReply(
         uids=np.array([uid], np.int64),
@@ -48,7 +47,6 @@ def reply(
         stop_reasons=(stop_reason,),
         starts=() if start is None else (start,),
         ends=(End(uid=uid, decode_s=DECODE_S),) if finish else (),
-        epoch=epoch,
     )
 
 
@@ -118,12 +116,11 @@ class ScriptedBackend:
         task = self._running.pop(uid, None)
         if task is not None and not task.done():
             task.cancel()
-            self.deliver(reply(uid, finish=Finish.ABORT, epoch=self._registry.epoch))
+            self.deliver(reply(uid, finish=Finish.ABORT))
 
     async def _answer(self, uid: int, message: TokenizeMsg) -> None:
         await asyncio.sleep(self._step_s)
         prompt = _last_text(message)
-        epoch = self._registry.epoch
         if prompt == "silent":
             await asyncio.Event().wait()
         if prompt == "refuse":
@@ -132,7 +129,7 @@ class ScriptedBackend:
                 param="messages",
                 code="context_length_exceeded",
             )
-            self.deliver(failure_reply([Failure.from_error(uid, error)], epoch))
+            self.deliver(failure_reply([Failure.from_error(uid, error)]))
             return
         limit = min(len(WORDS), message.sampling.max_tokens or len(WORDS))
         for i, word in enumerate(WORDS[:limit]):
@@ -148,17 +145,19 @@ class ScriptedBackend:
                     code="internal_error",
                     param=None,
                 )
-                self.deliver(failure_reply([failure], epoch))
+                self.deliver(failure_reply([failure]))
                 return
             start = start_of(uid) if i == 0 else None
-            self.deliver(reply(uid, word, i + 1, start=start, epoch=epoch))
+            self.deliver(reply(uid, word, i + 1, start=start))
             self.started += [uid] if i == 0 else []
             await asyncio.sleep(self._step_s)
         finish = Finish.STOP if limit == len(WORDS) else Finish.LENGTH
         reason = message.sampling.stop[0] if message.sampling.stop else None
         count = limit + (finish is Finish.STOP)
-        self.deliver(reply(uid, "", count, finish, reason, epoch=epoch))
+        self.deliver(reply(uid, "", count, finish, reason))
 
 
 def _last_text(message: TokenizeMsg) -> Any:
-    return message.messages[-1]["content"] if message.messages else message.prompt
+    if message.messages:
+        return message.messages[-1]["content"]
+    return message.prompt if isinstance(message.prompt, str) else None

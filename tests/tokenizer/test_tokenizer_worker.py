@@ -44,7 +44,7 @@ def make_tokenizer(name: str = "llama_like", **config: Any) -> HFTokenizer:
 def make_worker(tokenizer: HFTokenizer | None = None, **options: Any) -> TokenizerWorker:
     tokenizer = tokenizer or make_tokenizer()
     template = ChatTemplate({"default": SOURCE}, tokenizer.special_tokens)
-    settings = {"max_seq_len": 100, "vocab_size": tokenizer.vocab_size, "epoch": 7, **options}
+    settings = {"max_seq_len": 100, "vocab_size": tokenizer.vocab_size, **options}
     vocabulary = open_vocabulary(tokenizer, tokenizer.vocab_size, [tokenizer.eos_id or 0])
     settings["grammar_checker"] = GrammarChecker(vocabulary)
     return TokenizerWorker(tokenizer, template, **settings)
@@ -58,7 +58,6 @@ def generated(worker: TokenizerWorker, **fields: Any) -> list[int]:
     (out,) = worker.handle(message(**fields))
     assert isinstance(out, GenerateMsg), out
     assert decode(encode(out), SCHEDULER_INBOX).uid == out.uid == 40
-    assert out.epoch == 7
     return out.prompt_ids.tolist()
 
 
@@ -66,7 +65,6 @@ def failed(worker: TokenizerWorker, **fields: Any) -> Failure:
     (out,) = worker.handle(message(**fields))
     assert isinstance(out, UserReply), out
     assert decode(encode(out), FRONTEND_INBOX).failures == out.failures
-    assert out.epoch == 7
     assert len(out.uids) == 0
     assert [failure.uid for failure in out.failures] == list(range(40, 40 + fields.get("n", 1)))
     return out.failures[0]
@@ -88,7 +86,7 @@ def test_messages_are_rendered_and_get_no_second_bos() -> None:
 
 
 def test_token_ids_pass_unchanged() -> None:
-    assert generated(make_worker(), prompt=(5, 3, 5)) == [5, 3, 5]
+    assert generated(make_worker(), prompt=np.array([5, 3, 5], np.int32)) == [5, 3, 5]
 
 
 def test_an_empty_prompt_is_the_bos_or_an_invalid_request() -> None:
@@ -96,12 +94,12 @@ def test_an_empty_prompt_is_the_bos_or_an_invalid_request() -> None:
     assert generated(make_worker(make_tokenizer("byte_level_bpe")), prompt="") == [1]
     without = make_worker(make_tokenizer("byte_level_bpe", bos_token=None))
     assert failed(without, prompt="").status == 400
-    assert failed(make_worker(), prompt=()).status == 400
+    assert failed(make_worker(), prompt=np.array([], np.int32)).status == 400
 
 
 @pytest.mark.parametrize("ids", [(-1,), (3, 5000)])
 def test_an_id_outside_the_vocabulary_is_an_invalid_request(ids: tuple[int, ...]) -> None:
-    failure = failed(make_worker(vocab_size=300), prompt=ids)
+    failure = failed(make_worker(vocab_size=300), prompt=np.array(ids, np.int32))
     assert (failure.status, failure.param) == (400, "prompt")
     assert str(ids[-1]) in failure.message
 
@@ -112,7 +110,7 @@ def test_an_id_outside_the_vocabulary_is_an_invalid_request(ids: tuple[int, ...]
 def test_a_named_id_outside_the_vocabulary_is_an_invalid_request(name: str, ids: Any) -> None:
     sampling = SamplingParams(**{name: ids})
     (reply,) = make_worker(vocab_size=300).handle(
-        TokenizeMsg(uid=40, sampling=sampling, prompt=(5,))
+        TokenizeMsg(uid=40, sampling=sampling, prompt=np.array([5], np.int32))
     )
     assert isinstance(reply, UserReply)
     assert [(f.status, f.param) for f in reply.failures] == [(400, name)]
@@ -131,7 +129,7 @@ def test_a_tokenizer_larger_than_the_model_cannot_send_its_ids() -> None:
 def test_the_context_holds_prompt_and_completion(
     prompt: int, max_tokens: int | None, fits: bool
 ) -> None:
-    fields: dict[str, Any] = {"prompt": (5,) * prompt, "max_tokens": max_tokens}
+    fields: dict[str, Any] = {"prompt": np.full(prompt, 5, np.int32), "max_tokens": max_tokens}
     if fits:
         assert len(generated(make_worker(), **fields)) == prompt
         return
@@ -148,7 +146,7 @@ def test_the_context_holds_prompt_and_completion(
 @pytest.mark.parametrize(("prompt", "fits"), [(32_768, True), (32_769, False)])
 def test_a_prompt_is_scored_up_to_a_limit(prompt: int, fits: bool) -> None:
     sampling = SamplingParams(n=2, max_tokens=0, prompt_logprobs=7)
-    request = TokenizeMsg(uid=40, prompt=(5,) * prompt, sampling=sampling)
+    request = TokenizeMsg(uid=40, prompt=np.full(prompt, 5, np.int32), sampling=sampling)
     (out,) = make_worker(max_seq_len=100_000).handle(request)
     if fits:
         assert isinstance(out, GenerateMsg)
@@ -193,14 +191,14 @@ def test_an_unexpected_error_is_a_500_for_its_request_alone() -> None:
 
 
 def test_an_abort_is_forwarded() -> None:
-    abort = AbortMsg(uids=(4, 5), epoch=7)
+    abort = AbortMsg(uids=(4, 5))
     assert make_worker().handle(abort) == [abort]
 
 
 def answer(worker: TokenizerWorker, query: EncodeMsg | DecodeMsg | DescribeMsg) -> AnswerMsg:
     (out,) = worker.handle(query)
     assert isinstance(out, AnswerMsg)
-    assert (out.query, out.epoch) == (query.query, 7)
+    assert out.query == query.query
     assert decode(encode(out), FRONTEND_INBOX) == out
     return out
 
@@ -242,7 +240,7 @@ def test_tools_reach_the_template_on_request() -> None:
     template = ChatTemplate({"default": source}, tokenizer.special_tokens)
     vocabulary = open_vocabulary(tokenizer, tokenizer.vocab_size, [])
     checker = GrammarChecker(vocabulary)
-    worker = TokenizerWorker(tokenizer, template, 100, tokenizer.vocab_size, 7, checker)
+    worker = TokenizerWorker(tokenizer, template, 100, tokenizer.vocab_size, checker)
     query = EncodeMsg(
         query=1,
         messages=({"role": "user", "content": "hi"},),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from minisrv.errors import DecodeError, InvalidRequestError
 from minisrv.sampling_params import SamplingParams, TokenBias
+from minisrv.wire.arrays import token_array
 from minisrv.wire.codec import decode, encode
 from minisrv.wire.messages import (
     DETOKENIZER_INBOX,
@@ -59,9 +60,8 @@ EXAMPLES = [
     ),
     TokenizeMsg(
         uid=1,
-        prompt=(1, 2, 3),
+        prompt=np.array([1, 2, 3], np.int32),
         sampling=SamplingParams(stop=("a", "b"), n=3, logit_bias=(TokenBias(5, -1.5),)),
-        epoch=4,
     ),
     TokenizeMsg(
         uid=1,
@@ -69,7 +69,7 @@ EXAMPLES = [
         template_kwargs={"enable_thinking": False},
         sampling=SamplingParams(stop_token_ids=(5,)),
     ),
-    AbortMsg(uids=(1, 2**50), epoch=3),
+    AbortMsg(uids=(1, 2**50)),
     GenerateMsg(uid=1, prompt_ids=np.arange(5, dtype=np.int32), sampling=SamplingParams()),
     DetokenizeMsg(
         uids=np.array([7, 8]),
@@ -85,9 +85,8 @@ EXAMPLES = [
         finishes=np.array([0, 1, 3], np.uint8),
         stop_reasons=(None, "STOP", 17),
         starts=(START,),
-        epoch=2,
     ),
-    failure_reply([FAILURE], 5),
+    failure_reply([FAILURE]),
     UserReply(
         uids=np.array([1]),
         texts=("a",),
@@ -106,7 +105,7 @@ EXAMPLES = [
     ),
     DecodeMsg(query=1, token_ids=np.array([5], np.int32), skip_special_tokens=True),
     DescribeMsg(query=2),
-    FlushMsg(query=2**40, epoch=1),
+    FlushMsg(query=2**40),
     AnswerMsg(query=2, value={"ids": [1, 2], "text": "\u4f60", "tokens": ["a", None]}),
     AnswerMsg(query=2, failure=FAILURE),
     StatsMsg(
@@ -122,7 +121,6 @@ EXAMPLES = [
         steps=9,
         inter_token=Histogram(counts=np.array([1, 2]), total=0.5),
         step_tokens=Histogram(counts=np.array([0]), total=0.0),
-        epoch=3,
     ),
 ]
 
@@ -179,7 +177,28 @@ def test_columns_of_different_lengths_are_refused() -> None:
 
 def test_an_invalid_sampling_value_is_refused_on_the_wire() -> None:
     values = msgpack.unpackb(encode(EXAMPLES[0]))  # type: ignore[arg-type]
-    good = values[5]
-    values[5] = [99.0, *good[1:]]
-    with pytest.raises((DecodeError, InvalidRequestError)):
+    good = values[6]
+    values[6] = [99.0, *good[1:]]
+    with pytest.raises(DecodeError, match="temperature"):
         decode(msgpack.packb(values), TOKENIZER_INBOX)
+
+
+def test_token_ids_travel_as_the_bytes_of_an_array() -> None:
+    ids = np.arange(100_000, dtype=np.int32)
+    frame = encode(TokenizeMsg(uid=1, prompt=ids, sampling=SamplingParams()))
+    assert ids.tobytes() in frame
+    assert len(frame) < ids.nbytes + 500
+
+
+def test_a_frame_of_another_epoch_is_refused() -> None:
+    frame = encode(DescribeMsg(query=2), epoch=3)
+    assert decode(frame, TOKENIZER_INBOX, epoch=3) == DescribeMsg(query=2)
+    with pytest.raises(DecodeError, match="epoch 3; this is epoch 4"):
+        decode(frame, TOKENIZER_INBOX, epoch=4)
+
+
+def test_a_token_id_that_no_vocabulary_has_is_an_invalid_request() -> None:
+    assert token_array([0, 2**31 - 1]).dtype == np.int32
+    for wrong in (2**31, -(2**40)):
+        with pytest.raises(InvalidRequestError, match=f"holds token id {wrong}"):
+            token_array([5, wrong])

@@ -24,7 +24,7 @@ TEXT = " word"
 def _serve(child: Child) -> None:
     boot, run_dir = child.boot, Path(child.boot.run_dir)
     inbox = Inbox(run_dir, f"tokenizer-{boot.index}", TOKENIZER_INBOX, boot.epoch)
-    frontend = Outbox(run_dir, "frontend")
+    frontend = Outbox(run_dir, "frontend", boot.epoch)
     child.report(ChildReady({"chat_format": asdict(ChatFormat())}))
     left: dict[int, int] = {}
     counts: dict[int, int] = {}
@@ -40,7 +40,7 @@ def _serve(child: Child) -> None:
                 starts.append(_start(message.uid))
         time.sleep(max(0.0, due - time.perf_counter()))
         due = max(due + period_s, time.perf_counter())
-        frontend.send(_next_step(left, counts, tuple(starts), boot.epoch))
+        frontend.send(_next_step(left, counts, tuple(starts)))
 
 
 def _start(uid: int) -> Start:
@@ -55,7 +55,7 @@ def _start(uid: int) -> Start:
 
 
 def _next_step(
-    left: dict[int, int], counts: dict[int, int], starts: tuple[Start, ...], epoch: int
+    left: dict[int, int], counts: dict[int, int], starts: tuple[Start, ...]
 ) -> UserReply:
     uids = list(left)
     for uid in uids:
@@ -68,7 +68,6 @@ def _next_step(
         finishes=np.array(finishes, np.uint8),
         stop_reasons=(None,) * len(uids),
         starts=starts,
-        epoch=epoch,
     )
     for uid in uids:
         if not left[uid]:

@@ -232,7 +232,7 @@ def _answer_part(
             request, renderer = _read_line(line, model, defaults, llm.config)
             prepared = [
                 llm.prepare(replace(message, split_reasoning=line.openai))
-                for message in request.tokenize_messages(0, 0)
+                for message in request.tokenize_messages(0)
             ]
         except MinisrvError as error:
             yield line.key, _failure(line, error)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from minisrv.detokenizer.incremental import TextDecoder, TextStream
-from minisrv.wire.logprobs import Float32Array, PromptEcho, SpelledLogprobs, TokenLogprobs
-from minisrv.wire.messages import Int32Array, Start
+from minisrv.wire.arrays import Float32Array, Int32Array
+from minisrv.wire.logprobs import PromptEcho, SpelledLogprobs, TokenLogprobs
+from minisrv.wire.messages import Start
 
 
 class Scorer:

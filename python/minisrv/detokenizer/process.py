@@ -20,9 +20,10 @@ def main() -> None:
 def _serve(child: Child) -> None:
     boot, run_dir = child.boot, Path(child.boot.run_dir)
     inbox = Inbox(run_dir, "detokenizer", DETOKENIZER_INBOX, boot.epoch)
-    scheduler, frontend = Outbox(run_dir, "scheduler"), Outbox(run_dir, "frontend")
+    scheduler = Outbox(run_dir, "scheduler", boot.epoch)
+    frontend = Outbox(run_dir, "frontend", boot.epoch)
     tokenizer = load_tokenizer(Path(boot.tokenizer_dir), child.config.chat_template)
-    worker = DetokenizerWorker(tokenizer, boot.epoch)
+    worker = DetokenizerWorker(tokenizer)
     child.report(ChildReady())
     while inbox.wait():
         for message in inbox.drain():

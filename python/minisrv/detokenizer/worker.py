@@ -84,7 +84,7 @@ class _Columns:
         self.finishes.append(finish)
         self.stop_reasons.append(reason)
 
-    def reply(self, epoch: int) -> UserReply | None:
+    def reply(self) -> UserReply | None:
         if not self.uids and not self.failures and not self.progress:
             return None
         return UserReply(
@@ -101,7 +101,6 @@ class _Columns:
             logprobs=tuple(self.logprobs),
             ends=tuple(self.ends),
             progress=self.progress,
-            epoch=epoch,
         )
 
 
@@ -112,13 +111,12 @@ class DetokenizerWorker:
     the tokens still on their way are dropped and the frontend gets exactly one final.
     """
 
-    def __init__(self, tokenizer: HFTokenizer, epoch: int) -> None:
+    def __init__(self, tokenizer: HFTokenizer) -> None:
         """Raises UnsupportedModelError for a tokenizer whose text cannot be streamed."""
         self._decoder = TextDecoder(tokenizer)
         self._format = find_chat_format(tokenizer.chat_templates)
         self._call_ids = _special_ids(tokenizer, self._format.call_markers)
         self._reasoning_ids = _special_ids(tokenizer, self._format.reasoning_markers or ())
-        self._epoch = epoch
         self._requests: dict[int, _Request] = {}
         self._ended: set[int] = set()
 
@@ -153,8 +151,8 @@ class DetokenizerWorker:
                 self._fail(uid, finish, columns)
         for failure in message.failures:
             self._pass_on(failure, columns)
-        aborts = AbortMsg(uids=tuple(columns.aborts), epoch=self._epoch) if columns.aborts else None
-        return columns.reply(self._epoch), aborts
+        aborts = AbortMsg(uids=tuple(columns.aborts)) if columns.aborts else None
+        return columns.reply(), aborts
 
     def _open(self, start: Start, columns: _Columns) -> _Request:
         parts = Parts(start.parts)

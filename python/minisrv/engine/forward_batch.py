@@ -11,11 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
-Float32Array = npt.NDArray[np.float32]
+from minisrv.wire.arrays import Float32Array, Int32Array, Int64Array
 
 
 @dataclass(frozen=True, slots=True)

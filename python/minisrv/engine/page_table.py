@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from minisrv.engine.forward_batch import ForwardBatch, Int32Array, Int64Array
+from minisrv.engine.forward_batch import ForwardBatch
+from minisrv.wire.arrays import Int32Array, Int64Array
 
 
 class PageTable:

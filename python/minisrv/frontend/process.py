@@ -53,7 +53,7 @@ def main() -> None:
 
 
 async def _serve(child: Child) -> None:
-    registry = RequestRegistry(child.config, child.boot.epoch)
+    registry = RequestRegistry(child.config)
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(child.config, registry),
@@ -68,7 +68,8 @@ async def _serve(child: Child) -> None:
     )
     loop = asyncio.get_running_loop()
     take = functools.partial(_take_notice, child, registry, server)
-    async with EngineClient(Path(child.boot.run_dir), registry, child.config.num_tokenizers):
+    run_dir, num_tokenizers = Path(child.boot.run_dir), child.config.num_tokenizers
+    async with EngineClient(run_dir, registry, num_tokenizers, child.boot.epoch):
         child.handle_notices(lambda notice: loop.call_soon_threadsafe(take, notice))
         await server.serve([socket.socket(fileno=child.boot.fds["listener"])])
 

@@ -6,13 +6,9 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
 from minisrv.kvcache.page_pool import IdPool
 from minisrv.kvcache.radix_tree import Node, RadixTree
-
-Int32Array = npt.NDArray[np.int32]
+from minisrv.wire.arrays import Int32Array
 
 
 @dataclass(slots=True, eq=False)

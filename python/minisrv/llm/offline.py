@@ -30,6 +30,7 @@ from minisrv.structured_output.checker import GrammarChecker
 from minisrv.structured_output.vocabulary import open_vocabulary
 from minisrv.tokenizer.chat_template import ChatTemplate
 from minisrv.tokenizer.worker import TokenizerWorker
+from minisrv.wire.arrays import token_array
 from minisrv.wire.messages import AbortMsg, GenerateMsg, TokenizeMsg, UserReply
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class LLM:
         self.model_config = model
         self.sampling_defaults = model.defaults_of(config.sampling_defaults)
         self.tokenizer = tokenizer
-        self._detokenizer = DetokenizerWorker(tokenizer, LocalChannel.epoch)
+        self._detokenizer = DetokenizerWorker(tokenizer)
         self._channel = LocalChannel()
         vocabulary = open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
         self._loop = build_loop(
@@ -76,7 +77,6 @@ class LLM:
             ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens),
             self._loop.scheduler.max_seq_len,
             model.vocab_size,
-            LocalChannel.epoch,
             GrammarChecker(vocabulary),
         )
         self._next_uid = 0
@@ -203,7 +203,9 @@ class LLM:
     ) -> list[TokenizeMsg]:
         return [
             TokenizeMsg(
-                uid=0, prompt=prompt if isinstance(prompt, str) else tuple(prompt), sampling=p
+                uid=0,
+                prompt=prompt if isinstance(prompt, str) else token_array(prompt),
+                sampling=p,
             )
             for prompt, p in zip(prompts, params, strict=True)
         ]

@@ -10,13 +10,13 @@ import numpy as np
 from minisrv.engine.forward_batch import (
     ForwardBatch,
     GrammarMasks,
-    Int32Array,
     SamplingColumns,
 )
 from minisrv.scheduler.logprobs import build_logprobs
 from minisrv.scheduler.penalties import build_penalties
 from minisrv.scheduler.request import Request
 from minisrv.scheduler.step import Step
+from minisrv.wire.arrays import Int32Array
 
 FillMasks = Callable[[list[Request]], Int32Array]
 

@@ -41,10 +41,9 @@ class ZmqChannel:
     WAIT_S = 1.0
 
     def __init__(self, run_dir: Path, epoch: int) -> None:
-        self.epoch = epoch
         self._inbox = Inbox(run_dir, "scheduler", SCHEDULER_INBOX, epoch)
-        self._outbox = Outbox(run_dir, "detokenizer")
-        self._frontend = Outbox(run_dir, "frontend")
+        self._outbox = Outbox(run_dir, "detokenizer", epoch)
+        self._frontend = Outbox(run_dir, "frontend", epoch)
 
     def receive(self, wait: bool) -> list[Message]:
         """See Channel."""
@@ -72,8 +71,6 @@ class LocalChannel:
 
     `told` keeps the last of what a frontend would have been told.
     """
-
-    epoch = 0
 
     def __init__(self) -> None:
         self.inbox: deque[GenerateMsg | AbortMsg | FlushMsg] = deque()

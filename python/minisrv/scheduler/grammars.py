@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minisrv.engine.forward_batch import Int32Array
 from minisrv.scheduler.request import Request, Status
 from minisrv.scheduler.scheduler import Scheduler
 from minisrv.structured_output.compiler import GrammarCompiler
 from minisrv.structured_output.matcher import Matcher
+from minisrv.wire.arrays import Int32Array
 from minisrv.wire.messages import GenerateMsg
 
 

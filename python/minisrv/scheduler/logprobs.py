@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from minisrv.engine.forward_batch import Int32Array, LogprobColumns, Logprobs
+from minisrv.engine.forward_batch import LogprobColumns, Logprobs
 from minisrv.scheduler.request import Request, Status
 from minisrv.scheduler.step import Chunk, Step
+from minisrv.wire.arrays import Int32Array
 from minisrv.wire.logprobs import TokenLogprobs
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minisrv.engine.forward_batch import ForwardEngine, ForwardOutput, Int32Array
+from minisrv.engine.forward_batch import ForwardEngine, ForwardOutput
 from minisrv.errors import InvalidRequestError
 from minisrv.scheduler.batch_builder import BatchBuilder
 from minisrv.scheduler.channel import LocalChannel, ZmqChannel
@@ -20,6 +20,7 @@ from minisrv.scheduler.scheduler import Scheduler
 from minisrv.scheduler.stats import LoopStats
 from minisrv.scheduler.step import Step
 from minisrv.structured_output.compiler import GrammarCompiler
+from minisrv.wire.arrays import Int32Array
 from minisrv.wire.messages import (
     AbortMsg,
     AnswerMsg,
@@ -76,7 +77,7 @@ class SchedulerLoop:
         self.advance()
         self._send(self.scheduler.take_replies())
         if self.stats.due(self.scheduler.now, self.busy):
-            self.channel.tell(self.stats.message(self.scheduler, self.channel.epoch))
+            self.channel.tell(self.stats.message(self.scheduler))
 
     def advance(self) -> None:
         """Launch the next step, and settle what must be settled."""
@@ -126,13 +127,13 @@ class SchedulerLoop:
 
     def _flush(self, message: FlushMsg) -> AnswerMsg:
         """Empty the cache, unless requests are open: these would keep parts of it."""
-        cache, epoch = self.scheduler.cache, self.channel.epoch
+        cache = self.scheduler.cache
         if num_open := self.scheduler.num_open:
             error = InvalidRequestError(f"{num_open} requests are open; the cache is flushed idle")
-            return AnswerMsg(query=message.query, failure=Failure.from_error(0, error), epoch=epoch)
+            return AnswerMsg(query=message.query, failure=Failure.from_error(0, error))
         num_pages = cache.tree.num_evictable
         cache.evict(num_pages)
-        return AnswerMsg(query=message.query, value={"pages": num_pages}, epoch=epoch)
+        return AnswerMsg(query=message.query, value={"pages": num_pages})
 
     def _request_grammar(self, message: GenerateMsg) -> None:
         if self._grammars is not None:
@@ -157,6 +158,5 @@ class SchedulerLoop:
                 progress=tuple(replies.progress),
                 at=self.scheduler.now,
                 logprobs=tuple(replies.logprobs),
-                epoch=self.channel.epoch,
             )
         )

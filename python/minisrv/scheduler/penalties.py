@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minisrv.engine.forward_batch import Int32Array, Penalties
+from minisrv.engine.forward_batch import Penalties
 from minisrv.scheduler.request import Request
 from minisrv.scheduler.step import Step
+from minisrv.wire.arrays import Int32Array
 
 
 def build_penalties(step: Step, rows: Int32Array) -> Penalties:

@@ -6,16 +6,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
-import numpy.typing as npt
 
 from minisrv.engine.forward_batch import Logprobs
 from minisrv.kvcache.manager import Lease
 from minisrv.sampling_params import SamplingParams
 from minisrv.structured_output.matcher import Matcher
+from minisrv.wire.arrays import Int32Array
 from minisrv.wire.logprobs import TokenLogprobs
 from minisrv.wire.messages import Finish, ShownPrompt, Start
-
-Int32Array = npt.NDArray[np.int32]
 
 
 class Status(Enum):

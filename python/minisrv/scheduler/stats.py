@@ -68,7 +68,7 @@ class LoopStats:
         self._due_at = now + PERIOD_S
         return True
 
-    def message(self, scheduler: Scheduler, epoch: int) -> StatsMsg:
+    def message(self, scheduler: Scheduler) -> StatsMsg:
         """The figures now."""
         cache = scheduler.cache
         return StatsMsg(
@@ -84,5 +84,4 @@ class LoopStats:
             steps=self._steps,
             inter_token=self._inter_token.message(),
             step_tokens=self._step_tokens.message(),
-            epoch=epoch,
         )

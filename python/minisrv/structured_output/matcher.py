@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from llguidance import LLMatcher
 
-Int32Array = npt.NDArray[np.int32]
+from minisrv.wire.arrays import Int32Array
 
 
 class Matcher:

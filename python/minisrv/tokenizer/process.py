@@ -35,7 +35,8 @@ def main() -> None:
 def _serve(child: Child) -> None:
     boot, run_dir = child.boot, Path(child.boot.run_dir)
     inbox = Inbox(run_dir, f"tokenizer-{boot.index}", TOKENIZER_INBOX, boot.epoch)
-    scheduler, frontend = Outbox(run_dir, "scheduler"), Outbox(run_dir, "frontend")
+    scheduler = Outbox(run_dir, "scheduler", boot.epoch)
+    frontend = Outbox(run_dir, "frontend", boot.epoch)
     worker = _build_worker(child)
     child.report(ChildReady({"chat_format": asdict(worker.chat_format)}))
     while inbox.wait():
@@ -58,6 +59,5 @@ def _build_worker(child: Child) -> TokenizerWorker:
         template,
         model.max_seq_len,
         model.vocab_size,
-        child.boot.epoch,
         GrammarChecker(vocabulary),
     )

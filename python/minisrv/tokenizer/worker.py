@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from minisrv.checkpoint.chat_format import find_chat_format
 from minisrv.checkpoint.tokenizer import HFTokenizer
@@ -17,6 +15,7 @@ from minisrv.sampling_params import SamplingParams
 from minisrv.structured_output.checker import GrammarChecker
 from minisrv.tokenizer.chat_template import ChatTemplate, Messages
 from minisrv.tokenizer.reply_grammar import ReplyGrammars
+from minisrv.wire.arrays import Int32Array
 from minisrv.wire.messages import (
     AbortMsg,
     AnswerMsg,
@@ -53,7 +52,6 @@ class TokenizerWorker:
         template: ChatTemplate,
         max_seq_len: int,
         vocab_size: int,
-        epoch: int,
         grammar_checker: GrammarChecker,
     ) -> None:
         self._tokenizer = tokenizer
@@ -62,7 +60,6 @@ class TokenizerWorker:
         self._max_seq_len = max_seq_len
         self._vocab_size = vocab_size
         self._grammars = ReplyGrammars(tokenizer, self.chat_format)
-        self._epoch = epoch
         self._grammar_checker = grammar_checker
 
     def handle(self, message: TokenizeMsg | AbortMsg | FlushMsg | TokenizerQuery) -> list[Outgoing]:
@@ -77,17 +74,15 @@ class TokenizerWorker:
         try:
             prompt_ids, text, parts = self._prompt(message)
             self._check(prompt_ids, message)
-            ids = np.asarray(prompt_ids, np.int32)
             return [
                 GenerateMsg(
                     uid=message.uid,
-                    prompt_ids=ids,
+                    prompt_ids=prompt_ids,
                     sampling=self._sampling(message, parts),
                     parts=parts,
-                    shown_prompt=self._shown(message, ids, text),
+                    shown_prompt=self._shown(message, prompt_ids, text),
                     show_progress=message.show_progress,
                     cache_salt=message.cache_salt,
-                    epoch=self._epoch,
                 )
             ]
         except MinisrvError as error:
@@ -96,18 +91,23 @@ class TokenizerWorker:
             logger.exception("request uid=%d cannot be tokenized", message.uid)
             return [self._failure(message, MinisrvError("the prompt could not be tokenized"))]
 
-    def _prompt(self, message: TokenizeMsg) -> tuple[Sequence[int], str | None, Parts]:
+    def _prompt(self, message: TokenizeMsg) -> tuple[Int32Array, str | None, Parts]:
         """The ids, their text where there was one, and what the reply may hold."""
         if message.messages is None:
-            text = message.prompt if isinstance(message.prompt, str) else None
-            return self._prompt_ids(message), text, Parts(0)
+            assert message.prompt is not None, "a TokenizeMsg has a prompt or messages"
+            if not isinstance(message.prompt, str):
+                return message.prompt, None, Parts(0)
+            ids = self._encode(message.prompt, True, "prompt")
+            if not ids and self._tokenizer.bos_id is not None:
+                ids = [self._tokenizer.bos_id]
+            return np.array(ids, np.int32), message.prompt, Parts(0)
         text = self._render(message, message.messages)
         parts = Parts.CALLS if message.tools else Parts(0)
         if message.split_reasoning:
             continued = message.messages[-1]["content"] if message.continue_final_message else ""
             parts |= self._reasoning_part(text, continued)
         # The template writes the special tokens itself: a second BOS would be wrong.
-        return self._encode(text, False, "messages"), text, parts
+        return np.array(self._encode(text, False, "messages"), np.int32), text, parts
 
     def _render(self, message: TokenizeMsg | EncodeMsg, messages: Messages) -> str:
         return self._template.render(
@@ -119,9 +119,7 @@ class TokenizerWorker:
             chat_template=message.chat_template,
         )
 
-    def _shown(
-        self, message: TokenizeMsg, ids: npt.NDArray[np.int32], text: str | None
-    ) -> ShownPrompt | None:
+    def _shown(self, message: TokenizeMsg, ids: Int32Array, text: str | None) -> ShownPrompt | None:
         if not message.show_prompt_ids and not message.show_prompt_text:
             return None
         if text is None and message.show_prompt_text:
@@ -168,13 +166,13 @@ class TokenizerWorker:
 
     def _answer(self, message: TokenizerQuery) -> AnswerMsg:
         try:
-            return AnswerMsg(query=message.query, value=self._value(message), epoch=self._epoch)
+            return AnswerMsg(query=message.query, value=self._value(message))
         except MinisrvError as error:
             failure = Failure.from_error(0, error)
         except Exception:
             logger.exception("query %d cannot be answered", message.query)
             failure = Failure.from_error(0, MinisrvError("the tokenizer could not answer"))
-        return AnswerMsg(query=message.query, failure=failure, epoch=self._epoch)
+        return AnswerMsg(query=message.query, failure=failure)
 
     def _value(self, message: TokenizerQuery) -> dict[str, Any]:
         if isinstance(message, EncodeMsg):
@@ -203,28 +201,19 @@ class TokenizerWorker:
             )
         return self._tokenizer.encode(text, add_special_tokens)
 
-    def _prompt_ids(self, message: TokenizeMsg) -> Sequence[int]:
-        if isinstance(message.prompt, str):
-            ids = self._encode(message.prompt, True, "prompt")
-            if not ids and self._tokenizer.bos_id is not None:
-                return [self._tokenizer.bos_id]
-            return ids
-        assert message.prompt is not None, "a TokenizeMsg has a prompt or messages"
-        return message.prompt
-
-    def _check(self, prompt_ids: Sequence[int], message: TokenizeMsg) -> None:
+    def _check(self, prompt_ids: Int32Array, message: TokenizeMsg) -> None:
         param = "prompt" if message.messages is None else "messages"
-        if not prompt_ids:
+        if not prompt_ids.size:
             raise InvalidRequestError(
                 f"{param} gives no token; it must give at least one", param=param
             )
         self._check_length(len(prompt_ids), message.sampling.max_tokens, param)
         self._check_named_ids(message.sampling)
         _check_scores(len(prompt_ids), message.sampling)
-        if min(prompt_ids) < 0 or max(prompt_ids) >= self._vocab_size:
-            wrong = next(id for id in prompt_ids if not 0 <= id < self._vocab_size)
+        wrong = prompt_ids[(prompt_ids < 0) | (prompt_ids >= self._vocab_size)]
+        if wrong.size:
             raise InvalidRequestError(
-                f"{param} holds token id {wrong}; the model's ids go from 0 to "
+                f"{param} holds token id {wrong[0]}; the model's ids go from 0 to "
                 f"{self._vocab_size - 1}",
                 param=param,
             )
@@ -248,7 +237,7 @@ class TokenizerWorker:
 
     def _failure(self, message: TokenizeMsg, error: MinisrvError) -> UserReply:
         uids = range(message.uid, message.uid + message.sampling.n)
-        return failure_reply([Failure.from_error(uid, error) for uid in uids], self._epoch)
+        return failure_reply([Failure.from_error(uid, error) for uid in uids])
 
 
 def _check_scores(num_prompt: int, sampling: SamplingParams) -> None:

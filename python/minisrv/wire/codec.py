@@ -1,7 +1,7 @@
-"""The one wire form of a message: msgpack of [tag, epoch, field, ...].
+"""The wire form of a message: a frame is msgpack of [tag, epoch, field, ...].
 
-A socket carries the types of its inbox table alone; the decoder goes by that table and by the types
-of the fields, never by a name found in the data.
+Arrays travel as bytes, dataclasses as lists of their fields. The decoder follows the types that
+the receiving socket accepts and the annotations of their fields, never a name found in the data.
 """
 
 from __future__ import annotations
@@ -10,130 +10,105 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import msgpack
 import numpy as np
 
-from minisrv.errors import DecodeError
-from minisrv.wire.messages import (
-    AbortMsg,
-    AnswerMsg,
-    DecodeMsg,
-    DescribeMsg,
-    DetokenizeMsg,
-    EncodeMsg,
-    FlushMsg,
-    GenerateMsg,
-    InboxTypes,
-    Message,
-    StatsMsg,
-    TokenizeMsg,
-    UserReply,
-)
+from minisrv.errors import DecodeError, InvalidRequestError
+from minisrv.wire.messages import DetokenizeMsg, InboxTypes, Message, UserReply
 
-_TAGS: dict[type[Any], int] = {
-    TokenizeMsg: 1,
-    AbortMsg: 2,
-    GenerateMsg: 3,
-    DetokenizeMsg: 4,
-    UserReply: 5,
-    EncodeMsg: 6,
-    DecodeMsg: 7,
-    DescribeMsg: 8,
-    FlushMsg: 9,
-    AnswerMsg: 10,
-    StatsMsg: 11,
+_TAGS: dict[type[Any], int] = {kind: tag for tag, kind in enumerate(get_args(Message), 1)}
+_COLUMNS = {
+    DetokenizeMsg: ("uids", "token_ids", "finishes"),
+    UserReply: ("uids", "texts", "output_tokens", "finishes", "stop_reasons"),
 }
 
 
-def encode(message: Message) -> bytes:
-    """The frame of a message."""
-    frame = [_TAGS[type(message)], *_pack_fields(message)]
-    return msgpack.packb(frame, use_bin_type=True)  # type: ignore[no-any-return]
+def encode(message: Message, epoch: int = 0) -> bytes:
+    """The frame of a message; `epoch` numbers the start of the processes that exchange it."""
+    frame = [_TAGS[type(message)], epoch, *_field_values(message)]
+    return msgpack.packb(frame, default=_pack)  # type: ignore[no-any-return]
 
 
-def decode(frame: bytes, types: InboxTypes) -> Message:
-    """The message in a frame. Raises DecodeError unless it is whole and one of `types`."""
+def decode(frame: bytes, types: InboxTypes, epoch: int = 0) -> Message:
+    """The message in a frame.
+
+    Raises DecodeError unless the frame is of this epoch and holds a whole message of `types`.
+    """
     try:
-        values = msgpack.unpackb(frame, raw=False, use_list=True, strict_map_key=True)
+        values = msgpack.unpackb(frame)
     except (ValueError, msgpack.UnpackException) as error:
-        raise DecodeError(f"a frame is not msgpack: {error}") from None
-    kind = next((t for t in types if isinstance(values, list) and values[:1] == [_TAGS[t]]), None)
+        raise DecodeError(f"the frame is not msgpack: {error}") from None
+    if not isinstance(values, list) or len(values) < 2:
+        raise DecodeError("the frame holds no message")
+    kind = next((kind for kind in types if _TAGS[kind] == values[0]), None)
     if kind is None:
-        raise DecodeError("a frame holds no message of this socket")
-    message: Message = _unpack_fields(kind, values[1:])
-    _check_columns(message)
+        raise DecodeError("the frame holds no message that this socket accepts")
+    if values[1] != epoch:
+        raise DecodeError(f"the frame is of epoch {values[1]}; this is epoch {epoch}")
+    message: Message = _unpack_fields(kind, values[2:])
+    if len({len(getattr(message, name)) for name in _COLUMNS.get(kind, ())}) > 1:
+        raise DecodeError(f"{kind.__name__} has columns of different lengths")
     return message
 
 
-def _check_columns(message: Message) -> None:
-    if isinstance(message, DetokenizeMsg):
-        lengths = {len(message.uids), len(message.token_ids), len(message.finishes)}
-    elif isinstance(message, UserReply):
-        lengths = {
-            len(message.uids),
-            len(message.texts),
-            len(message.output_tokens),
-            len(message.finishes),
-            len(message.stop_reasons),
-        }
-    else:
-        return
-    if len(lengths) != 1:
-        raise DecodeError(f"{type(message).__name__} has columns of different lengths")
-
-
-def _pack_fields(value: Any) -> list[Any]:
-    return [_pack(getattr(value, f.name)) for f in fields(value)]
-
-
 def _pack(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tobytes()
-    if isinstance(value, tuple):
-        return [_pack(item) for item in value]
-    if is_dataclass(value):
-        return _pack_fields(value)
-    return value
+    """What msgpack packs in place of a type that it does not know."""
+    return value.tobytes() if isinstance(value, np.ndarray) else _field_values(value)
 
 
-def _unpack_fields(kind: type[Any], values: Any) -> Any:
-    readers = _field_readers(kind)  # type: ignore[arg-type]
+def _field_values(value: Any) -> list[Any]:
+    readers = _field_readers(type(value))  # type: ignore[arg-type]
+    return [getattr(value, name) for name, _ in readers]
+
+
+def _unpack_fields(kind: Any, values: Any) -> Any:
+    readers = _field_readers(kind)
     if not isinstance(values, list) or len(values) != len(readers):
         raise DecodeError(f"{kind.__name__} does not have {len(readers)} fields")
     try:
         return kind(**{name: read(v) for (name, read), v in zip(readers, values, strict=True)})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, InvalidRequestError) as error:
         raise DecodeError(f"{kind.__name__}: {error}") from None
 
 
 @cache
 def _field_readers(kind: Any) -> tuple[tuple[str, Callable[[Any], Any]], ...]:
+    """The fields of a dataclass, each with the function that reads what msgpack made of it."""
     hints = get_type_hints(kind)
     return tuple((f.name, _reader(hints[f.name])) for f in fields(kind))
 
 
 def _reader(hint: Any) -> Callable[[Any], Any]:
+    if kinds := _plain_types(hint):
+        return lambda value: _expect(value, kinds)
     origin = get_origin(hint)
-    if origin in (Union, UnionType):
+    if origin is UnionType:
         return _union_reader(get_args(hint))
     if origin is tuple:
-        return _tuple_reader(_reader(get_args(hint)[0]))
+        return _tuple_reader(get_args(hint)[0])
     if origin is np.ndarray:
         dtype = np.dtype(get_args(get_args(hint)[1])[0])
-        return lambda value: np.frombuffer(_expect(value, bytes), dtype)
-    if origin is dict:
-        return lambda value: _expect(value, dict)
+        return lambda value: np.frombuffer(_expect(value, {bytes}), dtype)
     if is_dataclass(hint):
-        return lambda value: _unpack_fields(hint, value)  # type: ignore[arg-type]
-    if hint is float:
-        return lambda value: float(_expect(value, float, int))
-    return lambda value: _expect(value, hint)
+        return lambda value: _unpack_fields(hint, value)
+    assert hint is float, hint
+    return lambda value: float(_expect(value, {float, int}))
 
 
-def _tuple_reader(read_item: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda value: tuple(read_item(item) for item in _expect(value, list))
+def _plain_types(hint: Any) -> set[type[Any]]:
+    """The types of a value that needs no conversion, none if it needs one."""
+    hints = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kinds = {get_origin(one) or one for one in hints}
+    return kinds if kinds <= {str, int, bool, bytes, dict, NoneType} else set()
+
+
+def _tuple_reader(item: Any) -> Callable[[Any], Any]:
+    if kinds := _plain_types(item):
+        return lambda value: tuple(_expect_items(value, kinds))
+    read_item = _reader(item)
+    return lambda value: tuple([read_item(one) for one in _expect(value, {list})])
 
 
 def _union_reader(hints: Sequence[Any]) -> Callable[[Any], Any]:
@@ -152,7 +127,13 @@ def _union_reader(hints: Sequence[Any]) -> Callable[[Any], Any]:
     return read
 
 
-def _expect(value: Any, *kinds: type[Any]) -> Any:
-    if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
-        return value
-    raise TypeError(f"a {type(value).__name__} is not a {kinds[0].__name__}")
+def _expect(value: Any, kinds: set[type[Any]]) -> Any:
+    if type(value) not in kinds:  # exactly: a bool is not an int here
+        raise TypeError(f"a {type(value).__name__} is not one of {kinds}")
+    return value
+
+
+def _expect_items(values: Any, kinds: set[type[Any]]) -> Any:
+    if not kinds.issuperset(map(type, _expect(values, {list}))):
+        raise TypeError(f"a list has items that are not of {kinds}")
+    return values

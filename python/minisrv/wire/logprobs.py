@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-Int32Array = npt.NDArray[np.int32]
-Float32Array = npt.NDArray[np.float32]
+from minisrv.wire.arrays import Float32Array, Int32Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,15 +11,11 @@ from enum import IntEnum, IntFlag
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from minisrv.errors import Lengths, MinisrvError
 from minisrv.sampling_params import SamplingParams
+from minisrv.wire.arrays import Int32Array, Int64Array, UInt8Array
 from minisrv.wire.logprobs import OutputLogprobs, PromptEcho, TokenLogprobs
-
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
-UInt8Array = npt.NDArray[np.uint8]
 
 
 class Finish(IntEnum):
@@ -91,7 +87,6 @@ class TokenizeMsg:
     show_prompt_text: bool = False
     show_progress: bool = False
     cache_salt: str = ""
-    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +97,6 @@ class AbortMsg:
     """
 
     uids: tuple[int, ...]
-    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +110,6 @@ class GenerateMsg:
     shown_prompt: ShownPrompt | None = None
     show_progress: bool = False
     cache_salt: str = ""
-    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +129,6 @@ class EncodeMsg:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template: str | None = None
-    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +138,6 @@ class DecodeMsg:
     query: int
     token_ids: Int32Array
     skip_special_tokens: bool
-    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +145,6 @@ class DescribeMsg:
     """Frontend to tokenizer: what tokenizer is this? Answered as HFTokenizer.describe."""
 
     query: int
-    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +152,6 @@ class FlushMsg:
     """Frontend to tokenizer to scheduler: empty the prefix cache. Answered with pages or busy."""
 
     query: int
-    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,7 +246,6 @@ class DetokenizeMsg:
     logprobs: tuple[TokenLogprobs, ...] = ()
     progress: tuple[Progress, ...] = ()
     at: float = 0.0
-    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,7 +286,6 @@ class UserReply:
     logprobs: tuple[OutputLogprobs, ...] = ()
     ends: tuple[End, ...] = ()
     progress: tuple[Progress, ...] = ()
-    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,7 +295,6 @@ class AnswerMsg:
     query: int
     value: dict[str, Any] = field(default_factory=dict)
     failure: Failure | None = None
-    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,7 +325,6 @@ class StatsMsg:
     steps: int
     inter_token: Histogram
     step_tokens: Histogram
-    epoch: int = 0
 
 
 TokenizerQuery = EncodeMsg | DecodeMsg | DescribeMsg
@@ -355,7 +340,7 @@ DETOKENIZER_INBOX: InboxTypes = (DetokenizeMsg,)
 FRONTEND_INBOX: InboxTypes = (UserReply, AnswerMsg, StatsMsg)
 
 
-def failure_reply(failures: Sequence[Failure], epoch: int) -> UserReply:
+def failure_reply(failures: Sequence[Failure]) -> UserReply:
     """A reply with failures alone."""
     return UserReply(
         uids=np.empty(0, np.int64),
@@ -364,5 +349,4 @@ def failure_reply(failures: Sequence[Failure], epoch: int) -> UserReply:
         finishes=np.empty(0, np.uint8),
         stop_reasons=(),
         failures=tuple(failures),
-        epoch=epoch,
     )

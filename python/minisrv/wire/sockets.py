@@ -54,18 +54,14 @@ def _open(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[byte
 def _accept(frame: bytes, types: InboxTypes, epoch: int) -> Message | None:
     """The message in a frame; None, with a log line, for a frame that must be dropped."""
     try:
-        message = decode(frame, types)
+        return decode(frame, types, epoch)
     except DecodeError as error:
         logger.error("dropped a frame of %d bytes: %s", len(frame), error)
         return None
-    if message.epoch != epoch:
-        logger.warning("dropped a message of epoch %d, this is %d", message.epoch, epoch)
-        return None
-    return message
 
 
 class Inbox:
-    """A blocking PULL socket that only takes messages of `types` and of `epoch`."""
+    """A blocking PULL socket that accepts only messages of `types` and of `epoch`."""
 
     def __init__(self, directory: Path, name: str, types: InboxTypes, epoch: int) -> None:
         self._types = types
@@ -97,13 +93,14 @@ class Inbox:
 class Outbox:
     """A PUSH socket to one inbox; the inbox may bind later."""
 
-    def __init__(self, directory: Path, name: str) -> None:
+    def __init__(self, directory: Path, name: str, epoch: int) -> None:
+        self._epoch = epoch
         self._socket = _open(zmq.Context.instance(), zmq.PUSH)
         self._socket.connect(_endpoint(directory, name))
 
     def send(self, message: Message) -> None:
         """Queue a message; blocks while the inbox is full."""
-        self._socket.send(encode(message))
+        self._socket.send(encode(message, self._epoch))
 
     def close(self) -> None:
         """Drop what has not been sent."""

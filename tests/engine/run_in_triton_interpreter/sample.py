@@ -10,13 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from minisrv.engine.forward_batch import Int64Array, SamplingColumns
+from minisrv.engine.forward_batch import SamplingColumns
 from minisrv.engine.kernels import triton_sample
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kernels.triton_noise import gumbel, row_keys
 from minisrv.engine.kernels.triton_sample import sample_on_device
 from minisrv.engine.sampling import sampler
 from minisrv.engine.sampling.device_columns import DeviceColumns
+from minisrv.wire.arrays import Int64Array
 from tests.support.step_driver import sampling_columns
 
 VOCAB = 300

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisrv.engine.forward_batch import ForwardBatch, Int32Array, Int64Array
+from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.engine.kernels.base import CacheSlots
 from minisrv.engine.kernels.cpu import CpuKernels
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.page_table import PageTable, token_positions
+from minisrv.wire.arrays import Int32Array, Int64Array
 
 _LEAST_TOKENS_SAVED = 512  # by sharing; below, the second pass and the merge cost more
 

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisrv.engine.forward_batch import ForwardBatch, Int32Array, Int64Array
+from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.engine.kernels.base import CacheSlots
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.page_table import PageTable, token_positions
+from minisrv.wire.arrays import Int32Array, Int64Array
 
 _GROUP_SLACK_PAGES = 8
 

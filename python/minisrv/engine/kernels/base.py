@@ -12,7 +12,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from minisrv.engine.forward_batch import Int64Array, SamplingColumns
+from minisrv.engine.forward_batch import SamplingColumns
+from minisrv.wire.arrays import Int64Array
 
 
 @dataclass(frozen=True, slots=True)

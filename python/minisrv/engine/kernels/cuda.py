@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minisrv.engine.forward_batch import Int64Array, SamplingColumns
+from minisrv.engine.forward_batch import SamplingColumns
 from minisrv.engine.kernels.base import (
     CacheSlots,
     QKNormWeights,
@@ -20,6 +20,7 @@ from minisrv.engine.kernels.triton_moe import run_experts
 from minisrv.engine.kernels.triton_rotate import norm_rotate_store
 from minisrv.engine.kernels.triton_sample import sample_on_device
 from minisrv.engine.sampling.device_columns import DeviceColumns
+from minisrv.wire.arrays import Int64Array
 
 
 class CudaKernels:

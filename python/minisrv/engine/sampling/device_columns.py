@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisrv.engine.forward_batch import Int64Array, SamplingColumns
+from minisrv.engine.forward_batch import SamplingColumns
+from minisrv.wire.arrays import Int64Array
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisrv.engine.forward_batch import Int64Array, SamplingColumns
+from minisrv.engine.forward_batch import SamplingColumns
 from minisrv.engine.kernels.base import Kernels
 from minisrv.engine.sampling.uniform import uniforms
+from minisrv.wire.arrays import Int64Array
 
 
 def sample(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from minisrv.engine.forward_batch import Int32Array, Int64Array
+from minisrv.wire.arrays import Int32Array, Int64Array
 
 UInt64Array = npt.NDArray[np.uint64]
 Float64Array = npt.NDArray[np.float64]

@@ -47,9 +47,7 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
 
     async def encode(fields: Mapping[str, Any]) -> dict[str, Any]:
         encoding = _read_encoding(fields, registry.model)
-        return await registry.ask(
-            lambda query: EncodeMsg(query=query, epoch=registry.epoch, **encoding)
-        )
+        return await registry.ask(lambda query: EncodeMsg(query=query, **encoding))
 
     @app.post("/tokenize", openapi_extra=request_body(tokenize_fields), responses=statuses)
     async def tokenize(request: Request) -> Response:
@@ -71,9 +69,7 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
         """The text of tokens."""
         fields, headers = await bodies.read(request, DETOKENIZE_FIELDS)
         message = _read_decoding(fields, registry.model)
-        answer = await registry.ask(
-            lambda query: DecodeMsg(query=query, epoch=registry.epoch, **message)
-        )
+        answer = await registry.ask(lambda query: DecodeMsg(query=query, **message))
         return JSONResponse({"prompt": answer["text"], "text": answer["text"]}, headers=headers)
 
     @app.post("/apply-template", include_in_schema=False)
@@ -88,7 +84,7 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
     @app.get("/tokenizer_info", responses=errors(401, 503))
     async def tokenizer_info() -> Response:
         """Special tokens, chat template and size of the vocabulary."""
-        answer = await registry.ask(lambda query: DescribeMsg(query=query, epoch=registry.epoch))
+        answer = await registry.ask(lambda query: DescribeMsg(query=query))
         return JSONResponse({**answer, "max_model_len": registry.model.max_model_len})
 
 

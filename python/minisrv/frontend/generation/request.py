@@ -14,7 +14,8 @@ from minisrv.frontend.fields.tools import ToolUse
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.tool_calls.formats import CallReading
 from minisrv.sampling_params import Grammar, SamplingParams, read_logit_bias
-from minisrv.wire.messages import EncodeMsg, Int32Array, TokenizeMsg
+from minisrv.wire.arrays import Int32Array
+from minisrv.wire.messages import EncodeMsg, TokenizeMsg
 
 Prompt = str | Int32Array
 Messages = tuple[dict[str, Any], ...]
@@ -86,7 +87,7 @@ class GenerationRequest(ABC):
         return None
 
     @abstractmethod
-    def tokenize_messages(self, base: int, epoch: int) -> list[TokenizeMsg]:
+    def tokenize_messages(self, base: int) -> list[TokenizeMsg]:
         """One message per prompt; choice i of the reply answers under uid `base + i`."""
 
     def check_fits(self, max_open_requests: int) -> None:
@@ -99,10 +100,9 @@ class GenerationRequest(ABC):
                 param="prompt" if self.num_prompts > 1 else "n",
             )
 
-    def _common(self, epoch: int) -> dict[str, Any]:
+    def _common(self) -> dict[str, Any]:
         return {
             "sampling": self.sampling,
-            "epoch": epoch,
             "cache_salt": self.cache_salt,
             "show_progress": self.reply.progress,
             "show_prompt_ids": self.reply.token_ids,
@@ -121,9 +121,9 @@ class TextRequest(GenerationRequest):
         """Prompts, each with `sampling.n` choices."""
         return len(self.prompts)
 
-    def tokenize_messages(self, base: int, epoch: int) -> list[TokenizeMsg]:
+    def tokenize_messages(self, base: int) -> list[TokenizeMsg]:
         """One message per prompt; choice i of the reply answers under uid `base + i`."""
-        common = self._common(epoch)
+        common = self._common()
         return [
             TokenizeMsg(uid=base + i * self.sampling.n, prompt=prompt, **common)
             for i, prompt in enumerate(self.prompts)
@@ -157,11 +157,9 @@ class ChatPrompt:
             "continue_final_message": self.continues_last,
         }
 
-    def encode_message(self, query: int, *, epoch: int, add_special_tokens: bool) -> EncodeMsg:
+    def encode_message(self, query: int, *, add_special_tokens: bool) -> EncodeMsg:
         """Ask the tokenizer for the prompt's text and tokens."""
-        return EncodeMsg(
-            query=query, epoch=epoch, add_special_tokens=add_special_tokens, **self.fields()
-        )
+        return EncodeMsg(query=query, add_special_tokens=add_special_tokens, **self.fields())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +182,7 @@ class ChatRequest(GenerationRequest):
         """How tool calls are found in the reply; None to look for none."""
         return self.prompt.tools.reading if self.prompt.tools else None
 
-    def tokenize_messages(self, base: int, epoch: int) -> list[TokenizeMsg]:
+    def tokenize_messages(self, base: int) -> list[TokenizeMsg]:
         """One message; choice i of the reply answers under uid `base + i`."""
         tools = self.prompt.tools
         return [
@@ -194,7 +192,7 @@ class ChatRequest(GenerationRequest):
                 parallel_calls=tools is None or tools.reading.parallel,
                 split_reasoning=True,
                 **self.prompt.fields(),
-                **self._common(epoch),
+                **self._common(),
             )
         ]
 

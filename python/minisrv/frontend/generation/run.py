@@ -81,7 +81,7 @@ class _GenerationResponse(Response):
         self._log_start()
         watch = asyncio.create_task(self._abort_when_gone(receive, base))
         try:
-            for message in self._request.tokenize_messages(base, self._registry.epoch):
+            for message in self._request.tokenize_messages(base):
                 self._registry.send(message)
             if self._request.reply.stream:
                 await self._send_stream(send, base)

@@ -111,9 +111,7 @@ async def _flush(registry: RequestRegistry, timeout_s: float) -> int:
     while True:
         try:
             # Always through tokenizer 0, behind the requests that went the same way.
-            answer = await registry.ask(
-                lambda query: FlushMsg(query=query, epoch=registry.epoch), tokenizer_index=0
-            )
+            answer = await registry.ask(lambda query: FlushMsg(query=query), tokenizer_index=0)
             return int(answer["pages"])
         except MinisrvError as error:
             if error.http_status != InvalidRequestError.http_status:

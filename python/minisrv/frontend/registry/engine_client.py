@@ -28,10 +28,12 @@ logger = logging.getLogger("minisrv.frontend")
 class EngineClient:
     """Joins a registry to the processes behind; make it inside the event loop that runs it."""
 
-    def __init__(self, run_dir: Path, registry: RequestRegistry, num_tokenizers: int) -> None:
+    def __init__(
+        self, run_dir: Path, registry: RequestRegistry, num_tokenizers: int, epoch: int
+    ) -> None:
         self._registry = registry
-        self._inbox = AsyncInbox(run_dir, "frontend", FRONTEND_INBOX, registry.epoch)
-        self._outboxes = [Outbox(run_dir, f"tokenizer-{i}") for i in range(num_tokenizers)]
+        self._inbox = AsyncInbox(run_dir, "frontend", FRONTEND_INBOX, epoch)
+        self._outboxes = [Outbox(run_dir, f"tokenizer-{i}", epoch) for i in range(num_tokenizers)]
         self._status_line = StatusLine()
         self._receiving: asyncio.Task[None] | None = None
         registry.connect(self._send)

@@ -39,8 +39,7 @@ Send = Callable[[int, TokenizeMsg | AbortMsg | Query], None]
 class RequestRegistry:
     """Routes replies to the requests they belong to. All methods belong to one event loop."""
 
-    def __init__(self, config: ServerConfig, epoch: int) -> None:
-        self.epoch = epoch
+    def __init__(self, config: ServerConfig) -> None:
         self.state: State = Starting("start", 0.0)
         self.phases: dict[str, float] = {}
         self.stats: StatsMsg | None = None
@@ -267,7 +266,7 @@ class RequestRegistry:
                 self._release(request, uid)
         assert self._send is not None
         for index, uids in by_tokenizer.items():
-            self._send(index, AbortMsg(uids=tuple(uids), epoch=self.epoch))
+            self._send(index, AbortMsg(uids=tuple(uids)))
         return running
 
     def _take_tokenizer(self) -> int:

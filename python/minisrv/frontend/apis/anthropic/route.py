@@ -45,8 +45,6 @@ def add_message_routes(app: FastAPI, service: Service) -> None:
         context_of(request.scope).names = NAMES
         prompt = read_prompt(fields, registry.model)
         answer = await registry.ask(
-            lambda query: prompt.encode_message(
-                query, epoch=registry.epoch, add_special_tokens=False
-            )
+            lambda query: prompt.encode_message(query, add_special_tokens=False)
         )
         return JSONResponse({"input_tokens": len(answer["ids"])}, headers=headers)

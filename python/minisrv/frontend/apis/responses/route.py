@@ -54,9 +54,7 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
         context_of(request.scope).names = NAMES
         prompt = read_response(fields, registry.model).prompt
         answer = await registry.ask(
-            lambda query: prompt.encode_message(
-                query, epoch=registry.epoch, add_special_tokens=False
-            )
+            lambda query: prompt.encode_message(query, add_special_tokens=False)
         )
         body = {"object": "response.input_tokens", "input_tokens": len(answer["ids"])}
         return JSONResponse(body, headers=headers)
