@@ -154,7 +154,7 @@ class Bench:
         return seconds, self._drain()
 
     def decode(self, batch: int, context: int, steps: int) -> tuple[float, StepTimes]:
-        """Seconds per decode step of `batch` requests around `context` tokens; and step times."""
+        """Seconds per decode step of `batch` requests around `context` tokens, and step times."""
         length = max(1, context - steps // 2)
         rest = 2 * LONGEST - length
         rng = Random(batch)
