@@ -27,6 +27,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/check_sizes.py
 	$(BIN)/python -m pytest tests/test_imports.py
 
 format: setup

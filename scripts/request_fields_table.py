@@ -9,7 +9,8 @@ import json
 import re
 from pathlib import Path
 
-from minisrv.frontend.fields.table import CHAT_FIELDS, COMPLETION_FIELDS, Field, Treatment
+from minisrv.frontend.apis.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS
+from minisrv.frontend.fields.table import Field, Treatment
 
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 HEAD = "| field | routes | what it does |\n|---|---|---|\n"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import fields
+from types import ModuleType
 from typing import Any
 
 import pytest
 
+from minisrv import launch_server
+from minisrv.commands import batch, plan
 from minisrv.config import ServerConfig, add_flags, flag, parse_command_line, parse_size
 from minisrv.errors import ConfigError
 
@@ -30,8 +34,22 @@ def test_every_field_has_a_flag_and_a_help() -> None:
     add_flags(parser)
     text = " ".join(parser.format_help().split())
     for field in fields(ServerConfig):
-        assert (field.metadata["negative"] or flag(field.name)) in text
+        assert flag(f"no_{field.name}" if field.default is True else field.name) in text
         assert field.metadata["help"]
+
+
+@pytest.mark.parametrize("command", [launch_server, batch, plan])
+def test_a_negated_flag_says_that_it_switches_off(
+    command: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    helps = dict(re.findall(r"^ +--no-(\S+) +(\S.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert helps.keys() == {
+        f.name.replace("_", "-") for f in fields(ServerConfig) if f.default is True
+    }
+    assert all(help.startswith("do not ") for help in helps.values()), helps
 
 
 def test_defaults_are_those_of_the_fields() -> None:
@@ -105,11 +123,11 @@ def test_keys_of_the_environment_hold_beside_those_of_flags(
         ({"tp": 0}, "--tp is 0; it must be at least 1"),
         ({"attention_backend": "fast"}, "--attention-backend is 'fast'; it must be one of auto"),
         ({"dtype": "int8"}, "--dtype is 'int8'; it must be one of auto, bfloat16"),
-        ({"kv_memory": "lots"}, "'lots' is no size"),
-        ({"num_pages": True}, "--num-pages is True; it must be a int"),
-        ({"num_pages": 1.5}, "--num-pages is 1.5; it must be a int"),
-        ({"model": None}, "--model is None; it must be a str"),
-        ({"radix_cache": 1}, "--radix-cache is 1; it must be a bool"),
+        ({"kv_memory": "lots"}, "invalid size 'lots'"),
+        ({"num_pages": True}, "--num-pages is True; it must be an integer"),
+        ({"num_pages": 1.5}, "--num-pages is 1.5; it must be an integer"),
+        ({"model": None}, "--model is None; it must be a string"),
+        ({"radix_cache": 1}, "--radix-cache is 1; it must be true or false"),
         ({"ssl_keyfile": "k"}, "--ssl-keyfile needs --ssl-certfile"),
     ],
 )
@@ -137,7 +155,7 @@ def test_two_models_that_differ_are_refused(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as ended:
         parse("one", "--model", "two")
     assert ended.value.code == 2
-    assert "two models given: one and two" in capsys.readouterr().err
+    assert "two models are given: one and two" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -156,8 +174,8 @@ def test_a_size_is_read_with_its_unit(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "1XB", "1 2", "1e9", "nan"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no size"):
+def test_an_invalid_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="invalid size"):
         parse_size(text)
 
 

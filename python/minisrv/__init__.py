@@ -1,4 +1,4 @@
-"""A compact LLM server. The names below are loaded when they are first used."""
+"""A compact LLM server. Each name below is imported when it is first used."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`uvicorn minisrv.asgi:app`: the whole engine in the lifespan of an application.
+"""`uvicorn minisrv.asgi:app`: an application whose lifespan starts and stops the engine.
 
-The options come from the environment. HTTP is open while the model is loaded, /ready tells when
-it serves. Run it with one worker: each would start an engine of its own.
+Options are read from the environment. HTTP is served while the model loads; /ready reports when
+it can be used. Run it with one worker: each worker would start an engine of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every option, once: flag, environment variable, default, help and check come from its field."""
+"""All options. Flag, environment variable, default, help and check come from one field each."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from minisrv.errors import ConfigError
 
 ENV_PREFIX = "MINISRV_"
 MODEL_ENV = "MINISRV_MODEL_PATH"
-MAX_PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}  # where --max-prefill-tokens is not given
-# What the server gives a chat template itself.
+MAX_PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}  # default of --max-prefill-tokens
+# Variables of a chat template that the server sets itself.
 RESERVED_VARIABLES = (
     *("messages", "tools", "documents", "chat_template", "add_generation_prompt"),
     *("continue_final_message", "tokenize"),
@@ -24,140 +24,137 @@ RESERVED_VARIABLES = (
 _SIZE_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
-def option(
-    default: Any, help: str, *aliases: str, negative: str | None = None, secret: bool = False
-) -> Any:
-    """A field with its help. `aliases` are more flags; `negative` is the flag that turns it off.
+def option(default: Any, help: str, *aliases: str, secret: bool = False) -> Any:
+    """A field with the help of its flag. `aliases` are further names of the flag.
 
+    A field that is True by default gets the flag `--no-<name>`; its help says what that one does.
     secret: kept out of the repr and of `to_public_dict`.
     """
-    metadata = {"help": help, "aliases": aliases, "negative": negative, "secret": secret}
+    metadata = {"help": help, "aliases": aliases, "secret": secret}
     return field(default=default, repr=not secret, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
-    """What the user asked for. Values left at None are resolved by their owner at start."""
+    """The options as given. A None is resolved at start by the part that uses the option."""
 
     model: str = option(
         "demo",
-        "a directory with a Hugging Face checkpoint, a hub name such as Qwen/Qwen3-0.6B, or demo",
+        "directory of a Hugging Face checkpoint, hub name such as Qwen/Qwen3-0.6B, or demo",
         "--model-path",
     )
     served_model_name: tuple[str, ...] = option(
         (),
-        "the name that clients use; may be given several times, the first is that of replies to "
-        "requests without one (default: as given in --model; in the environment: separated by "
-        "commas)",
+        "model name in requests and replies; repeatable, requests that name no model get the first "
+        "(comma-separated in the environment; default: the value of --model)",
     )
-    host: str = option("127.0.0.1", "address that HTTP listens on")
-    port: int = option(8000, "port that HTTP listens on; 0 takes a free one")
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on; 0 picks a free port")
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
-        "auto", "type to compute in; auto is the checkpoint's"
+        "auto", "data type of weights and activations; auto uses the checkpoint's"
     )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model runs")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "device to run on")
     attention_backend: Literal["auto", "torch_native", "flashinfer"] = option(
         "auto", "attention implementation"
     )
     kernels: Literal["auto", "torch"] = option(
         "auto",
-        "small operators: auto compiles them at the first start on a CPU, torch uses torch's",
+        "small operators on CPU: auto compiles ours on the first start, torch uses PyTorch's",
     )
     tp: int = option(1, "tensor-parallel ranks", "--tp-size", "--tensor-parallel-size")
     load_format: Literal["auto", "dummy"] = option(
-        "auto", "dummy takes random weights: for benchmarks, needs config.json alone"
+        "auto", "dummy uses random weights, for benchmarks; needs only config.json"
     )
-    num_threads: int | None = option(None, "CPU threads of the engine (default: all cores)")
-    max_seq_len: int | None = option(None, "longest prompt plus output (default: the model's)")
-    chat_template: str | None = option(None, "a Jinja file to use instead of the model's template")
+    num_threads: int | None = option(None, "CPU threads the engine uses (default: all cores)")
+    max_seq_len: int | None = option(
+        None, "maximum prompt plus output tokens (default: the model's)"
+    )
+    chat_template: str | None = option(None, "Jinja file that replaces the model's chat template")
 
     chat_template_kwargs: str = option(
         "{}",
-        "variables for the chat template of every request, as JSON such as "
-        """'{"enable_thinking": false}'; those of a request go before them""",
+        "default chat template variables as JSON, such as "
+        """'{"enable_thinking": false}'; a request's own override them""",
     )
 
     sampling_defaults: Literal["model", "openai"] = option(
         "model",
-        "sampling of requests that leave it open: by the model's generation_config.json, or as "
-        "OpenAI has it",
+        "defaults for sampling parameters that a request omits: from generation_config.json, or "
+        "OpenAI's",
     )
     trust_request_chat_template: bool = option(
-        False, "let requests bring a chat template; its text can keep a tokenizer process busy"
+        False, "allow requests to supply a chat template, which can keep a tokenizer process busy"
     )
 
     reasoning_field: Literal["reasoning_content", "reasoning", "both"] = option(
-        "reasoning_content", "where replies have a model's reasoning"
+        "reasoning_content", "response field(s) that carry reasoning text"
     )
 
-    page_size: int = option(16, "tokens in a cache page")
+    page_size: int = option(16, "tokens per page of the KV cache")
     kv_cache_dtype: Literal["auto", "fp8"] = option(
-        "auto", "type of the KV cache: the model's, or fp8 (e4m3), which halves that of bfloat16"
+        "auto", "data type of the KV cache: the model's, or fp8 (e4m3), half the size of bfloat16"
     )
     num_pages: int | None = option(None, "pages in the KV cache (default: as many as fit)")
     kv_memory: str | None = option(
         None,
-        "bytes for the KV cache on CPU, such as 2GiB (default: 25%% of free memory, at most 4GiB)",
+        "size of the KV cache on CPU, such as 2GiB (default: 25%% of free memory, at most 4GiB)",
     )
-    memory_fraction: float = option(0.9, "share of the GPU's memory to use")
-    radix_cache: bool = option(
-        True, "share cached prefixes between requests", negative="--no-radix-cache"
-    )
+    memory_fraction: float = option(0.9, "fraction of the GPU's memory to use")
+    radix_cache: bool = option(True, "do not keep or share cached prefixes between requests")
 
-    max_running_requests: int = option(256, "requests that may decode together")
+    max_running_requests: int = option(256, "maximum requests in one decode batch")
     max_prefill_tokens: int | None = option(
-        None, "prompt tokens that one step may compute (default: 512 on CPU, 8192 on CUDA)"
+        None, "maximum prompt tokens per step (default: 512 on CPU, 8192 on CUDA)"
     )
     overlap_depth: int | None = option(
-        None, "steps launched before the last is settled, 0 or 1 (default: 0 on CPU, 1 on CUDA)"
+        None, "steps launched ahead of the one being settled, 0 or 1 (default: 0 on CPU, 1 on CUDA)"
     )
     cuda_graph_max_bs: int = option(
-        256, "largest batch whose decode step is recorded as a CUDA graph; 0 records none"
+        256, "largest decode batch to capture as a CUDA graph; 0 disables CUDA graphs"
     )
     max_open_requests: int = option(
-        4096, "requests accepted and not yet finished; more are refused with 503"
+        4096, "maximum unfinished requests; further ones are refused with 503"
     )
-    num_tokenizers: int = option(1, "tokenizer processes", "--num-tokenizer")
+    num_tokenizers: int = option(1, "number of tokenizer processes", "--num-tokenizer")
 
     api_key: tuple[str, ...] = option(
         (),
-        "a key that clients send as 'Authorization: Bearer KEY'; may be given several times "
-        "(those of the environment, separated by commas, hold too)",
+        "key that clients send as 'Authorization: Bearer KEY'; repeatable, and added to those in "
+        "the environment (comma-separated)",
         secret=True,
     )
-    api_key_file: str | None = option(None, "a file with a key on each line, beside --api-key")
+    api_key_file: str | None = option(None, "file with one key per line, added to --api-key")
     admin_key: str | None = option(
         None,
-        "the key for the admin routes; it opens all others too. Without any key the admin routes "
-        "answer on a loopback --host alone",
+        "key for the admin routes, valid on all others too; without any key the admin routes are "
+        "served only on a loopback --host",
         secret=True,
     )
-    public_metrics: bool = option(False, "answer /metrics without a key")
-    ssl_certfile: str | None = option(None, "a PEM file with the certificate chain: serve HTTPS")
+    public_metrics: bool = option(False, "serve /metrics without a key")
+    ssl_certfile: str | None = option(None, "PEM file with the certificate chain; enables HTTPS")
     ssl_keyfile: str | None = option(
-        None, "a PEM file with the key of the certificate, if it is not in --ssl-certfile"
+        None, "PEM file with the private key, if it is not in --ssl-certfile"
     )
 
-    strict_params: bool = option(False, "refuse request fields that no table of the API names")
+    strict_params: bool = option(False, "refuse requests with unknown fields")
     cors_origins: str | None = option(
-        None, "origins that browsers may call from, separated by commas; * is any"
+        None, "comma-separated origins that browsers may call from; * allows any"
     )
-    max_body_bytes: int = option(8 * 2**20, "largest request body")
-    start_timeout_s: float = option(1800.0, "seconds that the start may take, downloads aside")
-    log_level: Literal["debug", "info", "warning", "error"] = option("info", "least level logged")
-    log_format: Literal["text", "json"] = option("text", "json logs an object a line")
+    max_body_bytes: int = option(8 * 2**20, "maximum size of a request body")
+    start_timeout_s: float = option(1800.0, "seconds the start may take, not counting downloads")
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "minimum level to log")
+    log_format: Literal["text", "json"] = option("text", "json writes one object per line")
     metrics_vllm_names: bool = option(
-        False, "show each metric that vLLM has under its vllm: name too"
+        False, "also export metrics that vLLM has under their vllm: names"
     )
 
     def __post_init__(self) -> None:
-        keys = (self.api_key,) if isinstance(self.api_key, str) else tuple(self.api_key)
-        object.__setattr__(self, "api_key", keys)
-        names = self.served_model_name
-        names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
-        object.__setattr__(self, "served_model_name", names)
-        if not all(names):
+        for name in ("api_key", "served_model_name"):
+            value = getattr(self, name)
+            strings = (value,) if isinstance(value, str) else tuple(dict.fromkeys(value))
+            object.__setattr__(self, name, strings)  # nobody has seen this object yet
+        if not all(self.served_model_name):
             raise ConfigError("--served-model-name is empty")
         read_chat_template_kwargs(self.chat_template_kwargs)
         for f in fields(self):
@@ -181,33 +178,33 @@ class ServerConfig:
 
     @property
     def served_names(self) -> tuple[str, ...]:
-        """The model's names in requests; the first is its own."""
+        """The names that requests may use for the model; the first is the default."""
         return self.served_model_name or (self.model,)
 
     @property
     def served_name(self) -> str:
-        """The name of a model whose request has none."""
+        """The model's name in replies to requests that give none."""
         return self.served_names[0]
 
     @property
     def reasoning_fields(self) -> tuple[str, ...]:
-        """The fields of a message that hold the reasoning."""
+        """The fields of a reply that carry reasoning text."""
         both = ("reasoning_content", "reasoning")
         return both if self.reasoning_field == "both" else (self.reasoning_field,)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a child's boot message."""
+        """Plain values, for a child's boot record."""
         return asdict(self)
 
     def to_public_dict(self) -> dict[str, Any]:
-        """Plain values without the secrets, for those who may look at the server."""
+        """Plain values without the secrets, for /server_info."""
         return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata["secret"]}
 
     @classmethod
     def from_environment(
         cls, environ: Mapping[str, str] | None = None, **overrides: Any
     ) -> ServerConfig:
-        """Defaults, MINISRV_* variables, then `overrides`; keys of both. Raises ConfigError."""
+        """Defaults, then MINISRV_* variables, then `overrides`, which add to `api_key`."""
         environ = os.environ if environ is None else environ
         values = _environment_values(environ)
         if "api_key" in overrides:
@@ -230,6 +227,13 @@ _AT_LEAST = {
     "start_timeout_s": 1,
 }
 _TYPES = get_type_hints(ServerConfig)
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    tuple: "a list of strings",
+}
 
 
 def flag(name: str) -> str:
@@ -238,10 +242,10 @@ def flag(name: str) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 512MiB, 4GB or 1000000; all units are powers of 1024."""
+    """The bytes of 512MiB, 4GB or 1000000; all units are powers of 1024. Raises ConfigError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", text.lower())
     if match is None:
-        raise ConfigError(f"{text!r} is no size; write it as 512MiB or 4GiB")
+        raise ConfigError(f"invalid size {text!r}; use a value such as 512MiB or 4GiB")
     return int(float(match[1]) * _SIZE_UNITS[match[2]])
 
 
@@ -251,17 +255,17 @@ def read_chat_template_kwargs(text: str) -> dict[str, Any]:
     try:
         variables = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{name} is no JSON: {error}") from None
+        raise ConfigError(f"{name} is not valid JSON: {error}") from None
     if not isinstance(variables, dict):
         raise ConfigError(f"{name} is {text[:60]!r}; it must be a JSON object")
     for reserved in RESERVED_VARIABLES:
         if reserved in variables:
-            raise ConfigError(f"{name} may not set {reserved}")
+            raise ConfigError(f"{name} may not set {reserved}; the server sets it")
     return variables
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag a field, with the environment's or the field's default."""
+    """Add one flag per field. A flag that is not given leaves no value in the namespace."""
     for f in fields(ServerConfig):
         literal = _choices(f.name)
         plain = f.default is None or isinstance(f.default, bool | tuple)
@@ -270,8 +274,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         names = [flag(f.name), *f.metadata["aliases"]]
         common: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
         if _plain_type(f.name) is bool:
-            if f.metadata["negative"]:
-                parser.add_argument(f.metadata["negative"], action="store_false", **common)
+            if f.default is True:
+                parser.add_argument(flag(f"no_{f.name}"), action="store_false", **common)
             else:
                 parser.add_argument(*names, action="store_true", **common)
         elif literal:
@@ -283,13 +287,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> ServerConfig:
-    """Flags over the environment over the defaults; ends the process with status 2 on an error."""
+    """The options: flags override the environment. Exits with status 2 on an error."""
     add_flags(parser)
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
     given = vars(parser.parse_args(argv))
     positional = given.pop("positional_model")
     if positional is not None and given.setdefault("model", positional) != positional:
-        parser.error(f"two models given: {positional} and {given['model']}")
+        parser.error(f"two models are given: {positional} and {given['model']}")
     known = {f.name for f in fields(ServerConfig)}
     try:
         return ServerConfig.from_environment(**{k: v for k, v in given.items() if k in known})
@@ -317,11 +321,11 @@ def _parse_variable(name: str, variable: str, text: str) -> Any:
             return tuple(part.strip() for part in text.split(","))
         return kind(text)
     except (KeyError, ValueError):
-        raise ConfigError(f"{variable} is {text!r}; it must be a {kind.__name__}") from None
+        raise ConfigError(f"{variable} is {text!r}; it must be {_TYPE_NAMES[kind]}") from None
 
 
 def _plain_type(name: str) -> type[Any]:
-    """The type of a field without None; str for a Literal, tuple for several strings."""
+    """The type of a field without None; str for a Literal, tuple for a tuple of strings."""
     kind = _TYPES[name]
     if get_origin(kind) in (Union, UnionType):
         kind = next(part for part in get_args(kind) if part is not type(None))
@@ -345,4 +349,4 @@ def _check_choice(name: str, value: Any) -> None:
             return
     elif number_ok or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
         return
-    raise ConfigError(f"{flag(name)} is {value!r}; it must be a {kind.__name__}")
+    raise ConfigError(f"{flag(name)} is {value!r}; it must be {_TYPE_NAMES[kind]}")

@@ -25,12 +25,32 @@ class MinisrvError(Exception):
     code: str | None = "internal_error"
     lengths: Lengths | None = None
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        status: int | None = None,
+    ) -> None:
+        """`code` and `status` replace those of the class."""
         super().__init__(message)
         self.message = message
         self.param = param
         if code is not None:
             self.code = code
+        if status is not None:
+            self.http_status = status
+
+    def rename_field(self, name: str) -> None:
+        """Call the field in question `name`, in `param` and at the beginning of the sentence.
+
+        A sentence that names its field begins with it, so nothing else in it can change.
+        """
+        if self.param is not None and self.message.startswith(self.param):
+            self.message = name + self.message.removeprefix(self.param)
+            self.args = (self.message,)
+        self.param = name
 
 
 class InvalidRequestError(MinisrvError, ValueError):
@@ -114,8 +134,7 @@ class RequestFailedError(MinisrvError):
     def __init__(
         self, message: str, *, status: int, error_type: str, code: str | None, param: str | None
     ) -> None:
-        super().__init__(message, param=param)
-        self.http_status = status
+        super().__init__(message, param=param, status=status)
         self.error_type = error_type
         self.code = code
 

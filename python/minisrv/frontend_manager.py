@@ -23,7 +23,7 @@ from minisrv.frontend.registry.engine_client import EngineClient
 from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.frontend.registry.server_state import Ready
-from minisrv.supervision.child_main import EngineEnded, EngineReady, Notice
+from minisrv.supervision.records import EngineEnded, EngineReady, Notice
 from minisrv.supervision.supervisor import EPOCH, Supervisor, SupervisorThread
 from minisrv.wire.messages import Finish, Start, TokenizeMsg
 

@@ -17,7 +17,7 @@ from minisrv.config import ServerConfig, parse_command_line
 from minisrv.errors import ConfigError, MinisrvError
 
 if TYPE_CHECKING:
-    from minisrv.supervision.child_main import Notice
+    from minisrv.supervision.records import Notice
     from minisrv.supervision.supervisor import Supervisor
 
 BACKLOG = 2048
@@ -122,10 +122,10 @@ class Console:
 
     def show(self, notice: Notice) -> None:
         """Print a notice; progress in steps of a quarter."""
-        from minisrv.supervision.child_main import EngineReady, Progress
+        from minisrv.supervision.records import EngineReady, StartProgress
 
         match notice:
-            case Progress(phase, fraction):
+            case StartProgress(phase, fraction):
                 shown_phase, shown_fraction = self._shown
                 if phase != shown_phase or fraction >= min(1.0, shown_fraction + 0.25):
                     self._shown = (phase, fraction)

@@ -1,6 +1,6 @@
-"""One log format for every process: time, process, level, event and figures.
+"""One log format for every process: time, process, level, event and its values.
 
-As text a line reads `event name=value ...`; as JSON the figures are keys of their own.
+As text a line reads `event name=value ...`; as JSON each value is a key of the object.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import sys
 import time
 from typing import Any
 
-LEVELS = ("debug", "info", "warning", "error")
-
 
 def setup(process: str, level: str = "info", format: str = "text") -> None:
-    """Send the records of minisrv to stderr with the process name before them."""
+    """Write minisrv's log records to stderr, each with the name of the process."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter(process) if format == "json" else _text(process))
     logger = logging.getLogger("minisrv")
@@ -24,10 +22,10 @@ def setup(process: str, level: str = "info", format: str = "text") -> None:
     logger.propagate = False
 
 
-def event(logger: logging.Logger, level: int, name: str, figures: dict[str, Any]) -> None:
-    """Log an event with its figures. Values must be safe to print: nothing that a client wrote."""
-    text = "".join(f" {key}={value}" for key, value in figures.items())
-    logger.log(level, "%s%s", name, text, extra={"event": name, "figures": figures})
+def event(logger: logging.Logger, level: int, name: str, values: dict[str, Any]) -> None:
+    """Log an event. Values must be safe to print: no text from a client unless it is escaped."""
+    text = "".join(f" {key}={value}" for key, value in values.items())
+    logger.log(level, "%s%s", name, text, extra={"event": name, "values": values})
 
 
 def _text(process: str) -> logging.Formatter:
@@ -35,7 +33,7 @@ def _text(process: str) -> logging.Formatter:
 
 
 class _JsonFormatter(logging.Formatter):
-    """An object a line, in ASCII."""
+    """One JSON object per line, in ASCII."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -48,7 +46,7 @@ class _JsonFormatter(logging.Formatter):
             "process": self._process,
             "level": record.levelname.lower(),
             "event": getattr(record, "event", None) or record.getMessage(),
-            **getattr(record, "figures", {}),
+            **getattr(record, "values", {}),
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)

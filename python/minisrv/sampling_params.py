@@ -146,7 +146,7 @@ class SamplingParams:
         _check_integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
-                f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}",
+                f"min_tokens is {self.min_tokens}, which exceeds the limit of {self.max_tokens} output tokens",
                 param="min_tokens",
             )
         _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)

@@ -152,7 +152,7 @@ def test_a_plan_downloads_the_config_alone(tmp_path: Path) -> None:
     config = PACKAGES.parent / "benchmark" / "models" / "Qwen3-0.6B" / "config.json"
     with serve_hub({**FILES, "config.json": config.read_bytes()}) as hub:
         env = {**os.environ, "PYTHONPATH": str(PACKAGES), "HF_ENDPOINT": hub.url}
-        command = [sys.executable, "-m", "minisrv", "plan", REPOSITORY, "--card", "H100"]
+        command = [sys.executable, "-m", "minisrv", "plan", REPOSITORY, "--gpu", "H100"]
         done = subprocess.run(
             command, env={**env, "HF_HOME": str(tmp_path)}, capture_output=True, text=True
         )

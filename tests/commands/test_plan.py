@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minisrv.checkpoint.model_config import load_model_config
 from minisrv.commands import cli
-from minisrv.commands.gpus import find_card
-from minisrv.commands.plan import Request, advise, fits, make_plan
+from minisrv.commands.gpus import find_gpu
+from minisrv.commands.plan import Deployment, advise, fits, make_plan
 from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
 from minisrv.engine.model_size import count_parameters
@@ -80,7 +80,7 @@ def test_the_engine_takes_the_planned_bytes(
     model = load_model_config(path)
     config = ServerConfig(model=str(path), load_format="dummy", num_pages=4, num_threads=1)
     engine = Engine(config, path, model)
-    planned = make_plan(Request(model, config, 2**34))
+    planned = make_plan(Deployment(model, config, 2**34))
     assert engine._plan.weights == planned.weights
     assert engine._plan.page_bytes == planned.page_bytes
 
@@ -105,12 +105,12 @@ def test_ranks_share_all_but_norms_routers_and_repeated_heads(directory: Path, t
 def test_what_is_advised_makes_it_fit(
     directory: Path, memory: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = f"{directory} --card-memory {memory}"
+    command = f"{directory} --gpu-memory {memory}"
     status, text = plan(command, capsys)
     if status == 0:
         return
     assert status == 2
-    if "take a larger card" in text:
+    if "use a GPU with more memory" in text:
         return
     options = re.findall(r"--[a-z-]+ \S+", text.split("run with ")[1])
     assert options
@@ -118,29 +118,35 @@ def test_what_is_advised_makes_it_fit(
         assert plan(f"{command} {option}", capsys)[0] == 0, option
 
 
+def test_the_older_names_of_the_flags_still_work(capsys: pytest.CaptureFixture[str]) -> None:
+    for older, newer in (("--card l4", "--gpu l4"), ("--card-memory 24G", "--gpu-memory 24G")):
+        assert plan(f"{MODELS[0]} {older}", capsys) == plan(f"{MODELS[0]} {newer}", capsys)
+
+
 def test_a_lower_context_is_advised_where_the_cache_is_short(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    status, text = plan(f"{MODELS[1]} --card 'RTX 4090'", capsys)
+    status, text = plan(f"{MODELS[1]} --gpu 'RTX 4090'", capsys)
     assert status == 2
-    assert "does not fit: the cache holds 31680 of the 40960 tokens" in text
+    assert "does not fit: the cache holds 31680 tokens, one full context is 40960" in text
     assert "run with --tp 2 or --max-seq-len 31680" in text
 
 
 def test_a_smaller_prefill_budget_is_advised_where_it_is_enough() -> None:
     model = load_model_config(MODELS[2], 4096)
     config = ServerConfig(max_prefill_tokens=32768, max_running_requests=8)
-    request = Request(model, config, 34 * 2**30)
-    assert not fits(request)
-    assert "--max-prefill-tokens 8192" in advise(request)
-    assert fits(replace(request, config=replace(config, max_prefill_tokens=8192)))
+    deployment = Deployment(model, config, 34 * 2**30)
+    assert not fits(deployment)
+    assert "--max-prefill-tokens 8192" in advise(deployment)
+    assert fits(replace(deployment, config=replace(config, max_prefill_tokens=8192)))
 
 
 def test_pages_that_are_asked_for_must_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    command = f"{MODELS[0]} --card l4 --num-pages"
+    command = f"{MODELS[0]} --gpu l4 --num-pages"
     assert plan(f"{command} 3000", capsys)[0] == 0
     status, text = plan(f"{command} 30000", capsys)
     assert status == 2
+    assert re.search(r"the cache has room for \d+ of the 30000 pages of --num-pages", text)
     value = re.search(r"run with --num-pages (\d+)", text)
     assert value is not None
     assert plan(f"{command} {value[1]}", capsys)[0] == 0
@@ -152,7 +158,7 @@ def test_fp8_checkpoints_are_planned_at_the_most_that_they_can_take(
     raw = json.loads((MODELS[1] / "config.json").read_text())
     raw["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    status, text = plan(f"{tmp_path} --card h200", capsys)
+    status, text = plan(f"{tmp_path} --gpu h200", capsys)
     assert status == 0
     assert "8,190,735,360 parameters, FP8 in the checkpoint, counted as bfloat16" in text
     assert "weights       15.26 GiB" in text
@@ -160,7 +166,7 @@ def test_fp8_checkpoints_are_planned_at_the_most_that_they_can_take(
 
 def test_an_fp8_cache_holds_twice_the_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     plain, halved = (
-        plan(f"{MODELS[1]} --card l40s --kv-cache-dtype {name}", capsys) for name in ("auto", "fp8")
+        plan(f"{MODELS[1]} --gpu l40s --kv-cache-dtype {name}", capsys) for name in ("auto", "fp8")
     )
     pages = [int(re.search(r"(\d+) pages", text)[1]) for _, text in (plain, halved)]  # type: ignore[index]
     assert abs(pages[1] - 2 * pages[0]) <= 1
@@ -169,10 +175,10 @@ def test_an_fp8_cache_holds_twice_the_tokens(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        ("demo --card abacus", "--card is 'abacus'; known are B200, H200, H100 80GB"),
-        ("demo --card-memory much", "'much' is no size"),
-        ("/nowhere/at/all --card l4", "no such directory"),
-        (f"{MODELS[2]} --card l4 --tp 3", "40 attention heads cannot be split into 3"),
+        ("demo --gpu abacus", "--gpu is 'abacus'; known GPUs are B200, H200, H100 80GB"),
+        ("demo --gpu-memory much", "invalid size 'much'"),
+        ("/nowhere/at/all --gpu l4", "no such directory"),
+        (f"{MODELS[2]} --gpu l4 --tp 3", "40 attention heads cannot be split into 3"),
     ],
 )
 def test_a_wrong_option_ends_with_a_sentence(
@@ -184,15 +190,15 @@ def test_a_wrong_option_ends_with_a_sentence(
 
 
 @pytest.mark.parametrize("name", ["H100", "h100-80gb", "NVIDIA H100 80GB"])
-def test_a_card_is_found_however_it_is_written(name: str) -> None:
-    assert find_card(name).name == "H100 80GB"
+def test_a_gpu_is_found_however_it_is_written(name: str) -> None:
+    assert find_gpu(name).name == "H100 80GB"
 
 
-def test_a_card_must_be_named() -> None:
+def test_a_gpu_must_be_named() -> None:
     with pytest.raises(ConfigError):
-        find_card("")
+        find_gpu("")
     done = subprocess.run(
         [sys.executable, "-m", "minisrv", "plan", "demo"], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "one of the arguments --card --card-memory is required" in done.stderr
+    assert "one of the arguments --gpu/--card --gpu-memory/--card-memory is required" in done.stderr

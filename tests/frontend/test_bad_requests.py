@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisrv.frontend.fields.table import CHAT_FIELDS, COMPLETION_FIELDS, ROLES
-from minisrv.frontend.http.errors import ERROR_SCHEMA
+from minisrv.frontend.apis.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS, ROLES
+from minisrv.frontend.http.error_format import ERROR_SCHEMA
 from tests.support.http_server import HttpServer, serve
 from tests.support.scripted_backend import TEXT
 
@@ -280,10 +280,22 @@ FORMS = "a string, an array of strings, an array of integers or an array of arra
         (COMPLETIONS, {"prompt": [74, "a"]}, f"prompt.0 is 74; prompt must be {FORMS}"),
         (COMPLETIONS, {"prompt": 5}, f"prompt is 5; it must be {FORMS}"),
         (CHAT, {"messages": HI, "tool_choice": "x"}, "tool_choice is 'x'; it must be none, auto"),
-        (CHAT, {"messages": HI, "tool_choice": {"type": "none"}}, "tool_choice.type is 'none'; an"),
+        (
+            CHAT,
+            {"messages": HI, "tool_choice": {"type": "none"}},
+            "tool_choice.type is 'none'; it must be function",
+        ),
         (CHAT, {"messages": HI, "modalities": ["audio"]}, '(accepted: ["text"], null)'),
-        (CHAT, {"messages": HI, "stop_token_ids": [-1]}, "stop_token_ids holds -1; ids go from 0 "),
-        (CHAT, {"messages": HI, "logit_bias": {"1000": 1}}, "logit_bias holds 1000; ids go from 0"),
+        (
+            CHAT,
+            {"messages": HI, "stop_token_ids": [-1]},
+            "stop_token_ids holds -1; token ids go",
+        ),
+        (
+            CHAT,
+            {"messages": HI, "logit_bias": {"1000": 1}},
+            "logit_bias holds 1000; token ids go",
+        ),
         ("/tokenize", {}, "send prompt or messages"),
         ("/apply_template", {}, "messages is missing"),
     ],

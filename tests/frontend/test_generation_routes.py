@@ -8,7 +8,7 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from minisrv.frontend.fields.table import ROLES
+from minisrv.frontend.apis.openai.fields import ROLES
 from tests.support.http_server import MODEL, HttpServer
 from tests.support.scripted_backend import TEXT, WORDS
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from minisrv.errors import InvalidRequestError
+from minisrv.frontend.apis.openai.fields import CHAT_FIELDS
 from minisrv.frontend.fields.grammar import read_grammar
-from minisrv.frontend.fields.table import CHAT_FIELDS, read_fields
+from minisrv.frontend.fields.table import read_fields
 from minisrv.sampling_params import Grammar
 
 SCHEMA = {"type": "object"}

@@ -16,7 +16,8 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
-from minisrv.frontend.fields.table import CHAT_FIELDS, COMPLETION_FIELDS, Field, Treatment
+from minisrv.frontend.apis.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS
+from minisrv.frontend.fields.table import Field, Treatment
 from tests.support.http_server import HttpServer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -8,13 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisrv.errors import InvalidRequestError
+from minisrv.frontend.apis.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS
 from minisrv.frontend.fields.schema import Schema, check_value
-from minisrv.frontend.fields.table import (
-    CHAT_FIELDS,
-    COMPLETION_FIELDS,
-    Treatment,
-    request_schema,
-)
+from minisrv.frontend.fields.table import Treatment, request_schema
 
 SCHEMAS = {
     (endpoint, name): field.schema

@@ -86,7 +86,11 @@ def test_server_info_shows_the_options() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is no JSON"), ("[1]", "must be a JSON object"), ('{"tools": 1}', "may not set tools")],
+    [
+        ("{", "is not valid JSON"),
+        ("[1]", "must be a JSON object"),
+        ('{"tools": 1}', "may not set tools"),
+    ],
 )
 def test_variables_that_cannot_be_used_stop_the_start(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"--chat-template-kwargs .*{message}"):

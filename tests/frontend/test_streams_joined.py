@@ -17,10 +17,14 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from minisrv.config import ServerConfig
-from minisrv.frontend.apis.openai.render import ReplyHeader, StreamOptions, StreamReply, Usage
+from minisrv.frontend.apis.openai.chat import ChatRenderer
+from minisrv.frontend.apis.openai.render import ReplyHead, StreamOptions
 from minisrv.frontend.app import create_app
+from minisrv.frontend.generation.choice_reader import ChoiceReader
+from minisrv.frontend.generation.request import ChatPrompt, ChatRequest
 from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.registry import RequestRegistry
+from minisrv.sampling_params import SamplingParams
 from minisrv.wire.messages import Finish
 from tests.support.cut_model import CutModel
 from tests.support.played_model import TEMPLATES
@@ -264,23 +268,16 @@ def test_many_streams_join_to_the_whole_answer(
 
 @pytest.mark.parametrize("order", [[2, 0, 1], [1, 2, 0], [0, 2, 1]])
 def test_choices_that_begin_in_any_order_keep_their_index(order: list[int]) -> None:
-    header = ReplyHeader(
-        id="chatcmpl-1",
-        chat=True,
-        created=1,
-        model="m",
-        system_fingerprint="f",
-        choices_per_prompt=3,
-    )
-    reply = StreamReply(
-        header, Usage(header), StreamOptions(include_usage=False, continuous_usage=False)
-    )
+    request = ChatRequest(model="m", prompt=ChatPrompt(messages=()), sampling=SamplingParams(n=3))
+    head = ReplyHead(id="chatcmpl-1", created=1, model="m", system_fingerprint="f")
+    reply = ChatRenderer(head, request, StreamOptions(), ["reasoning_content"])
+    readers = [ChoiceReader(None) for _ in order]
     data = b""
     for finish in (Finish.NONE, Finish.STOP):
         for index in order:
             event = Event(uid=index + 7, index=index, deltas=[f"{index}"], finish=finish)
-            data += reply.chunks(event)
-    streamed, *_ = merged(data + reply.end())
+            data += reply.chunk(event, readers[index].read(event))
+    streamed, *_ = merged(data + reply.end(None))
     assert [choice.message.content for choice in streamed.choices] == ["00", "11", "22"]
     assert [choice.index for choice in streamed.choices] == [0, 1, 2]
 

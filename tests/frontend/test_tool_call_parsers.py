@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisrv.checkpoint.chat_format import ToolFormat
-from minisrv.frontend.tool_calls.formats import make_call_id, make_parser
-from minisrv.frontend.tool_calls.pieces import CallStart, Text
+from minisrv.frontend.tool_calls.formats import CallReading, make_call_id
+from minisrv.frontend.tool_calls.pieces import Text, ToolCallArguments, ToolCallStart
 
 Call = tuple[str, str]
 FORMATS: tuple[ToolFormat, ...] = ("hermes", "llama", "mistral")
@@ -23,14 +23,14 @@ def read(
     tool_format: ToolFormat, pieces: Sequence[str], parallel: bool = True
 ) -> tuple[str, list[Call], bool]:
     """The content, the calls and whether the last is whole. Holds the order of the pieces."""
-    parser = make_parser(tool_format, NAMES, parallel)
+    parser = CallReading(tool_format=tool_format, names=NAMES, parallel=parallel).make_parser()
     got = [piece for delta in pieces for piece in parser.push(delta)] + parser.flush()
     text, calls = "", list[Call]()
     for piece in got:
         if isinstance(piece, Text):
             assert piece.text
             text += piece.text
-        elif isinstance(piece, CallStart):
+        elif isinstance(piece, ToolCallStart):
             assert piece.index == len(calls)
             calls.append((piece.name, ""))
         else:
@@ -101,10 +101,12 @@ def test_what_only_looks_like_a_call_stays_text(tool_format: ToolFormat, reply: 
 
 
 def test_arguments_are_passed_on_as_they_come() -> None:
-    parser = make_parser("hermes", NAMES, True)
+    parser = CallReading(tool_format="hermes", names=NAMES).make_parser()
     assert parser.push('<tool_call>\n{"name": "get_time", "arg') == []
     (start, first) = parser.push('uments": {"zone"')
-    assert (start, first.text) == (CallStart(0, "get_time"), '{"zone"')  # type: ignore[union-attr]
+    assert isinstance(start, ToolCallStart)
+    assert (start.index, start.name) == (0, "get_time")
+    assert first == ToolCallArguments(0, '{"zone"')
     assert [piece.text for piece in parser.push(': "CET"')] == [': "CET"']  # type: ignore[union-attr]
     assert not parser.whole
     assert [piece.text for piece in parser.push("}}\n</tool")] == ["}"]  # type: ignore[union-attr]
@@ -136,6 +138,11 @@ def test_without_parallel_calls_the_reply_ends_with_the_first(tool_format: ToolF
 
 
 def test_call_ids_are_what_templates_take() -> None:
+    for tool_format in FORMATS:
+        parser = CallReading(tool_format=tool_format, names=NAMES).make_parser()
+        pieces = parser.push(write(tool_format, "", [("f", {}), ("f", {})], ascii=True))
+        ids = {piece.id for piece in pieces if isinstance(piece, ToolCallStart)}
+        assert [len(id) for id in ids] == [9 if tool_format == "mistral" else 29] * 2
     assert make_call_id("hermes").startswith("call_")
     assert len(make_call_id("llama")) == 29
     assert len(make_call_id("mistral")) == 9

@@ -370,7 +370,7 @@ def test_an_effort_that_the_template_does_not_read_passes_with_a_warning(
     response = servers["plain"].http.post(path, json=body)
     assert response.status_code == 200
     warning = response.headers["x-minisrv-warnings"]
-    assert warning.startswith(f"{name} changes nothing")
+    assert warning.startswith(f"{name} has no effect")
     assert "x-minisrv-warnings" not in servers["hermes"].http.post(path, json=body).headers
 
 

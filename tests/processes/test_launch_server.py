@@ -82,7 +82,7 @@ def test_minisrv_tells_its_version_and_its_commands() -> None:
         (["--dtype", "int3"], "invalid choice: 'int3'"),
         (["--model", "/no/such/model"], "/no/such/model: no such directory"),
         (["--modle", "x"], "unrecognized arguments: --modle"),
-        (["one", "--model", "two"], "two models given: one and two"),
+        (["one", "--model", "two"], "two models are given: one and two"),
     ],
 )
 def test_a_wrong_option_is_one_sentence_and_status_2(arguments: list[str], sentence: str) -> None:
@@ -95,7 +95,7 @@ def test_a_wrong_option_is_one_sentence_and_status_2(arguments: list[str], sente
 def test_a_wrong_variable_is_one_sentence_and_status_2() -> None:
     done = run(*SERVE, MINISRV_PORT="eighty")
     assert done.returncode == 2
-    assert "MINISRV_PORT is 'eighty'; it must be a int" in done.stderr
+    assert "MINISRV_PORT is 'eighty'; it must be an integer" in done.stderr
 
 
 def test_a_model_that_cannot_be_loaded_is_one_sentence_and_status_2(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import selectors
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,12 +17,14 @@ import pytest
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError, EngineDeadError, MinisrvError
 from minisrv.supervision import supervisor
-from minisrv.supervision.child_main import EngineEnded, EngineReady, Notice, Progress
+from minisrv.supervision.records import EngineEnded, EngineReady, Notice, StartProgress
 from minisrv.supervision.supervisor import Supervisor
+from tests.support.server_process import wait_until
 
 CHILD = """
 import os, signal, sys, time
-from minisrv.supervision.child_main import Ready, run_child
+from minisrv.supervision.child_main import run_child
+from minisrv.supervision.records import ChildReady
 from minisrv.errors import ConfigError
 
 def main(child):
@@ -28,7 +32,14 @@ def main(child):
 
 run_child("test", main)
 """
-SERVE = "child.report(Ready({'pid': os.getpid()})); time.sleep(60)"
+SERVE = "child.report(ChildReady({'pid': os.getpid()})); time.sleep(60)"
+
+# Children that report once and exit, by kind.
+SHORT_LIVED = [kind for kind, module in supervisor.MODULES.items() if ".prepare_" in module]
+PREPARE = {
+    "hub": "child.report(ChildReady({'model_dir': os.environ['TEST_MODEL_DIR']}))",
+    "converter": "os.mkdir(child.boot.tokenizer_dir); child.report(ChildReady())",
+}
 
 Children = Callable[..., None]
 
@@ -45,7 +56,7 @@ def children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Children:
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(**bodies: str) -> None:
-        for kind in ("scheduler", "detokenizer", "tokenizer", "converter"):
+        for kind in ("scheduler", "detokenizer", "tokenizer", *SHORT_LIVED):
             module = f"child_{kind}"
             body = bodies.get(kind, SERVE)
             (tmp_path / f"{module}.py").write_text(CHILD.format(body=body))
@@ -57,8 +68,8 @@ def children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Children:
 class Run:
     """`Supervisor.run` in a thread."""
 
-    def __init__(self, model_dir: Path, **options: object) -> None:
-        config = ServerConfig(model=str(model_dir), **options)  # type: ignore[arg-type]
+    def __init__(self, model: Path | str, **options: object) -> None:
+        config = ServerConfig(model=str(model), **options)  # type: ignore[arg-type]
         self.notices: list[Notice] = []
         self.times: list[float] = []
         self.error: MinisrvError | None = None
@@ -97,7 +108,9 @@ class Run:
 def test_it_is_ready_when_all_children_are_and_stops_when_told(
     children: Children, model_dir: Path
 ) -> None:
-    children(scheduler="time.sleep(0.3); child.report(Ready({'num_pages': 7})); time.sleep(60)")
+    children(
+        scheduler="time.sleep(0.3); child.report(ChildReady({'num_pages': 7})); time.sleep(60)"
+    )
     run = Run(model_dir, num_tokenizers=2)
     ready = run.wait_for(EngineReady)
     assert isinstance(ready, EngineReady)
@@ -111,17 +124,17 @@ def test_it_is_ready_when_all_children_are_and_stops_when_told(
 
 def test_progress_is_passed_on_in_steps_of_a_percent(children: Children, model_dir: Path) -> None:
     children(
-        scheduler="[child.progress('weights', i / 2000) for i in range(2001)]; "
-        "child.progress('warm-up', 0.0); " + SERVE
+        scheduler="[child.report_progress('weights', i / 2000) for i in range(2001)]; "
+        "child.report_progress('warm-up', 0.0); " + SERVE
     )
     run = Run(model_dir)
     run.wait_for(EngineReady)
     run.supervisor.stop()
     run.join()
-    progress = [n for n in run.notices if isinstance(n, Progress)]
-    assert progress[0] == Progress("weights", 0.0)
-    assert Progress("weights", 1.0) in progress
-    assert progress[-1] == Progress("warm-up", 0.0)
+    progress = [n for n in run.notices if isinstance(n, StartProgress)]
+    assert progress[0] == StartProgress("weights", 0.0)
+    assert StartProgress("weights", 1.0) in progress
+    assert progress[-1] == StartProgress("warm-up", 0.0)
     assert len(progress) < 120
 
 
@@ -178,9 +191,9 @@ def test_a_start_that_takes_too_long_names_who_is_late(children: Children, model
 
 
 def test_a_stop_during_the_start_ends_all(children: Children, model_dir: Path) -> None:
-    children(scheduler="child.progress('weights', 0.1); time.sleep(60)")
+    children(scheduler="child.report_progress('weights', 0.1); time.sleep(60)")
     run = Run(model_dir)
-    run.wait_for(Progress)
+    run.wait_for(StartProgress)
     run.supervisor.stop()
     assert run.join().error is None
 
@@ -201,13 +214,69 @@ def test_a_tokenizer_is_converted_before_the_others_start(
 ) -> None:
     (model_dir / "tokenizer.json").unlink()
     children(
-        converter="os.mkdir(child.boot.tokenizer_dir); child.report(Ready())",
+        converter=PREPARE["converter"],
         tokenizer="assert os.path.isdir(child.boot.tokenizer_dir); " + SERVE,
     )
     run = Run(model_dir)
     run.wait_for(EngineReady)
     run.supervisor.stop()
     assert run.join().error is None
+
+
+class LateSelector(selectors.DefaultSelector):
+    """A supervisor that runs again only when its short-lived children have exited."""
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        children = [key.data for key in self.get_map().values() if key.data is not None]
+        wait_until(lambda: all(c.ended for c in children if c.name in SHORT_LIVED))
+        return super().select(timeout)
+
+
+@pytest.fixture
+def start_late(
+    children: Children, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str], Run]:
+    """Start with a late supervisor and one short-lived child that does `body`."""
+    monkeypatch.setattr(selectors, "DefaultSelector", LateSelector)
+    monkeypatch.setenv("TEST_MODEL_DIR", str(model_dir))
+
+    def start(kind: str, body: str) -> Run:
+        children(**{kind: body})
+        if kind == "converter":
+            (model_dir / "tokenizer.json").unlink()
+        return Run("org/name" if kind == "hub" else model_dir)
+
+    return start
+
+
+@pytest.mark.parametrize("kind", SHORT_LIVED)
+def test_a_child_that_exits_right_after_ready_is_not_taken_for_dead(
+    kind: str, start_late: Callable[[str, str], Run]
+) -> None:
+    run = start_late(kind, PREPARE[kind])
+    run.wait_for(EngineReady)
+    run.supervisor.stop()
+    assert run.join().error is None
+
+
+@pytest.mark.parametrize("kind", SHORT_LIVED)
+def test_a_child_that_exits_without_ready_fails_the_start_however_late(
+    kind: str, start_late: Callable[[str, str], Run]
+) -> None:
+    error = start_late(kind, "raise ConfigError('no such file')").join().error
+    assert isinstance(error, ConfigError)
+    assert error.message == "no such file"
+
+
+def test_a_worker_that_dies_right_after_ready_ends_the_engine(
+    children: Children, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children(scheduler="child.report(ChildReady())")
+    monkeypatch.setattr(selectors, "DefaultSelector", LateSelector)
+    monkeypatch.setattr(sys.modules[__name__], "SHORT_LIVED", ["scheduler"])
+    run = Run(model_dir).join()
+    assert isinstance(run.error, EngineDeadError)
+    assert run.error.message == "the scheduler process has died with exit status 0"
 
 
 def test_a_child_hears_nothing_of_interrupts_and_ends_on_sigterm(

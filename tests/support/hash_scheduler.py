@@ -17,7 +17,8 @@ from minisrv.kvcache.manager import KVCacheManager
 from minisrv.scheduler.channel import ZmqChannel
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
-from minisrv.supervision.child_main import Child, Ready, run_child
+from minisrv.supervision.child_main import Child, run_child
+from minisrv.supervision.records import ChildReady
 from tests.support.hash_engine import HashEngine
 
 STEP_S = float(os.environ.get("MINISRV_TEST_STEP_S", "0"))
@@ -36,7 +37,7 @@ class SlowHashEngine(HashEngine):
 def serve(child: Child) -> None:
     model = load_model_config(child.boot.model_dir, child.config.max_seq_len)
     channel = ZmqChannel(Path(child.boot.run_dir), child.boot.epoch)
-    child.progress("weights", 0.5)
+    child.report_progress("weights", 0.5)
     while GATE and not Path(GATE).exists():
         time.sleep(0.01)
     engine = SlowHashEngine(
@@ -54,7 +55,7 @@ def serve(child: Child) -> None:
         eos_ids=model.eos_token_ids,
         new_seed=lambda: 0,
     )
-    child.progress("weights", 1.0)
+    child.report_progress("weights", 1.0)
     facts = {
         "max_seq_len": model.max_seq_len,
         "vocab_size": model.vocab_size,
@@ -63,7 +64,7 @@ def serve(child: Child) -> None:
         "placement": "hashes on cpu",
         "memory_plan": "a hash a slot",
     }
-    child.report(Ready(facts))
+    child.report(ChildReady(facts))
     SchedulerLoop(scheduler, engine, channel, 0).run(lambda: None)
 
 

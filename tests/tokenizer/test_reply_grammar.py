@@ -9,8 +9,8 @@ from tokenizers import AddedToken
 
 from minisrv.checkpoint.chat_format import find_chat_format
 from minisrv.checkpoint.tokenizer import HFTokenizer
-from minisrv.frontend.tool_calls.formats import make_parser
-from minisrv.frontend.tool_calls.pieces import CallArguments, CallStart
+from minisrv.frontend.tool_calls.formats import CallReading
+from minisrv.frontend.tool_calls.pieces import ToolCallArguments, ToolCallStart
 from minisrv.sampling_params import Grammar
 from minisrv.structured_output.checker import GrammarChecker
 from minisrv.structured_output.source import to_source
@@ -103,9 +103,12 @@ def test_one_call_or_with_parallel_several_are_taken(replies: Replies, template:
 
 def test_what_is_taken_is_read_as_that_call(replies: Replies, template: str) -> None:
     reply = write(template, ("add", ADD))
-    assert replies.chat_format.tool_format is not None
-    parser = make_parser(replies.chat_format.tool_format, ("add", "now"), True)
-    assert parser.push(reply) + parser.flush() == [CallStart(0, "add"), CallArguments(0, ADD)]
+    tool_format = replies.chat_format.tool_format
+    assert tool_format is not None
+    parser = CallReading(tool_format=tool_format, names=("add", "now")).make_parser()
+    start, *rest = parser.push(reply) + parser.flush()
+    assert isinstance(start, ToolCallStart)
+    assert (start.index, start.name, rest) == (0, "add", [ToolCallArguments(0, ADD)])
 
 
 @pytest.mark.parametrize(

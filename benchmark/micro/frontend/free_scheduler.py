@@ -18,7 +18,8 @@ from minisrv.kvcache.manager import KVCacheManager
 from minisrv.scheduler.channel import ZmqChannel
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
-from minisrv.supervision.child_main import Child, Ready, run_child
+from minisrv.supervision.child_main import Child, run_child
+from minisrv.supervision.records import ChildReady
 
 NUM_PAGES, NUM_ROWS, PAGE_SIZE = 4096, 256, 16
 
@@ -61,7 +62,7 @@ def _serve(child: Child) -> None:
         "placement": "no model",
         "memory_plan": "none",
     }
-    child.report(Ready(facts))
+    child.report(ChildReady(facts))
     engine = FreeEngine(tokenizer.encode("a")[-1])
     SchedulerLoop(scheduler, engine, channel, 0).run(lambda: None)
 

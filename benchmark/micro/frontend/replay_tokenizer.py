@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from minisrv.checkpoint.chat_format import ChatFormat
-from minisrv.supervision.child_main import Child, Ready, run_child
+from minisrv.supervision.child_main import Child, run_child
+from minisrv.supervision.records import ChildReady
 from minisrv.wire.messages import TOKENIZER_INBOX, Finish, Start, TokenizeMsg, UserReply
 from minisrv.wire.sockets import Inbox, Outbox
 
@@ -24,7 +25,7 @@ def _serve(child: Child) -> None:
     boot, run_dir = child.boot, Path(child.boot.run_dir)
     inbox = Inbox(run_dir, f"tokenizer-{boot.index}", TOKENIZER_INBOX, boot.epoch)
     frontend = Outbox(run_dir, "frontend")
-    child.report(Ready({"chat_format": asdict(ChatFormat())}))
+    child.report(ChildReady({"chat_format": asdict(ChatFormat())}))
     left: dict[int, int] = {}
     counts: dict[int, int] = {}
     period_s, due = 0.0, 0.0

@@ -25,8 +25,8 @@ from minisrv.config import ServerConfig, parse_command_line, read_chat_template_
 from minisrv.errors import ConfigError, InvalidRequestError, MinisrvError
 
 if TYPE_CHECKING:
-    from minisrv.frontend.apis.openai.render import ReplyHeader
-    from minisrv.frontend.generation.request import Generation
+    from minisrv.frontend.generation.renderer import Renderer
+    from minisrv.frontend.generation.request import GenerationRequest
     from minisrv.frontend.registry.model_info import ModelInfo
     from minisrv.llm import LLM
     from minisrv.llm.outputs import RequestOutput
@@ -226,13 +226,13 @@ def _answer_part(
     owners: list[Line] = []
     missing: dict[int, int] = {}
     outputs: dict[int, list[RequestOutput]] = {}
-    generations: dict[int, Generation] = {}
+    renderers: dict[int, tuple[GenerationRequest, Renderer]] = {}
     for line in lines:
         try:
-            generation = _read_generation(line, model, defaults, llm.config)
+            request, renderer = _read_line(line, model, defaults, llm.config)
             prepared = [
-                llm.prepare(replace(request, split_reasoning=line.openai))
-                for request in generation.tokenize_messages(0, 0)
+                llm.prepare(replace(message, split_reasoning=line.openai))
+                for message in request.tokenize_messages(0, 0)
             ]
         except MinisrvError as error:
             yield line.key, _failure(line, error)
@@ -240,38 +240,29 @@ def _answer_part(
         messages += prepared
         owners += [line] * len(prepared)
         missing[line.index], outputs[line.index] = len(prepared), []
-        generations[line.index] = generation
+        renderers[line.index] = request, renderer
     for output in llm.stream_outputs(messages):
         line = owners[output.index]
         outputs[line.index].append(output)
         missing[line.index] -= 1
         if not missing[line.index]:
             ready = sorted(outputs.pop(line.index), key=lambda o: o.index)
-            header = _header(line, model, llm.config, generations.pop(line.index))
-            yield line.key, _success(line, header, ready)
+            yield line.key, _success(line, *renderers.pop(line.index), ready)
 
 
-def _read_generation(
+def _read_line(
     line: Line, model: ModelInfo, defaults: dict[str, Any], config: ServerConfig
-) -> Generation:
-    """The request of a line, checked as HTTP does, unknown fields refused."""
-    from minisrv.frontend.apis.openai.chat import read_chat
-    from minisrv.frontend.apis.openai.completions import read_completion
-    from minisrv.frontend.fields.table import COMPLETION_FIELDS, chat_fields, read_fields
+) -> tuple[GenerationRequest, Renderer]:
+    """The request of a line, checked as over HTTP but with unknown fields refused."""
+    from minisrv.frontend.apis.openai.chat import ChatRenderer, chat_names, read_chat
+    from minisrv.frontend.apis.openai.completions import CompletionRenderer, read_completion
+    from minisrv.frontend.apis.openai.fields import COMPLETION_FIELDS, chat_fields
+    from minisrv.frontend.apis.openai.render import ReplyHead, StreamOptions
+    from minisrv.frontend.apis.openai.route import CHAT_PREFIX, COMPLETION_PREFIX
+    from minisrv.frontend.fields.table import read_fields
+    from minisrv.frontend.generation.fingerprint import fingerprint
 
-    if line.fault is not None:
-        raise InvalidRequestError(line.fault)
-    url, body = _CHAT_URL, {"prompt": line.text} if line.value is None else dict(line.value)
-    if line.openai:
-        url, body = line.value.get("url"), line.value.get("body")
-        if url not in (_CHAT_URL, _COMPLETION_URL):
-            raise InvalidRequestError(
-                f"url is {url!r}; it must be {_CHAT_URL} or {_COMPLETION_URL}", param="url"
-            )
-        if not isinstance(body, dict):
-            raise InvalidRequestError("body must be an object", param="body")
-    else:
-        body.pop("id", None)
+    url, body = _body(line)
     chat = url == _CHAT_URL
     table = COMPLETION_FIELDS
     if chat:
@@ -281,39 +272,61 @@ def _read_generation(
         raise InvalidRequestError(f"unknown field {unknown[0]}", param=unknown[0])
     for name in _ONLINE_FIELDS:
         if fields.get(name):
-            raise InvalidRequestError(f"a batch does not take {name}", param=name)
-    return (read_chat if chat else read_completion)(fields, model)
+            raise InvalidRequestError(f"{name} is not supported in a batch", param=name)
+
+    def head(request: GenerationRequest) -> ReplyHead:
+        return ReplyHead(
+            id=(CHAT_PREFIX if chat else COMPLETION_PREFIX) + _request_id(line),
+            model=request.model,
+            system_fingerprint=fingerprint(config),
+            created=model.created,
+        )
+
+    try:
+        if chat:
+            request = read_chat(fields, model)
+            renderer = ChatRenderer(
+                head(request), request, StreamOptions(), config.reasoning_fields
+            )
+            return request, renderer
+        completion = read_completion(fields, model)
+        return completion, CompletionRenderer(head(completion), completion, StreamOptions())
+    except MinisrvError as error:
+        chat_names(fields).name_field_of(error)
+        raise
 
 
-def _header(
-    line: Line, model: ModelInfo, config: ServerConfig, generation: Generation
-) -> ReplyHeader:
-    from minisrv.frontend.apis.openai.render import ReplyHeader
-    from minisrv.frontend.generation.fingerprint import fingerprint
-
-    chat = not line.openai or line.value["url"] == _CHAT_URL
-    return ReplyHeader(
-        id=f"{'chatcmpl' if chat else 'cmpl'}-{_request_id(line)}",
-        chat=chat,
-        created=model.created,
-        model=model.name_for(line.value["body"] if line.openai else {}),
-        system_fingerprint=fingerprint(config),
-        choices_per_prompt=generation.sampling.n,
-        calls=generation.calls,
-        reasoning_fields=config.reasoning_fields,
-        echoed=generation.echoed,
-        returned=generation.returned,
-    )
+def _body(line: Line) -> tuple[str, dict[str, Any]]:
+    """The route that the line is for, and the body. Raises InvalidRequestError."""
+    if line.fault is not None:
+        raise InvalidRequestError(line.fault)
+    if not line.openai:
+        body = {"prompt": line.text} if line.value is None else dict(line.value)
+        body.pop("id", None)
+        return _CHAT_URL, body
+    url, body = line.value.get("url"), line.value.get("body")
+    if url not in (_CHAT_URL, _COMPLETION_URL):
+        raise InvalidRequestError(
+            f"url is {url!r}; it must be {_CHAT_URL} or {_COMPLETION_URL}", param="url"
+        )
+    if not isinstance(body, dict):
+        raise InvalidRequestError("body must be an object", param="body")
+    return url, body
 
 
-def _success(line: Line, header: ReplyHeader, outputs: list[RequestOutput]) -> dict[str, Any]:
-    """An OpenAI line gets the server's reply, another one its texts."""
-    from minisrv.frontend.apis.openai.render import Usage, whole_reply
+def _success(
+    line: Line,
+    request: GenerationRequest,
+    renderer: Renderer,
+    outputs: list[RequestOutput],
+) -> dict[str, Any]:
+    """An OpenAI line gets the server's reply, any other line its texts."""
+    from minisrv.frontend.generation.renderer import whole_reply
 
     choices = [choice for output in outputs for choice in output.outputs]
     for index, choice in enumerate(choices):
         choice.event.index, choice.event.token_ids = index, choice.token_ids
-    body = whole_reply(header, [choice.event for choice in choices], Usage(header))
+    body = whole_reply(request, renderer, [choice.event for choice in choices])
     if line.openai:
         return _openai_answer(line, 200, body)
     answers: dict[str, list[Any]] = {
@@ -334,7 +347,7 @@ def _success(line: Line, header: ReplyHeader, outputs: list[RequestOutput]) -> d
 
 
 def _failure(line: Line, error: MinisrvError) -> dict[str, Any]:
-    from minisrv.frontend.http.errors import error_body
+    from minisrv.frontend.http.error_format import error_body
 
     if line.openai:
         return _openai_answer(line, error.http_status, error_body(error))

@@ -8,37 +8,38 @@ from importlib.metadata import version
 
 USAGE = """\
 usage: minisrv serve MODEL [options]   serve a model over an OpenAI-compatible API
-       minisrv batch ... [options]     answer the prompts of a file
-       minisrv plan MODEL --card NAME [options]
-                                      what fits on a GPU, from config.json alone
+       minisrv batch MODEL --input FILE --output FILE [options]
+                                       answer the prompts in a file
+       minisrv plan MODEL --gpu NAME [options]
+                                       compute from config.json whether a model fits on a GPU
        minisrv --version
 
-`minisrv serve --help`, `minisrv batch --help` and `minisrv plan --help` list the options."""
+Options: `minisrv serve --help`, `minisrv batch --help`, `minisrv plan --help`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status."""
-    command, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
-    rest = rest[:-1]
-    match command:
-        case "serve":
+    """Run a command and return its exit status."""
+    match list(sys.argv[1:] if argv is None else argv):
+        case ["serve", *rest]:
             from minisrv import launch_server
 
             return launch_server.main(rest, prog="minisrv serve")
-        case "batch":
+        case ["batch", *rest]:
             from minisrv.commands import batch
 
             return batch.main(rest)
-        case "plan":
+        case ["plan", *rest]:
             from minisrv.commands import plan
 
             return plan.main(rest)
-        case "--version":
+        case ["--version", *_]:
             print(f"minisrv {version('minisrv')}")
             return 0
-        case "--help" | "-h":
+        case ["--help" | "-h", *_]:
             print(USAGE)
             return 0
-    problem = f"\n\nminisrv: there is no command {command!r}" if command else ""
-    print(USAGE + problem, file=sys.stderr)
+        case [command, *_]:
+            print(f"{USAGE}\n\nminisrv: unknown command {command!r}", file=sys.stderr)
+        case _:
+            print(USAGE, file=sys.stderr)
     return 2

@@ -1,4 +1,4 @@
-"""GPUs that a plan can be made for."""
+"""The GPUs that `minisrv plan` knows by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from minisrv.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class GPU:
-    """usable_gib: about what the driver gives programs. bandwidth: bytes/s, by data sheet."""
+    """usable_gib: about what the driver leaves to programs. bandwidth: bytes/s (data sheet)."""
 
     name: str
     usable_gib: float
@@ -32,17 +32,20 @@ GPUS = (
 )
 
 
-def find_card(name: str) -> GPU:
-    """The card of that name, however it is spaced and capitalised; H100 and A100 are of 80GB."""
+def find_gpu(name: str) -> GPU:
+    """The GPU called `name`, whatever its spacing and case; H100 and A100 mean the 80GB models.
+
+    Raises ConfigError for an unknown name.
+    """
     wanted = _plain(name)
     for exact in (True, False):
-        for card in GPUS:
-            known = _plain(card.name)
+        for gpu in GPUS:
+            known = _plain(gpu.name)
             if known == wanted or (not exact and known == wanted + "80gb"):
-                return card
+                return gpu
     raise ConfigError(
-        f"--card is {name!r}; known are {', '.join(card.name for card in GPUS)}; "
-        "for another give --card-memory"
+        f"--gpu is {name!r}; known GPUs are {', '.join(gpu.name for gpu in GPUS)}; "
+        "for any other use --gpu-memory"
     )
 
 

@@ -1,7 +1,8 @@
-"""`minisrv plan`: what a model takes on a GPU, from its config.json alone, before anything loads.
+"""`minisrv plan`: the memory a model needs on a GPU, computed from its config.json only.
 
-Weights and pages are exact. Workspace and CUDA graphs are estimates by the formulas printed beside
-them; at its start the engine measures them. Of several ranks, the fullest is planned.
+Weights and pages are exact. Workspace and CUDA graphs are estimates; the formulas are printed
+beside them, and the engine measures both when it starts. With several ranks the plan is for the
+fullest one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from minisrv.checkpoint.hub import CONFIG_FILES, resolve_model
 from minisrv.checkpoint.model_config import ModelConfig, load_model_config
-from minisrv.commands.gpus import GPU, find_card
+from minisrv.commands.gpus import GPU, find_gpu
 from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig, flag, parse_command_line, parse_size
 from minisrv.engine.memory import MemoryPlan, format_size, useful_pages
 from minisrv.engine.model_size import (
@@ -32,15 +33,15 @@ from minisrv.engine.model_size import (
 from minisrv.engine.parallel.shard import Partition, check_divisible
 from minisrv.errors import ConfigError, MinisrvError
 
-CONTEXT_BYTES = 512 * 2**20  # the driver's own, and the kernels of the libraries
+CONTEXT_BYTES = 512 * 2**20  # taken by the driver and the libraries' kernels
 _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
-_MOST_RANKS, _LEAST_PREFILL, _LEAST_REQUESTS, _LEAST_CONTEXT = 8, 256, 8, 512
-_HIGHEST_FRACTION = 0.95
+_MAX_RANKS, _MIN_PREFILL, _MIN_REQUESTS, _MIN_CONTEXT = 8, 256, 8, 512
+_MAX_FRACTION = 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What is to be planned: a model with the options of a server, on memory of so many bytes."""
+class Deployment:
+    """What to plan for: a model, the options of its server, and the bytes of one GPU."""
 
     model: ModelConfig
     config: ServerConfig
@@ -48,77 +49,79 @@ class Request:
 
     @property
     def dtype(self) -> str:
-        """The type of weights and cache."""
+        """The type of weights and activations, and of the KV cache unless that is FP8."""
         given = self.config.dtype
         return (self.model.dtype or "bfloat16") if given == "auto" else given
 
     @property
     def partition(self) -> Partition:
-        """The last rank, whose share of the vocabulary is the largest."""
+        """That of the last rank, which has the largest part of the vocabulary."""
         return Partition(self.config.tp - 1, self.config.tp)
 
     @property
     def parameters(self) -> Parameters:
-        """Those of the fullest rank."""
+        """The counts of the fullest rank."""
         return count_parameters(self.model, self.partition)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan; the exit status: 0 it fits, 2 it does not or an option is wrong."""
+    """Print the plan; exit status 0: it fits, 2: it does not or an option is wrong, 1: failed."""
     parser = argparse.ArgumentParser(
         prog="minisrv plan",
-        description="What a model takes on a GPU, from config.json alone. Nothing is loaded.",
+        description="Compute from config.json the memory that a model needs on a GPU.",
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--card", metavar="NAME", help="a GPU, such as H100 or 'RTX 4090'")
-    where.add_argument("--card-memory", metavar="SIZE", help="memory of a GPU, such as 24GiB")
+    where.add_argument("--gpu", "--card", metavar="NAME", help="GPU, such as H100 or 'RTX 4090'")
+    where.add_argument(
+        "--gpu-memory", "--card-memory", metavar="SIZE", help="memory of the GPU, such as 24GiB"
+    )
     config = parse_command_line(parser, argv)
     options = parser.parse_args(argv)
     try:
-        card = find_card(options.card) if options.card else None
-        memory = int(card.usable_gib * 2**30) if card else parse_size(options.card_memory)
+        gpu = None if options.gpu is None else find_gpu(options.gpu)
+        memory = int(gpu.usable_gib * 2**30) if gpu else parse_size(options.gpu_memory)
         directory = resolve_model(config.model, lambda phase, fraction: None, CONFIG_FILES)
         model = load_model_config(directory, config.max_seq_len)
         check_divisible(model, config.tp)
     except MinisrvError as error:
         print(f"minisrv: {error.message}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    request = Request(model, config, memory)
-    print(describe(request, card))
-    if fits(request):
+    deployment = Deployment(model, config, memory)
+    print(describe(deployment, gpu))
+    if fits(deployment):
         return 0
-    print("\n" + advise(request), file=sys.stderr)
+    print("\n" + advise(deployment), file=sys.stderr)
     return 2
 
 
-def describe(request: Request, card: GPU | None) -> str:
-    """The table, under a line that names model and card and above one with the limit of speed."""
-    config, size = request.config, format_size(request.memory)
-    where = f"{card.name} of {size}" if card else f"a card of {size}"
-    ranks = "" if config.tp == 1 else f", each of {config.tp} ranks"
+def describe(deployment: Deployment, gpu: GPU | None) -> str:
+    """A line that names model and GPU, the table, and for a known GPU the limit of decode speed."""
+    config, size = deployment.config, format_size(deployment.memory)
+    where = f"{gpu.name if gpu else 'a GPU'} with {size}"
+    ranks = "" if config.tp == 1 else f", one of {config.tp} ranks"
     lines = [
-        f"{config.model}: {request.model.architecture} in {request.dtype} on {where}{ranks}, "
+        f"{config.model}: {deployment.model.architecture} in {deployment.dtype} on {where}{ranks}, "
         f"--memory-fraction {config.memory_fraction:g}",
-        make_plan(request).describe(),
+        make_plan(deployment).describe(),
     ]
-    if card is not None:
-        read = request.parameters.read_for_a_token * _ITEMSIZE[request.dtype]
+    if gpu is not None:
+        read = deployment.parameters.read_for_a_token * _ITEMSIZE[deployment.dtype]
         lines.append(
-            f"{'decode alone':<25}at most {card.bandwidth / read:,.0f} tokens/s: "
-            f"{format_size(int(read))} of weights a token at {card.bandwidth / 1e12:g} TB/s"
+            f"{'decode, batch 1':<25}at most {gpu.bandwidth / read:,.0f} tokens/s: "
+            f"{format_size(int(read))} of weights per token at {gpu.bandwidth / 1e12:g} TB/s"
         )
     return "\n".join(lines)
 
 
-def make_plan(request: Request) -> MemoryPlan:
-    """The plan; its cache may be empty."""
-    model, config, itemsize = request.model, request.config, _ITEMSIZE[request.dtype]
-    weights = request.parameters.total * itemsize
-    workspace, workspace_note = _workspace(request)
-    graphs, graphs_note = _graphs(request)
+def make_plan(deployment: Deployment) -> MemoryPlan:
+    """The memory of the fullest rank; there may be no room for a single page."""
+    model, config, itemsize = deployment.model, deployment.config, _ITEMSIZE[deployment.dtype]
+    weights = deployment.parameters.total * itemsize
+    workspace, workspace_note = _workspace(deployment)
+    graphs, graphs_note = _graphs(deployment)
     cache_itemsize = 1 if config.kv_cache_dtype == "fp8" else itemsize
-    page_bytes = config.page_size * kv_bytes_per_token(model, cache_itemsize, request.partition)
-    free = int(request.memory * config.memory_fraction)
+    page_bytes = config.page_size * kv_bytes_per_token(model, cache_itemsize, deployment.partition)
+    free = int(deployment.memory * config.memory_fraction)
     free -= CONTEXT_BYTES + weights + workspace + graphs
     num_pages = max(0, min(free // page_bytes, useful_pages(config, model.max_seq_len)))
     return MemoryPlan(
@@ -131,7 +134,7 @@ def make_plan(request: Request) -> MemoryPlan:
         page_size=config.page_size,
         max_seq_len=model.max_seq_len,
         notes={
-            "weights": _weights_note(request),
+            "weights": _weights_note(deployment),
             "workspace": workspace_note,
             "CUDA graphs": graphs_note,
             "CUDA context": "estimate",
@@ -139,43 +142,46 @@ def make_plan(request: Request) -> MemoryPlan:
     )
 
 
-def fits(request: Request) -> bool:
-    """Whether the cache holds a request of the full context, and all pages that are asked for."""
-    plan, wanted = make_plan(request), request.config.num_pages
+def fits(deployment: Deployment) -> bool:
+    """Whether the cache holds one request of the full context, and every page of --num-pages."""
+    plan, wanted = make_plan(deployment), deployment.config.num_pages
     return plan.num_tokens >= plan.max_seq_len and wanted in (None, plan.num_pages)
 
 
-def advise(request: Request) -> str:
-    """The options that would make it fit, each with its value and each enough alone."""
-    found = [remedy for remedy in _remedies(request) if remedy is not None]
+def advise(deployment: Deployment) -> str:
+    """The options that would make it fit, each with a value that suffices by itself."""
+    found = [remedy for remedy in _remedies(deployment) if remedy is not None]
     if not found:
-        return "minisrv: it does not fit, and no single option makes it fit: take a larger card"
-    plan = make_plan(request)
-    held = f"the cache holds {plan.num_tokens} of the {plan.max_seq_len} tokens of one full context"
+        return "minisrv: it does not fit with any single option; use a GPU with more memory"
+    plan, wanted = make_plan(deployment), deployment.config.num_pages
+    if wanted not in (None, plan.num_pages):
+        held = f"the cache has room for {plan.num_pages} of the {wanted} pages of --num-pages"
+    else:
+        held = f"the cache holds {plan.num_tokens} tokens, one full context is {plan.max_seq_len}"
     return f"minisrv: it does not fit: {held}; run with {' or '.join(found)}"
 
 
-def _remedies(request: Request) -> Iterator[str | None]:
-    if request.config.num_pages is not None:
-        lowered = replace(request, config=replace(request.config, num_pages=None))
+def _remedies(deployment: Deployment) -> Iterator[str | None]:
+    if deployment.config.num_pages is not None:
+        lowered = replace(deployment, config=replace(deployment.config, num_pages=None))
         if fits(lowered):
             yield f"{flag('num_pages')} {make_plan(lowered).num_pages}"
             return
-    yield _first_that_fits(request, "tp", range(request.config.tp + 1, _MOST_RANKS + 1))
-    yield _shorter_context(request)
-    budget = _prefill_tokens(request.config)
-    yield _first_that_fits(request, "max_prefill_tokens", _halves(budget, _LEAST_PREFILL))
-    running = request.config.max_running_requests
-    yield _first_that_fits(request, "max_running_requests", _halves(running, _LEAST_REQUESTS))
-    if request.config.memory_fraction < _HIGHEST_FRACTION:
-        yield _first_that_fits(request, "memory_fraction", [_HIGHEST_FRACTION])
-    if request.dtype == "float32":
-        yield _first_that_fits(request, "dtype", ["bfloat16"])
+    yield _first_that_fits(deployment, "tp", range(deployment.config.tp + 1, _MAX_RANKS + 1))
+    yield _shorter_context(deployment)
+    budget = _prefill_tokens(deployment.config)
+    yield _first_that_fits(deployment, "max_prefill_tokens", _halves(budget, _MIN_PREFILL))
+    running = deployment.config.max_running_requests
+    yield _first_that_fits(deployment, "max_running_requests", _halves(running, _MIN_REQUESTS))
+    if deployment.config.memory_fraction < _MAX_FRACTION:
+        yield _first_that_fits(deployment, "memory_fraction", [_MAX_FRACTION])
+    if deployment.dtype == "float32":
+        yield _first_that_fits(deployment, "dtype", ["bfloat16"])
 
 
-def _first_that_fits(request: Request, name: str, values: Sequence[Any]) -> str | None:
+def _first_that_fits(deployment: Deployment, name: str, values: Sequence[Any]) -> str | None:
     for value in values:
-        changed = replace(request, config=replace(request.config, **{name: value}))
+        changed = replace(deployment, config=replace(deployment.config, **{name: value}))
         try:
             check_divisible(changed.model, changed.config.tp)
         except ConfigError:
@@ -185,17 +191,17 @@ def _first_that_fits(request: Request, name: str, values: Sequence[Any]) -> str 
     return None
 
 
-def _shorter_context(request: Request) -> str | None:
-    tokens = make_plan(request).num_tokens
-    if tokens < _LEAST_CONTEXT:
+def _shorter_context(deployment: Deployment) -> str | None:
+    tokens = make_plan(deployment).num_tokens
+    if tokens < _MIN_CONTEXT:
         return None
-    changed = replace(request, model=replace(request.model, max_seq_len=tokens))
+    changed = replace(deployment, model=replace(deployment.model, max_seq_len=tokens))
     return f"{flag('max_seq_len')} {tokens}" if fits(changed) else None
 
 
-def _halves(value: int, least: int) -> list[int]:
+def _halves(value: int, minimum: int) -> list[int]:
     values = []
-    while value // 2 >= least:
+    while value // 2 >= minimum:
         value //= 2
         values.append(value)
     return values
@@ -205,19 +211,19 @@ def _prefill_tokens(config: ServerConfig) -> int:
     return config.max_prefill_tokens or MAX_PREFILL_TOKENS["cuda"]
 
 
-def _weights_note(request: Request) -> str:
-    note = f"{request.parameters.total:,} parameters"
-    if request.model.tie_word_embeddings:
-        note += ", head tied"
-    if request.model.fp8 is not None:
-        # A GPU with FP8 keeps those matrices as they are; which they are, config.json does not say.
-        note += f", FP8 in the checkpoint, counted as {request.dtype}: a GPU with FP8 takes less"
+def _weights_note(deployment: Deployment) -> str:
+    note = f"{deployment.parameters.total:,} parameters"
+    if deployment.model.tie_word_embeddings:
+        note += ", tied LM head"
+    if deployment.model.fp8 is not None:
+        # A GPU with FP8 keeps such matrices as they are; config.json does not say which they are.
+        note += f", FP8 in the checkpoint, counted as {deployment.dtype}: a GPU with FP8 needs less"
     return note
 
 
-def _workspace(request: Request) -> tuple[int, str]:
-    """Bytes that the largest step takes, and how they are made up."""
-    model, config, itemsize = request.model, request.config, _ITEMSIZE[request.dtype]
+def _workspace(deployment: Deployment) -> tuple[int, str]:
+    """Bytes that the largest step needs, and the formula."""
+    model, config, itemsize = deployment.model, deployment.config, _ITEMSIZE[deployment.dtype]
     samples = config.max_running_requests
     tokens = _prefill_tokens(config) + samples
     width = widest_layer(model, config.tp)
@@ -231,9 +237,9 @@ def _workspace(request: Request) -> tuple[int, str]:
     )
 
 
-def _graphs(request: Request) -> tuple[int, str]:
-    """Bytes of the CUDA graphs of decode steps, and how they are made up."""
-    model, config, itemsize = request.model, request.config, _ITEMSIZE[request.dtype]
+def _graphs(deployment: Deployment) -> tuple[int, str]:
+    """Bytes of the CUDA graphs of decode steps, and the formula."""
+    model, config, itemsize = deployment.model, deployment.config, _ITEMSIZE[deployment.dtype]
     largest = min(config.cuda_graph_max_bs, config.max_running_requests)
     sizes = graph_sizes(largest) if config.tp == 1 else []
     if not sizes:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from minisrv.checkpoint.tokenizer import load_tokenizer
 from minisrv.detokenizer.worker import DetokenizerWorker
-from minisrv.supervision.child_main import Child, Ready, run_child
+from minisrv.supervision.child_main import Child, run_child
+from minisrv.supervision.records import ChildReady
 from minisrv.wire.messages import DETOKENIZER_INBOX, DetokenizeMsg
 from minisrv.wire.sockets import Inbox, Outbox
 
@@ -22,7 +23,7 @@ def _serve(child: Child) -> None:
     scheduler, frontend = Outbox(run_dir, "scheduler"), Outbox(run_dir, "frontend")
     tokenizer = load_tokenizer(Path(boot.tokenizer_dir), child.config.chat_template)
     worker = DetokenizerWorker(tokenizer, boot.epoch)
-    child.report(Ready())
+    child.report(ChildReady())
     while inbox.wait():
         for message in inbox.drain():
             assert isinstance(message, DetokenizeMsg)

@@ -21,14 +21,13 @@ from minisrv.frontend.registry.engine_client import EngineClient
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.sampling_params import SamplingParams
-from minisrv.supervision.child_main import (
-    Child,
+from minisrv.supervision.child_main import Child, run_child
+from minisrv.supervision.records import (
+    ChildReady,
     EngineEnded,
     EngineReady,
     Notice,
-    Progress,
-    Ready,
-    run_child,
+    StartProgress,
 )
 
 # How long open replies may take to reach their clients at the end.
@@ -38,7 +37,7 @@ LAST_WORDS_S = 2
 def take_notice(registry: RequestRegistry, config: ServerConfig, notice: Notice) -> None:
     """Bring what the supervisor said to the registry."""
     match notice:
-        case Progress(phase, fraction):
+        case StartProgress(phase, fraction):
             registry.set_progress(phase, fraction)
         case EngineReady(facts):
             registry.set_ready(_model_info(config, facts))
@@ -70,7 +69,7 @@ async def _serve(child: Child) -> None:
     loop = asyncio.get_running_loop()
     take = functools.partial(_take_notice, child, registry, server)
     async with EngineClient(Path(child.boot.run_dir), registry, child.config.num_tokenizers):
-        child.listen(lambda notice: loop.call_soon_threadsafe(take, notice))
+        child.handle_notices(lambda notice: loop.call_soon_threadsafe(take, notice))
         await server.serve([socket.socket(fileno=child.boot.fds["listener"])])
 
 
@@ -79,7 +78,7 @@ def _take_notice(
 ) -> None:
     take_notice(registry, child.config, notice)
     if isinstance(notice, EngineReady):
-        child.report(Ready())
+        child.report(ChildReady())
     elif isinstance(notice, EngineEnded):
         server.should_exit = True
 

@@ -10,7 +10,8 @@ from minisrv.checkpoint.tokenizer import load_tokenizer
 from minisrv.config import ServerConfig
 from minisrv.scheduler.channel import ZmqChannel
 from minisrv.structured_output.vocabulary import open_vocabulary
-from minisrv.supervision.child_main import Child, Ready, run_child
+from minisrv.supervision.child_main import Child, run_child
+from minisrv.supervision.records import ChildReady
 
 
 def main() -> None:
@@ -23,17 +24,19 @@ def _serve(child: Child) -> None:
     model = load_model_config(model_dir, child.config.max_seq_len)
     run_dir = Path(child.boot.run_dir)
     channel = ZmqChannel(run_dir, child.boot.epoch)
-    child.progress("import torch", 0.0)
+    child.report_progress("import torch", 0.0)
     # It takes seconds: by now the lifeline holds, and a wrong config.json has been refused.
     from minisrv.engine.engine import Engine
     from minisrv.scheduler.build import build_loop
 
     tokenizer = load_tokenizer(Path(child.boot.tokenizer_dir))
     vocabulary = open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
-    loop = build_loop(child.config, model_dir, channel, child.progress, run_dir, vocabulary)
+    loop = build_loop(child.config, model_dir, channel, child.report_progress, run_dir, vocabulary)
     assert isinstance(loop.engine, Engine)
     facts = {"placement": loop.engine.placement, "memory_plan": loop.engine.describe()}
-    child.report(Ready({**facts, **_model_facts(model, child.config, loop.scheduler.max_seq_len)}))
+    child.report(
+        ChildReady({**facts, **_model_facts(model, child.config, loop.scheduler.max_seq_len)})
+    )
     loop.run(loop.engine.check)
 
 

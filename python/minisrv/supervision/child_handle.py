@@ -1,4 +1,4 @@
-"""The supervisor's end of the pipes that join it to a child; see `child` for the other."""
+"""The supervisor's end of the pipes between it and a child; see `child_main` for the other."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import sys
 from typing import IO, Any
 
 from minisrv.errors import ConfigError, EngineDeadError, MinisrvError
-from minisrv.supervision.child_main import (
+from minisrv.supervision.records import (
     Boot,
-    Failed,
+    ChildFailed,
+    ChildReady,
     Notice,
-    Ready,
     Report,
     decode_line,
     encode_line,
@@ -22,12 +22,15 @@ from minisrv.supervision.child_main import (
 
 
 class ChildProcess:
-    """The supervisor's side of a child: its lifeline, its reports, its end."""
+    """A child as its supervisor sees it: the lifeline, the reports, the exit.
+
+    ready, failed: the report of that kind, once `read_reports` has returned it.
+    """
 
     def __init__(self, name: str, module: str, boot: dict[str, Any], fds: dict[str, int]) -> None:
         self.name = name
-        self.ready: Ready | None = None
-        self.failed: Failed | None = None
+        self.ready: ChildReady | None = None
+        self.failed: ChildFailed | None = None
         self._buffer = b""
         self.status_fd, child_fd = os.pipe()
         os.set_blocking(self.status_fd, False)
@@ -36,7 +39,7 @@ class ChildProcess:
             stdin=subprocess.PIPE,
             bufsize=0,
             pass_fds=[child_fd, *fds.values()],
-            # Out of the terminal's group: an interrupt reaches the supervisor alone.
+            # Out of the terminal's group: an interrupt reaches only the supervisor.
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
@@ -48,8 +51,8 @@ class ChildProcess:
         self._write(encode_line(Boot(**boot, status_fd=child_fd, parent_pid=os.getpid(), fds=fds)))
         os.set_blocking(self._stdin.fileno(), False)
 
-    def tell(self, notice: Notice) -> None:
-        """Send a notice; one that a dead or stuck child cannot take is lost."""
+    def notify(self, notice: Notice) -> None:
+        """Send a notice; it is lost if the child is dead or its pipe is full."""
         self._write(encode_line(notice))
 
     def _write(self, line: bytes) -> None:
@@ -62,28 +65,27 @@ class ChildProcess:
         return self._popen.stdin
 
     def read_reports(self) -> list[Report]:
-        """What has come since the last call."""
+        """The reports received since the last call."""
         with contextlib.suppress(BlockingIOError):
             while chunk := os.read(self.status_fd, 65536):
                 self._buffer += chunk
         *lines, self._buffer = self._buffer.split(b"\n")
-        return [self._note(decode_line(line)) for line in lines]
-
-    def _note(self, report: Any) -> Report:
-        match report:
-            case Ready():
-                self.ready = report
-            case Failed():
-                self.failed = report
-        return report  # type: ignore[no-any-return]
+        reports: list[Report] = [decode_line(line) for line in lines]
+        for report in reports:
+            match report:
+                case ChildReady():
+                    self.ready = report
+                case ChildFailed():
+                    self.failed = report
+        return reports
 
     @property
     def ended(self) -> bool:
-        """Whether the process is gone."""
+        """Whether the process has exited."""
         return self._popen.poll() is not None
 
     def error(self) -> MinisrvError:
-        """Why the process is gone."""
+        """The error for a child that has exited; it says why."""
         if self.failed is not None and self.failed.exit_code == 2:
             return ConfigError(self.failed.sentence)
         if self.failed is not None:
@@ -92,11 +94,11 @@ class ChildProcess:
         if status >= 0:
             return EngineDeadError(f"the {self.name} process has died with exit status {status}")
         how = f"it was killed by {signal.Signals(-status).name}"
-        memory = " (the system does this when memory runs out)" if status == -signal.SIGKILL else ""
+        memory = " (the kernel does this when memory runs out)" if status == -signal.SIGKILL else ""
         return EngineDeadError(f"the {self.name} process has died: {how}{memory}")
 
     def kill(self) -> None:
-        """End the process if it still runs, wait for it, and close what joined it to us."""
+        """Kill the process if it still runs, wait for it, and close the pipes."""
         self._popen.kill()
         self._popen.wait()
         self._stdin.close()

@@ -1,28 +1,34 @@
-"""The child's end of the pipes that join it to its supervisor.
+"""The child's end of the pipes between it and its supervisor; see `child_handle` for the other.
 
-A child starts as `python -m minisrv.<process>`. Its stdin carries one boot line and then stays
-open: the lifeline, whose end ends the child. Notices to the frontend come on it too. Reports to
-the supervisor go out on a pipe of their own, whose end tells of the child's death. All lines are
-JSON objects.
+A child starts as `python -m minisrv.<process>`. Its stdin carries a `Boot` and then notices; it
+stays open as the lifeline: when it closes, the child exits. Reports leave on a status pipe, which
+closes when the child dies.
 """
 
 from __future__ import annotations
 
 import ctypes
 import faulthandler
-import json
 import logging
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any, NoReturn, cast
+from typing import NoReturn
 
 from minisrv import log
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError
+from minisrv.supervision.records import (
+    Boot,
+    ChildFailed,
+    Notice,
+    Report,
+    StartProgress,
+    decode_line,
+    encode_line,
+)
 
 logger = logging.getLogger("minisrv.supervision.child_main")
 
@@ -30,83 +36,8 @@ STDIN_FD = 0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Boot:
-    """What a child needs to know. Paths that are not known yet, or not needed, are empty.
-
-    index: which of several children of its kind. fds: inherited file descriptors by name.
-    """
-
-    config: dict[str, Any]
-    run_dir: str
-    epoch: int
-    index: int
-    status_fd: int
-    parent_pid: int
-    model_dir: str = ""
-    tokenizer_dir: str = ""
-    fds: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """A child to the supervisor, and on to the frontend: `fraction` of `phase` is done."""
-
-    phase: str
-    fraction: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """A child to the supervisor: its work can begin, or is done; and what it found out."""
-
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A child to the supervisor, its last word: why it ends. `exit_code` 2 is a wrong option."""
-
-    sentence: str
-    exit_code: int
-
-
-@dataclass(frozen=True, slots=True)
-class EngineReady:
-    """The supervisor to the frontend: all other processes serve. `facts` are theirs together."""
-
-    facts: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineEnded:
-    """The supervisor to the frontend: nothing will be answered any more.
-
-    stopping: it was asked for; otherwise a process has died.
-    """
-
-    sentence: str
-    stopping: bool
-
-
-Report = Progress | Ready | Failed
-Notice = Progress | EngineReady | EngineEnded
-_LINES = {kind.__name__: kind for kind in (Boot, Progress, Ready, Failed, EngineReady, EngineEnded)}
-
-
-def encode_line(value: Boot | Report | Notice) -> bytes:
-    """A line of JSON, its end included."""
-    return json.dumps({"kind": type(value).__name__, **asdict(value)}).encode() + b"\n"
-
-
-def decode_line(line: bytes) -> Boot | Report | Notice:
-    """The value of a line that `encode_line` made; both ends are of one version."""
-    fields = json.loads(line)
-    return _LINES[fields.pop("kind")](**fields)
-
-
 class Child:
-    """One child process, seen from inside: what it was told, and how it tells."""
+    """One child process, seen from inside: its boot record, its reports, its notices."""
 
     def __init__(self, boot: Boot) -> None:
         self.boot = boot
@@ -116,32 +47,33 @@ class Child:
         self._handle: Callable[[Notice], object] = self._early.append
 
     def report(self, report: Report) -> None:
-        """Tell the supervisor."""
+        """Send a report to the supervisor."""
         os.write(self.boot.status_fd, encode_line(report))
 
-    def progress(self, phase: str, fraction: float) -> None:
-        """Tell how far the start is: `fraction` of `phase`, 0 to 1."""
-        self.report(Progress(phase, fraction))
+    def report_progress(self, phase: str, fraction: float) -> None:
+        """Report that `fraction` (0 to 1) of `phase` is done."""
+        self.report(StartProgress(phase, fraction))
 
-    def listen(self, handle: Callable[[Notice], object]) -> None:
-        """Call `handle` with each notice, those that came before included; in any thread."""
+    def handle_notices(self, handle: Callable[[Notice], object]) -> None:
+        """Call `handle` with each notice, including those received so far; in any thread."""
         with self._lock:
             for notice in self._early:
                 handle(notice)
             self._handle = handle
 
     def hold_lifeline(self, lines: Iterable[bytes]) -> None:
-        """Hand on notices until the lifeline ends, and the process with it."""
+        """Pass on notices until the lifeline closes, then end the process."""
         for line in lines:
             with self._lock:
-                self._handle(cast(Notice, decode_line(line)))
+                self._handle(decode_line(line))
         os._exit(0)
 
 
 def run_child(name: str, main: Callable[[Child], None]) -> NoReturn:
-    """Be the child `name`: boot from stdin, run `main`, and report why if it fails.
+    """Run `main` as the child `name`: boot from stdin, and report why if `main` fails.
 
-    An interrupt from the terminal is the supervisor's to handle; SIGTERM ends the process.
+    SIGINT is ignored: an interrupt from the terminal is the supervisor's to handle. SIGTERM ends
+    the process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
@@ -149,7 +81,7 @@ def run_child(name: str, main: Callable[[Child], None]) -> NoReturn:
     first = lines.readline()
     if not first:
         os._exit(0)
-    child = Child(cast(Boot, decode_line(first)))
+    child = Child(decode_line(first))
     log.setup(name, child.config.log_level, child.config.log_format)
     _die_with_parent(child.boot.parent_pid)
     os.set_inheritable(child.boot.status_fd, False)
@@ -163,11 +95,11 @@ def _run(child: Child, main: Callable[[Child], None]) -> int:
     try:
         main(child)
     except ConfigError as error:
-        child.report(Failed(error.message, 2))
+        child.report(ChildFailed(error.message, 2))
         return 2
     except Exception as error:
-        logger.exception("this process ends")
-        child.report(Failed(f"{type(error).__name__}: {error}", 1))
+        logger.exception("the process exits after an unexpected error")
+        child.report(ChildFailed(f"{type(error).__name__}: {error}", 1))
         return 1
     return 0
 

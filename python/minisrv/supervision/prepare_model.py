@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from minisrv.checkpoint.hub import resolve_model
-from minisrv.supervision.child_main import Child, Ready, run_child
+from minisrv.supervision.child_main import Child, run_child
+from minisrv.supervision.records import ChildReady
 
 
 def _download(child: Child) -> None:
-    path = resolve_model(child.config.model, child.progress)
-    child.report(Ready({"model_dir": str(path)}))
+    path = resolve_model(child.config.model, child.report_progress)
+    child.report(ChildReady({"model_dir": str(path)}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Starts the processes in order, watches them, and ends them together.
 
-Every child has a lifeline to this process and a status pipe from it; the pipe's end and the
-child's pidfd tell of a death at once. The processes share state (the cache, open requests), so
-when one dies the others end too. The thread in `Supervisor.run` starts all children and outlives
-them, for the kernel ties each to the thread that started it.
+A lifeline runs from this process to every child, and a status pipe back; the closing of the pipe
+and the child's pidfd report a death at once. The processes share state (the cache, open requests),
+so when one dies the others are ended too. The thread in `Supervisor.run` starts all children and
+outlives them, because the kernel ties each to the thread that started it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minisrv.checkpoint.tokenizer import needs_conversion
 from minisrv.config import ServerConfig
 from minisrv.errors import MinisrvError
 from minisrv.supervision.child_handle import ChildProcess
-from minisrv.supervision.child_main import EngineEnded, EngineReady, Notice, Progress
+from minisrv.supervision.records import EngineEnded, EngineReady, Notice, StartProgress
 from minisrv.wire.sockets import private_directory
 
 logger = logging.getLogger("minisrv.supervision.supervisor")
@@ -42,14 +42,14 @@ MODULES = {
 
 
 class _StopRequested(Exception):
-    """Somebody called `stop`."""
+    """`stop` was called."""
 
 
 class Supervisor:
-    """Runs the engine's processes, and the frontend too when it is given a socket to listen on.
+    """Runs the engine's processes, and with a `listener` the frontend process that serves it.
 
-    Without `listener` the caller is the frontend: it binds the inbox in `run_dir` and gets by
-    `on_notice`, in the thread of `run`, what a frontend process would be told.
+    Without `listener` the caller is the frontend: it binds the inbox in `run_dir`, and `on_notice`
+    is called in the thread of `run` with the notices that a frontend process would receive.
     """
 
     def __init__(
@@ -71,32 +71,32 @@ class Supervisor:
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)
         self._children: list[ChildProcess] = []
         self._frontend: ChildProcess | None = None
-        self._last_progress = Progress("", 0.0)
+        self._last_progress = StartProgress("", 0.0)
         self._num_stops = 0
 
     @property
     def wake_fd(self) -> int:
-        """For signal.set_wakeup_fd: every byte written here counts as a call of `stop`."""
+        """For signal.set_wakeup_fd: every byte written to it counts as a call of `stop`."""
         return self._wake_sender.fileno()
 
     def stop(self) -> None:
-        """Have `run` end everything; a second call ends it at once. Right in every state."""
+        """Have `run` end all children; a second call kills them. Allowed in every state."""
         with contextlib.suppress(OSError):
             self._wake_sender.send(b"s")
 
     def run(self) -> None:
-        """Start, watch, and end; returns after `stop`, when no child is left.
+        """Start the children and watch them; return after `stop`, when none is left.
 
         Raises ConfigError if the model or an option cannot be used, EngineDeadError if a process
-        has died, MinisrvError if the start takes too long.
+        dies, MinisrvError if the start takes too long.
         """
         try:
             self._start()
             self._watch_until(lambda: False)
         except _StopRequested:
-            self._tell(EngineEnded("the server is stopping", stopping=True))
+            self._notify(EngineEnded("the server is stopping", stopping=True))
         except Exception as error:
-            self._tell(EngineEnded(str(error), stopping=False))
+            self._notify(EngineEnded(str(error), stopping=False))
             raise
         finally:
             self._end_children()
@@ -121,12 +121,12 @@ class Supervisor:
         facts = {k: v for w in workers if w.ready for k, v in w.ready.facts.items()}
         notice = EngineReady(facts)
         if self._frontend is not None:
-            self._frontend.tell(notice)
+            self._frontend.notify(notice)
             self._watch_until_ready([self._frontend], deadline)
         self._on_notice(notice)
 
     def _download(self) -> Path:
-        """Fetch the model in a child, for as long as that takes."""
+        """Download the model in a child; there is no deadline."""
         hub = self._spawn("hub")
         self._watch_until_ready([hub], math.inf)
         assert hub.ready is not None
@@ -134,7 +134,7 @@ class Supervisor:
         return Path(hub.ready.facts["model_dir"])
 
     def _convert_tokenizer(self, model_dir: Path, deadline: float) -> Path:
-        """The directory of a tokenizer.json: the model's, or one made in a child from its own."""
+        """The directory with tokenizer.json: the model's, or one that a child writes."""
         if not needs_conversion(model_dir):
             return model_dir
         directory = self.run_dir / "tokenizer"
@@ -169,7 +169,7 @@ class Supervisor:
         return child
 
     def _retire(self, child: ChildProcess) -> None:
-        """End a child and forget it."""
+        """Kill a child and forget it."""
         self._children.remove(child)
         self._unwatch(child)
         child.kill()
@@ -178,47 +178,54 @@ class Supervisor:
         self._watch_until(lambda: all(child.ready for child in children), deadline)
 
     def _watch_until(self, done: Callable[[], bool], deadline: float = math.inf) -> None:
-        """Take reports until `done`. Raises _StopRequested, and for a death or the deadline."""
-        while not done():
-            self._poll(deadline)
+        """Read reports until `done`. Raises _StopRequested, and for a death or the deadline.
+
+        A child may report and exit before this process runs again. Its last reports are therefore
+        read, and `done` is checked, before its exit counts as a death.
+        """
+        while True:
             if self._num_stops:
                 raise _StopRequested
             dead = next((child for child in self._children if child.ended), None)
             if dead is not None:
-                self._take_reports(dead)
+                self._read_reports(dead)
+            if done():
+                return
+            if dead is not None:
                 raise dead.error()
             if time.monotonic() >= deadline:
                 late = ", ".join(child.name for child in self._children if not child.ready)
                 raise MinisrvError(
                     f"the start took more than {self._config.start_timeout_s:g} s, waiting for "
-                    f"{late}; raise --start-timeout-s if that is too short"
+                    f"{late}; raise --start-timeout-s if it needs longer"
                 )
+            self._poll(deadline)
 
     def _poll(self, deadline: float) -> None:
-        """Wait for reports, deaths and stops, at most until `deadline`, and note them."""
+        """Wait for reports, deaths and stops until `deadline` at the latest, and record them."""
         timeout_s = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
         for key, _ in self._selector.select(timeout_s):
             if key.data is None:
                 self._num_stops += len(self._wake_receiver.recv(4096))
             elif key.fd == key.data.status_fd:
-                self._take_reports(key.data)
+                self._read_reports(key.data)
             if key.data is not None and key.data.ended:
                 self._unwatch(key.data)
 
-    def _take_reports(self, child: ChildProcess) -> None:
+    def _read_reports(self, child: ChildProcess) -> None:
         for report in child.read_reports():
-            if isinstance(report, Progress) and self._is_news(report):
+            if isinstance(report, StartProgress) and self._is_worth_sending(report):
                 self._last_progress = report
-                self._tell(report)
+                self._notify(report)
 
-    def _is_news(self, progress: Progress) -> bool:
+    def _is_worth_sending(self, progress: StartProgress) -> bool:
         last = self._last_progress
         grown = abs(progress.fraction - last.fraction) >= 0.01
         return progress.phase != last.phase or grown or progress.fraction == 1.0
 
-    def _tell(self, notice: Notice) -> None:
+    def _notify(self, notice: Notice) -> None:
         if self._frontend is not None:
-            self._frontend.tell(notice)
+            self._frontend.notify(notice)
         self._on_notice(notice)
 
     def _unwatch(self, child: ChildProcess) -> None:
@@ -227,7 +234,7 @@ class Supervisor:
                 self._selector.unregister(fd)
 
     def _end_children(self) -> None:
-        """Kill the workers, which have nothing to save; let the frontend say its last words."""
+        """Kill the workers, which have nothing to save; give the frontend END_GRACE_S to end."""
         serving = self._frontend if self._frontend and self._frontend.ready else None
         for child in list(self._children):
             if child is not serving:
@@ -249,10 +256,10 @@ class Supervisor:
 
 
 class SupervisorThread:
-    """A supervisor beside a caller that is the frontend itself.
+    """A supervisor in a thread of a process that is the frontend itself.
 
-    `error` is what `Supervisor.run` raised, once the thread has ended. A caller that forgets to
-    stop it is no trouble: the end of the process ends it too.
+    error: what `Supervisor.run` raised, once the thread has ended. A process that exits without
+    calling `stop` ends the children too.
     """
 
     def __init__(self, supervisor: Supervisor) -> None:
@@ -266,7 +273,7 @@ class SupervisorThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """End all children, and wait for that."""
+        """End all children and wait until they are gone."""
         atexit.unregister(self.stop)
         self._supervisor.stop()
         self._thread.join()
@@ -278,5 +285,5 @@ class SupervisorThread:
             self.error = error
             logger.error("%s", error.message)
         except Exception as error:
-            self.error = MinisrvError(f"the supervisor has failed: {error}")
-            logger.exception("the supervisor has failed")
+            self.error = MinisrvError(f"the supervisor failed: {error}")
+            logger.exception("the supervisor failed")

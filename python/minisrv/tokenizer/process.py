@@ -9,7 +9,8 @@ from minisrv.checkpoint.model_config import load_model_config
 from minisrv.checkpoint.tokenizer import load_tokenizer
 from minisrv.structured_output.checker import GrammarChecker
 from minisrv.structured_output.vocabulary import open_vocabulary
-from minisrv.supervision.child_main import Child, Ready, run_child
+from minisrv.supervision.child_main import Child, run_child
+from minisrv.supervision.records import ChildReady
 from minisrv.tokenizer.chat_template import ChatTemplate
 from minisrv.tokenizer.worker import TokenizerWorker
 from minisrv.wire.messages import (
@@ -36,7 +37,7 @@ def _serve(child: Child) -> None:
     inbox = Inbox(run_dir, f"tokenizer-{boot.index}", TOKENIZER_INBOX, boot.epoch)
     scheduler, frontend = Outbox(run_dir, "scheduler"), Outbox(run_dir, "frontend")
     worker = _build_worker(child)
-    child.report(Ready({"chat_format": asdict(worker.chat_format)}))
+    child.report(ChildReady({"chat_format": asdict(worker.chat_format)}))
     while inbox.wait():
         for message in inbox.drain():
             assert isinstance(

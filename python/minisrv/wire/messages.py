@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,12 @@ class Finish(IntEnum):
     STOP_TOKEN = 3
     ABORT = 4
     COMPLETE = 5
+
+    @property
+    def reason(self) -> Literal["stop", "length"]:
+        """OpenAI's word for an end that is not an abort."""
+        assert self not in (Finish.NONE, Finish.ABORT)
+        return "length" if self is Finish.LENGTH else "stop"
 
 
 class Parts(IntFlag):
@@ -70,7 +76,7 @@ class TokenizeMsg:
     """
 
     uid: int
-    prompt: str | tuple[int, ...] | None = None
+    prompt: str | Int32Array | None = None
     messages: tuple[dict[str, Any], ...] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     sampling: SamplingParams

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minisrv.supervision.child_main import Child, Ready, run_child
+from minisrv.supervision.child_main import Child, run_child
+from minisrv.supervision.records import ChildReady
 
 
 def main() -> None:
@@ -20,9 +21,9 @@ def _follow(child: Child) -> None:
 
     model_dir, boot = Path(child.boot.model_dir), child.boot
     model_config = load_model_config(model_dir, child.config.max_seq_len)
-    child.progress(JOINING, 0.0)
+    child.report_progress(JOINING, 0.0)
     engine = Engine.follower(child.config, model_dir, model_config, boot.index, Path(boot.run_dir))
-    child.report(Ready())
+    child.report(ChildReady())
     with open(boot.fds["plan"], "rb") as pipe:
         for batch in read_plans(pipe):
             engine.follow(batch)

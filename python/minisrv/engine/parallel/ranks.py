@@ -15,7 +15,7 @@ from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.engine.parallel.plan_pipe import encode_plan
 from minisrv.errors import EngineDeadError, MinisrvError
 from minisrv.supervision.child_handle import ChildProcess
-from minisrv.supervision.child_main import Progress
+from minisrv.supervision.records import StartProgress
 from minisrv.wire.sockets import private_directory
 
 JOINING = "join the other ranks"
@@ -130,7 +130,7 @@ class Ranks:
 
     def _note(self, child: ChildProcess) -> None:
         for report in child.read_reports():
-            if isinstance(report, Progress) and report.phase == JOINING:
+            if isinstance(report, StartProgress) and report.phase == JOINING:
                 self._joining.add(child.name)
                 self._tell()
 

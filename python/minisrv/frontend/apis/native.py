@@ -1,4 +1,4 @@
-"""POST /generate: text or token ids in, text and token ids out. Thin, for tests and benchmarks.
+"""POST /generate: text or token ids in, text and token ids out, for tests and benchmarks.
 
 The shape is SGLang's, with deltas in a stream: `text` and `output_ids` of all its events join to
 those of a whole reply.
@@ -6,179 +6,146 @@ those of a whole reply.
 
 from __future__ import annotations
 
-import re
-import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from minisrv.errors import InvalidRequestError, MinisrvError
-from minisrv.frontend.apis.openai.render import (
-    DONE,
-    FINISH_REASONS,
-    ReplyHeader,
-    StreamOptions,
-    sse,
-)
-from minisrv.frontend.fields.names import Names, rename_fields, renamed
-from minisrv.frontend.fields.read_body import BodyFields, supported
+from minisrv.frontend.apis.service import Service
+from minisrv.frontend.fields.common import GENERATION_FIELDS
+from minisrv.frontend.fields.names import FieldNames
 from minisrv.frontend.fields.schema import INTEGER, INTEGERS, OBJECT, STRING
-from minisrv.frontend.fields.table import COMPLETION_FIELDS, Field, read_fields
+from minisrv.frontend.fields.table import Field, read_fields, supported
+from minisrv.frontend.generation.pieces import Finish, Piece
+from minisrv.frontend.generation.renderer import Choice
 from minisrv.frontend.generation.request import (
-    Generation,
-    check_model,
+    ReplyOptions,
+    TextRequest,
     read_cache_salt,
     read_sampling,
     read_token_ids,
+    served_name,
 )
-from minisrv.frontend.generation.run import GenerationResponse
-from minisrv.frontend.http.context import RequestContext, context_of
+from minisrv.frontend.generation.usage import Usage
+from minisrv.frontend.http.context import context_of
+from minisrv.frontend.http.error_format import error_body
 from minisrv.frontend.http.openapi import errors, request_body
-from minisrv.frontend.ops.metrics import ServerMetrics
+from minisrv.frontend.http.sse import DONE, PING, sse
 from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.model_info import ModelInfo
-from minisrv.frontend.registry.registry import RequestRegistry
 
 _SAMPLING_NAMES = (
-    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
+    *("temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
     *("ignore_eos", "min_tokens", "skip_special_tokens"),
 )
 SAMPLING_FIELDS: dict[str, Field] = {
-    **{name: COMPLETION_FIELDS[name] for name in _SAMPLING_NAMES},
-    "max_new_tokens": supported(INTEGER, "The same as max_tokens. Default: 128."),
+    "max_tokens": supported(INTEGER, "Maximum output tokens, at least 1. Default: 128."),
+    **{name: GENERATION_FIELDS[name] for name in _SAMPLING_NAMES},
+    "max_new_tokens": supported(INTEGER, "The same as max_tokens."),
 }
 GENERATE_FIELDS: dict[str, Field] = {
     "text": supported(STRING, "The prompt; or send input_ids."),
     "input_ids": supported(INTEGERS, "The prompt as token ids."),
     "sampling_params": supported(OBJECT, f"Any of {', '.join(SAMPLING_FIELDS)}."),
     **{
-        name: COMPLETION_FIELDS[name]
+        name: GENERATION_FIELDS[name]
         for name in ("model", "stream", "cache_salt", "request_id", "rid")
     },
 }
 DEFAULT_MAX_TOKENS = 128
-_STREAM = StreamOptions(include_usage=False, continuous_usage=False)
 
 
-def add_native_route(
-    app: FastAPI,
-    max_open_requests: int,
-    body_fields: BodyFields,
-    registry: RequestRegistry,
-    metrics: ServerMetrics,
-) -> None:
-    """The one route."""
+def add_native_route(app: FastAPI, service: Service) -> None:
+    """Add the route."""
     statuses = errors(400, 401, 404, 408, 413, 415, 500, 503)
 
     @app.post("/generate", openapi_extra=request_body(GENERATE_FIELDS), responses=statuses)
     async def generate(request: Request) -> Response:
         """Continue a prompt."""
-        model = registry.model
-        fields, headers = await body_fields.read_generation(request, GENERATE_FIELDS)
+        model = service.registry.model
+        fields, headers = await service.bodies.read_generation(request, GENERATE_FIELDS)
         context = context_of(request.scope)
-        names = sent_names(fields)
-        with renamed(names):
-            generation = read_native(fields, model)
-        generation.check_fits(max_open_requests)
-        header = ReplyHeader(
-            id=context.request_id,
-            chat=False,
-            created=int(time.time()),
-            model=model.name_for(fields),
-            system_fingerprint="",
-            choices_per_prompt=1,
-        )
-        return NativeResponse(registry, generation, header, context, headers, metrics, names=names)
+        context.names = native_names(fields)
+        generation = read_native(fields, model)
+        renderer = NativeRenderer(context.request_id)
+        return service.runner.response(generation, renderer, headers)
 
 
-def sent_names(fields: dict[str, Any]) -> Names:
-    """What the request calls the fields that errors name."""
+def native_names(fields: Mapping[str, Any]) -> FieldNames:
+    """The request's own names of neutral fields."""
     sampling = fields.get("sampling_params", {})
     older = "max_tokens" in sampling and "max_new_tokens" not in sampling
-    limit = "max_tokens" if older else "max_new_tokens"
-    return (
-        (re.compile(r"\bmax_(completion_|new_)?tokens\b"), limit),
-        (re.compile(rf"^({'|'.join(SAMPLING_FIELDS)})\b"), r"sampling_params.\1"),
-        (re.compile(r"^prompt\b"), "input_ids" if "input_ids" in fields else "text"),
-    )
+    table = {name: f"sampling_params.{name}" for name in SAMPLING_FIELDS}
+    table["max_tokens"] = f"sampling_params.{'max_tokens' if older else 'max_new_tokens'}"
+    return FieldNames({**table, "prompt": "input_ids" if "input_ids" in fields else "text"})
 
 
-def read_native(fields: dict[str, Any], model: ModelInfo) -> Generation:
-    """Check the fields of a request. Raises InvalidRequestError."""
-    check_model(fields, model)
+def read_native(fields: Mapping[str, Any], model: ModelInfo) -> TextRequest:
+    """Read a request. Raises InvalidRequestError."""
+    name = served_name(fields.get("model"), model)
     if ("text" in fields) == ("input_ids" in fields):
         raise InvalidRequestError("send either text or input_ids", param="text")
     given, unknown = read_fields(fields.get("sampling_params", {}), SAMPLING_FIELDS)
     if unknown:
+        path = f"sampling_params.{unknown[0][:64]}"
         raise InvalidRequestError(
-            f"sampling_params has no {unknown[0][:64]!a}; it has {', '.join(SAMPLING_FIELDS)}",
-            param=f"sampling_params.{unknown[0][:64]}",
+            f"sampling_params has no field {unknown[0][:64]!a}; it has "
+            f"{', '.join(SAMPLING_FIELDS)}",
+            param=path,
             code="unsupported_parameter",
         )
-    if "max_new_tokens" in given:
-        given["max_completion_tokens"] = given.pop("max_new_tokens")
-    sampling = read_sampling(given | {"return_token_ids": True}, model, DEFAULT_MAX_TOKENS)
+    max_tokens = given.get("max_new_tokens", given.get("max_tokens", DEFAULT_MAX_TOKENS))
     text = fields.get("text")
-    return Generation(
-        prompts=(
-            read_token_ids(fields["input_ids"], model, "input_ids") if text is None else text,
-        ),
-        sampling=sampling,
-        cache_salt=read_cache_salt(fields),
-        stream=_STREAM if fields.get("stream", False) else None,
+    return TextRequest(
+        model=name,
+        prompts=(read_token_ids(fields["input_ids"], model, "prompt") if text is None else text,),
+        sampling=read_sampling(given, model, max_tokens=max_tokens, return_token_ids=True),
+        cache_salt=read_cache_salt(fields.get("cache_salt")),
+        reply=ReplyOptions(stream=fields.get("stream", False)),
     )
 
 
-class NativeResponse(GenerationResponse):
-    """Answers in the native shape; `names` are those of the request's fields."""
+class NativeRenderer:
+    """Every event of a stream has the shape of a whole reply; [DONE] ends it."""
 
-    def __init__(
-        self,
-        registry: RequestRegistry,
-        generation: Generation,
-        header: ReplyHeader,
-        context: RequestContext,
-        headers: dict[str, str],
-        metrics: ServerMetrics,
-        *,
-        names: Names,
-    ) -> None:
-        super().__init__(registry, generation, header, context, headers, metrics)
-        self._names = names
+    def __init__(self, id: str) -> None:
+        self.usage = Usage(choices_per_prompt=1)
+        self._id = id
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer. Raises MinisrvError, in the names that were sent."""
-        with renamed(self._names):
-            await super().__call__(scope, receive, send)
+    def whole(self, choices: Sequence[Choice], timings: dict[str, Any] | None) -> dict[str, Any]:
+        """The body of a reply that is not streamed."""
+        ((event, pieces),) = choices
+        return self._body(event, pieces)
 
-    def _whole(self, events: list[Event]) -> dict[str, Any]:
-        (event,) = events
-        return self._body(event)
+    def chunk(self, event: Event, pieces: list[Piece]) -> bytes:
+        """An event with text, ids or the end."""
+        return sse(self._body(event, pieces)) if event.deltas else b""
 
-    def _chunks(self, event: Event) -> bytes:
-        return sse(self._body(event)) if event.deltas else b""
-
-    def _end(self) -> bytes:
+    def end(self, timings: dict[str, Any] | None) -> bytes:
+        """The last line."""
         return DONE
 
-    def _failed(self, error: MinisrvError) -> bytes:
-        rename_fields(error, self._names)
-        return super()._failed(error)
+    def failed(self, error: MinisrvError) -> bytes:
+        """An error object."""
+        return sse(error_body(error)) + DONE
 
-    def _body(self, event: Event) -> dict[str, Any]:
-        self._usage.add(event)
+    def ping(self) -> bytes:
+        """A comment."""
+        return PING
+
+    def _body(self, event: Event, pieces: Sequence[Piece]) -> dict[str, Any]:
         finish_reason: dict[str, str | int] | None = None
-        if event.final:
-            finish_reason = {"type": FINISH_REASONS[event.finish]}
-            if event.stop_reason is not None:
-                finish_reason["matched"] = event.stop_reason
+        if pieces and isinstance(finish := pieces[-1], Finish):
+            finish_reason = {"type": finish.reason}
+            if finish.stop_reason is not None:
+                finish_reason["matched"] = finish.stop_reason
         meta_info = {
-            "id": self._header.id,
+            "id": self._id,
             "finish_reason": finish_reason,
-            "prompt_tokens": self._usage.prompt_tokens,
-            "cached_tokens": self._usage.cached_tokens,
+            "prompt_tokens": self.usage.prompt_tokens,
+            "cached_tokens": self.usage.cached_tokens,
             "completion_tokens": event.output_tokens,
         }
         return {"text": event.text, "output_ids": event.token_ids, "meta_info": meta_info}

@@ -1,4 +1,4 @@
-"""Routes over the model's tokenizer and chat template, without generation."""
+"""Routes over the tokenizer and the chat template of the model, without generation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.apis.openai.chat import read_chat
-from minisrv.frontend.fields.read_body import BodyFields, supported
+from minisrv.frontend.apis.openai.chat import read_chat_prompt
+from minisrv.frontend.apis.openai.fields import CHAT_FIELDS, chat_fields
+from minisrv.frontend.apis.service import Service
 from minisrv.frontend.fields.schema import BOOLEAN, INTEGERS, STRING
-from minisrv.frontend.fields.table import CHAT_FIELDS, Field
-from minisrv.frontend.generation.request import check_model, read_token_ids
+from minisrv.frontend.fields.table import Field, supported
+from minisrv.frontend.generation.request import read_token_ids, served_name
 from minisrv.frontend.http.openapi import errors, request_body
-from minisrv.frontend.registry.registry import RequestRegistry
+from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.wire.messages import DecodeMsg, DescribeMsg, EncodeMsg
 
 _CHAT_NAMES = (
@@ -32,14 +33,11 @@ DETOKENIZE_FIELDS: dict[str, Field] = {
 }
 
 
-def add_token_routes(
-    app: FastAPI,
-    body_fields: BodyFields,
-    registry: RequestRegistry,
-    chat_table: Mapping[str, Field],
-) -> None:
-    """Text to tokens and back, the rendered prompt of a conversation, and the tokenizer itself."""
-    template_fields = {name: chat_table[name] for name in _CHAT_NAMES}
+def add_token_routes(app: FastAPI, service: Service) -> None:
+    """Add text to tokens and back, the rendered prompt of a conversation, and the tokenizer."""
+    registry, bodies = service.registry, service.bodies
+    table = chat_fields(trust_template=service.config.trust_request_chat_template)
+    template_fields = {name: table[name] for name in _CHAT_NAMES}
     tokenize_fields = {
         "prompt": supported(STRING, "Text; or send messages."),
         **template_fields,
@@ -47,8 +45,8 @@ def add_token_routes(
     }
     statuses = errors(400, 401, 404, 408, 413, 415, 503)
 
-    async def encode(fields: dict[str, Any]) -> dict[str, Any]:
-        encoding = _read_encoding(fields, registry)
+    async def encode(fields: Mapping[str, Any]) -> dict[str, Any]:
+        encoding = _read_encoding(fields, registry.model)
         return await registry.ask(
             lambda query: EncodeMsg(query=query, epoch=registry.epoch, **encoding)
         )
@@ -56,7 +54,7 @@ def add_token_routes(
     @app.post("/tokenize", openapi_extra=request_body(tokenize_fields), responses=statuses)
     async def tokenize(request: Request) -> Response:
         """The tokens of a text, or of a conversation."""
-        fields, headers = await body_fields.read(request, tokenize_fields)
+        fields, headers = await bodies.read(request, tokenize_fields)
         if not {"prompt", "messages"} & fields.keys():
             raise InvalidRequestError("send prompt or messages", param="prompt")
         answer = await encode(fields)
@@ -71,24 +69,18 @@ def add_token_routes(
     @app.post("/detokenize", openapi_extra=request_body(DETOKENIZE_FIELDS), responses=statuses)
     async def detokenize(request: Request) -> Response:
         """The text of tokens."""
-        fields, headers = await body_fields.read(request, DETOKENIZE_FIELDS)
-        check_model(fields, registry.model)
-        ids = fields.get("tokens")
-        if ids is None:
-            raise InvalidRequestError("tokens is missing", param="tokens")
-        message = {
-            "token_ids": np.array(ids and read_token_ids(ids, registry.model, "tokens"), np.int32),
-            "skip_special_tokens": fields.get("skip_special_tokens", False),
-            "epoch": registry.epoch,
-        }
-        text = (await registry.ask(lambda query: DecodeMsg(query=query, **message)))["text"]
-        return JSONResponse({"prompt": text, "text": text}, headers=headers)
+        fields, headers = await bodies.read(request, DETOKENIZE_FIELDS)
+        message = _read_decoding(fields, registry.model)
+        answer = await registry.ask(
+            lambda query: DecodeMsg(query=query, epoch=registry.epoch, **message)
+        )
+        return JSONResponse({"prompt": answer["text"], "text": answer["text"]}, headers=headers)
 
     @app.post("/apply-template", include_in_schema=False)
     @app.post("/apply_template", openapi_extra=request_body(template_fields), responses=statuses)
     async def apply_template(request: Request) -> Response:
         """The prompt that the model would see, and its tokens."""
-        fields, headers = await body_fields.read(request, template_fields)
+        fields, headers = await bodies.read(request, template_fields)
         answer = await encode(fields)
         body = {"prompt": answer["text"], "tokens": answer["ids"], "count": len(answer["ids"])}
         return JSONResponse(body, headers=headers)
@@ -100,22 +92,25 @@ def add_token_routes(
         return JSONResponse({**answer, "max_model_len": registry.model.max_model_len})
 
 
-def _read_encoding(fields: dict[str, Any], registry: RequestRegistry) -> dict[str, Any]:
+def _read_encoding(fields: Mapping[str, Any], model: ModelInfo) -> dict[str, Any]:
     """The fields of an EncodeMsg. Raises InvalidRequestError."""
-    check_model(fields, registry.model)
+    served_name(fields.get("model"), model)
     if "prompt" in fields and "messages" in fields:
         raise InvalidRequestError("send messages or prompt, not both", param="messages")
     if "prompt" in fields:
         special = fields.get("add_special_tokens", True)
         return {"prompt": fields["prompt"], "add_special_tokens": special}
-    chat = {name: fields[name] for name in _CHAT_NAMES if name in fields}
-    generation = read_chat(chat, registry.model)
+    special = fields.get("add_special_tokens", False)
+    return {**read_chat_prompt(fields, model).fields(), "add_special_tokens": special}
+
+
+def _read_decoding(fields: Mapping[str, Any], model: ModelInfo) -> dict[str, Any]:
+    """The fields of a DecodeMsg. Raises InvalidRequestError."""
+    served_name(fields.get("model"), model)
+    if "tokens" not in fields:
+        raise InvalidRequestError("tokens is missing", param="tokens")
+    ids = fields["tokens"]
     return {
-        "messages": generation.messages,
-        "template_kwargs": generation.template_kwargs,
-        "tools": generation.tools,
-        "add_special_tokens": fields.get("add_special_tokens", False),
-        "add_generation_prompt": generation.add_generation_prompt,
-        "continue_final_message": generation.continue_final_message,
-        "chat_template": generation.chat_template,
+        "token_ids": read_token_ids(ids, model, "tokens") if ids else np.empty(0, np.int32),
+        "skip_special_tokens": fields.get("skip_special_tokens", False),
     }

@@ -1,7 +1,8 @@
-"""Fields that are one and the same under two names."""
+"""Fields that have two names."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
@@ -15,8 +16,8 @@ ALIASES = {
 }
 
 
-def merge_aliases(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields, each under its one name.
+def merge_aliases(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, each under its main name.
 
     Raises InvalidRequestError for two names with different values.
     """
@@ -27,16 +28,17 @@ def merge_aliases(fields: dict[str, Any]) -> dict[str, Any]:
         value = merged.setdefault(name, fields[alias])
         if value != fields[alias]:
             raise InvalidRequestError(
-                f"{alias} is {_show(fields[alias])} and {name} {_show(value)}; send one of them",
+                f"{alias} is {_show(fields[alias])} and {name} is {_show(value)}; send one of them",
                 param=alias,
             )
     return merged
 
 
-def name_sent(name: str | None, fields: dict[str, Any]) -> str | None:
-    """What the request calls the field `name`, for the `param` of an error."""
-    sent = (alias for alias, merged in ALIASES.items() if merged == name and alias in fields)
-    return name if name in fields else next(sent, name)
+def alias_names(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Main name to alias, of the fields that the request sent under their alias only."""
+    return {
+        name: alias for alias, name in ALIASES.items() if alias in fields and name not in fields
+    }
 
 
 def _show(value: Any) -> str:

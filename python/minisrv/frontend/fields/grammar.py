@@ -1,8 +1,8 @@
-"""The fields that constrain the text, under all their names, to one Grammar."""
+"""Reads the fields that constrain the text, under all their names, as one Grammar."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
@@ -72,8 +72,8 @@ _PARTS: dict[str, _Read] = {
 }
 
 
-def read_grammar(fields: dict[str, Any]) -> Grammar | None:
-    """What the text must match. Raises InvalidRequestError, also for two such fields."""
+def read_grammar(fields: Mapping[str, Any]) -> Grammar | None:
+    """The grammar of the text. Raises InvalidRequestError, also for two such fields."""
     found = [read(fields[name], name) for name, read in _READERS.items() if name in fields]
     found += _read_structured_outputs(fields.get("structured_outputs", {}))
     found += _read_response_format(fields.get("response_format", {"type": "text"}))

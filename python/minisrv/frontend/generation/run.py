@@ -1,15 +1,16 @@
-"""Carries one request through: submit, watch the client, and answer whole or as a stream.
+"""Runs one generation: submit, watch the client, answer through a renderer, count and log.
 
-The status waits for the first output, so that a refusal from behind is a 4xx and no broken stream;
-only after FIRST_PING_S of silence is the stream opened, for proxies cut idle connections.
+The status line waits for the first output, so that a request refused by a process behind the
+frontend gets a 4xx instead of a broken stream. After FIRST_PING_S of silence the stream is opened
+anyway, since proxies cut idle connections.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import re
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import Response
@@ -17,87 +18,86 @@ from starlette.types import Receive, Scope, Send
 
 from minisrv import log
 from minisrv.errors import MinisrvError
-from minisrv.frontend.apis.openai.render import (
-    DONE,
-    PING,
-    ReplyHeader,
-    StreamReply,
-    Usage,
-    json_bytes,
-    sse,
-    whole_reply,
-)
-from minisrv.frontend.fields.names import Names, renamed
-from minisrv.frontend.generation.request import Generation
+from minisrv.frontend.generation.choice_reader import ChoiceReader
+from minisrv.frontend.generation.renderer import Renderer, whole_reply
+from minisrv.frontend.generation.request import GenerationRequest
 from minisrv.frontend.generation.timings import RequestTimings
-from minisrv.frontend.http.context import CLIENT_GONE, RequestContext
-from minisrv.frontend.http.errors import error_body
-from minisrv.frontend.ops.metrics import ServerMetrics
+from minisrv.frontend.http.context import CLIENT_GONE, context_of
+from minisrv.frontend.http.headers import SERVER_TIMING_HEADER
+from minisrv.frontend.http.sse import json_bytes
 from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.open_request import RequestAborted
 from minisrv.frontend.registry.registry import RequestRegistry
 
 logger = logging.getLogger("minisrv.frontend")
 
-SERVER_TIMING_HEADER = "Server-Timing"
 FIRST_PING_S = 5.0
 PING_S = 15.0
 
 
-class GenerationResponse(Response):
-    """Opens the request at the registry, answers, and closes it however it ends.
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """Answers generation requests of all APIs. count_request: called when one has ended."""
 
-    timings: end the reply with what it took.
-    """
+    registry: RequestRegistry
+    max_open_requests: int
+    count_request: Callable[[RequestTimings], None]
+
+    def response(
+        self, request: GenerationRequest, renderer: Renderer, headers: Mapping[str, str]
+    ) -> Response:
+        """The response, which runs the request. Raises InvalidRequestError if it cannot fit."""
+        request.check_fits(self.max_open_requests)
+        return _GenerationResponse(self, request, renderer, headers)
+
+
+class _GenerationResponse(Response):
+    """Opens the request at the registry, answers, and closes it however it ends."""
 
     def __init__(
         self,
-        registry: RequestRegistry,
-        generation: Generation,
-        header: ReplyHeader,
-        context: RequestContext,
-        headers: dict[str, str],
-        metrics: ServerMetrics,
-        *,
-        timings: bool = False,
+        runner: Runner,
+        request: GenerationRequest,
+        renderer: Renderer,
+        headers: Mapping[str, str],
     ) -> None:
-        if generation.stream:
-            headers = {**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        kind = "text/event-stream" if generation.stream else "application/json"
+        headers = dict(headers)
+        if request.reply.stream:
+            headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        kind = "text/event-stream" if request.reply.stream else "application/json"
         super().__init__(headers=headers, media_type=kind)
         del self.headers["content-length"]
-        self._registry = registry
-        self._generation = generation
-        self._header = header
-        self._context = context
-        self._usage = Usage(header)
-        self._metrics = metrics
-        self._timings = timings
-        self._figures = RequestTimings(generation.num_choices, context.arrived_at)
+        self._runner = runner
+        self._registry = runner.registry
+        self._request = request
+        self._renderer = renderer
+        self._readers = [ChoiceReader(request.calls) for _ in range(request.num_choices)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer. Raises MinisrvError for a failure that came before any output."""
-        base = self._registry.open(self._generation.num_choices, self._context.request_id)
+        """Answer. Raises MinisrvError for a failure before any output."""
+        context = self._context = context_of(scope)
+        self._timings = RequestTimings(self._request.num_choices, context.arrived_at)
+        base = self._registry.open(self._request.num_choices, context.request_id)
         self._log_start()
         watch = asyncio.create_task(self._abort_when_gone(receive, base))
         try:
-            for message in self._generation.tokenize_messages(base, self._registry.epoch):
+            for message in self._request.tokenize_messages(base, self._registry.epoch):
                 self._registry.send(message)
-            if self._generation.stream:
+            if self._request.reply.stream:
                 await self._send_stream(send, base)
             else:
                 await self._send_whole(send, base)
         except RequestAborted:
-            self._context.status = CLIENT_GONE
-            self._figures.failure_reason = "abort"
+            context.status = CLIENT_GONE
+            self._timings.failure_reason = "abort"
         except Exception as error:
             self._note_failure(error)
             raise
         finally:
             watch.cancel()
             self._abort(base)
-            self._context.figures = self._log_values()
-            self._metrics.count_request(self._figures)
+            context.log_values = self._log_values()
+            self._runner.count_request(self._timings)
 
     async def _abort_when_gone(self, receive: Receive, base: int) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -105,144 +105,118 @@ class GenerationResponse(Response):
         self._abort(base)
 
     def _abort(self, base: int) -> None:
-        """End it, if it has not ended, and count what nobody will read."""
-        self._take_unsent(self._registry.unread(base))
+        """End the request if it has not ended, and count the output that nobody will read."""
+        self._count_unsent(self._registry.unread(base))
         self._registry.abort(base)
 
     async def _send_whole(self, send: Send, base: int) -> None:
         events = await self._registry.all_events(base)
-        self._take(events)
+        self._count(events)
         self._raise_failure(events)
-        value = self._whole(events)
-        if self._timings:
-            value["timings"] = self._figures.timings()
-        body = json_bytes(value)
+        body = json_bytes(whole_reply(self._request, self._renderer, events, self._shown_timings()))
         self.headers["content-length"] = str(len(body))
         await self._start(send, ended=True)
         await send({"type": "http.response.body", "body": body})
 
     async def _send_stream(self, send: Send, base: int) -> None:
         events = await self._registry.next_events(base, FIRST_PING_S)
-        self._take(events)
+        self._count(events)
         self._raise_failure(events)
         await self._start(send, ended=False)
+        # Only the first message of a response has headers for the middlewares to change.
+        send = self._context.body_send or send
         try:
             await self._send_events(send, base, events)
-        except MinisrvError as error:
-            self._note_failure(error)
-            await _send_last(send, self._failed(error))
         except RequestAborted:
             raise
         except Exception as error:
             self._note_failure(error)
-            logger.exception("stream failed id=%s", self._context.request_id)
-            await _send_last(send, self._failed(self._context.internal_error()))
+            if not isinstance(error, MinisrvError):
+                logger.exception("stream failed id=%s", self._context.request_id)
+                error = self._context.internal_error()
+            self._context.names.name_field_of(error)
+            await _send_last(send, self._renderer.failed(error))
 
     async def _send_events(self, send: Send, base: int, events: list[Event]) -> None:
         while True:
-            data = b"".join([self._chunks(event) for event in events if not event.failure])
+            data = b"".join([self._chunk(event) for event in events if event.failure is None])
             if any(event.failure for event in events):
-                await _send(send, data)
+                await _send_more(send, data)
                 self._raise_failure(events)
             if not self._registry.is_open(base):
-                timings = self._timings_chunk() if self._timings else b""
-                return await _send_last(send, data + timings + self._end())
-            # An event may add nothing yet: its text is held back while it may begin a tool call.
+                return await _send_last(send, data + self._renderer.end(self._shown_timings()))
+            # An event may add nothing yet: text is held back while it may begin a tool call.
             if data or not events:
-                await _send(send, data or self._ping())
+                await _send_more(send, data or self._renderer.ping())
             events = await self._registry.next_events(base, PING_S)
-            self._take(events)
+            self._count(events)
+
+    def _chunk(self, event: Event) -> bytes:
+        self._renderer.usage.count(event)
+        return self._renderer.chunk(event, self._readers[event.index].read(event))
 
     def _raise_failure(self, events: list[Event]) -> None:
         """Raise the first failure, which names its prompt if there are several."""
-        if any(event.failure for event in events):
-            self._take_unsent(events)
-        names: Names = ()
-        for event in events:
-            if self._generation.num_prompts > 1:
-                place = event.index // self._generation.sampling.n
-                names = ((re.compile(r"^prompt\b"), f"prompt.{place}"),)
-            with renamed(names):
-                event.raise_failure()
+        failed = next((event for event in events if event.failure), None)
+        if failed is None:
+            return
+        self._count_unsent(events)
+        try:
+            failed.raise_failure()
+        except MinisrvError as error:
+            if self._request.num_prompts > 1 and error.param == "prompt":
+                error.rename_field(f"prompt.{failed.index // self._request.sampling.n}")
+            raise
 
-    def _whole(self, events: list[Event]) -> dict[str, Any]:
-        return whole_reply(self._header, events, self._usage)
-
-    def _chunks(self, event: Event) -> bytes:
-        return self._stream.chunks(event)
-
-    def _end(self) -> bytes:
-        return self._stream.end()
-
-    def _failed(self, error: MinisrvError) -> bytes:
-        """What ends a stream that cannot go on."""
-        return sse(error_body(error)) + DONE
-
-    def _ping(self) -> bytes:
-        """What keeps a silent stream open."""
-        return PING
-
-    @cached_property
-    def _stream(self) -> StreamReply:
-        assert self._generation.stream is not None
-        return StreamReply(self._header, self._usage, self._generation.stream)
-
-    def _timings_chunk(self) -> bytes:
-        """A chunk without choices, before the one with the usage."""
-        assert self._generation.stream is not None
-        object_name = "chat.completion.chunk" if self._header.chat else "text_completion"
-        chunk = self._header.reply(object_name, []) | {"timings": self._figures.timings()}
-        if self._generation.stream.include_usage:
-            chunk["usage"] = None
-        return sse(chunk)
-
-    def _take(self, events: list[Event]) -> None:
+    def _count(self, events: list[Event]) -> None:
         for event in events:
             if event.start is not None or event.final:
-                self._figures.add(event)
+                self._timings.add(event)
 
-    def _take_unsent(self, events: list[Event]) -> None:
-        """Count what is not sent."""
-        self._take(events)
+    def _count_unsent(self, events: list[Event]) -> None:
+        self._count(events)
         for event in events:
-            self._usage.add(event)
+            self._renderer.usage.count(event)
 
     def _note_failure(self, error: Exception) -> None:
         aborted = isinstance(error, MinisrvError) and error.code == "request_aborted"
-        self._figures.failure_reason = "abort" if aborted else "error"
+        self._timings.failure_reason = "abort" if aborted else "error"
+
+    def _shown_timings(self) -> dict[str, Any] | None:
+        return self._timings.timings() if self._request.reply.timings else None
 
     async def _start(self, send: Send, *, ended: bool) -> None:
-        timing = self._figures.server_timing(ended=ended)
+        timing = self._timings.server_timing(ended=ended)
         if timing is not None:
             self.headers[SERVER_TIMING_HEADER] = timing
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
     def _log_start(self) -> None:
-        sampling = self._generation.sampling
-        figures = {
+        sampling = self._request.sampling
+        values = {
             "id": self._context.request_id,
-            "prompts": self._generation.num_prompts,
+            "prompts": self._request.num_prompts,
             "n": sampling.n,
             "max_tokens": sampling.max_tokens,
-            "stream": self._generation.stream is not None,
+            "stream": self._request.reply.stream,
             "open": self._registry.num_open,
         }
-        log.event(logger, logging.INFO, "started", figures)
+        log.event(logger, logging.INFO, "started", values)
 
     def _log_values(self) -> dict[str, Any]:
-        """For the request's last line in the log."""
-        usage, reason = self._usage, self._figures.failure_reason
+        """For the last line of the request in the log."""
+        usage, reason = self._renderer.usage, self._timings.failure_reason
         return {
             **({} if reason is None else {"ended": reason}),
-            "choices": self._generation.num_choices,
+            "choices": self._request.num_choices,
             "prompt": usage.prompt_tokens,
             "cached": usage.cached_tokens,
             "output": usage.output_tokens,
-            **self._figures.log_values(),
+            **self._timings.log_values(),
         }
 
 
-async def _send(send: Send, data: bytes) -> None:
+async def _send_more(send: Send, data: bytes) -> None:
     await send({"type": "http.response.body", "body": data, "more_body": True})
 
 

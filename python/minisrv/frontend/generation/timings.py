@@ -1,4 +1,4 @@
-"""What one generation took: for its last line in the log, Server-Timing, `timings`, and metrics."""
+"""Timings of one request: for the log, the Server-Timing header, `timings` and the metrics."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from minisrv.frontend.apis.openai.render import FINISH_REASONS
 from minisrv.frontend.registry.events import Event
 from minisrv.wire.messages import Start
 
 
 @dataclass(slots=True)
 class Choice:
-    """One choice. started_at: when its first output came, by the frontend's clock.
+    """One choice.
 
-    decode_s: from its first token to its last, by the scheduler's; None until it has ended.
+    started_at: when its first output arrived, on the frontend's clock.
+    decode_s: from first to last token, on the scheduler's clock; None until the choice has ended.
     """
 
     start: Start
@@ -27,12 +27,12 @@ class Choice:
 
 @dataclass(slots=True)
 class RequestTimings:
-    """Gathers from events. The times of a request are those of the choice that began first.
+    """Collects events. The times of a request are those of the choice that started first.
 
-    failure_reason: abort or error, of a request that did not end by itself.
+    failure_reason: `abort` or `error` for a request that did not finish normally.
 
-    Intervals come from the process that knows them, never a difference of two clocks. `decode` goes
-    to the last end, so queue + prefill + decode + rest is the whole.
+    Each interval is measured by one process, so no two clocks are compared. `decode` lasts until
+    the last choice ends: queue + prefill + decode + transport make up the total.
     """
 
     num_choices: int
@@ -42,7 +42,6 @@ class RequestTimings:
     _first: Choice | None = None
 
     def add(self, event: Event) -> None:
-        """Take over what an event tells."""
         if event.start is not None:
             choice = self.choices[event.uid] = Choice(event.start, event.started_at)
             if self._first is None or choice.started_at < self._first.started_at:
@@ -51,16 +50,16 @@ class RequestTimings:
             choice = self.choices[event.uid]
             choice.decode_s = event.decode_s
             choice.output_tokens = event.output_tokens
-            choice.finish_reason = FINISH_REASONS[event.finish]
+            choice.finish_reason = event.finish.reason
 
     @property
     def first(self) -> Choice | None:
-        """The choice whose output came first."""
+        """The choice whose output arrived first."""
         return self._first
 
     @property
     def decode_s(self) -> float:
-        """From the first token to the last end, or to now where none has ended."""
+        """Seconds from the first token to the last end, or until now if no choice has ended."""
         if self._first is None:
             return 0.0
         ends = [c.start.at + c.decode_s for c in self.choices.values() if c.decode_s is not None]
@@ -70,11 +69,11 @@ class RequestTimings:
 
     @property
     def total_s(self) -> float:
-        """From the arrival until now."""
+        """Seconds from arrival until now."""
         return time.monotonic() - self.arrived_at
 
     def server_timing(self, *, ended: bool) -> str | None:
-        """The header's value in milliseconds; nothing is known before the first output."""
+        """The header's value, in milliseconds; None before the first output."""
         if self._first is None:
             return None
         start = self._first.start
@@ -86,7 +85,7 @@ class RequestTimings:
 
     def timings(self) -> dict[str, Any]:
         """The `timings` object of a reply."""
-        assert self._first is not None, "a reply that ends has begun"
+        assert self._first is not None, "a finished reply has a first output"
         start = self._first.start
         output_tokens = sum(choice.output_tokens for choice in self.choices.values())
         decoded = sum(max(0, choice.output_tokens - 1) for choice in self.choices.values())
@@ -103,7 +102,7 @@ class RequestTimings:
         }
 
     def log_values(self) -> dict[str, Any]:
-        """For the request's last line in the log."""
+        """For the last line of the request in the log."""
         if self._first is None:
             return {}
         start = self._first.start

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError, ForbiddenError, UnauthorizedError
-from minisrv.frontend.http.errors import error_response
+from minisrv.frontend.http.errors import ErrorResponse
 
 PUBLIC_PATHS = frozenset({b"/health", b"/ready"})
 METRICS_PATH = b"/metrics"
@@ -86,7 +86,7 @@ class AccessMiddleware:
                 error = UnauthorizedError(
                     "this server needs a key: send 'Authorization: Bearer KEY' with a valid one"
                 )
-                response = error_response(error, {"WWW-Authenticate": "Bearer"})
+                response = ErrorResponse(error, {"WWW-Authenticate": "Bearer"})
                 return await response(scope, receive, send)
         elif scope["type"] != "lifespan":  # there is no route for a WebSocket
             return await send({"type": "websocket.close", "code": 1008})

@@ -1,7 +1,7 @@
-"""Reads a request's JSON: bounded in size, depth and time, and nothing but JSON.
+"""Reads the JSON body of a request, bounded in size, depth and time.
 
-Numbers must fit 64 bits (or be finite doubles), names in an object must be unique, strings must be
-Unicode: whatever passes can be printed as JSON or packed for another process.
+Integers must fit 64 bits, other numbers must be finite doubles, keys in an object must be unique
+and strings must be Unicode. Whatever passes can be written as JSON or packed for another process.
 """
 
 from __future__ import annotations
@@ -72,22 +72,20 @@ def _check_kind(request: Request) -> None:
 
 
 def _rejected(sentence: str) -> InvalidRequestError:
-    error = InvalidRequestError(sentence)
-    error.http_status = 415
-    return error
+    return InvalidRequestError(sentence, status=415)
 
 
 async def _read_in_time(request: Request, max_bytes: int) -> bytes:
-    told = request.headers.get("content-length", "")
-    if told.isdecimal() and int(told) > max_bytes:
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > max_bytes:
         raise _too_large(max_bytes)
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             return await _read_body(request, max_bytes)
     except TimeoutError:
-        error = InvalidRequestError(f"the body did not come within {BODY_TIMEOUT_S:g} s")
-        error.http_status = 408
-        raise error from None
+        raise InvalidRequestError(
+            f"the body did not arrive within {BODY_TIMEOUT_S:g} s", status=408
+        ) from None
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
@@ -112,11 +110,11 @@ def _too_large(max_bytes: int) -> RequestTooLargeError:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise InvalidRequestError(f"the body is not JSON: {name} is no JSON number")
+    raise InvalidRequestError(f"the body is not JSON: {name} is not a JSON number")
 
 
 def _parse_integer(too_wide: list[int], digits: str) -> int:
-    """The integer; one that does not fit goes to `too_wide`, since its field is known later."""
+    """The integer; one that does not fit goes to `too_wide`, since its field is not known yet."""
     value = int(digits) if len(digits) <= 20 else _MAX_INTEGER + 1
     if not _MIN_INTEGER <= value <= _MAX_INTEGER:
         too_wide.append(value)
@@ -124,7 +122,7 @@ def _parse_integer(too_wide: list[int], digits: str) -> int:
 
 
 def _path_to(wanted: Any, item: Any) -> str | None:
-    """Where in `item` the very object `wanted` stands, None if it does not."""
+    """The dotted path in `item` of the very object `wanted`, None if it is not there."""
     if item is wanted:
         return ""
     parts = item.items() if isinstance(item, dict) else enumerate(item)
@@ -146,7 +144,7 @@ def _too_wide(path: str | None) -> InvalidRequestError:
 def _parse_float(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise InvalidRequestError("the body holds a number that no double can hold")
+        raise InvalidRequestError("the body contains a number outside the range of a double")
     return value
 
 
@@ -154,7 +152,7 @@ def _parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise InvalidRequestError(f"the body names {twice[:40]!a} twice in one object")
+        raise InvalidRequestError(f"the body has the key {twice[:40]!a} twice in one object")
     return value
 
 
@@ -186,7 +184,7 @@ def _check_text(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise InvalidRequestError(
-            "the body holds a lone surrogate (\\ud800 to \\udfff), which is no character"
+            "the body contains a lone surrogate (\\ud800 to \\udfff), which is not a character"
         ) from None
 
 

@@ -1,6 +1,8 @@
-"""Wraps the app: a request id in and out, a log line at the end, no exception to the server.
+"""What is known of an HTTP request besides its body.
 
-Pure ASGI: a middleware that re-creates `receive` would hide that a client has gone.
+RequestContextMiddleware surrounds the whole application: every response gets a request id, every
+request a line in the log. It is pure ASGI, because a middleware that re-creates `receive` would
+hide that a client has disconnected.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,32 +21,41 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisrv import log
 from minisrv.errors import InvalidRequestError, MinisrvError
-from minisrv.frontend.apis.anthropic.errors import speaks_anthropic
 from minisrv.frontend.fields.aliases import merge_aliases
-from minisrv.frontend.http.errors import CONTEXT_KEY, error_response
-from minisrv.frontend.ops.metrics import ServerMetrics
+from minisrv.frontend.fields.names import NEUTRAL_NAMES, FieldNames
+from minisrv.frontend.http.error_format import DefaultErrorFormat, ErrorFormat
+from minisrv.frontend.http.headers import REQUEST_ID_HEADER
 
 logger = logging.getLogger("minisrv.frontend")
 
-REQUEST_ID_HEADER = "X-Request-Id"
-ANTHROPIC_ID_HEADER = "Request-Id"
 CLIENT_GONE = 499
+_SCOPE_KEY = "minisrv.request"
 _ID_NAMES = ("request_id", "rid")
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
+_DEFAULT_FORMAT = DefaultErrorFormat()
+
+CountResponse = Callable[[str, str, int, float], None]
 
 
 @dataclass(slots=True)
 class RequestContext:
-    """What is known of a request besides its body; `figures` end its line in the log."""
+    """error_format: of the route's API. names: what the API calls the fields of the request.
+
+    body_send: sends messages after the first one, past what only adds headers.
+    log_values: end the line of the request in the log.
+    """
 
     request_id: str
+    error_format: ErrorFormat = _DEFAULT_FORMAT
+    names: FieldNames = NEUTRAL_NAMES
+    body_send: Send | None = None
     arrived_at: float = field(default_factory=time.monotonic)
     status: int | None = None
-    figures: dict[str, Any] = field(default_factory=dict)
+    log_values: dict[str, Any] = field(default_factory=dict)
 
     def take_id(self, body: Any) -> None:
-        """Take the id that a body names, if any; what is no text is left to the field's check.
+        """Use the id in a body, if there is one; other types are left to the check of the field.
 
         Raises InvalidRequestError.
         """
@@ -58,38 +70,48 @@ class RequestContext:
         self.request_id = merge_aliases(names).get("request_id", self.request_id)
 
     def internal_error(self) -> MinisrvError:
-        """What a client may know of a bug."""
-        return MinisrvError(f"internal error; the log has it under request id {self.request_id}")
+        """What a client may know about a bug."""
+        return MinisrvError(f"internal error; see the log under request id {self.request_id}")
 
 
 def context_of(scope: Scope) -> RequestContext:
     """The context of the request that `scope` belongs to."""
-    context = scope[CONTEXT_KEY]
+    context = scope[_SCOPE_KEY]
     assert isinstance(context, RequestContext)
     return context
 
 
 class RequestContextMiddleware:
-    """Gives each request its context. Stands around all else, so every response has an id."""
+    """Gives each request its context, with the error format that its path begins with."""
 
-    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        error_formats: Mapping[str, ErrorFormat],
+        count_response: CountResponse,
+    ) -> None:
+        """error_formats: by path prefix. count_response: called with route, method, status, s."""
         self._app = app
-        self._metrics = metrics
+        self._error_formats = error_formats
+        self._count_response = count_response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, with its id in the response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        context = scope[CONTEXT_KEY] = RequestContext(_read_id(Headers(scope=scope)))
+        context = RequestContext(
+            _read_id(Headers(scope=scope)), self._error_format(scope["path"]), body_send=send
+        )
+        scope[_SCOPE_KEY] = context
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 context.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID_HEADER] = context.request_id
-                if speaks_anthropic(scope["path"]):
-                    headers[ANTHROPIC_ID_HEADER] = context.request_id
+                if context.error_format.id_header is not None:
+                    headers[context.error_format.id_header] = context.request_id
             await send(message)
 
         try:
@@ -101,28 +123,13 @@ class RequestContextMiddleware:
             _log(scope, context, seconds)
             route = getattr(scope.get("route"), "path", "other")
             status = context.status or CLIENT_GONE
-            self._metrics.count_response(route, scope["method"], status, seconds)
+            self._count_response(route, scope["method"], status, seconds)
 
-
-class BugMiddleware:
-    """Answers what nothing else has caught, within whatever adds headers to responses."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on; a bug is a 500, where no response has begun."""
-        try:
-            await self._app(scope, receive, send)
-        except ClientDisconnect:
-            raise
-        except Exception:
-            if scope["type"] != "http":
-                raise
-            context = context_of(scope)
-            logger.exception("request failed id=%s", context.request_id)
-            if context.status is None:
-                await error_response(context.internal_error())(scope, receive, send)
+    def _error_format(self, path: str) -> ErrorFormat:
+        for prefix, error_format in self._error_formats.items():
+            if path == prefix or path.startswith(f"{prefix}/"):
+                return error_format
+        return _DEFAULT_FORMAT
 
 
 def _read_id(headers: Headers) -> str:
@@ -132,11 +139,11 @@ def _read_id(headers: Headers) -> str:
 
 def _log(scope: Scope, context: RequestContext, seconds: float) -> None:
     quiet = scope["path"] in _QUIET_PATHS
-    figures = {
+    values = {
         "status": context.status,
         "ms": round(seconds * 1000),
         "id": context.request_id,
-        **context.figures,
+        **context.log_values,
     }
     name = f"{scope['method']} {ascii(scope['path'])[1:-1]}"
-    log.event(logger, logging.DEBUG if quiet else logging.INFO, name, figures)
+    log.event(logger, logging.DEBUG if quiet else logging.INFO, name, values)

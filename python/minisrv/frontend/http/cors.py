@@ -1,6 +1,8 @@
-"""Which pages in browsers may call: Starlette's middleware, with refusals in the one form."""
+"""Which web pages may call: Starlette's CORS middleware, with refusals as error objects."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
@@ -8,16 +10,20 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.fields.read_body import WARNINGS_HEADER
-from minisrv.frontend.generation.run import SERVER_TIMING_HEADER
-from minisrv.frontend.http.context import ANTHROPIC_ID_HEADER, REQUEST_ID_HEADER
-from minisrv.frontend.http.errors import RETRY_HEADER, error_response
+from minisrv.frontend.http.errors import ErrorResponse
+from minisrv.frontend.http.headers import (
+    REQUEST_ID_HEADER,
+    RETRY_HEADER,
+    SERVER_TIMING_HEADER,
+    WARNINGS_HEADER,
+)
 
 
 class PagesMiddleware(CORSMiddleware):
-    """Answers preflights, which have no key, and lets pages of `origins` read the responses."""
+    """Answers preflights, which carry no key, and lets pages of `origins` read the responses."""
 
-    def __init__(self, app: ASGIApp, origins: str) -> None:
+    def __init__(self, app: ASGIApp, origins: str, id_headers: Sequence[str]) -> None:
+        """id_headers: further headers that carry the request id."""
         super().__init__(
             app,
             allow_origins=[origin.strip() for origin in origins.split(",")],
@@ -25,7 +31,7 @@ class PagesMiddleware(CORSMiddleware):
             allow_headers=["*"],
             expose_headers=[
                 REQUEST_ID_HEADER,
-                ANTHROPIC_ID_HEADER,
+                *id_headers,
                 WARNINGS_HEADER,
                 SERVER_TIMING_HEADER,
                 RETRY_HEADER,
@@ -34,14 +40,13 @@ class PagesMiddleware(CORSMiddleware):
         )
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """Whether a page may send what it is about to send."""
+        """Tell a browser whether a page may send its request."""
         response = super().preflight_response(request_headers)
         if response.status_code == 200:
             return response
         text = bytes(response.body).decode()
         kept = {k: v for k, v in response.headers.items() if not k.startswith("content-")}
         error = InvalidRequestError(
-            f"{text}; --cors-origins names the pages that may call, with "
-            f"{', '.join(self.allow_methods)}"
+            f"{text}; see --cors-origins; allowed methods: {', '.join(self.allow_methods)}"
         )
-        return error_response(error, kept)
+        return ErrorResponse(error, kept)

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from minisrv.frontend.fields.table import Field, request_schema
-from minisrv.frontend.http.errors import ERROR_SCHEMA
+from minisrv.frontend.http.error_format import ERROR_SCHEMA
 
 
 def describe_errors(app: FastAPI, public_paths: frozenset[str]) -> None:

@@ -8,7 +8,7 @@ from http import HTTPStatus
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.http.errors import error_body
+from minisrv.frontend.http.error_format import error_body
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 100

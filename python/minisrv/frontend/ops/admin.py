@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,10 +14,10 @@ from starlette.responses import JSONResponse, Response
 from minisrv.config import ServerConfig
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.frontend.fields.aliases import merge_aliases
-from minisrv.frontend.fields.read_body import BodyFields, supported
 from minisrv.frontend.fields.schema import BOOLEAN, NUMBER, STRING
-from minisrv.frontend.fields.table import Field
+from minisrv.frontend.fields.table import Field, supported
 from minisrv.frontend.http.access import require_admin
+from minisrv.frontend.http.body_fields import BodyReader
 from minisrv.frontend.http.openapi import errors, request_body
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.wire.messages import FlushMsg, StatsMsg
@@ -29,7 +30,6 @@ ABORT_FIELDS: dict[str, Field] = {
 FLUSH_FIELDS: dict[str, Field] = {
     "timeout": supported(NUMBER, "Seconds to wait until no request is open. Default: 0.")
 }
-_REPLY_PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "msg_")
 _MAX_WAIT_S = 600.0
 _RETRY_S = 0.05
 
@@ -38,10 +38,14 @@ def add_admin_routes(
     app: FastAPI,
     config: ServerConfig,
     version: str,
-    body_fields: BodyFields,
+    bodies: BodyReader,
     registry: RequestRegistry,
+    reply_prefixes: Sequence[str],
 ) -> None:
-    """Loads for everybody with a key; the rest for administrators."""
+    """Add /v1/loads for every key, and the routes for administrators.
+
+    reply_prefixes: what stands before the request id in the id of a reply.
+    """
 
     @app.get("/v1/loads", responses=errors(401, 503))
     async def loads() -> dict[str, Any]:
@@ -65,7 +69,7 @@ def add_admin_routes(
     )
     async def flush_cache(request: Request) -> Response:
         """Empty the prefix cache; 400 while requests are open."""
-        fields, headers = await body_fields.read_optional(request, FLUSH_FIELDS)
+        fields, headers = await bodies.read_optional(request, FLUSH_FIELDS)
         num_pages = await _flush(registry, fields.get("timeout", 0))
         return JSONResponse({"success": True, "flushed_pages": num_pages}, headers=headers)
 
@@ -77,37 +81,36 @@ def add_admin_routes(
     )
     async def abort_request(request: Request) -> Response:
         """End a request, or all; their clients get an error."""
-        fields, headers = await body_fields.read(request, ABORT_FIELDS)
-        return JSONResponse({"aborted": _abort(registry, fields)}, headers=headers)
+        fields, headers = await bodies.read(request, ABORT_FIELDS)
+        return JSONResponse({"aborted": _abort(registry, fields, reply_prefixes)}, headers=headers)
 
     app.include_router(router)
 
 
-def _abort(registry: RequestRegistry, fields: dict[str, Any]) -> int:
-    """How many requests were aborted. Raises InvalidRequestError when none."""
-    named = merge_aliases(fields).get("request_id")
-    if bool(named) == fields.get("abort_all", False):
+def _abort(registry: RequestRegistry, fields: dict[str, Any], reply_prefixes: Sequence[str]) -> int:
+    """The number of requests aborted. Raises InvalidRequestError if there were none."""
+    id = merge_aliases(fields).get("request_id")
+    if bool(id) == fields.get("abort_all", False):
         raise InvalidRequestError("send either rid or abort_all: true", param="rid")
     error = MinisrvError("the request was aborted by the server", code="request_aborted")
-    num_aborted = registry.cancel(named, error)
-    for prefix in _REPLY_PREFIXES:
-        if not num_aborted and named and named.startswith(prefix):
-            num_aborted = registry.cancel(named.removeprefix(prefix), error)
+    num_aborted = registry.cancel(id, error)
+    for prefix in reply_prefixes:
+        if not num_aborted and id and id.startswith(prefix):
+            num_aborted = registry.cancel(id.removeprefix(prefix), error)
     if not num_aborted:
-        nothing = InvalidRequestError("no such request is open" if named else "none is open")
-        nothing.http_status = 404
-        raise nothing
+        sentence = "no open request has this id" if id else "there are no open requests"
+        raise InvalidRequestError(sentence, status=404)
     return num_aborted
 
 
 async def _flush(registry: RequestRegistry, timeout_s: float) -> int:
-    """The pages that were dropped. Raises InvalidRequestError when requests stay open so long."""
+    """The number of pages dropped. Raises InvalidRequestError if requests stay open that long."""
     if not 0 <= timeout_s <= _MAX_WAIT_S:
         raise InvalidRequestError(f"timeout must be from 0 to {_MAX_WAIT_S:g}", param="timeout")
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            # The way that the requests of one tokenizer go: it finds them all.
+            # Always through tokenizer 0, behind the requests that went the same way.
             answer = await registry.ask(
                 lambda query: FlushMsg(query=query, epoch=registry.epoch), tokenizer_index=0
             )
@@ -121,7 +124,7 @@ async def _flush(registry: RequestRegistry, timeout_s: float) -> int:
 
 
 def _load(registry: RequestRegistry) -> dict[str, Any]:
-    """The last figures of the scheduler, at most a period old."""
+    """The last statistics of the scheduler, at most one period old."""
     load: dict[str, Any] = {"dp_rank": 0, "num_open_reqs": registry.num_open}
     stats = registry.stats
     if stats is not None:

@@ -1,6 +1,6 @@
-"""The server's figures as Prometheus text, by vLLM's names under the prefix `minisrv:`.
+"""The metrics in Prometheus' text format, with vLLM's names under the prefix `minisrv:`.
 
-Three sources: requests as they end, HTTP responses, and the last StatsMsg of the scheduler.
+Sources: requests as they end, HTTP responses, and the scheduler's last StatsMsg.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from minisrv.wire.messages import StatsMsg
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "minisrv:"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-# Ours alone, with no vllm: alias.
+# Metrics without a vllm: alias.
 _OWN = ("http_", "unknown_request_fields", "harmless_request_fields")
 
 
 class ServerMetrics:
-    """Counts, and prints. `stats` gives what the scheduler said last, `num_unknown` the count of
-    request fields that no table names."""
+    """stats: returns the scheduler's last statistics.
+
+    num_unknown: returns the count of request fields that no table names.
+    """
 
     def __init__(
         self,
@@ -48,36 +50,40 @@ class ServerMetrics:
         self._first_token = self._seconds("time_to_first_token", "From arrival to first output.")
         self._whole = self._seconds("e2e_request_latency", "From arrival to the end.")
         self._queue = self._seconds("request_queue_time", "From the scheduler's queue to a step.")
-        self._prefill = self._seconds("request_prefill_time", "From there to the first token.")
-        self._decode = self._seconds("request_decode_time", "From there to the end.")
+        self._prefill = self._seconds(
+            "request_prefill_time", "From the first step to the first token."
+        )
+        self._decode = self._seconds("request_decode_time", "From the first token to the last.")
         self._inference = self._seconds("request_inference_time", "Prefill and decode.")
         self._per_token = self._seconds(
-            "request_time_per_output_token", "A choice's mean time between its tokens."
+            "request_time_per_output_token", "Mean time between the tokens of a choice."
         )
         self._prompt_tokens = self._tokens("request_prompt_tokens", "Prompt tokens of a choice.")
-        self._output_tokens = self._tokens("request_generation_tokens", "Its output tokens.")
+        self._output_tokens = self._tokens(
+            "request_generation_tokens", "Output tokens of a choice."
+        )
         self._ended = Counter(
             f"{PREFIX}request_success",
-            "Choices that ended, by stop, length, abort or error.",
+            "Finished choices, by stop, length, abort or error.",
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
         self._ignored = Counter(
             f"{PREFIX}harmless_request_fields",
-            "Request fields that are accepted and change nothing.",
+            "Request fields that were accepted and have no effect.",
             ["field"],
             registry=self._registry,
         )
         labels = ["handler", "method", "status"]
         self._responses = Counter(
             f"{PREFIX}http_requests",
-            "HTTP requests; status 499 is a client that left.",
+            "HTTP requests; status 499 is a client that disconnected.",
             labels,
             registry=self._registry,
         )
         self._response_seconds = Histogram(
             f"{PREFIX}http_request_duration_seconds",
-            "From a request's head to the end of its response.",
+            "From the request's headers to the end of its response.",
             labels[:2],
             buckets=SECONDS,
             registry=self._registry,
@@ -95,24 +101,24 @@ class ServerMetrics:
     def _tokens(self, name: str, help: str) -> Histogram:
         return self._histogram(name, help, TOKENS)
 
-    def count_request(self, figures: RequestTimings) -> None:
-        """A generation has ended, well or not."""
-        first = figures.first
-        finished = [choice for choice in figures.choices.values() if choice.finish_reason]
+    def count_request(self, timings: RequestTimings) -> None:
+        """Count a generation that has ended, however it ended."""
+        first = timings.first
+        finished = [choice for choice in timings.choices.values() if choice.finish_reason]
         for choice in finished:
             self._count_choice(choice)
-        failed = figures.num_choices - len(finished)
+        failed = timings.num_choices - len(finished)
         if failed:
-            self._ended.labels(self._model, figures.failure_reason or "error").inc(failed)
+            self._ended.labels(self._model, timings.failure_reason or "error").inc(failed)
         if first is None:
             return
-        self._first_token.observe(first.started_at - figures.arrived_at)
+        self._first_token.observe(first.started_at - timings.arrived_at)
         self._queue.observe(first.start.queue_s)
         if not failed:
             self._prefill.observe(first.start.prefill_s)
-            self._decode.observe(figures.decode_s)
-            self._inference.observe(first.start.prefill_s + figures.decode_s)
-            self._whole.observe(figures.total_s)
+            self._decode.observe(timings.decode_s)
+            self._inference.observe(first.start.prefill_s + timings.decode_s)
+            self._whole.observe(timings.total_s)
 
     def _count_choice(self, choice: Choice) -> None:
         self._ended.labels(self._model, choice.finish_reason).inc()
@@ -122,23 +128,23 @@ class ServerMetrics:
             self._per_token.observe(choice.decode_s / (choice.output_tokens - 1))
 
     def count_response(self, route: str, method: str, status: int, seconds: float) -> None:
-        """A response is sent; `route` is the pattern of its path, not what the client wrote."""
+        """Count a response; `route` is the pattern of its path, not the path itself."""
         method = method if method in _METHODS else "other"
         self._responses.labels(route, method, status).inc()
         self._response_seconds.labels(route, method).observe(seconds)
 
     def count_ignored_field(self, name: str) -> None:
-        """A request has a field of a table that changes nothing."""
+        """Count a field that was accepted and has no effect."""
         self._ignored.labels(name).inc()
 
     def text(self) -> bytes:
-        """The exposition."""
+        """The current values of all metrics."""
         text = generate_latest(self._registry)
         return text + _vllm_aliases(text) if self._vllm_names else text
 
 
 class _SchedulerCollector(Collector):
-    """What the scheduler sends on its period; zeros before it does."""
+    """The statistics that the scheduler sends periodically; only the unknown fields before."""
 
     def __init__(
         self,
@@ -151,10 +157,10 @@ class _SchedulerCollector(Collector):
         self._num_unknown = num_unknown
 
     def collect(self) -> Iterator[Metric]:
-        """All families, the current value in each."""
+        """All metric families."""
         yield CounterMetricFamily(
             f"{PREFIX}unknown_request_fields",
-            "Request fields that were ignored since no table names them.",
+            "Unknown request fields, which were ignored.",
             value=self._num_unknown(),
         )
         stats = self._stats()
@@ -166,19 +172,21 @@ class _SchedulerCollector(Collector):
         yield self._gauge("kv_cache_usage_perc", "Share of pages that requests hold, 0-1.", usage)
         queries, hits = stats.prompt_tokens, stats.cached_tokens
         yield self._counter("prefix_cache_queries", "Prompt tokens looked up.", queries)
-        yield self._counter("prefix_cache_hits", "Prompt tokens that the cache held.", hits)
-        yield self._counter("prompt_tokens", "Prompt tokens, cached ones too.", queries)
+        yield self._counter("prefix_cache_hits", "Prompt tokens found in the cache.", hits)
+        yield self._counter("prompt_tokens", "Prompt tokens, cached ones included.", queries)
         yield self._counter("generation_tokens", "Tokens generated.", stats.output_tokens)
-        yield self._counter("num_preemptions", "Preemptions for want of pages.", stats.preemptions)
-        yield self._histogram(
-            "inter_token_latency_seconds", "Between two tokens.", stats.inter_token, SECONDS
+        yield self._counter(
+            "num_preemptions", "Preemptions because the cache was full.", stats.preemptions
         )
         yield self._histogram(
-            "iteration_tokens_total", "Tokens that a step computes.", stats.step_tokens, TOKENS
+            "inter_token_latency_seconds", "Time between two tokens.", stats.inter_token, SECONDS
+        )
+        yield self._histogram(
+            "iteration_tokens_total", "Tokens computed per step.", stats.step_tokens, TOKENS
         )
         info = GaugeMetricFamily(
             f"{PREFIX}cache_config_info",
-            "Tokens in a page, and pages.",
+            "Tokens per page, and number of pages.",
             labels=["model_name", "block_size", "num_gpu_blocks"],
         )
         info.add_metric([self._model, str(stats.page_size), str(stats.num_pages)], 1)

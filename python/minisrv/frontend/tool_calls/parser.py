@@ -17,7 +17,7 @@ from minisrv.frontend.tool_calls.json_call import (
     ObjectEnd,
     Whole,
 )
-from minisrv.frontend.tool_calls.pieces import CallArguments, CallStart, Piece, Text
+from minisrv.frontend.tool_calls.pieces import Piece, Text, ToolCallArguments, ToolCallStart
 
 # Looks at the text that has come; whether it could go on, False asks for more text.
 State = Callable[[], bool]
@@ -28,7 +28,9 @@ class CallParser(ABC):
 
     marker: str
 
-    def __init__(self, names: frozenset[str], parallel: bool = True) -> None:
+    def __init__(
+        self, names: frozenset[str], make_id: Callable[[], str], parallel: bool = True
+    ) -> None:
         """`names` of the request's tools. Without `parallel` the reply ends with its first call.
 
         num_calls: so far. ended: the reply has ended with its only call, whatever else comes.
@@ -36,6 +38,7 @@ class CallParser(ABC):
         self.names = names
         self.num_calls = 0
         self.ended = False
+        self._make_id = make_id
         self._parallel = parallel
         self._text = ""
         self._pending = ""
@@ -122,7 +125,7 @@ class CallParser(ABC):
         end = self._end.find(self._text)
         piece = self._text if end is None else self._text[:end]
         if piece:
-            self._pieces.append(CallArguments(self.num_calls - 1, piece))
+            self._pieces.append(ToolCallArguments(self.num_calls - 1, piece))
         self._text = self._text[len(piece) :]
         if end is None:
             return False
@@ -178,7 +181,7 @@ class CallParser(ABC):
 
     def _whole_call(self, name: str, arguments: str, consumed: int) -> bool:
         self._start_call(name, consumed)
-        self._pieces.append(CallArguments(self.num_calls - 1, arguments))
+        self._pieces.append(ToolCallArguments(self.num_calls - 1, arguments))
         self._state = self.read_tail
         return self._go_on()
 
@@ -188,7 +191,7 @@ class CallParser(ABC):
         return self._to_text()
 
     def _start_call(self, name: str, consumed: int) -> None:
-        self._pieces.append(CallStart(self.num_calls, name))
+        self._pieces.append(ToolCallStart(self.num_calls, self._make_id(), name))
         self.num_calls += 1
         self._pending = ""
         self._text = self._text[consumed:]

@@ -1,4 +1,4 @@
-"""What a reply with tool calls is made of, in the order in which it comes."""
+"""The pieces of a reply that may call tools, in the order in which they arrive."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class CallStart:
-    """A call of tool `name` begins; calls are numbered from 0."""
+class ToolCallStart:
+    """The reply's call number `index`, counted from 0, begins: it calls tool `name`."""
 
     index: int
+    id: str
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class CallArguments:
-    """More of the arguments of a call: its pieces join to one JSON object."""
+class ToolCallArguments:
+    """More of a call's arguments; a call's pieces join to one JSON object."""
 
     index: int
     text: str
 
 
-Piece = Text | CallStart | CallArguments
+Piece = Text | ToolCallStart | ToolCallArguments

@@ -1,4 +1,4 @@
-"""From the deltas of an assistant's message to content blocks, streamed or whole."""
+"""Writes the pieces of a reply as content blocks, streamed or whole."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from minisrv.frontend.generation.assistant_message import Delta
+from minisrv.frontend.generation.pieces import (
+    Finish,
+    Piece,
+    Reasoning,
+    Text,
+    ToolCallArguments,
+    ToolCallStart,
+)
 
 StreamEvent = dict[str, Any]
 
-# Clients hand reasoning back with it, or drop those without one; it is not read here.
+# Clients send reasoning back with its signature, and drop blocks without one; it is not checked.
 SIGNATURE = "minisrv"
-# Where a call's arguments are no JSON object, they stand under this name as the model wrote them.
+# Arguments that are not a JSON object stand under this name, as the model wrote them.
 INVALID_JSON = "INVALID_JSON"
 
 _EMPTY: dict[str, dict[str, Any]] = {
@@ -23,32 +30,32 @@ _EMPTY: dict[str, dict[str, Any]] = {
 
 
 class ContentBlocks:
-    """One message's blocks as events: each block begins when the one before it has ended."""
+    """The blocks of one message, as events: each block starts when the one before has ended."""
 
     def __init__(self, *, show_reasoning: bool = True) -> None:
-        """Without `show_reasoning` reasoning is a block without text."""
+        """Without `show_reasoning`, reasoning is a block without text."""
         self._show_reasoning = show_reasoning
         self._index = -1
         self._open: str | None = None
 
-    def add(self, delta: Delta) -> list[StreamEvent]:
-        """What a delta adds."""
-        if "tool_calls" in delta:
-            (call,) = delta["tool_calls"]
-            function = call["function"]
-            if "id" in call:
-                return self._begin(_tool_use(call["id"], function["name"]))
-            return [self._delta("input_json_delta", "partial_json", function["arguments"])]
-        if "content" in delta:
-            return [*self._ensure("text"), self._delta("text_delta", "text", delta["content"])]
-        events = self._ensure("thinking")
-        if self._show_reasoning:
-            reasoning = delta["reasoning_content"]
-            events.append(self._delta("thinking_delta", "thinking", reasoning))
-        return events
+    def events(self, piece: Piece) -> list[StreamEvent]:
+        """The events of a piece."""
+        match piece:
+            case Text(text):
+                return [*self._ensure("text"), self._delta("text_delta", "text", text)]
+            case Reasoning(text):
+                events = self._ensure("thinking")
+                if self._show_reasoning:
+                    events.append(self._delta("thinking_delta", "thinking", text))
+                return events
+            case ToolCallStart(_, id, name):
+                return self._begin({"type": "tool_use", "id": id, "name": name, "input": {}})
+            case ToolCallArguments(_, text):
+                return [self._delta("input_json_delta", "partial_json", text)]
+            case Finish():
+                return self._end()
 
-    def end(self) -> list[StreamEvent]:
-        """The end of the last block."""
+    def _end(self) -> list[StreamEvent]:
         if self._open is None:
             return []
         events = []
@@ -61,7 +68,7 @@ class ContentBlocks:
         return [] if self._open == kind else self._begin(dict(_EMPTY[kind]))
 
     def _begin(self, block: dict[str, Any]) -> list[StreamEvent]:
-        events = self.end()
+        events = self._end()
         self._index += 1
         self._open = block["type"]
         start = {"type": "content_block_start", "index": self._index, "content_block": block}
@@ -72,7 +79,7 @@ class ContentBlocks:
         return {"type": "content_block_delta", "index": self._index, "delta": delta}
 
 
-def join(events: Iterable[StreamEvent]) -> list[dict[str, Any]]:
+def join_blocks(events: Iterable[StreamEvent]) -> list[dict[str, Any]]:
     """The blocks of a whole reply, from the events of its stream."""
     blocks: list[dict[str, Any]] = []
     arguments = ""
@@ -92,12 +99,8 @@ def join(events: Iterable[StreamEvent]) -> list[dict[str, Any]]:
     return blocks
 
 
-def _tool_use(id: str, name: str) -> dict[str, Any]:
-    return {"type": "tool_use", "id": id, "name": name, "input": {}}
-
-
 def _read_input(arguments: str) -> dict[str, Any]:
-    """Arguments that were cut off are read as far as they go, as clients read a stream's."""
+    """Arguments that were cut off are read as far as they go, as clients read those of a stream."""
     try:
         value = from_json(arguments, allow_partial=True, allow_inf_nan=False) if arguments else {}
     except ValueError:

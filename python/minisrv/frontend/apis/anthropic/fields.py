@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from minisrv.frontend.fields.read_body import supported
+from minisrv.frontend.fields.common import CONVERSATION_FIELDS, GENERATION_FIELDS
 from minisrv.frontend.fields.schema import (
-    ANY,
     BOOLEAN,
     INTEGER,
     OBJECT,
@@ -15,7 +14,7 @@ from minisrv.frontend.fields.schema import (
     array_of,
     one_of,
 )
-from minisrv.frontend.fields.table import CHAT_FIELDS, Field, Treatment
+from minisrv.frontend.fields.table import Field, ignored, rejected, supported
 
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
@@ -72,25 +71,16 @@ _OUTPUT_CONFIG: Schema = {
 }
 _CONTEXT_MANAGEMENT: Schema = {"type": "object", "properties": {"edits": _BLOCKS}}
 
-# Our own names, which Anthropic's API does not have: read as in a chat completion.
+# Fields that Anthropic's API does not have.
 EXTENSIONS = (
     *("min_p", "seed", "min_tokens", "ignore_eos", "stop_token_ids", "logit_bias"),
-    *("presence_penalty", "frequency_penalty", "repetition_penalty", "chat_template_kwargs"),
-    "cache_salt",
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
-SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "stream")
-
-
-def _ignored() -> Field:
-    return CHAT_FIELDS["metadata"]
-
-
-def _rejected(*neutral: object) -> Field:
-    return Field(Treatment.REJECTED, ANY, neutral)
+SAMPLING = ("temperature", "top_p", "top_k", "stream")
 
 
 _PROMPT_FIELDS: dict[str, Field] = {
-    "model": CHAT_FIELDS["model"],
+    "model": GENERATION_FIELDS["model"],
     "messages": supported(
         array_of(_MESSAGE), "The conversation; the reply goes on with a last turn of the assistant."
     ),
@@ -106,28 +96,31 @@ _PROMPT_FIELDS: dict[str, Field] = {
     "context_management": supported(
         _CONTEXT_MANAGEMENT, "Edits that change nothing: clear_thinking_20251015 that keeps all."
     ),
-    "chat_template_kwargs": CHAT_FIELDS["chat_template_kwargs"],
-    "cache_control": _ignored(),
-    "user_profile_id": _ignored(),
-    "workspace_id": _ignored(),
-    "betas": _ignored(),
-    "mcp_servers": _rejected([]),
-    "speed": _rejected("standard"),
+    "chat_template_kwargs": CONVERSATION_FIELDS["chat_template_kwargs"],
+    "cache_control": ignored(),
+    "user_profile_id": ignored(),
+    "workspace_id": ignored(),
+    "betas": ignored(),
+    "mcp_servers": rejected([]),
+    "speed": rejected("standard"),
 }
 COUNT_FIELDS: dict[str, Field] = _PROMPT_FIELDS
 MESSAGES_FIELDS: dict[str, Field] = {
     **_PROMPT_FIELDS,
-    **{name: CHAT_FIELDS[name] for name in (*SAMPLING, *EXTENSIONS, "request_id", "rid")},
+    **{
+        name: GENERATION_FIELDS[name]
+        for name in (*SAMPLING, *EXTENSIONS, "cache_salt", "request_id", "rid")
+    },
     "max_tokens": supported(INTEGER, "Most output tokens, at least 1; required."),
     "stop_sequences": supported(STRINGS, "The text ends before these."),
-    "metadata": _ignored(),
-    "service_tier": _ignored(),
-    "billing_policy": _ignored(),
-    "compaction": _rejected(),
-    "container": _rejected(),
-    "diagnostics": _rejected({}, {"previous_message_id": None}),
-    "fallback_credit_token": _rejected(),
-    "fallbacks": _rejected([]),
-    "inference_geo": _rejected(),
-    "thread": _rejected(),
+    "metadata": ignored(),
+    "service_tier": ignored(),
+    "billing_policy": ignored(),
+    "compaction": rejected(),
+    "container": rejected(),
+    "diagnostics": rejected({}, {"previous_message_id": None}),
+    "fallback_credit_token": rejected(),
+    "fallbacks": rejected([]),
+    "inference_geo": rejected(),
+    "thread": rejected(),
 }

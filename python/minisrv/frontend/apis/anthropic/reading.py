@@ -1,88 +1,125 @@
-"""The fields of a message request, as those of a chat: one Generation for both."""
+"""Reads the fields of a message request into the neutral request."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
 from minisrv.frontend.apis.anthropic.conversation import chat_messages
-from minisrv.frontend.apis.anthropic.fields import EXTENSIONS, SAMPLING
-from minisrv.frontend.apis.openai.chat import read_chat
-from minisrv.frontend.fields.names import rename_fields
+from minisrv.frontend.fields.names import FieldNames
+from minisrv.frontend.fields.reasoning import reasoning_variables
 from minisrv.frontend.fields.schema import describe
-from minisrv.frontend.generation.request import Generation
+from minisrv.frontend.fields.template import read_template_kwargs
+from minisrv.frontend.fields.tools import NamedTool, ToolChoice, ToolUse, read_tools
+from minisrv.frontend.generation.request import (
+    ChatPrompt,
+    ChatRequest,
+    ReplyOptions,
+    read_cache_salt,
+    read_sampling,
+    served_name,
+)
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.sampling_params import Grammar
 
-# How errors of the chat's fields are to be read here.
-_NAMES = (
-    (re.compile(r"^stop\b"), "stop_sequences"),
-    (re.compile(r"^(tools\.\d+|tool_choice)\.function\.name\b"), r"\1.name"),
-    (re.compile(r"^enable_thinking\b"), "thinking.type"),
+Fields = Mapping[str, Any]
+
+NAMES = FieldNames(
+    {
+        "stop": "stop_sequences",
+        "tools.*.function.name": "tools.*.name",
+        "tools.*.function.parameters": "tools.*.input_schema",
+        "tool_choice.function.name": "tool_choice.name",
+        "enable_thinking": "thinking.type",
+        "continue_final_message": "messages",
+    }
 )
-_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_CHOICES: dict[str, ToolChoice] = {"auto": "auto", "any": "required", "none": "none"}
+_FORMAT = "output_config.format"
 
 
-def read_message_request(fields: dict[str, Any], model: ModelInfo) -> Generation:
-    """Check the fields of POST /v1/messages. Raises InvalidRequestError naming them."""
+def read_message_request(fields: Fields, model: ModelInfo) -> ChatRequest:
+    """Read a request for a message. Raises InvalidRequestError."""
     if "max_tokens" not in fields:
         raise InvalidRequestError("max_tokens is missing", param="max_tokens")
-    return read_prompt(fields, model)
-
-
-def read_prompt(fields: dict[str, Any], model: ModelInfo) -> Generation:
-    """The same for a request without sampling. Raises InvalidRequestError."""
-    _check_edits(fields.get("context_management", {}))
-    chat = _chat_fields(fields, switches_reasoning=model.chat_format.switches_reasoning)
-    try:
-        generation = read_chat(chat, model)
-    except InvalidRequestError as error:
-        rename_fields(error, _NAMES)
-        raise
-    return _with_format(generation, fields.get("output_config", {}).get("format"))
-
-
-def warnings(fields: dict[str, Any]) -> list[str]:
-    """What the client is to know of fields that do less here than they say."""
+    name = served_name(fields.get("model"), model)
+    text_format = fields.get("output_config", {}).get("format")
+    grammar = text_format and Grammar.json_schema(text_format["schema"], f"{_FORMAT}.schema")
+    stop = {"stop": fields["stop_sequences"]} if "stop_sequences" in fields else {}
+    warnings: tuple[str, ...] = ()
     if fields.get("thinking", {}).get("budget_tokens") is not None:
-        return ["thinking.budget_tokens is no limit here; max_tokens is one of reasoning and text"]
-    return []
+        warnings = ("thinking.budget_tokens is not enforced; max_tokens limits reasoning and text",)
+    return ChatRequest(
+        model=name,
+        prompt=read_prompt(fields, model),
+        sampling=read_sampling(
+            fields, model, grammar=grammar, max_tokens=fields["max_tokens"], **stop
+        ),
+        reply=ReplyOptions(stream=fields.get("stream", False)),
+        cache_salt=read_cache_salt(fields.get("cache_salt")),
+        warnings=warnings,
+    )
 
 
-def _chat_fields(fields: dict[str, Any], *, switches_reasoning: bool) -> dict[str, Any]:
-    names = ("model", *SAMPLING, *EXTENSIONS)
-    chat = {name: fields[name] for name in names if name in fields}
+def read_prompt(fields: Fields, model: ModelInfo) -> ChatPrompt:
+    """Read the conversation. Raises InvalidRequestError."""
+    served_name(fields.get("model"), model)
+    _check_edits(fields.get("context_management", {}))
     if "messages" not in fields:
         raise InvalidRequestError("messages is missing", param="messages")
-    chat["messages"] = chat_messages(fields.get("system"), fields["messages"])
-    chat["continue_final_message"] = chat["messages"][-1]["role"] == "assistant"
-    if "stop_sequences" in fields:
-        chat["stop"] = fields["stop_sequences"]
-    chat["tools"] = [_tool(tool, f"tools.{i}") for i, tool in enumerate(fields.get("tools", []))]
-    if "tool_choice" in fields:
-        chat |= _read_choice(fields["tool_choice"])
+    messages = chat_messages(fields.get("system"), fields["messages"])
+    continues = messages[-1]["role"] == "assistant"
+    return ChatPrompt(
+        messages=tuple(messages),
+        tools=_read_tools(fields, model),
+        template_kwargs=_template_kwargs(fields, model),
+        begins_turn=not continues,
+        continues_last=continues,
+    )
+
+
+def _template_kwargs(fields: Fields, model: ModelInfo) -> dict[str, Any]:
     kind = fields.get("thinking", {}).get("type")
-    # "adaptive" lets a model think that can; one that cannot has nothing to decide.
-    if kind in ("enabled", "disabled") or (kind == "adaptive" and switches_reasoning):
-        chat["enable_thinking"] = kind != "disabled"
+    enabled = kind != "disabled" if kind in ("enabled", "disabled") else None
+    # "adaptive" lets a model reason that can; one that cannot has nothing to decide.
+    if kind == "adaptive" and model.chat_format.switches_reasoning:
+        enabled = True
+    variables = reasoning_variables(None, enabled, model.chat_format)
     effort = fields.get("output_config", {}).get("effort")
     if effort is not None:
-        given = chat.get("chat_template_kwargs", {})
-        chat["chat_template_kwargs"] = {"reasoning_effort": effort, **given}
-    return chat
+        variables["reasoning_effort"] = effort
+    own = read_template_kwargs(fields.get("chat_template_kwargs", {}))
+    return {**model.template_kwargs, **variables, **own}
 
 
-def _tool(tool: dict[str, Any], path: str) -> dict[str, Any]:
-    """The tool as a function. Raises InvalidRequestError for one that the server would run."""
+def _read_tools(fields: Fields, model: ModelInfo) -> ToolUse | None:
+    tools = [_function(tool, f"tools.{i}") for i, tool in enumerate(fields.get("tools", []))]
+    choice = fields.get("tool_choice", {"type": "auto"})
+    parallel = not choice.get("disable_parallel_tool_use", False)
+    return read_tools(tools, _read_choice(choice), parallel, model.chat_format)
+
+
+def _read_choice(choice: dict[str, Any]) -> ToolChoice:
+    if choice["type"] != "tool":
+        return _CHOICES[choice["type"]]
+    name = choice.get("name")
+    if name is None:
+        raise InvalidRequestError("tool_choice.name is missing", param="tool_choice.name")
+    return NamedTool(name)
+
+
+def _function(tool: dict[str, Any], path: str) -> dict[str, Any]:
+    """The tool as templates know it. Raises InvalidRequestError for tools that servers run."""
     kind = tool.get("type") or "custom"
     if kind != "custom":
-        raise _rejected(f"{path}.type", f"a tool of type {kind[:40]!a} is not known to this server")
+        raise _unsupported(
+            f"{path}.type", f"this server does not know a tool of type {kind[:40]!a}"
+        )
     if tool.get("defer_loading"):
-        raise _rejected(f"{path}.defer_loading", "all tools are shown to the model at once")
+        raise _unsupported(f"{path}.defer_loading", "all tools are shown to the model at once")
     if "direct" not in (tool.get("allowed_callers") or ["direct"]):
-        raise _rejected(f"{path}.allowed_callers", "it is the model alone that calls tools")
+        raise _unsupported(f"{path}.allowed_callers", "only the model calls tools")
     schema = tool.get("input_schema")
     if schema is None:
         raise InvalidRequestError(f"{path}.input_schema is missing", param=f"{path}.input_schema")
@@ -93,38 +130,16 @@ def _tool(tool: dict[str, Any], path: str) -> dict[str, Any]:
     return {"type": "function", "function": shown}
 
 
-def _read_choice(choice: dict[str, Any]) -> dict[str, Any]:
-    parallel = {"parallel_tool_calls": not choice.get("disable_parallel_tool_use", False)}
-    if choice["type"] != "tool":
-        return {"tool_choice": _CHOICES[choice["type"]], **parallel}
-    name = choice.get("name")
-    if name is None:
-        raise InvalidRequestError("tool_choice.name is missing", param="tool_choice.name")
-    return {"tool_choice": {"type": "function", "function": {"name": name}}, **parallel}
-
-
 def _check_edits(context_management: dict[str, Any]) -> None:
-    """What may stand there changes nothing: this server drops no reasoning, whatever is sent."""
+    """Only edits that change nothing are accepted: this server never drops reasoning."""
     for i, edit in enumerate(context_management.get("edits") or []):
         keeps_all = edit.get("keep") in ("all", {"type": "all"})
         if edit["type"] != "clear_thinking_20251015" or not keeps_all:
             path = f"context_management.edits.{i}"
-            raise _rejected(path, f"{describe(edit['type'])} would change the conversation")
+            raise _unsupported(path, f"{describe(edit['type'])} would change the conversation")
 
 
-def _with_format(generation: Generation, format: dict[str, Any] | None) -> Generation:
-    if format is None:
-        return generation
-    param = "output_config.format"
-    if generation.must_call:
-        raise InvalidRequestError(
-            f"send {param} or a tool_choice that asks for a call, not both", param="tool_choice"
-        )
-    grammar = Grammar.json_schema(format["schema"], f"{param}.schema")
-    return replace(generation, sampling=replace(generation.sampling, grammar=grammar))
-
-
-def _rejected(path: str, why: str) -> InvalidRequestError:
+def _unsupported(path: str, why: str) -> InvalidRequestError:
     return InvalidRequestError(
         f"{path} is not supported: {why}", param=path, code="unsupported_parameter"
     )

@@ -1,98 +1,95 @@
-"""Answers a message request, whole or as a stream of named events.
-
-The order on the wire: message_start; for each block its start, deltas and stop; message_delta with
-stop reason and usage; message_stop.
-"""
+"""Writes the reply to a message request, whole or as a stream of named events."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from minisrv.errors import MinisrvError
-from minisrv.frontend.apis.anthropic.blocks import ContentBlocks, StreamEvent, join
-from minisrv.frontend.apis.anthropic.errors import messages_error
-from minisrv.frontend.apis.openai.render import Usage, json_bytes
-from minisrv.frontend.generation.assistant_message import AssistantMessage
-from minisrv.frontend.generation.run import GenerationResponse
+from minisrv.frontend.apis.anthropic.blocks import ContentBlocks, StreamEvent, join_blocks
+from minisrv.frontend.apis.anthropic.errors import AnthropicErrorFormat
+from minisrv.frontend.generation.pieces import Finish, Piece
+from minisrv.frontend.generation.renderer import Choice
+from minisrv.frontend.generation.usage import Usage
+from minisrv.frontend.http.sse import named_sse
 from minisrv.frontend.registry.events import Event
-from minisrv.wire.messages import Finish
+
+MESSAGE_PREFIX = "msg_"
 
 
-class MessagesResponse(GenerationResponse):
-    """Answers in Anthropic's shape; there is one choice."""
+class MessageRenderer:
+    """One choice. The order of a stream: message_start; for each block its start, deltas and stop;
+    message_delta with stop reason and usage; message_stop.
+    """
 
-    show_reasoning = True
-    _message: AssistantMessage | None = None
+    def __init__(self, request_id: str, model: str, *, show_reasoning: bool) -> None:
+        self.usage = Usage(choices_per_prompt=1)
+        self._request_id = request_id
+        self._model = model
+        self._blocks = ContentBlocks(show_reasoning=show_reasoning)
+        self._started = False
 
-    def _whole(self, events: list[Event]) -> dict[str, Any]:
-        (event,) = events
-        self._usage.add(event)
-        message = self._header.message()
-        blocks = self._new_blocks()
-        stream = [part for delta in message.deltas(event) for part in blocks.add(delta)]
-        content = join([*stream, *blocks.end()])
-        return {**self._head(), "content": content, **_stop(event, message)}
+    def whole(self, choices: Sequence[Choice], timings: dict[str, Any] | None) -> dict[str, Any]:
+        """The body of a reply that is not streamed."""
+        ((_, pieces),) = choices
+        finish = pieces[-1]
+        assert isinstance(finish, Finish)
+        content = join_blocks(event for piece in pieces for event in self._blocks.events(piece))
+        return {**self._head(), "content": content, **_stop(finish)}
 
-    def _chunks(self, event: Event) -> bytes:
-        self._usage.add(event)
+    def chunk(self, event: Event, pieces: list[Piece]) -> bytes:
+        """The named events that an event adds."""
         events: list[StreamEvent] = []
-        if self._message is None:
-            self._message = self._header.message()
-            self._blocks = self._new_blocks()
+        if not self._started:
+            self._started = True
             events.append({"type": "message_start", "message": self._head()})
-        for delta in self._message.deltas(event):
-            events += self._blocks.add(delta)
-        if event.final:
-            events += self._blocks.end()
-            stop = _stop(event, self._message)
-            events.append({"type": "message_delta", "delta": stop, "usage": _usage(self._usage)})
+        for piece in pieces:
+            events += self._blocks.events(piece)
+            if isinstance(piece, Finish):
+                usage = _usage_body(self.usage)
+                events.append({"type": "message_delta", "delta": _stop(piece), "usage": usage})
         return b"".join(map(named_sse, events))
 
-    def _end(self) -> bytes:
+    def end(self, timings: dict[str, Any] | None) -> bytes:
+        """The last event."""
         return named_sse({"type": "message_stop"})
 
-    def _failed(self, error: MinisrvError) -> bytes:
-        return named_sse(messages_error(error, self._context.request_id))
+    def failed(self, error: MinisrvError) -> bytes:
+        """An error event."""
+        return named_sse(AnthropicErrorFormat().body(error, self._request_id))
 
-    def _ping(self) -> bytes:
+    def ping(self) -> bytes:
+        """A ping event."""
         return named_sse({"type": "ping"})
-
-    def _new_blocks(self) -> ContentBlocks:
-        return ContentBlocks(show_reasoning=self.show_reasoning)
 
     def _head(self) -> dict[str, Any]:
         return {
-            "id": self._header.id,
+            "id": f"{MESSAGE_PREFIX}{self._request_id}",
             "type": "message",
             "role": "assistant",
-            "model": self._header.model,
+            "model": self._model,
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
-            "usage": _usage(self._usage),
+            "usage": _usage_body(self.usage),
         }
 
 
-def named_sse(event: StreamEvent) -> bytes:
-    """A server-sent event under the name of its type."""
-    return b"event: %s\ndata: %s\n\n" % (event["type"].encode(), json_bytes(event))
-
-
-def _stop(event: Event, message: AssistantMessage) -> dict[str, str | None]:
+def _stop(finish: Finish) -> dict[str, str | None]:
     sequence: str | None = None
-    if message.calls_tools(event):
+    if finish.reason == "tool_calls":
         reason = "tool_use"
-    elif event.finish is Finish.LENGTH:
+    elif finish.reason == "length":
         reason = "max_tokens"
-    elif isinstance(event.stop_reason, str):
-        reason, sequence = "stop_sequence", event.stop_reason
+    elif isinstance(finish.stop_reason, str):
+        reason, sequence = "stop_sequence", finish.stop_reason
     else:
         reason = "end_turn"
     return {"stop_reason": reason, "stop_sequence": sequence}
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
-    """As Anthropic counts: the three parts of the input add up to the prompt."""
+def _usage_body(usage: Usage) -> dict[str, Any]:
+    """As Anthropic counts: the three input counts add up to the prompt."""
     return {
         "input_tokens": usage.prompt_tokens - usage.cached_tokens,
         "cache_creation_input_tokens": 0,

@@ -2,70 +2,51 @@
 
 from __future__ import annotations
 
-import time
-
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
-from minisrv.frontend.apis.anthropic.errors import ERROR_SCHEMA, PATH
+from minisrv.frontend.apis.anthropic.errors import ERROR_SCHEMA
 from minisrv.frontend.apis.anthropic.fields import COUNT_FIELDS, MESSAGES_FIELDS
-from minisrv.frontend.apis.anthropic.reading import (
-    read_message_request,
-    read_prompt,
-    warnings,
-)
-from minisrv.frontend.apis.anthropic.reply import MessagesResponse
-from minisrv.frontend.apis.openai.render import ReplyHeader
-from minisrv.frontend.fields.read_body import BodyFields, with_warnings
+from minisrv.frontend.apis.anthropic.reading import NAMES, read_message_request, read_prompt
+from minisrv.frontend.apis.anthropic.reply import MessageRenderer
+from minisrv.frontend.apis.service import Service
+from minisrv.frontend.http.body_fields import with_warnings
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
-from minisrv.frontend.ops.metrics import ServerMetrics
-from minisrv.frontend.registry.registry import RequestRegistry
-from minisrv.wire.messages import EncodeMsg
+
+MESSAGES_PATH = "/v1/messages"
 
 
-def add_messages_routes(
-    app: FastAPI, body_fields: BodyFields, registry: RequestRegistry, metrics: ServerMetrics
-) -> None:
-    """The two routes."""
+def add_message_routes(app: FastAPI, service: Service) -> None:
+    """Add both routes."""
+    registry, bodies = service.registry, service.bodies
     statuses = errors(400, 401, 404, 408, 413, 415, 500, 503, schema=ERROR_SCHEMA)
 
-    @app.post(PATH, openapi_extra=request_body(MESSAGES_FIELDS), responses=statuses)
+    @app.post(MESSAGES_PATH, openapi_extra=request_body(MESSAGES_FIELDS), responses=statuses)
     async def create_message(request: Request) -> Response:
         """Answer a conversation, in Anthropic's form."""
         model = registry.model
-        fields, headers = await body_fields.read_generation(request, MESSAGES_FIELDS)
+        fields, headers = await bodies.read_generation(request, MESSAGES_FIELDS)
         context = context_of(request.scope)
-        generation = read_message_request(fields, model)
-        header = ReplyHeader(
-            id=f"msg_{context.request_id}",
-            chat=True,
-            created=int(time.time()),
-            model=model.name_for(fields),
-            system_fingerprint="",
-            choices_per_prompt=1,
-            calls=generation.calls,
-        )
-        headers = with_warnings(headers, warnings(fields))
-        response = MessagesResponse(registry, generation, header, context, headers, metrics)
-        response.show_reasoning = fields.get("thinking", {}).get("display") != "omitted"
-        return response
+        context.names = NAMES
+        chat = read_message_request(fields, model)
+        show_reasoning = fields.get("thinking", {}).get("display") != "omitted"
+        renderer = MessageRenderer(context.request_id, chat.model, show_reasoning=show_reasoning)
+        return service.runner.response(chat, renderer, with_warnings(headers, chat.warnings))
 
-    @app.post(f"{PATH}/count_tokens", openapi_extra=request_body(COUNT_FIELDS), responses=statuses)
+    @app.post(
+        f"{MESSAGES_PATH}/count_tokens",
+        openapi_extra=request_body(COUNT_FIELDS),
+        responses=statuses,
+    )
     async def count_message_tokens(request: Request) -> Response:
-        """The tokens of the prompt, as the template writes it."""
-        fields, headers = await body_fields.read(request, COUNT_FIELDS)
-        generation = read_prompt(fields, registry.model)
+        """The number of tokens in the prompt, as the template writes it."""
+        fields, headers = await bodies.read(request, COUNT_FIELDS)
+        context_of(request.scope).names = NAMES
+        prompt = read_prompt(fields, registry.model)
         answer = await registry.ask(
-            lambda query: EncodeMsg(
-                query=query,
-                messages=generation.messages,
-                template_kwargs=generation.template_kwargs,
-                tools=generation.tools,
-                add_special_tokens=False,
-                add_generation_prompt=generation.add_generation_prompt,
-                continue_final_message=generation.continue_final_message,
-                epoch=registry.epoch,
+            lambda query: prompt.encode_message(
+                query, epoch=registry.epoch, add_special_tokens=False
             )
         )
         return JSONResponse({"input_tokens": len(answer["ids"])}, headers=headers)

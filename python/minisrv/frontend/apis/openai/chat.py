@@ -1,138 +1,235 @@
-"""POST /v1/chat/completions: from fields to a Generation with messages for the template."""
+"""/v1/chat/completions: the fields of a chat, and its reply."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.fields.reasoning import read_reasoning, reasoning_warnings
-from minisrv.frontend.fields.template import check_no_template, read_template, read_template_kwargs
-from minisrv.frontend.fields.tools import read_must_call, read_tools
-from minisrv.frontend.generation.logprobs import read_chat_logprobs
+from minisrv.frontend.apis.openai.logprobs import chat_logprobs, read_chat_logprobs
+from minisrv.frontend.apis.openai.messages import read_messages
+from minisrv.frontend.apis.openai.options import read_common
+from minisrv.frontend.apis.openai.render import OpenAIRenderer, ReplyHead, StreamOptions, ending
+from minisrv.frontend.fields.aliases import alias_names
+from minisrv.frontend.fields.names import FieldNames
+from minisrv.frontend.fields.reasoning import effort_warnings, reasoning_variables
+from minisrv.frontend.fields.template import (
+    begins_new_turn,
+    check_no_template,
+    read_template_kwargs,
+)
+from minisrv.frontend.fields.tools import (
+    NamedTool,
+    ToolChoice,
+    ToolUse,
+    check_is_function,
+    plain_choice,
+    read_tools,
+)
+from minisrv.frontend.generation.pieces import (
+    Finish,
+    Piece,
+    Reasoning,
+    Text,
+    ToolCallArguments,
+    ToolCallStart,
+)
+from minisrv.frontend.generation.renderer import Choice
 from minisrv.frontend.generation.request import (
-    Generation,
-    check_model,
-    read_cache_salt,
-    read_sampling,
-    read_stream,
+    ChatPrompt,
+    ChatRequest,
+    GenerationRequest,
+    TextRequest,
     read_token_ids,
 )
-from minisrv.frontend.generation.returned_tokens import read_returned
-from minisrv.frontend.http.body import parse_json
+from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.model_info import ModelInfo
+from minisrv.wire.logprobs import SpelledLogprobs
+
+Fields = Mapping[str, Any]
 
 
-def read_chat(fields: dict[str, Any], model: ModelInfo) -> Generation:
-    """Check the fields of a chat completion. Raises InvalidRequestError."""
-    check_model(fields, model)
-    sampling = read_sampling(fields, model, None, logprobs=read_chat_logprobs(fields))
-    stream = read_stream(fields)
-    returned = read_returned(fields)
-    cache_salt = read_cache_salt(fields)
-    template_kwargs = dict(model.template_kwargs) | read_reasoning(fields, model.chat_format)
-    template_kwargs |= read_template_kwargs(fields.get("chat_template_kwargs", {}))
-    tools, calls = read_tools(fields, model.chat_format)
-    must_call = read_must_call(fields, calls)
-    if must_call and sampling.grammar is not None:
-        raise InvalidRequestError(
-            f"send {sampling.grammar.param} or a tool_choice that asks for a call, not both",
-            param="tool_choice",
-        )
+def chat_names(fields: Fields) -> FieldNames:
+    """How the client named fields that have two names."""
+    sent = {"max_tokens": "max_completion_tokens"} if "max_completion_tokens" in fields else {}
+    return FieldNames(alias_names(fields) | sent)
+
+
+def read_chat(fields: Fields, model: ModelInfo) -> ChatRequest | TextRequest:
+    """Read a chat completion, whose prompt may be given as is. Raises InvalidRequestError."""
+    max_tokens = fields.get("max_completion_tokens", fields.get("max_tokens"))
+    logprobs = read_chat_logprobs(fields)
+    common = read_common(fields, model, max_tokens=max_tokens, logprobs=logprobs)
+    prompt = read_chat_prompt(fields, model)
     if "prompt" not in fields:
-        return Generation(
-            messages=_read_messages(fields.get("messages")),
-            template_kwargs=template_kwargs,
-            tools=tools,
-            calls=calls,
-            must_call=must_call,
-            sampling=sampling,
-            stream=stream,
-            returned=returned,
-            cache_salt=cache_salt,
-            warnings=reasoning_warnings(fields, model.chat_format),
-            **read_template(fields),
-        )
+        effort = fields.get("reasoning_effort")
+        warnings = effort_warnings(effort, model.chat_format, "reasoning_effort")
+        return ChatRequest(prompt=prompt, warnings=warnings, **common)
     check_no_template(fields)
-    prompt = fields["prompt"]
-    return Generation(
-        prompts=(prompt if isinstance(prompt, str) else read_token_ids(prompt, model, "prompt"),),
-        sampling=sampling,
-        stream=stream,
-        returned=returned,
-        cache_salt=cache_salt,
+    text = fields["prompt"]
+    ids_or_text = text if isinstance(text, str) else read_token_ids(text, model, "prompt")
+    return TextRequest(prompts=(ids_or_text,), **common)
+
+
+def read_chat_prompt(fields: Fields, model: ModelInfo) -> ChatPrompt:
+    """Read the conversation and its template. Raises InvalidRequestError."""
+    variables = reasoning_variables(
+        fields.get("reasoning_effort"), fields.get("enable_thinking"), model.chat_format
+    )
+    own = read_template_kwargs(fields.get("chat_template_kwargs", {}))
+    tools = _read_tools(fields, model)
+    continues = fields.get("continue_final_message", False)
+    return ChatPrompt(
+        messages=() if "prompt" in fields else read_messages(fields.get("messages")),
+        tools=tools,
+        template_kwargs={**model.template_kwargs, **variables, **own},
+        template=fields.get("chat_template"),
+        begins_turn=begins_new_turn(fields.get("add_generation_prompt"), continues),
+        continues_last=continues,
     )
 
 
-def _read_messages(messages: list[dict[str, Any]] | None) -> tuple[dict[str, Any], ...]:
-    if not messages:
-        state = "missing" if messages is None else "empty"
-        raise InvalidRequestError(
-            f"messages is {state}; it must hold at least one message", param="messages"
-        )
-    return tuple(_read_message(message, f"messages.{i}") for i, message in enumerate(messages))
+def _read_tools(fields: Fields, model: ModelInfo) -> ToolUse | None:
+    tools = fields.get("tools", [])
+    for i, tool in enumerate(tools):
+        check_is_function(tool, f"tools.{i}")
+        if tool.get("function") is None:
+            path = f"tools.{i}.function"
+            raise InvalidRequestError(f"{path} is missing", param=path)
+    choice = _read_tool_choice(fields.get("tool_choice", "auto"))
+    return read_tools(tools, choice, fields.get("parallel_tool_calls", True), model.chat_format)
 
 
-def _read_message(message: dict[str, Any], path: str) -> dict[str, Any]:
-    """The message as templates know it: text content, tool arguments as objects, no nulls."""
-    read = {name: value for name, value in message.items() if value is not None}
-    if "reasoning" in read:
-        read.setdefault("reasoning_content", read["reasoning"])
-    if "tool_calls" in read:
-        read["tool_calls"] = [
-            _read_tool_call(call, f"{path}.tool_calls.{i}")
-            for i, call in enumerate(read["tool_calls"])
-        ]
-    if "content" in read:
-        kinds = ("text", "refusal") if read["role"] == "assistant" else ("text",)
-        read["content"] = _read_content(read["content"], f"{path}.content", kinds)
-    elif read["role"] == "assistant" and (read.get("tool_calls") or "function_call" in read):
-        read["content"] = None
-    else:
-        raise InvalidRequestError(
-            f"{path}.content is missing; only an assistant that calls tools may leave it out",
-            param=f"{path}.content",
-        )
-    return read
+def _read_tool_choice(choice: str | dict[str, Any]) -> ToolChoice:
+    if isinstance(choice, str):
+        return plain_choice(choice)
+    check_is_function(choice, "tool_choice")
+    function = choice.get("function")
+    if function is None:
+        raise InvalidRequestError("tool_choice.function is missing", param="tool_choice.function")
+    return NamedTool(function["name"])
 
 
-def _read_content(content: str | list[dict[str, Any]], path: str, kinds: tuple[str, ...]) -> str:
-    """The text of all parts, which may be of these kinds."""
-    if isinstance(content, str):
-        return content
-    return "".join(_read_part(part, f"{path}.{i}", kinds) for i, part in enumerate(content))
+class ChatRenderer(OpenAIRenderer):
+    """The order of a stream: for each choice by index a chunk with the role, since clients number
+    choices as they first appear; for each choice chunks with reasoning, text and tool calls, then
+    one with the finish reason; the usage, if requested; [DONE].
+    """
+
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    text_frame = ('"delta":{"content":', "}")
+    delta_name = "delta"
+    prompt_at_top = True
+
+    def __init__(
+        self,
+        head: ReplyHead,
+        request: GenerationRequest,
+        options: StreamOptions,
+        reasoning_fields: Sequence[str],
+    ) -> None:
+        """reasoning_fields: the names under which a reply holds its reasoning."""
+        super().__init__(head, request, options)
+        self._reasoning_fields = reasoning_fields
+        self._opened = False
+        self._not_empty: set[int] = set()
+        self._held_logprobs: dict[int, list[SpelledLogprobs]] = defaultdict(list)
+
+    def whole(self, choices: Sequence[Choice], timings: dict[str, Any] | None) -> dict[str, Any]:
+        """The body of a reply that is not streamed."""
+        written = []
+        for event, pieces in choices:
+            if self._tokens is not None:
+                self._tokens.collect_prompt(event)
+                self._tokens.collect_ids(event)
+            finish = pieces[-1]
+            assert isinstance(finish, Finish)
+            choice = {
+                "index": event.index,
+                "message": self._message(pieces),
+                "logprobs": chat_logprobs(event.logprobs) if event.logprobs else None,
+                **ending(finish),
+            }
+            written.append(choice)
+        return self._whole(written, timings)
+
+    def _message(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        content, reasoning, calls = "", "", list[dict[str, Any]]()
+        for piece in pieces:
+            match piece:
+                case Text(text):
+                    content += text
+                case Reasoning(text):
+                    reasoning += text
+                case ToolCallStart(_, id, name):
+                    calls.append(_call(id, name))
+                case ToolCallArguments(_, text):
+                    calls[-1]["function"]["arguments"] += text
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if reasoning:
+            message |= dict.fromkeys(self._reasoning_fields, reasoning)
+        if calls:
+            message["tool_calls"] = calls
+        if not content and len(message) > len(("role", "content", "refusal")):
+            message["content"] = None
+        return message
+
+    def chunk(self, event: Event, pieces: list[Piece]) -> bytes:
+        """The chunks of an event."""
+        if self._tokens is not None:
+            self._tokens.collect_prompt(event)
+        chunks = [] if self._opened else self._open_choices()
+        if event.progress is not None:
+            chunks.append(self._chunk(event.index, {}, progress=event.progress))
+        if self._tokens is not None:
+            self._tokens.collect_ids(event)
+        logprobs = event.logprobs
+        if event.index in self._held_logprobs:
+            logprobs = self._held_logprobs.pop(event.index) + logprobs
+        for piece in pieces:
+            if type(piece) is Text and not logprobs and self._plain_text:
+                self._not_empty.add(event.index)
+                chunks.append(self._text_chunk(event.index, piece.text))
+                continue
+            chunks.append(self._piece_chunk(event.index, piece, logprobs))
+            logprobs = []
+        if logprobs:  # no piece carries them: their text is held back
+            self._held_logprobs[event.index] = logprobs
+        return b"".join(chunks)
+
+    def _open_choices(self) -> list[bytes]:
+        self._opened = True
+        # As at OpenAI: clients join deltas, and a message with tool calls has no content.
+        content = "" if self._request.calls is None else None
+        delta = {"role": "assistant", "content": content}
+        return [self._chunk(index, delta) for index in range(self._request.num_choices)]
+
+    def _piece_chunk(self, index: int, piece: Piece, logprobs: list[SpelledLogprobs]) -> bytes:
+        written = chat_logprobs(logprobs) if logprobs else None
+        if not isinstance(piece, Finish):
+            self._not_empty.add(index)
+            return self._chunk(index, self._delta(piece), logprobs=written)
+        chunk = b""
+        if self._request.calls is not None and index not in self._not_empty:
+            # The first chunk had no content, as calls could follow; now the content is empty.
+            chunk, written = self._chunk(index, {"content": ""}, logprobs=written), None
+        return chunk + self._chunk(index, {}, finish=piece, logprobs=written)
+
+    def _delta(self, piece: Piece) -> dict[str, Any]:
+        match piece:
+            case Text(text):
+                return {"content": text}
+            case Reasoning(text):
+                return dict.fromkeys(self._reasoning_fields, text)
+            case ToolCallStart(index, id, name):
+                return {"tool_calls": [{"index": index, **_call(id, name)}]}
+            case ToolCallArguments(index, text):
+                return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+            case Finish():
+                return {}
 
 
-def _read_part(part: dict[str, Any], path: str, kinds: tuple[str, ...]) -> str:
-    kind = part.get("type")
-    if kind not in kinds:
-        named = f"of type {kind[:40]!r}" if isinstance(kind, str) else "without a type"
-        raise InvalidRequestError(
-            f"{path} is a part {named}; this server takes {' and '.join(kinds)} parts here",
-            param=f"{path}.type",
-            code="unsupported_parameter",
-        )
-    text = part.get(kind)
-    if not isinstance(text, str):
-        raise InvalidRequestError(f"{path}.{kind} must be a string", param=f"{path}.{kind}")
-    return text
-
-
-def _read_tool_call(call: dict[str, Any], path: str) -> dict[str, Any]:
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise InvalidRequestError(
-            f"{path}.function must be an object with a name", param=f"{path}.function"
-        )
-    return {**call, "function": {**function, "arguments": _read_arguments(function)}}
-
-
-def _read_arguments(function: dict[str, Any]) -> Any:
-    """Templates print arguments as an object; what is none stays the text that the model wrote."""
-    arguments = function.get("arguments")
-    if not isinstance(arguments, str):
-        return {} if arguments is None else arguments
-    try:
-        value = parse_json(arguments.encode()) if arguments.strip() else {}
-    except InvalidRequestError:
-        return arguments
-    return value if isinstance(value, dict) else arguments
+def _call(id: str, name: str) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": ""}}

@@ -1,302 +1,172 @@
-"""From events to OpenAI's replies: server-sent chunks, or one whole object.
-
-The order on the wire: a chunk with the role for each choice by index (chat), since clients number
-the choices of a stream as they first come; for each choice, chunks with reasoning, text and tool
-calls, then an empty chunk with the finish reason; if asked for, one chunk with the usage; then
-[DONE].
-"""
+"""What chat completions and completions share: the frame of a reply, whole or in chunks."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from typing import Any
+import time
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from minisrv.frontend.generation.assistant_message import AssistantMessage, CallReading
-from minisrv.frontend.generation.completion_text import CompletionTexts
-from minisrv.frontend.generation.logprobs import chat_logprobs, text_logprobs
-from minisrv.frontend.generation.returned_tokens import Returned, ReturnedTokens
-from minisrv.frontend.registry.events import Event
-from minisrv.wire.logprobs import SpelledLogprobs
-from minisrv.wire.messages import Finish, Progress
+from minisrv.errors import MinisrvError
+from minisrv.frontend.apis.openai.returned_tokens import ReturnedTokens
+from minisrv.frontend.generation.pieces import Finish
+from minisrv.frontend.generation.request import GenerationRequest
+from minisrv.frontend.generation.usage import Usage
+from minisrv.frontend.http.error_format import error_body
+from minisrv.frontend.http.sse import DONE, PING, encode_json, sse
+from minisrv.wire.messages import Progress
 
-DONE = b"data: [DONE]\n\n"
-PING = b": ping\n\n"
 
-FINISH_REASONS = {
-    Finish.STOP: "stop",
-    Finish.STOP_TOKEN: "stop",
-    Finish.COMPLETE: "stop",
-    Finish.LENGTH: "length",
-}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplyHead:
+    """What all chunks of a reply repeat. created: Unix seconds."""
+
+    id: str
+    model: str
+    system_fingerprint: str
+    created: int = field(default_factory=lambda: int(time.time()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamOptions:
-    """include_usage: a last chunk with the usage. continuous_usage: the usage so far in each.
+    """include_usage: a last chunk holds the usage. continuous_usage: each chunk holds it so far."""
 
-    progress: chunks that tell how far the prompt is.
-    """
-
-    include_usage: bool
-    continuous_usage: bool
-    progress: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplyHeader:
-    """What all chunks of a reply share, and how its messages are read and written.
+class OpenAIRenderer:
+    """The part of a Renderer that both shapes share; each names its objects and its text."""
 
-    echoed: prompts as they were sent, where they were text and are to stand before the output.
-    """
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+    # Of a chunk's choice: what stands before and after the JSON string of its text.
+    text_frame: ClassVar[tuple[str, str]]
+    delta_name: ClassVar[str]
+    # Where `prompt` and `prompt_token_ids` stand.
+    prompt_at_top: ClassVar[bool]
 
-    id: str
-    chat: bool
-    created: int
-    model: str
-    system_fingerprint: str
-    choices_per_prompt: int
-    calls: CallReading | None = None
-    reasoning_fields: tuple[str, ...] = ("reasoning_content",)
-    echoed: tuple[str | None, ...] = ()
-    returned: Returned | None = None
+    def __init__(self, head: ReplyHead, request: GenerationRequest, options: StreamOptions) -> None:
+        self.usage = Usage(request.sampling.n)
+        self._head = head
+        self._request = request
+        self._options = options
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
+        self._tokens = ReturnedTokens.of(request, at_top=self.prompt_at_top)
 
-    def reply(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """A chunk or a whole reply, without usage."""
+    def end(self, timings: dict[str, Any] | None) -> bytes:
+        """Timings and usage, if requested, each in a chunk without choices."""
+        data = b""
+        if timings is not None:
+            data += sse(self._with_usage(self._reply(self.chunk_object, []) | {"timings": timings}))
+        if self._options.include_usage:
+            chunk = self._reply(self.chunk_object, [])
+            data += sse({**chunk, "usage": usage_body(self.usage)})
+        return data + DONE
+
+    def failed(self, error: MinisrvError) -> bytes:
+        """An error object in place of a chunk."""
+        return sse(error_body(error)) + DONE
+
+    def ping(self) -> bytes:
+        """A comment."""
+        return PING
+
+    def _reply(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": self.id,
+            "id": self._head.id,
             "object": object_name,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.system_fingerprint,
+            "created": self._head.created,
+            "model": self._head.model,
+            "system_fingerprint": self._head.system_fingerprint,
             "choices": choices,
         }
 
-    def message(self) -> AssistantMessage:
-        """A new choice's message."""
-        return AssistantMessage(self.calls, self.reasoning_fields)
-
-    def completion_texts(self) -> CompletionTexts:
-        """For the texts of a new reply to a completion."""
-        return CompletionTexts(self.echoed, self.choices_per_prompt)
-
-    def returned_tokens(self) -> ReturnedTokens | None:
-        """A new reply's ids and prompts, if it shows any."""
-        return ReturnedTokens(self.returned, chat=self.chat) if self.returned else None
-
-
-class Usage:
-    """Counts a request's tokens: a prompt once, however many choices it has."""
-
-    def __init__(self, header: ReplyHeader) -> None:
-        self._header = header
-        self._prompts: dict[int, tuple[int, int]] = {}
-        self._outputs: dict[int, int] = {}
-        self._reasoning: dict[int, int] = {}
-
-    def add(self, event: Event) -> None:
-        """Take over the counts of an event."""
-        if event.start is not None and event.index % self._header.choices_per_prompt == 0:
-            self._prompts[event.index] = (event.start.prompt_tokens, event.start.cached_tokens)
-        if event.deltas:
-            self._outputs[event.index] = event.output_tokens
-        if event.reasoning_tokens:
-            self._reasoning[event.index] = event.reasoning_tokens
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return sum(prompt for prompt, _ in self._prompts.values())
-
-    @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens that the cache held."""
-        return sum(cached for _, cached in self._prompts.values())
-
-    @property
-    def output_tokens(self) -> int:
-        """Tokens of all choices."""
-        return sum(self._outputs.values())
-
-    @property
-    def reasoning_tokens(self) -> int:
-        """Those of them that are reasoning."""
-        return sum(self._reasoning.values())
-
-    def body(self) -> dict[str, Any]:
-        """The `usage` object."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.output_tokens,
-            "total_tokens": self.prompt_tokens + self.output_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
-        }
-
-
-class StreamReply:
-    """Turns events into the bytes of a stream."""
-
-    def __init__(self, header: ReplyHeader, usage: Usage, options: StreamOptions) -> None:
-        self._header = header
-        self._usage = usage
-        self._options = options
-        self._object = "chat.completion.chunk" if header.chat else "text_completion"
-        self._messages: list[AssistantMessage] = []
-        self._held_logprobs: dict[int, list[SpelledLogprobs]] = {}
-        self._empty = b'"content":""' if header.chat else b'"text":""'
-        self._frames: dict[int, tuple[bytes, bytes]] = {}
-        self._tokens = header.returned_tokens()
-        self._texts = header.completion_texts()
-
-    def chunks(self, event: Event) -> bytes:
-        """The chunks of one event without a failure."""
-        self._usage.add(event)
-        if self._tokens is not None:
-            self._tokens.take_prompt(event)
-        if not self._header.chat:
-            return self._text_chunks(event)
-        chunks = [] if self._messages else self._open_messages()
-        message = self._messages[event.index]
-        if event.progress is not None:
-            chunks.append(self._progress_chunk(event.index, {}, event.progress))
-        scores = self._held_logprobs.pop(event.index, []) + event.logprobs
-        if self._tokens is not None:
-            self._tokens.take_ids(event)
-        for delta in message.deltas(event):
-            text = delta.get("content")
-            if text and not scores:
-                chunks.append(self._text_chunk(event.index, text))
-                continue
-            logprobs = chat_logprobs(scores) if scores else None
-            chunks.append(self._chunk(event.index, delta, logprobs=logprobs))
-            scores = []
-        if event.final:
-            logprobs = chat_logprobs(scores) if scores else None
-            chunks.append(self._chunk(event.index, {}, _ending(event, message), logprobs))
-        elif scores:  # their text is held back
-            self._held_logprobs[event.index] = scores
-        return b"".join(chunks)
-
-    def _open_messages(self) -> list[bytes]:
-        indexes = range(self._header.choices_per_prompt)
-        self._messages = [self._header.message() for _ in indexes]
-        # As OpenAI has it: clients add up deltas, and a message of calls has no content.
-        content = "" if self._header.calls is None else None
-        return [self._chunk(index, {"role": "assistant", "content": content}) for index in indexes]
-
-    def _text_chunks(self, event: Event) -> bytes:
-        if self._tokens is not None:
-            self._tokens.take_ids(event)
-        (text, scores), chunk = self._texts.add(event), b""
-        if event.progress is not None:
-            chunk = self._progress_chunk(event.index, "", event.progress)
-        if scores:
-            chunk += self._chunk(event.index, text, logprobs=text_logprobs(scores))
-        elif text:
-            chunk += self._text_chunk(event.index, text)
-        return chunk + self._chunk(event.index, "", _ending(event)) if event.final else chunk
-
-    def end(self) -> bytes:
-        """What follows the last choice."""
-        if not self._options.include_usage:
-            return DONE
-        last = self._header.reply(self._object, [])
-        return sse({**last, "usage": self._usage.body()}) + DONE
-
-    def _text_chunk(self, index: int, text: str) -> bytes:
-        """All but the text is the same in each such chunk of a choice: it is encoded once."""
-        if self._options.continuous_usage or self._tokens is not None:
-            return self._chunk(index, self._delta(text))
-        frame = self._frames.get(index)
-        if frame is None:
-            before, mark, after = self._chunk(index, self._delta("")).partition(self._empty)
-            frame = self._frames[index] = (before + mark[:-2], after)
-        return frame[0] + _encode(text).encode() + frame[1]
-
-    def _progress_chunk(self, index: int, delta: dict[str, Any] | str, progress: Progress) -> bytes:
-        """llama.cpp's form; `processed` counts the cached tokens too."""
-        figures = {
-            "total": progress.total,
-            "cache": progress.cached,
-            "processed": progress.processed,
-            "time_ms": round(progress.seconds * 1000),
-        }
-        return self._chunk(index, delta, more={"prompt_progress": figures})
-
-    def _delta(self, text: str) -> dict[str, str] | str:
-        return {"content": text} if self._header.chat else text
+    def _with_usage(self, chunk: dict[str, Any]) -> dict[str, Any]:
+        if self._options.continuous_usage:
+            chunk["usage"] = usage_body(self.usage)
+        elif self._options.include_usage:
+            chunk["usage"] = None
+        return chunk
 
     def _chunk(
         self,
         index: int,
         delta: dict[str, Any] | str,
-        ending: dict[str, Any] | None = None,
+        *,
+        finish: Finish | None = None,
         logprobs: dict[str, Any] | None = None,
-        more: dict[str, Any] | None = None,
+        progress: Progress | None = None,
     ) -> bytes:
         choice: dict[str, Any] = {
             "index": index,
-            "delta" if self._header.chat else "text": delta,
+            self.delta_name: delta,
             "logprobs": logprobs,
             "finish_reason": None,
         }
-        if ending is not None:
-            choice.update(ending)
-        chunk = self._header.reply(self._object, [choice])
-        if more is not None:
-            chunk.update(more)
+        if finish is not None:
+            choice |= ending(finish)
+        chunk = self._reply(self.chunk_object, [choice])
+        if progress is not None:
+            chunk["prompt_progress"] = _progress_body(progress)
         if self._tokens is not None:
-            self._tokens.put(index, choice, chunk)
-        if self._options.continuous_usage:
-            chunk["usage"] = self._usage.body()
-        elif self._options.include_usage:
-            chunk["usage"] = None
-        return sse(chunk)
+            self._tokens.write(index, choice, chunk)
+        return sse(self._with_usage(chunk))
+
+    def _text_chunk(self, index: int, text: str) -> bytes:
+        """A chunk that differs from the others of its choice in its text only.
+
+        What stands around the text is encoded once per choice.
+        """
+        frame = self._frames.get(index)
+        if frame is None:
+            frame = self._frames[index] = self._make_frame(index)
+        return frame[0] + encode_json(text).encode() + frame[1]
+
+    @property
+    def _plain_text(self) -> bool:
+        """Whether chunks of text have nothing that changes but the text."""
+        return not self._options.continuous_usage and self._tokens is None
+
+    def _make_frame(self, index: int) -> tuple[bytes, bytes]:
+        head = encode_json(self._reply(self.chunk_object, [])).removesuffix("]}")
+        before, after = self.text_frame
+        usage = ',"usage":null' if self._options.include_usage else ""
+        start = f'data: {head}{{"index":{index},{before}'
+        end = f'{after},"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
+        return start.encode(), end.encode()
+
+    def _whole(
+        self, choices: list[dict[str, Any]], timings: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        reply = self._reply(self.whole_object, choices)
+        if self._tokens is not None:
+            for choice in choices:
+                self._tokens.write(choice["index"], choice, reply)
+        reply["usage"] = usage_body(self.usage)
+        return reply if timings is None else {**reply, "timings": timings}
 
 
-def whole_reply(header: ReplyHeader, events: list[Event], usage: Usage) -> dict[str, Any]:
-    """The reply to a request without `stream`: each choice has had its final, none a failure."""
-    choices: list[dict[str, Any]] = []
-    reply = header.reply("chat.completion" if header.chat else "text_completion", choices)
-    tokens, texts = header.returned_tokens(), header.completion_texts()
-    for event in sorted(events, key=lambda event: event.index):
-        usage.add(event)
-        choice: dict[str, Any] = {"index": event.index}
-        message, logprobs = None, None
-        if header.chat:
-            message = header.message()
-            choice["message"] = message.whole(event)
-            logprobs = chat_logprobs(event.logprobs) if event.logprobs else None
-        else:
-            choice["text"], scores = texts.add(event)
-            logprobs = text_logprobs(scores) if scores else None
-        choice |= {"logprobs": logprobs, **_ending(event, message)}
-        if tokens is not None:
-            tokens.take_prompt(event)
-            tokens.take_ids(event)
-            tokens.put(event.index, choice, reply)
-        choices.append(choice)
-    return {**reply, "usage": usage.body()}
+def ending(finish: Finish) -> dict[str, Any]:
+    """The end of a choice."""
+    return {"finish_reason": finish.reason, "stop_reason": finish.stop_reason}
 
 
-def sse(value: dict[str, Any]) -> bytes:
-    """A server-sent event with a JSON value."""
-    return b"data: " + json_bytes(value) + b"\n\n"
-
-
-def json_bytes(value: dict[str, Any]) -> bytes:
-    """Compact JSON in UTF-8."""
-    return _encode(value).encode()
-
-
-# One encoder for all chunks: json.dumps with options would build one a call.
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-
-
-def _ending(event: Event, message: AssistantMessage | None = None) -> dict[str, Any]:
-    calls_tools = message is not None and message.calls_tools(event)
+def usage_body(usage: Usage) -> dict[str, Any]:
+    """The `usage` object."""
     return {
-        "finish_reason": "tool_calls" if calls_tools else FINISH_REASONS[event.finish],
-        "stop_reason": event.stop_reason,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.output_tokens,
+        "total_tokens": usage.prompt_tokens + usage.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
+
+
+def _progress_body(progress: Progress) -> dict[str, int]:
+    """llama.cpp's form; `processed` includes the cached tokens."""
+    return {
+        "total": progress.total,
+        "cache": progress.cached,
+        "processed": progress.processed,
+        "time_ms": round(progress.seconds * 1000),
     }

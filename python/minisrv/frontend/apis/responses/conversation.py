@@ -1,10 +1,11 @@
-"""The input of a response, which is a list of items, as the messages that chat templates know.
+"""Reads the input of a response, a list of items, as the messages that chat templates know.
 
-What the model said in one turn, reasoning, text and calls, are several items and one message.
+One turn of the model (reasoning, text and calls) is several items, but one message.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
@@ -17,6 +18,8 @@ from minisrv.frontend.fields.schema import (
     check_value,
     one_of,
 )
+from minisrv.frontend.generation.request import Messages
+from minisrv.frontend.generation.tool_arguments import read_arguments
 
 Item = dict[str, Any]
 Message = dict[str, Any]
@@ -49,7 +52,7 @@ _REASONING_PARTS = {"reasoning_text": "text", "summary_text": "text", "text": "t
 _SYSTEM_ROLES = ("system", "developer")
 
 
-def read_conversation(fields: dict[str, Any]) -> list[Message]:
+def read_conversation(fields: Mapping[str, Any]) -> Messages:
     """The messages of `instructions` and `input`. Raises InvalidRequestError naming the item."""
     given = fields.get("input")
     if given is None or given == []:
@@ -65,7 +68,7 @@ def read_conversation(fields: dict[str, Any]) -> list[Message]:
     else:
         for i, item in enumerate(given):
             _add_item(conversation, item, f"input.{i}")
-    return [_without_empty_content(message) for message in conversation.messages]
+    return tuple(_without_empty_content(message) for message in conversation.messages)
 
 
 class _Conversation:
@@ -96,7 +99,8 @@ class _Conversation:
         turn["content"] += text
 
     def add_call(self, item: Item) -> None:
-        function = {"name": item["name"], "arguments": item["arguments"]}
+        arguments = read_arguments(item["arguments"])
+        function = {"name": item["name"], "arguments": arguments}
         call = {"id": item["call_id"], "type": "function", "function": function}
         self._turn().setdefault("tool_calls", []).append(call)
 
@@ -111,10 +115,10 @@ class _Conversation:
 
 
 def _without_empty_content(message: Message) -> Message:
-    """Calls without a text have no content, as in a chat."""
+    """Calls without text have no content, as in a chat."""
     if message["content"] or "tool_calls" not in message:
         return message
-    return {name: value for name, value in message.items() if name != "content"}
+    return {**message, "content": None}
 
 
 def _add_item(conversation: _Conversation, item: Item, path: str) -> None:

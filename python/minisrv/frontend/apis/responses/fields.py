@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from minisrv.frontend.fields.read_body import supported
+from minisrv.frontend.fields.common import (
+    CONVERSATION_FIELDS,
+    GENERATION_FIELDS,
+    REASONING_EFFORTS,
+)
 from minisrv.frontend.fields.schema import (
     ANY,
     BOOLEAN,
@@ -17,14 +19,13 @@ from minisrv.frontend.fields.schema import (
     array_of,
     one_of,
 )
-from minisrv.frontend.fields.table import CHAT_FIELDS, REASONING_EFFORTS, Field, Treatment
+from minisrv.frontend.fields.table import Field, ignored, rejected, supported
 
-# Fields that mean here what they mean in a chat completion.
-CHAT_NAMES = (
+_COMMON_NAMES = (
     *("model", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
     *("ignore_eos", "min_tokens", "skip_special_tokens", "include_stop_str_in_output"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
-    *("stream", "parallel_tool_calls", "enable_thinking", "chat_template_kwargs", "cache_salt"),
+    *("stream", "cache_salt"),
 )
 
 _TEXT: Schema = {
@@ -72,20 +73,13 @@ _TOOL_CHOICE: Schema = any_of(
 _STREAM_OPTIONS: Schema = {"type": "object", "properties": {"include_obfuscation": BOOLEAN}}
 
 
-def _ignored(reason: str = "it changes nothing here") -> Field:
-    return Field(Treatment.IGNORED, {**ANY, "description": f"Accepted; {reason}."})
-
-
-def _rejected(*neutral: Any, reason: str = "") -> Field:
-    return Field(Treatment.REJECTED, ANY, neutral, reason)
-
-
 _NO_STATE = "it keeps no state, so send the whole conversation as input"
 
 RESPONSE_FIELDS: dict[str, Field] = {
     "input": supported(any_of(STRING, array_of(OBJECT)), "A text, or the conversation as items."),
     "instructions": supported(STRING, "A system message before the input."),
-    **{name: CHAT_FIELDS[name] for name in CHAT_NAMES},
+    **{name: GENERATION_FIELDS[name] for name in _COMMON_NAMES},
+    **CONVERSATION_FIELDS,
     "max_output_tokens": supported(
         INTEGER, "Most output tokens, at least 1. Default: the rest of the context."
     ),
@@ -98,26 +92,26 @@ RESPONSE_FIELDS: dict[str, Field] = {
     "include": supported(STRINGS, "reasoning.encrypted_content alone, which changes nothing."),
     "metadata": supported(OBJECT, "Texts by name; they come back in the reply."),
     "stream_options": supported(_STREAM_OPTIONS, "Only with stream; changes nothing here."),
-    "request_id": CHAT_FIELDS["request_id"],
-    "rid": CHAT_FIELDS["rid"],
-    "store": _ignored("nothing is stored, and the reply says so"),
-    "user": _ignored(),
-    "safety_identifier": _ignored(),
-    "service_tier": _ignored(),
-    "prompt_cache_key": _ignored(),
-    "prompt_cache_options": _ignored(),
-    "prompt_cache_retention": _ignored(),
-    "client_metadata": _ignored(),
-    "previous_response_id": _rejected(reason=_NO_STATE),
-    "conversation": _rejected(reason=_NO_STATE),
-    "background": _rejected(False, reason="it keeps no state"),
-    "background_options": _rejected(),
-    "context_management": _rejected([]),
-    "max_tool_calls": _rejected(),
-    "truncation": _rejected("disabled", reason="no prompt is cut"),
-    "prompt": _rejected(reason="it stores no prompts"),
-    "top_logprobs": _rejected(0, reason="chat completions have log-probabilities"),
-    "moderation": _rejected(),
-    "image": _rejected(),
-    "access_programs": _rejected(),
+    "request_id": GENERATION_FIELDS["request_id"],
+    "rid": GENERATION_FIELDS["rid"],
+    "store": ignored("nothing is stored, and the reply says so"),
+    "user": ignored(),
+    "safety_identifier": ignored(),
+    "service_tier": ignored(),
+    "prompt_cache_key": ignored(),
+    "prompt_cache_options": ignored(),
+    "prompt_cache_retention": ignored(),
+    "client_metadata": ignored(),
+    "previous_response_id": rejected(reason=_NO_STATE),
+    "conversation": rejected(reason=_NO_STATE),
+    "background": rejected(False, reason="it keeps no state"),
+    "background_options": rejected(),
+    "context_management": rejected([]),
+    "max_tool_calls": rejected(),
+    "truncation": rejected("disabled", reason="no prompt is cut"),
+    "prompt": rejected(reason="it stores no prompts"),
+    "top_logprobs": rejected(0, reason="chat completions have log-probabilities"),
+    "moderation": rejected(),
+    "image": rejected(),
+    "access_programs": rejected(),
 }

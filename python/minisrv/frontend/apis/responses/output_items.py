@@ -1,11 +1,18 @@
-"""The output of a response while it comes in: items, one after the other, and their events."""
+"""Writes the pieces of a reply as output items, one after the other, and their events."""
 
 from __future__ import annotations
 
 import uuid
 from typing import Any, Literal
 
-from minisrv.frontend.generation.assistant_message import Delta
+from minisrv.frontend.generation.pieces import (
+    Finish,
+    Piece,
+    Reasoning,
+    Text,
+    ToolCallArguments,
+    ToolCallStart,
+)
 
 StreamEvent = dict[str, Any]
 Kind = Literal["reasoning", "message", "function_call"]
@@ -19,45 +26,42 @@ _TEXT_EVENTS: dict[Kind, str] = {
 
 
 class OutputItems:
-    """Turns a message's deltas into items. `ended` are those that nothing can be added to."""
+    """`ended`: the items that are complete."""
 
     def __init__(self) -> None:
         self.ended: list[dict[str, Any]] = []
         self._open: _Item | None = None
 
-    @property
-    def in_call(self) -> bool:
-        """Whether the last item is a call."""
-        return self._open is not None and self._open.kind == "function_call"
+    def events(self, piece: Piece) -> list[StreamEvent]:
+        """The events of a piece."""
+        match piece:
+            case Text(text):
+                return self._extend("message", text)
+            case Reasoning(text):
+                return self._extend("reasoning", text)
+            case ToolCallStart(_, id, name):
+                return self._begin("function_call", {"call_id": id, "name": name})
+            case ToolCallArguments(_, text):
+                return self._extend("function_call", text)
+            case Finish():
+                return self._finish(piece)
 
-    def add(self, delta: Delta) -> list[StreamEvent]:
-        """The events of a delta of an AssistantMessage."""
-        if "tool_calls" not in delta:
-            kind: Kind = "message" if "content" in delta else "reasoning"
-            (text,) = delta.values()
-            events = [] if self._open and self._open.kind == kind else self._begin(kind)
-            return [*events, self._push(text)]
-        (call,) = delta["tool_calls"]
-        events = []
-        if "id" in call:
-            call_fields = {"call_id": call["id"], "name": call["function"]["name"]}
-            events = self._begin("function_call", call_fields)
-        text = call["function"]["arguments"]
-        return [*events, self._push(text)] if text else events
-
-    def end(self, status: str) -> list[StreamEvent]:
-        """The events of the end; the last item gets `status`. An empty reply is an empty text."""
+    def _finish(self, finish: Finish) -> list[StreamEvent]:
+        """End the last item. An empty reply is an empty text."""
         events = [] if self.ended or self._open else self._begin("message")
-        return events + self._end(status)
+        in_call = self._open is not None and self._open.kind == "function_call"
+        cut = finish.in_call if in_call else finish.reason == "length"
+        return events + self._end("incomplete" if cut else "completed")
+
+    def _extend(self, kind: Kind, text: str) -> list[StreamEvent]:
+        events = [] if self._open and self._open.kind == kind else self._begin(kind)
+        assert self._open is not None
+        return [*events, self._open.extend(text)]
 
     def _begin(self, kind: Kind, call: dict[str, str] | None = None) -> list[StreamEvent]:
         events = self._end("completed")
         self._open = _Item(kind, len(self.ended), call or {})
         return events + self._open.begin()
-
-    def _push(self, text: str) -> StreamEvent:
-        assert self._open is not None
-        return self._open.push(text)
 
     def _end(self, status: str) -> list[StreamEvent]:
         if self._open is None:
@@ -69,12 +73,12 @@ class OutputItems:
 
 
 class _Item:
-    """One item. `call`: its call_id and name, for a function_call."""
+    """One item. call: `call_id` and `name`, for a function_call."""
 
     def __init__(self, kind: Kind, index: int, call: dict[str, str]) -> None:
         self.kind = kind
         self._call = call
-        self._pieces: list[str] = []
+        self._texts: list[str] = []
         self._id = f"{_ID_PREFIXES[kind]}_{uuid.uuid4().hex}"
         self._place: dict[str, Any] = {"item_id": self._id, "output_index": index}
         if kind != "function_call":
@@ -84,8 +88,8 @@ class _Item:
         added = self._item_event("added", self.body("in_progress"))
         return [added] if self._is_call else [added, self._part_event("added")]
 
-    def push(self, text: str) -> StreamEvent:
-        self._pieces.append(text)
+    def extend(self, text: str) -> StreamEvent:
+        self._texts.append(text)
         return self._text_event("delta", {"delta": text})
 
     def end(self, status: str) -> list[StreamEvent]:
@@ -97,7 +101,7 @@ class _Item:
         return [text_done, self._part_event("done"), item_done]
 
     def body(self, status: str) -> dict[str, Any]:
-        """The item; its content is empty before it has begun."""
+        """The item; its content is empty while it is in progress."""
         head = {"id": self._id, "type": self.kind, "status": status}
         if self._is_call:
             return {**head, **self._call, "arguments": self._text}
@@ -112,7 +116,7 @@ class _Item:
 
     @property
     def _text(self) -> str:
-        return "".join(self._pieces)
+        return "".join(self._texts)
 
     def _part(self) -> dict[str, Any]:
         if self.kind == "reasoning":

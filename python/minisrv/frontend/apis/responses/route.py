@@ -1,28 +1,25 @@
-"""POST /v1/responses, without state: what would need a stored response says that there is none."""
+"""POST /v1/responses, without state: routes that need a stored response answer 404."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.apis.openai.render import ReplyHeader
 from minisrv.frontend.apis.responses.fields import RESPONSE_FIELDS
-from minisrv.frontend.apis.responses.reading import named_as_here, read_response
-from minisrv.frontend.apis.responses.reply import ResponseReply
-from minisrv.frontend.fields.read_body import BodyFields, with_warnings
+from minisrv.frontend.apis.responses.reading import NAMES, read_response
+from minisrv.frontend.apis.responses.reply import ResponseRenderer
+from minisrv.frontend.apis.service import Service
 from minisrv.frontend.fields.table import Field
-from minisrv.frontend.generation.request import Generation
+from minisrv.frontend.generation.request import ChatRequest
+from minisrv.frontend.http.body_fields import with_warnings
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
-from minisrv.frontend.ops.metrics import ServerMetrics
-from minisrv.frontend.registry.registry import RequestRegistry
-from minisrv.wire.messages import EncodeMsg
 
-ID_PREFIX = "resp_"
+RESPONSE_PREFIX = "resp_"
 _COUNT_NAMES = (
     *("input", "instructions", "model", "tools", "tool_choice", "parallel_tool_calls", "text"),
     *("reasoning", "enable_thinking", "chat_template_kwargs", "previous_response_id"),
@@ -31,56 +28,36 @@ _COUNT_NAMES = (
 COUNT_FIELDS: dict[str, Field] = {name: RESPONSE_FIELDS[name] for name in _COUNT_NAMES}
 
 
-def add_response_routes(
-    app: FastAPI,
-    max_open_requests: int,
-    body_fields: BodyFields,
-    registry: RequestRegistry,
-    metrics: ServerMetrics,
-) -> None:
-    """Answer, count tokens, and find nothing stored."""
+def add_response_routes(app: FastAPI, service: Service) -> None:
+    """Add answering, counting, and the routes over stored responses."""
+    registry, bodies = service.registry, service.bodies
     statuses = errors(400, 401, 404, 408, 413, 415, 500, 503)
 
     @app.post("/v1/responses", openapi_extra=request_body(RESPONSE_FIELDS), responses=statuses)
     async def create_response(request: Request) -> Response:
         """Answer a conversation, in the shape of the Responses API."""
         model = registry.model
-        fields, headers = await body_fields.read_generation(request, RESPONSE_FIELDS)
+        fields, headers = await bodies.read_generation(request, RESPONSE_FIELDS)
         context = context_of(request.scope)
-        generation = read_response(fields, model)
-        generation.check_fits(max_open_requests)
-        header = ReplyHeader(
-            id=ID_PREFIX + context.request_id,
-            chat=True,
-            created=int(time.time()),
-            model=model.name_for(fields),
-            system_fingerprint="",
-            choices_per_prompt=1,
-            calls=generation.calls,
-        )
-        headers = with_warnings(headers, generation.warnings)
-        echoed = _echo(fields, generation)
-        return ResponseReply(registry, generation, header, context, headers, metrics, echoed=echoed)
+        context.names = NAMES
+        chat = read_response(fields, model)
+        id = RESPONSE_PREFIX + context.request_id
+        renderer = ResponseRenderer(id, chat.model, _echo(fields, chat))
+        return service.runner.response(chat, renderer, with_warnings(headers, chat.warnings))
 
     @app.post(
         "/v1/responses/input_tokens", openapi_extra=request_body(COUNT_FIELDS), responses=statuses
     )
     async def count_input_tokens(request: Request) -> Response:
-        """How many tokens the prompt of a response would have."""
-        fields, headers = await body_fields.read(request, COUNT_FIELDS)
-        generation = read_response(fields, registry.model)
-        with named_as_here():
-            answer = await registry.ask(
-                lambda query: EncodeMsg(
-                    query=query,
-                    epoch=registry.epoch,
-                    messages=generation.messages,
-                    template_kwargs=generation.template_kwargs,
-                    tools=generation.tools,
-                    add_special_tokens=False,
-                    add_generation_prompt=True,
-                )
+        """The number of tokens in the prompt of a response."""
+        fields, headers = await bodies.read(request, COUNT_FIELDS)
+        context_of(request.scope).names = NAMES
+        prompt = read_response(fields, registry.model).prompt
+        answer = await registry.ask(
+            lambda query: prompt.encode_message(
+                query, epoch=registry.epoch, add_special_tokens=False
             )
+        )
         body = {"object": "response.input_tokens", "input_tokens": len(answer["ids"])}
         return JSONResponse(body, headers=headers)
 
@@ -110,15 +87,15 @@ def _add_stored_routes(app: FastAPI) -> None:
 
 
 def _not_stored(response_id: str) -> InvalidRequestError:
-    error = InvalidRequestError(
-        f"there is no response {response_id[:80]!a}: this server stores none", param="response_id"
+    return InvalidRequestError(
+        f"there is no response {response_id[:80]!a}: this server stores none",
+        param="response_id",
+        status=404,
     )
-    error.http_status = 404
-    return error
 
 
-def _echo(fields: dict[str, Any], generation: Generation) -> dict[str, Any]:
-    """What a response repeats of its request, with the values that hold."""
+def _echo(fields: Mapping[str, Any], chat: ChatRequest) -> dict[str, Any]:
+    """What a response repeats of its request, with the values in effect."""
     text = fields.get("text", {})
     return {
         "background": False,
@@ -130,7 +107,7 @@ def _echo(fields: dict[str, Any], generation: Generation) -> dict[str, Any]:
         "previous_response_id": None,
         "reasoning": {"effort": fields.get("reasoning", {}).get("effort"), "summary": None},
         "store": False,
-        "temperature": generation.sampling.temperature,
+        "temperature": chat.sampling.temperature,
         "text": {
             "format": text.get("format") or {"type": "text"},
             "verbosity": text.get("verbosity"),
@@ -138,7 +115,7 @@ def _echo(fields: dict[str, Any], generation: Generation) -> dict[str, Any]:
         "tool_choice": fields.get("tool_choice", "auto"),
         "tools": [_echo_tool(tool) for tool in fields.get("tools", [])],
         "top_logprobs": 0,
-        "top_p": generation.sampling.top_p,
+        "top_p": chat.sampling.top_p,
         "truncation": "disabled",
     }
 

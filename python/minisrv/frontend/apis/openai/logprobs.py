@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,7 +87,7 @@ def _places(logprobs: Sequence[SpelledLogprobs]) -> Iterator[_Place]:
             yield _Place(part.spellings[token], logprob, offset, others)
 
 
-def read_chat_logprobs(fields: dict[str, Any]) -> int | None:
+def read_chat_logprobs(fields: Mapping[str, Any]) -> int | None:
     """How many of the likeliest tokens a chat request wants. Raises InvalidRequestError."""
     if fields.get("logprobs", False):
         return _checked(fields.get("top_logprobs", 0), "top_logprobs")
@@ -96,7 +96,7 @@ def read_chat_logprobs(fields: dict[str, Any]) -> int | None:
     return None
 
 
-def read_text_logprobs(fields: dict[str, Any]) -> int | None:
+def read_text_logprobs(fields: Mapping[str, Any]) -> int | None:
     """The same of a completion. Raises InvalidRequestError."""
     return _checked(fields["logprobs"], "logprobs") if "logprobs" in fields else None
 

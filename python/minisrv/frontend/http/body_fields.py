@@ -1,4 +1,4 @@
-"""From a request's body to the fields of a table, the same way for every route."""
+"""Reads the fields of a body by a table, the same way for every route."""
 
 from __future__ import annotations
 
@@ -8,32 +8,29 @@ from typing import Any
 
 from fastapi import Request
 
-from minisrv.frontend.fields.schema import Schema
 from minisrv.frontend.fields.table import Field, Treatment, read_fields
 from minisrv.frontend.fields.unknown import UnknownFields
 from minisrv.frontend.http.body import read_json, read_optional_json
 from minisrv.frontend.http.context import context_of
+from minisrv.frontend.http.headers import WARNINGS_HEADER
 
 logger = logging.getLogger("minisrv.frontend")
 
-WARNINGS_HEADER = "X-Minisrv-Warnings"
+Fields = dict[str, Any]
+ResponseHeaders = dict[str, str]
 
 
-def supported(schema: Schema, description: str) -> Field:
-    """A field that does something."""
-    return Field(Treatment.SUPPORTED, {**schema, "description": description})
+def with_warnings(headers: ResponseHeaders, warnings: Iterable[str]) -> ResponseHeaders:
+    """The headers with `warnings` added to those that they have."""
+    present = [headers[WARNINGS_HEADER]] if WARNINGS_HEADER in headers else []
+    sentences = [*present, *warnings]
+    return {**headers, WARNINGS_HEADER: "; ".join(sentences)} if sentences else headers
 
 
-def with_warnings(headers: dict[str, str], warnings: Iterable[str]) -> dict[str, str]:
-    """The headers of a response that tells these as well."""
-    told = [*([headers[WARNINGS_HEADER]] if WARNINGS_HEADER in headers else []), *warnings]
-    return {**headers, WARNINGS_HEADER: "; ".join(told)} if told else headers
+class BodyReader:
+    """Reads bodies up to the size limit, and reports fields that no table names.
 
-
-class BodyFields:
-    """Reads bodies within the server's limit, and reports what no table names.
-
-    count_ignored: is told each field that is accepted and changes nothing.
+    count_ignored: called with the name of each field that is accepted and has no effect.
     """
 
     def __init__(
@@ -48,29 +45,29 @@ class BodyFields:
 
     async def read(
         self, request: Request, table: Mapping[str, Field]
-    ) -> tuple[dict[str, Any], dict[str, str]]:
+    ) -> tuple[Fields, ResponseHeaders]:
         """The fields, and headers for the response. Raises InvalidRequestError naming the field."""
-        return self._read(await read_json(request, self._max_bytes), table)
+        return self._fields(await read_json(request, self._max_bytes), table)
 
     async def read_optional(
         self, request: Request, table: Mapping[str, Field]
-    ) -> tuple[dict[str, Any], dict[str, str]]:
+    ) -> tuple[Fields, ResponseHeaders]:
         """As `read`, for a body that may be missing."""
-        return self._read(await read_optional_json(request, self._max_bytes), table)
+        return self._fields(await read_optional_json(request, self._max_bytes), table)
 
     async def read_generation(
         self, request: Request, table: Mapping[str, Field]
-    ) -> tuple[dict[str, Any], dict[str, str]]:
-        """As `read`; a body that names its request names the refusal of it too."""
+    ) -> tuple[Fields, ResponseHeaders]:
+        """As `read`; the body may set the request id, also for an error response."""
         body = await read_json(request, self._max_bytes)
         context_of(request.scope).take_id(body)
-        return self._read(body, table)
+        return self._fields(body, table)
 
-    def _read(self, body: Any, table: Mapping[str, Field]) -> tuple[dict[str, Any], dict[str, str]]:
+    def _fields(self, body: Any, table: Mapping[str, Field]) -> tuple[Fields, ResponseHeaders]:
         fields, unknown = read_fields(body, table)
         for name in body.keys() & table.keys():
             if table[name].treatment is Treatment.IGNORED and body[name] is not None:
-                logger.debug("request field %s changes nothing", name)
+                logger.debug("request field %s has no effect", name)
                 self._count_ignored(name)
         warning = self._unknown_fields.report(unknown)
         return fields, {WARNINGS_HEADER: warning} if warning else {}

@@ -1,0 +1,54 @@
+"""What an API does to answer a generation: write its pieces in the API's own shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from minisrv.errors import MinisrvError
+from minisrv.frontend.generation.choice_reader import ChoiceReader
+from minisrv.frontend.generation.pieces import Piece
+from minisrv.frontend.generation.request import GenerationRequest
+from minisrv.frontend.generation.usage import Usage
+from minisrv.frontend.registry.events import Event
+
+Choice = tuple[Event, list[Piece]]
+
+
+class Renderer(Protocol):
+    """Writes one reply, either whole or as a stream.
+
+    An Event comes with the pieces read from it; a renderer uses the event for what the pieces do
+    not hold, such as logprobs and token ids. `usage` is counted before each call.
+    """
+
+    usage: Usage
+
+    def whole(self, choices: Sequence[Choice], timings: dict[str, Any] | None) -> dict[str, Any]:
+        """The body of a reply that is not streamed; each choice has one event, in order."""
+
+    def chunk(self, event: Event, pieces: list[Piece]) -> bytes:
+        """The bytes that an event adds to the stream; may be empty."""
+
+    def end(self, timings: dict[str, Any] | None) -> bytes:
+        """The end of a stream whose choices have all finished."""
+
+    def failed(self, error: MinisrvError) -> bytes:
+        """The end of a stream that cannot go on; `error` names the API's own fields."""
+
+    def ping(self) -> bytes:
+        """What keeps an idle stream open."""
+
+
+def whole_reply(
+    request: GenerationRequest,
+    renderer: Renderer,
+    events: Iterable[Event],
+    timings: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The body of a reply that is not streamed, from one event without a failure per choice."""
+    choices: list[Choice] = []
+    for event in sorted(events, key=lambda event: event.index):
+        renderer.usage.count(event)
+        choices.append((event, ChoiceReader(request.calls).read(event)))
+    return renderer.whole(choices, timings)

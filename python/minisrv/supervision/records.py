@@ -1,0 +1,88 @@
+"""The records that the supervisor and its children exchange, one JSON object per line.
+
+A child's stdin carries one `Boot`, then notices; its reports leave on a status pipe of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boot:
+    """What a child needs to know. Paths that are not needed, or not known yet, are empty.
+
+    index: which one among the children of its kind. fds: inherited file descriptors by name.
+    """
+
+    config: dict[str, Any]
+    run_dir: str
+    epoch: int
+    index: int
+    status_fd: int
+    parent_pid: int
+    model_dir: str = ""
+    tokenizer_dir: str = ""
+    fds: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StartProgress:
+    """Child to supervisor, and on to the frontend: `fraction` of `phase` is done, 0 to 1."""
+
+    phase: str
+    fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChildReady:
+    """Child to supervisor: it serves, or has done its work. `facts`: what others need to know."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ChildFailed:
+    """Child to supervisor, its last report: why it exits. `exit_code` 2 means a wrong option."""
+
+    sentence: str
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReady:
+    """Supervisor to frontend: all other processes serve. `facts`: all of theirs, merged."""
+
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEnded:
+    """Supervisor to frontend: no further request will be answered.
+
+    stopping: the end was requested; otherwise a process has died.
+    """
+
+    sentence: str
+    stopping: bool
+
+
+Report = StartProgress | ChildReady | ChildFailed
+Notice = StartProgress | EngineReady | EngineEnded
+_RECORDS = {
+    kind.__name__: kind
+    for kind in (Boot, StartProgress, ChildReady, ChildFailed, EngineReady, EngineEnded)
+}
+
+
+def encode_line(record: Boot | Report | Notice) -> bytes:
+    """The record as a line of JSON, with its line feed."""
+    return json.dumps({"kind": type(record).__name__, **asdict(record)}).encode() + b"\n"
+
+
+def decode_line(line: bytes) -> Any:
+    """The record in a line from `encode_line`; both ends run the same version."""
+    fields = json.loads(line)
+    return _RECORDS[fields.pop("kind")](**fields)
