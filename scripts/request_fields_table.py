@@ -32,7 +32,7 @@ def _text(field: Field) -> str:
     if field.treatment is not Treatment.REJECTED:
         return str(field.schema["description"]).replace("|", "\\|")
     if field.flag is not None:
-        return f"Refused, but with `{field.flag}`."
+        return f"Refused unless the server runs with `{field.flag}`."
     passing = ", ".join(f"`{json.dumps(value)}`" for value in (*field.neutral, None))
     return f"Refused; {passing} may be sent."
 
