@@ -69,7 +69,7 @@ def add_admin_routes(
     )
     async def flush_cache(request: Request) -> Response:
         """Empty the prefix cache; 400 while requests are open."""
-        fields, headers = await bodies.read_optional(request, FLUSH_FIELDS)
+        fields, headers = await bodies.read(request, FLUSH_FIELDS, required=False)
         num_pages = await _flush(registry, fields.get("timeout", 0))
         return JSONResponse({"success": True, "flushed_pages": num_pages}, headers=headers)
 
