@@ -27,11 +27,10 @@ from minisrv.frontend.generation.request import model_not_found
 from minisrv.frontend.generation.run import Runner
 from minisrv.frontend.http.access import METRICS_PATH, PUBLIC_PATHS, AccessMiddleware, Keys
 from minisrv.frontend.http.body_fields import BodyReader
-from minisrv.frontend.http.bugs import BugMiddleware
 from minisrv.frontend.http.context import RequestContextMiddleware
 from minisrv.frontend.http.cors import PagesMiddleware
 from minisrv.frontend.http.error_format import ErrorFormat, error_body
-from minisrv.frontend.http.errors import RETRY_AFTER_S, add_error_handlers
+from minisrv.frontend.http.errors import RETRY_AFTER_S, BugMiddleware, add_error_handlers
 from minisrv.frontend.http.openapi import describe_errors, errors
 from minisrv.frontend.ops.admin import add_admin_routes
 from minisrv.frontend.ops.metrics import CONTENT_TYPE, ServerMetrics

@@ -23,7 +23,6 @@ from minisrv.frontend.generation.renderer import Renderer, whole_reply
 from minisrv.frontend.generation.request import GenerationRequest
 from minisrv.frontend.generation.timings import RequestTimings
 from minisrv.frontend.http.context import CLIENT_GONE, context_of
-from minisrv.frontend.http.headers import SERVER_TIMING_HEADER
 from minisrv.frontend.http.sse import json_bytes
 from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.open_request import RequestAborted
@@ -123,8 +122,7 @@ class _GenerationResponse(Response):
         self._count(events)
         self._raise_failure(events)
         await self._start(send, ended=False)
-        # Only the first message of a response has headers for the middlewares to change.
-        send = self._context.body_send or send
+        send = self._context.send_to_client
         try:
             await self._send_events(send, base, events)
         except RequestAborted:
@@ -188,7 +186,7 @@ class _GenerationResponse(Response):
     async def _start(self, send: Send, *, ended: bool) -> None:
         timing = self._timings.server_timing(ended=ended)
         if timing is not None:
-            self.headers[SERVER_TIMING_HEADER] = timing
+            self.headers["Server-Timing"] = timing
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
     def _log_start(self) -> None:
