@@ -22,7 +22,7 @@ from minisrv.frontend.apis.openai.route import (
 from minisrv.frontend.apis.responses.route import RESPONSE_PREFIX, add_response_routes
 from minisrv.frontend.apis.service import Service
 from minisrv.frontend.apis.tokens import add_token_routes
-from minisrv.frontend.fields.unknown import UnknownFields
+from minisrv.frontend.fields.names import UnknownFields
 from minisrv.frontend.generation.request import model_not_found
 from minisrv.frontend.generation.run import Runner
 from minisrv.frontend.http.access import METRICS_PATH, PUBLIC_PATHS, AccessMiddleware, Keys

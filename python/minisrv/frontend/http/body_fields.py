@@ -8,8 +8,8 @@ from typing import Any
 
 from fastapi import Request
 
+from minisrv.frontend.fields.names import UnknownFields
 from minisrv.frontend.fields.table import Field, Treatment, read_fields
-from minisrv.frontend.fields.unknown import UnknownFields
 from minisrv.frontend.http.body import read_json
 from minisrv.frontend.http.context import context_of
 

@@ -21,8 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisrv import log
 from minisrv.errors import InvalidRequestError, MinisrvError
-from minisrv.frontend.fields.aliases import merge_aliases
-from minisrv.frontend.fields.names import NEUTRAL_NAMES, FieldNames
+from minisrv.frontend.fields.names import NEUTRAL_NAMES, FieldNames, merge_aliases
 from minisrv.frontend.http.error_format import ErrorFormat
 
 logger = logging.getLogger("minisrv.frontend")

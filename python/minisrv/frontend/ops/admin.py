@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from minisrv.config import ServerConfig
 from minisrv.errors import InvalidRequestError, MinisrvError
-from minisrv.frontend.fields.aliases import merge_aliases
+from minisrv.frontend.fields.names import merge_aliases
 from minisrv.frontend.fields.schema import BOOLEAN, NUMBER, STRING
 from minisrv.frontend.fields.table import Field, supported
 from minisrv.frontend.http.access import require_admin

@@ -11,13 +11,13 @@ from minisrv.frontend.apis.openai.logprobs import chat_logprobs, read_chat_logpr
 from minisrv.frontend.apis.openai.messages import read_messages
 from minisrv.frontend.apis.openai.options import read_common
 from minisrv.frontend.apis.openai.render import OpenAIRenderer, ReplyHead, StreamOptions, ending
-from minisrv.frontend.fields.aliases import alias_names
-from minisrv.frontend.fields.names import FieldNames
-from minisrv.frontend.fields.reasoning import effort_warnings, reasoning_variables
+from minisrv.frontend.fields.names import FieldNames, alias_names
 from minisrv.frontend.fields.template import (
     begins_new_turn,
     check_no_template,
+    effort_warnings,
     read_template_kwargs,
+    reasoning_variables,
 )
 from minisrv.frontend.fields.tools import (
     NamedTool,

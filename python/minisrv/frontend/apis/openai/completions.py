@@ -10,8 +10,7 @@ from minisrv.frontend.apis.openai.echo import PromptEchoes
 from minisrv.frontend.apis.openai.logprobs import read_text_logprobs, text_logprobs
 from minisrv.frontend.apis.openai.options import read_common
 from minisrv.frontend.apis.openai.render import OpenAIRenderer, ReplyHead, StreamOptions, ending
-from minisrv.frontend.fields.aliases import alias_names
-from minisrv.frontend.fields.names import FieldNames
+from minisrv.frontend.fields.names import FieldNames, alias_names
 from minisrv.frontend.generation.pieces import Finish, Piece
 from minisrv.frontend.generation.renderer import Choice
 from minisrv.frontend.generation.request import Prompt, TextRequest, read_token_ids

@@ -7,8 +7,8 @@ from typing import Any
 
 from minisrv.errors import InvalidRequestError
 from minisrv.frontend.apis.openai.render import StreamOptions
-from minisrv.frontend.fields.aliases import merge_aliases
 from minisrv.frontend.fields.grammar import read_grammar
+from minisrv.frontend.fields.names import merge_aliases
 from minisrv.frontend.generation.request import (
     ReplyOptions,
     read_cache_salt,
