@@ -31,7 +31,6 @@ from minisrv.frontend.http.openapi import describe_errors, errors
 from minisrv.frontend.ops.admin import add_admin_routes
 from minisrv.frontend.ops.metrics import CONTENT_TYPE, ServerMetrics
 from minisrv.frontend.ops.root_page import add_root_page
-from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.frontend.registry.server_state import Dead, Ready, Starting
 
