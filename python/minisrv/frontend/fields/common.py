@@ -29,68 +29,84 @@ REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _STREAM_OPTIONS = object_of(
     include_usage=BOOLEAN, continuous_usage_stats=BOOLEAN, include_obfuscation=BOOLEAN
 )
-_IGNORED_NAMES = (
+_IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "verbosity", "prediction"),
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
 )
-GENERATION_FIELDS: dict[str, Field] = {
-    "model": supported(STRING, "The name of the served model; may be missing or empty."),
+_REJECTED = (
+    *("truncate_prompt_tokens", "thinking_token_budget", "allowed_token_ids", "prompt_logprobs"),
+)
+# Every API has these two groups.
+REQUEST_FIELDS: dict[str, Field] = {
+    "model": supported(STRING, "A name of the served model; may be missing or empty."),
+    "stream": supported(BOOLEAN, "Send the reply as server-sent events."),
+    "cache_salt": supported(
+        STRING, "1 to 128 characters; only requests with the same salt share cached prompts."
+    ),
+    "request_id": supported(STRING, "The request's id; overrides X-Request-Id."),
+    "rid": supported(STRING, "The same as request_id."),
+}
+SAMPLING_FIELDS: dict[str, Field] = {
     "temperature": supported(NUMBER, "0 to 2; 0 is greedy. Default: the model's, else 1."),
     "top_p": supported(NUMBER, "Above 0, up to 1. Default: the model's, else 1."),
     "top_k": supported(INTEGER, "0 or -1 keeps all tokens. Default: the model's, else 0."),
     "min_p": supported(NUMBER, "0 to 1. Default: the model's, else 0."),
     "seed": supported(INTEGER, "The same request with the same seed gives the same text."),
-    "stop": supported(any_of(STRING, STRINGS), "Strings before which the text ends."),
     "stop_token_ids": supported(INTEGERS, "Tokens that end the text."),
     "ignore_eos": supported(BOOLEAN, "Continue past the model's end-of-text token."),
     "min_tokens": supported(
         INTEGER, "Minimum number of output tokens before an end-of-text token may end the text."
     ),
-    "n": supported(INTEGER, "Number of choices, 1 to 128."),
-    "stream": supported(BOOLEAN, "Send the reply as server-sent events."),
-    "stream_options": supported(_STREAM_OPTIONS, "Only with stream."),
+}
+STOP_FIELDS: dict[str, Field] = {
+    "stop": supported(any_of(STRING, STRINGS), "Strings before which the text ends."),
     "skip_special_tokens": supported(BOOLEAN, "Omit special tokens from the text."),
-    "response_format": supported(RESPONSE_FORMAT, "Free text, a JSON object, or JSON of a schema."),
-    "structured_outputs": supported(
-        STRUCTURED_OUTPUTS, "One of json, json_object, regex, choice and grammar."
-    ),
-    "guided_json": supported(JSON_SCHEMA, "The text is JSON that fits this schema."),
-    "guided_regex": supported(STRING, "The whole text matches this regular expression."),
-    "guided_choice": supported(STRINGS, "The text is one of these."),
-    "guided_grammar": supported(STRING, "The text follows this grammar, in Lark or GBNF."),
-    "cache_salt": supported(
-        STRING,
-        "1 to 128 characters; cached prompts are shared only between requests with the same salt.",
-    ),
-    "timings": supported(BOOLEAN, "Return how long each phase of the request took, in `timings`."),
-    "return_token_ids": supported(BOOLEAN, "Return the token ids of prompt and output."),
-    "return_prompt": supported(BOOLEAN, "Return the text of the prompt as the model sees it."),
-    "return_progress": supported(BOOLEAN, "Report the progress of the prefill; only with stream."),
-    "request_id": supported(STRING, "The request's id; overrides X-Request-Id."),
+}
+PENALTY_FIELDS: dict[str, Field] = {
     "presence_penalty": supported(
-        NUMBER, "-2 to 2; subtracted once from the logit of each token in the output."
+        NUMBER, "-2 to 2, subtracted once from the logit of each token in the output."
     ),
     "frequency_penalty": supported(
-        NUMBER, "-2 to 2; subtracted from a token's logit once per occurrence in the output."
+        NUMBER, "-2 to 2, subtracted from a token's logit once per occurrence in the output."
     ),
     "repetition_penalty": supported(
         NUMBER, "Above 0, up to 2, over prompt and output; 1 is off. Default: the model's, else 1."
     ),
     "logit_bias": supported(OBJECT, "A bias by token id, -100 to 100, added to the logit."),
+}
+# Of chat completions and completions.
+GENERATION_FIELDS: dict[str, Field] = {
+    **REQUEST_FIELDS,
+    **SAMPLING_FIELDS,
+    **STOP_FIELDS,
+    **PENALTY_FIELDS,
+    "n": supported(INTEGER, "Number of choices, 1 to 128."),
+    "stream_options": supported(_STREAM_OPTIONS, "Only with stream."),
     "include_stop_str_in_output": supported(
         BOOLEAN, "Keep the stop string at the end of the text."
     ),
-    **dict.fromkeys(_IGNORED_NAMES, ignored()),
+    "response_format": supported(
+        RESPONSE_FORMAT, "Free text, a JSON object, or JSON that matches a schema."
+    ),
+    "structured_outputs": supported(
+        STRUCTURED_OUTPUTS, "One of json, json_object, regex, choice and grammar."
+    ),
+    "guided_json": supported(JSON_SCHEMA, "A JSON schema that the text matches."),
+    "guided_regex": supported(STRING, "A regular expression that the whole text matches."),
+    "guided_choice": supported(STRINGS, "Strings of which the text is one."),
+    "guided_grammar": supported(STRING, "A grammar that the text follows, in Lark or GBNF."),
+    "timings": supported(BOOLEAN, "Return how long each phase of the request took, in `timings`."),
+    "return_token_ids": supported(BOOLEAN, "Return the token ids of prompt and output."),
+    "return_prompt": supported(BOOLEAN, "Return the text of the prompt as the model sees it."),
+    "return_progress": supported(BOOLEAN, "Report the progress of the prefill; only with stream."),
+    **dict.fromkeys(_IGNORED, ignored()),
+    **dict.fromkeys(_REJECTED, rejected()),
     "stop_regex": rejected([]),
     "spaces_between_special_tokens": rejected(True),
     "priority": rejected(0),
-    "truncate_prompt_tokens": rejected(),
-    "thinking_token_budget": rejected(),
     "timings_per_token": rejected(False),
     "bad_words": rejected([]),
-    "allowed_token_ids": rejected(),
     "logprob_token_ids": rejected([]),
-    "prompt_logprobs": rejected(),
 }
 GENERATION_FIELDS |= {
     alias: supported(GENERATION_FIELDS[name].schema, f"The same as {name}.")
@@ -99,5 +115,7 @@ GENERATION_FIELDS |= {
 CONVERSATION_FIELDS: dict[str, Field] = {
     "chat_template_kwargs": supported(OBJECT, "Variables for the chat template."),
     "parallel_tool_calls": supported(BOOLEAN, "false ends the reply after its first call."),
-    "enable_thinking": supported(BOOLEAN, "Whether the model reasons first, if it has a choice."),
+    "enable_thinking": supported(
+        BOOLEAN, "Whether the model reasons first, if its template has a switch."
+    ),
 }

@@ -24,10 +24,10 @@ _Read = Callable[[Any, str], Grammar]
 JSON_SCHEMA = any_of(OBJECT, STRING, BOOLEAN)
 _SCHEMA = any_of(OBJECT, BOOLEAN)
 RESPONSE_FORMAT = object_of(
-    "type",
+    ["type"],
     type=one_of("text", "json_object", "json_schema"),
     json_schema=object_of(
-        *("name", "schema"), name=STRING, description=STRING, schema=_SCHEMA, strict=BOOLEAN
+        ["name", "schema"], name=STRING, description=STRING, schema=_SCHEMA, strict=BOOLEAN
     ),
     schema=_SCHEMA,
 )
@@ -100,5 +100,5 @@ def _read_response_format(value: dict[str, Any]) -> list[Grammar]:
         if schema is not None:
             return [Grammar.json_schema(schema, f"{path}.schema")]
         return [Grammar.json_object(path)]
-    check_value(value, {"type": "object", "required": ["json_schema"]}, path)
+    check_value(value, object_of(["json_schema"]), path)
     return [Grammar.json_schema(value["json_schema"]["schema"], f"{path}.json_schema.schema")]

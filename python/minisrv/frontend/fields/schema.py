@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
@@ -46,10 +46,9 @@ def one_of(*texts: str) -> Schema:
     return {"type": "string", "enum": list(texts)}
 
 
-def object_of(*required: str, **properties: Schema) -> Schema:
-    """An object with these properties, of which those named first are required."""
-    schema = {"type": "object", "properties": properties}
-    return {**schema, "required": list(required)} if required else schema
+def object_of(required: Sequence[str] = (), /, **properties: Schema) -> Schema:
+    """An object with these properties, of which the `required` ones must be there."""
+    return {"type": "object", "required": list(required), "properties": properties}
 
 
 def between(low: float, high: float, schema: Schema = NUMBER) -> Schema:
