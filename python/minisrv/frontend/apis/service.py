@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from minisrv.config import ServerConfig
 from minisrv.frontend.generation.run import Runner
-from minisrv.frontend.http.body_fields import BodyReader
+from minisrv.frontend.http.body import BodyReader
 from minisrv.frontend.registry.registry import RequestRegistry
 
 

@@ -17,7 +17,7 @@ from minisrv.frontend.fields.names import merge_aliases
 from minisrv.frontend.fields.schema import BOOLEAN, STRING, between
 from minisrv.frontend.fields.table import Field, supported
 from minisrv.frontend.http.access import require_admin
-from minisrv.frontend.http.body_fields import BodyReader
+from minisrv.frontend.http.body import BodyReader
 from minisrv.frontend.http.openapi import errors, request_body
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.wire.messages import FlushMsg

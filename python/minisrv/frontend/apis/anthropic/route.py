@@ -10,7 +10,7 @@ from minisrv.frontend.apis.anthropic.fields import COUNT_FIELDS, MESSAGES_FIELDS
 from minisrv.frontend.apis.anthropic.reading import NAMES, read_message_request, read_prompt
 from minisrv.frontend.apis.anthropic.reply import MessageRenderer
 from minisrv.frontend.apis.service import Service
-from minisrv.frontend.http.body_fields import with_warnings
+from minisrv.frontend.http.body import with_warnings
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
 

@@ -16,7 +16,7 @@ from minisrv.frontend.apis.openai.options import read_stream_options
 from minisrv.frontend.apis.openai.render import ReplyHead
 from minisrv.frontend.apis.service import Service
 from minisrv.frontend.generation.fingerprint import fingerprint
-from minisrv.frontend.http.body_fields import with_warnings
+from minisrv.frontend.http.body import with_warnings
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
 

@@ -15,7 +15,7 @@ from minisrv.frontend.apis.responses.reply import ResponseRenderer
 from minisrv.frontend.apis.service import Service
 from minisrv.frontend.fields.table import Field
 from minisrv.frontend.generation.request import ChatRequest
-from minisrv.frontend.http.body_fields import with_warnings
+from minisrv.frontend.http.body import with_warnings
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
 
