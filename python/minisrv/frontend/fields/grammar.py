@@ -12,9 +12,9 @@ from minisrv.frontend.fields.schema import (
     OBJECT,
     STRING,
     STRINGS,
-    Schema,
     any_of,
     check_value,
+    object_of,
     one_of,
 )
 from minisrv.sampling_params import Grammar
@@ -22,38 +22,29 @@ from minisrv.sampling_params import Grammar
 _Read = Callable[[Any, str], Grammar]
 
 JSON_SCHEMA = any_of(OBJECT, STRING, BOOLEAN)
-RESPONSE_FORMAT: Schema = {
-    "type": "object",
-    "required": ["type"],
-    "properties": {
-        "type": one_of("text", "json_object", "json_schema"),
-        "json_schema": {
-            "type": "object",
-            "required": ["name", "schema"],
-            "properties": {
-                "name": STRING,
-                "description": STRING,
-                "schema": any_of(OBJECT, BOOLEAN),
-                "strict": BOOLEAN,
-            },
-        },
-        "schema": any_of(OBJECT, BOOLEAN),
-    },
-}
-STRUCTURED_OUTPUTS: Schema = {
-    "type": "object",
-    "properties": {
-        "json": JSON_SCHEMA,
-        "json_object": BOOLEAN,
-        "regex": STRING,
-        "choice": STRINGS,
-        "grammar": STRING,
-        "structural_tag": ANY,
-        "whitespace_pattern": ANY,
-        "disable_any_whitespace": ANY,
-        "disable_additional_properties": ANY,
-    },
-}
+RESPONSE_FORMAT = object_of(
+    ["type"],
+    type=one_of("text", "json_object", "json_schema"),
+    json_schema=object_of(
+        ["name", "schema"],
+        name=STRING,
+        description=STRING,
+        schema=any_of(OBJECT, BOOLEAN),
+        strict=BOOLEAN,
+    ),
+    schema=any_of(OBJECT, BOOLEAN),
+)
+STRUCTURED_OUTPUTS = object_of(
+    json=JSON_SCHEMA,
+    json_object=BOOLEAN,
+    regex=STRING,
+    choice=STRINGS,
+    grammar=STRING,
+    structural_tag=ANY,
+    whitespace_pattern=ANY,
+    disable_any_whitespace=ANY,
+    disable_additional_properties=ANY,
+)
 _READERS: dict[str, _Read] = {
     "guided_json": Grammar.json_schema,
     "guided_regex": Grammar.regex,
@@ -114,5 +105,5 @@ def _read_response_format(value: dict[str, Any]) -> list[Grammar]:
         if schema is not None:
             return [Grammar.json_schema(schema, f"{path}.schema")]
         return [Grammar.json_object(path)]
-    check_value(value, {"type": "object", "required": ["json_schema"]}, path)
+    check_value(value, object_of(["json_schema"]), path)
     return [Grammar.json_schema(value["json_schema"]["schema"], f"{path}.json_schema.schema")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
@@ -30,6 +30,11 @@ def array_of(items: Schema) -> Schema:
 def any_of(*schemas: Schema) -> Schema:
     """One schema of several."""
     return {"anyOf": list(schemas)}
+
+
+def object_of(required: Sequence[str] = (), /, **properties: Schema) -> Schema:
+    """An object with these properties, of which the `required` ones must be there."""
+    return {"type": "object", "required": list(required), "properties": properties}
 
 
 def one_of(*texts: str) -> Schema:
