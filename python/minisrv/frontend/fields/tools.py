@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from minisrv.checkpoint.chat_format import ChatFormat
 from minisrv.errors import InvalidRequestError
+from minisrv.frontend.fields.schema import describe
 from minisrv.frontend.tool_calls.formats import CallReading
 
 MAX_TOOLS = 128
@@ -84,7 +85,7 @@ def check_is_function(value: dict[str, Any], path: str) -> None:
     if value["type"] != "function":
         others = "; none, auto and required are strings" if path == "tool_choice" else ""
         raise InvalidRequestError(
-            f"{path}.type is {value['type'][:40]!a}; it must be function{others}",
+            f"{path}.type is {describe(value['type'])}; it must be function{others}",
             param=f"{path}.type",
             code="unsupported_parameter",
         )
