@@ -14,11 +14,9 @@ from minisrv.frontend.apis.anthropic.errors import AnthropicErrorFormat
 from minisrv.frontend.apis.anthropic.reply import MESSAGE_PREFIX
 from minisrv.frontend.apis.anthropic.route import MESSAGES_PATH, add_message_routes
 from minisrv.frontend.apis.native import add_native_route
-from minisrv.frontend.apis.openai.route import (
-    CHAT_PREFIX,
-    COMPLETION_PREFIX,
-    add_openai_routes,
-)
+from minisrv.frontend.apis.openai.chat import CHAT_PREFIX
+from minisrv.frontend.apis.openai.completions import COMPLETION_PREFIX
+from minisrv.frontend.apis.openai.route import add_openai_routes
 from minisrv.frontend.apis.responses.route import RESPONSE_PREFIX, add_response_routes
 from minisrv.frontend.apis.service import Service
 from minisrv.frontend.apis.tokens import add_token_routes
