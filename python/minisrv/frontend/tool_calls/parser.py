@@ -3,7 +3,7 @@
 A reply is content with calls in it. A format writes a call as
 
     content <marker> {"name": "f", "arguments": {"x": 1}, "id": 3} <closing> content
-    TEXT             OBJECT                     ARGUMENTS  REST     TAIL     GAP, TEXT
+    TEXT            |HEAD, OBJECT              |ARGUMENTS|REST    |TAIL     |GAP, TEXT
 
 and the state says which of these the next character belongs to. Rules:
 
@@ -14,9 +14,10 @@ and the state says which of these the next character belongs to. Rules:
 3. A call begins when its name and the opening bracket of its arguments are there; from then on
    its arguments are passed on as they arrive. What breaks off or goes wrong earlier is content.
    An object with its keys in another order is read to its end first, so OBJECT may go to TAIL.
-4. White space around a call is dropped, and so is what closes it: HEAD, OBJECT and TAIL are where
-   formats differ. Only Llama begins a reply with a call, and only Mistral calls without an object.
-5. Without parallel calls the reply is DONE as soon as the arguments of its first call are complete.
+4. White space around a call is dropped, and so is what closes it.
+5. Formats differ in START (Llama needs no marker there), in HEAD (Mistral has lists, and names
+   that go to ARGUMENTS directly) and in TAIL.
+6. Without parallel calls the reply is DONE as soon as the arguments of its first call are complete.
 
 `_become` is the only place that assigns the state, and it checks the table.
 """
