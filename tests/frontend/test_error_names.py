@@ -256,4 +256,4 @@ def test_a_message_over_the_context_is_refused_in_the_words_that_agents_match(
 def test_a_prompt_without_tokens_is_named(
     plain: HttpServer, path: str, body: Body, param: str
 ) -> None:
-    refusal(plain, path, body, param)
+    assert refusal(plain, path, body, param).startswith(f"{param} gives no token")
