@@ -11,11 +11,11 @@ import numpy as np
 from minisrv.checkpoint.chat_format import find_chat_format
 from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.detokenizer.incremental import TextDecoder, TextStream
-from minisrv.detokenizer.logprobs import Scorer, echo_prompt
+from minisrv.detokenizer.logprobs import LogprobSpeller, echo_prompt
 from minisrv.detokenizer.reasoning import ReasoningSplitter
 from minisrv.detokenizer.stop_strings import StopMatcher
 from minisrv.errors import MinisrvError
-from minisrv.wire.logprobs import OutputLogprobs, PromptEcho
+from minisrv.wire.logprobs import PromptEcho, SpelledLogprobs
 from minisrv.wire.messages import (
     AbortMsg,
     DetokenizeMsg,
@@ -42,7 +42,7 @@ class _Request:
     start: kept until it is forwarded. matcher: None without stop strings.
     splitter: None where no reasoning can come, or none any more.
     new_ids: what has not been told yet; None for a request that does not want ids.
-    scorer: None for a request that wants no log-probabilities.
+    speller: None for a request that wants no log-probabilities.
     """
 
     uid: int
@@ -54,7 +54,7 @@ class _Request:
     num_tokens: int = 0
     started_at: float = 0.0
     new_ids: list[int] | None = None
-    scorer: Scorer | None = None
+    speller: LogprobSpeller | None = None
 
 
 @dataclass(slots=True)
@@ -72,7 +72,7 @@ class _Columns:
     aborts: list[int] = field(default_factory=list)
     output_ids: list[OutputIds] = field(default_factory=list)
     echoes: list[PromptEcho] = field(default_factory=list)
-    logprobs: list[OutputLogprobs] = field(default_factory=list)
+    logprobs: list[SpelledLogprobs] = field(default_factory=list)
     progress: tuple[Progress, ...] = ()
     at: float = 0.0
     ends: list[End] = field(default_factory=list)
@@ -135,8 +135,8 @@ class DetokenizerWorker:
                 logger.exception("request uid=%d cannot be opened", start.uid)
         for logprobs in message.logprobs:
             request = self._requests.get(logprobs.uid)
-            if request is not None and request.scorer is not None:
-                request.scorer.expect(logprobs)
+            if request is not None and request.speller is not None:
+                request.speller.expect(logprobs)
         entries = zip(
             message.uids.tolist(),
             message.token_ids.tolist(),
@@ -181,7 +181,7 @@ class DetokenizerWorker:
             start=start,
             started_at=start.at,
             new_ids=[] if start.return_token_ids else None,
-            scorer=Scorer(self._decoder, num_chars) if start.logprobs else None,
+            speller=LogprobSpeller(self._decoder, num_chars) if start.logprobs else None,
         )
 
     def _take(self, uid: int, token_id: int, finish: int, columns: _Columns) -> None:
@@ -224,8 +224,8 @@ class DetokenizerWorker:
             ids = np.array(request.new_ids, np.int32)
             columns.output_ids.append(OutputIds(uid=request.uid, ids=ids))
             request.new_ids = []
-        if request.scorer is not None and request.scorer.logprobs:
-            columns.logprobs.append(OutputLogprobs(uid=request.uid, logprobs=request.scorer.take()))
+        if request.speller is not None:
+            columns.logprobs += request.speller.take_spelled()
 
     def _close(
         self,
@@ -281,8 +281,8 @@ def _next_text(
     """What the entry adds to the text, the stop string that ends it there, and the reasoning."""
     is_text = finish in (_NONE, _LENGTH, _COMPLETE)
     text = request.stream.push(token_id) if is_text else request.stream.flush()
-    if request.scorer is not None:
-        request.scorer.add(text)
+    if request.speller is not None:
+        request.speller.spell_next(text)
     if finish:
         text += request.stream.flush()
     reasoning = None

@@ -11,7 +11,7 @@ import numpy as np
 
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.frontend.registry.events import Event
-from minisrv.wire.logprobs import TokenLogprobs
+from minisrv.wire.logprobs import TokenLogprob
 from minisrv.wire.messages import DetokenizeMsg, Failure, Finish, GenerateMsg, UserReply
 
 _FINISH_REASONS = {
@@ -21,15 +21,6 @@ _FINISH_REASONS = {
     Finish.LENGTH: "length",
     Finish.ABORT: "abort",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token's log-probability, and the likeliest tokens in its place, best first."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,10 +111,10 @@ class Run:
                 if choice.index == 0:
                     output.cached_tokens = start.cached_tokens
                     if start.prompt_logprobs is not None:
-                        output.prompt_logprobs += _by_token(start.prompt_logprobs)
+                        output.prompt_logprobs += start.prompt_logprobs
         for logprobs in message.logprobs:
             if logprobs.uid in self.choices:
-                self.choices[logprobs.uid][1].logprobs += _by_token(logprobs)
+                self.choices[logprobs.uid][1].logprobs += logprobs
         tokens = np.flatnonzero(message.token_ids >= 0)
         for uid, token_id in zip(
             message.uids[tokens].tolist(), message.token_ids[tokens].tolist(), strict=True
@@ -145,9 +136,9 @@ class Run:
         for echo in reply.echoes:
             if echo.uid in self.choices:
                 self.choices[echo.uid][1].event.echo = echo
-        for scores in reply.logprobs:
-            if scores.uid in self.choices:
-                self.choices[scores.uid][1].event.logprobs += scores.logprobs
+        for spelled in reply.logprobs:
+            if spelled.uid in self.choices:
+                self.choices[spelled.uid][1].event.logprobs.append(spelled)
         columns = zip(
             reply.uids.tolist(),
             reply.texts,
@@ -174,14 +165,6 @@ class Run:
             self._missing[output.index] -= 1
             if not self._missing[output.index]:
                 yield output
-
-
-def _by_token(logprobs: TokenLogprobs) -> Iterator[TokenLogprob]:
-    ids = logprobs.token_ids.tolist()
-    num_top = len(logprobs.top_ids) // len(ids) if ids else 0
-    top = list(zip(logprobs.top_ids.tolist(), logprobs.top_logprobs.tolist(), strict=True))
-    for place, (token_id, logprob) in enumerate(zip(ids, logprobs.logprobs.tolist(), strict=True)):
-        yield TokenLogprob(token_id, logprob, tuple(top[place * num_top : (place + 1) * num_top]))
 
 
 def error_of(failure: Failure) -> MinisrvError:

@@ -15,7 +15,7 @@ import numpy as np
 from minisrv.errors import Lengths, MinisrvError
 from minisrv.sampling_params import SamplingParams
 from minisrv.wire.arrays import Int32Array, Int64Array, UInt8Array
-from minisrv.wire.logprobs import OutputLogprobs, PromptEcho, TokenLogprobs
+from minisrv.wire.logprobs import PromptEcho, SpelledLogprobs, TokenLogprobs
 
 
 class Finish(IntEnum):
@@ -283,7 +283,7 @@ class UserReply:
     failures: tuple[Failure, ...] = ()
     reasoning: tuple[ReasoningText, ...] = ()
     echoes: tuple[PromptEcho, ...] = ()
-    logprobs: tuple[OutputLogprobs, ...] = ()
+    logprobs: tuple[SpelledLogprobs, ...] = ()
     ends: tuple[End, ...] = ()
     progress: tuple[Progress, ...] = ()
 

@@ -160,9 +160,9 @@ class RequestRegistry:
         for echo in reply.echoes:
             if (request := self._owners.get(echo.uid)) is not None:
                 request.event(echo.uid).echo = echo
-        for scores in reply.logprobs:
-            if (request := self._owners.get(scores.uid)) is not None:
-                request.event(scores.uid).logprobs += scores.logprobs
+        for logprobs in reply.logprobs:
+            if (request := self._owners.get(logprobs.uid)) is not None:
+                request.event(logprobs.uid).logprobs.append(logprobs)
         for end in reply.ends:
             if (request := self._owners.get(end.uid)) is not None:
                 request.event(end.uid).decode_s = end.decode_s
