@@ -26,7 +26,7 @@ from minisrv.frontend.registry.server_state import Ready
 from minisrv.supervision.records import EngineEnded, EngineReady, Notice
 from minisrv.supervision.supervisor import EPOCH, Supervisor, SupervisorThread
 from minisrv.wire.arrays import token_array
-from minisrv.wire.messages import Finish, Start, TokenizeMsg
+from minisrv.wire.messages import Start, TokenizeMsg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,21 +194,12 @@ class _Sent:
         yield from ()
 
 
-_FINISH_REASONS = {
-    Finish.NONE: None,
-    Finish.STOP: "stop",
-    Finish.STOP_TOKEN: "stop",
-    Finish.COMPLETE: "stop",
-    Finish.LENGTH: "length",
-}
-
-
 def _ack(event: Event, start: Start) -> Ack:
     return Ack(
         uid=event.uid,
         incremental_output=event.text,
         finished=event.final,
-        finish_reason=_FINISH_REASONS[event.finish],
+        finish_reason=event.finish.reason if event.final else None,
         stop_reason=event.stop_reason,
         prompt_tokens=start.prompt_tokens,
         cached_tokens=start.cached_tokens,

@@ -4,23 +4,16 @@ detokenizer.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from minisrv.errors import InvalidRequestError, MinisrvError
-from minisrv.frontend.registry.events import Event
+from minisrv.frontend.registry.events import Event, gather_reply
 from minisrv.wire.logprobs import TokenLogprob
-from minisrv.wire.messages import DetokenizeMsg, Failure, Finish, GenerateMsg, UserReply
-
-_FINISH_REASONS = {
-    Finish.STOP: "stop",
-    Finish.STOP_TOKEN: "stop",
-    Finish.COMPLETE: "stop",
-    Finish.LENGTH: "length",
-    Finish.ABORT: "abort",
-}
+from minisrv.wire.messages import DetokenizeMsg, Failure, GenerateMsg, UserReply
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,7 +100,6 @@ class Run:
         for start in message.starts:
             if start.uid in self.choices:
                 output, choice = self.choices[start.uid]
-                choice.event.start = start
                 if choice.index == 0:
                     output.cached_tokens = start.cached_tokens
                     if start.prompt_logprobs is not None:
@@ -123,48 +115,24 @@ class Run:
                 self.choices[uid][1].token_ids.append(token_id)
 
     def take_texts(self, reply: UserReply) -> Iterator[RequestOutput]:
-        """What the detokenizer makes of it; yields the requests that have ended."""
-        for failure in reply.failures:
-            if failure.uid in self.choices:
-                raise error_of(failure)
-        for reasoning in reply.reasoning:
-            if reasoning.uid in self.choices:
-                choice = self.choices[reasoning.uid][1]
-                choice.reasoning += reasoning.text
-                choice.event.reasoning.append(reasoning.text)
-                choice.event.reasoning_tokens = reasoning.tokens
-        for echo in reply.echoes:
-            if echo.uid in self.choices:
-                self.choices[echo.uid][1].event.echo = echo
-        for spelled in reply.logprobs:
-            if spelled.uid in self.choices:
-                self.choices[spelled.uid][1].event.logprobs.append(spelled)
-        columns = zip(
-            reply.uids.tolist(),
-            reply.texts,
-            reply.output_tokens.tolist(),
-            reply.finishes.tolist(),
-            reply.stop_reasons,
-            strict=True,
-        )
-        for uid, text, num_tokens, finish, stop_reason in columns:
-            if uid not in self.choices:
-                continue
-            output, choice = self.choices[uid]
-            choice.text += text
-            choice.event.deltas.append(text)
-            choice.event.output_tokens = num_tokens
-            if not finish:
-                continue
-            del choice.token_ids[num_tokens:]
-            del choice.logprobs[num_tokens:]
-            choice.finish_reason = _FINISH_REASONS[Finish(finish)]
-            choice.stop_reason = choice.event.stop_reason = stop_reason
-            choice.event.finish = Finish(finish)
-            del self.choices[uid]
+        """Take the reply of the detokenizer; yields the requests that have ended.
+
+        Raises InvalidRequestError or MinisrvError for a choice that failed.
+        """
+        for event in gather_reply(reply, self._event_of, time.monotonic()):
+            if event.failure is not None:
+                raise error_of(event.failure)
+            output, choice = self.choices.pop(event.uid)
+            choice.text, choice.reasoning = event.text, event.reasoning_text
+            del choice.token_ids[event.output_tokens :]
+            del choice.logprobs[event.output_tokens :]
+            choice.finish_reason, choice.stop_reason = event.finish.reason, event.stop_reason
             self._missing[output.index] -= 1
             if not self._missing[output.index]:
                 yield output
+
+    def _event_of(self, uid: int) -> Event | None:
+        return self.choices[uid][1].event if uid in self.choices else None
 
 
 def error_of(failure: Failure) -> MinisrvError:

@@ -38,11 +38,9 @@ class OpenRequest:
     aborted: bool = False
     cancelled: MinisrvError | None = None
 
-    def event(self, uid: int) -> Event:
-        """What the reader takes next of `uid`."""
-        event = self.pending.get(uid)
-        if event is None:
-            event = self.pending[uid] = Event(uid, uid - self.base)
+    def new_event(self, uid: int) -> Event:
+        """Begin what the reader takes next of `uid`."""
+        event = self.pending[uid] = Event(uid, uid - self.base)
         return event
 
     @property

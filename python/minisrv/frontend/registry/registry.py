@@ -15,7 +15,7 @@ from typing import Any
 
 from minisrv.config import ServerConfig
 from minisrv.errors import MinisrvError, NotReadyError, OverloadedError
-from minisrv.frontend.registry.events import Event, failure_error
+from minisrv.frontend.registry.events import Event, failure_error, gather_reply
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.open_request import OpenRequest, RequestAborted
 from minisrv.frontend.registry.queries import Queries
@@ -24,7 +24,6 @@ from minisrv.wire.messages import (
     AbortMsg,
     AnswerMsg,
     Failure,
-    Finish,
     Query,
     StatsMsg,
     TokenizeMsg,
@@ -140,37 +139,18 @@ class RequestRegistry:
     def deliver(self, reply: UserReply) -> None:
         """Give every column of `reply` to its request; what belongs to no open uid is dropped."""
         touched: dict[int, OpenRequest] = {}
-        for start in reply.starts:
-            if (request := self._owners.get(start.uid)) is not None:
-                event = request.event(start.uid)
-                event.start, event.started_at = start, time.monotonic()
-                touched[request.base] = request
-        for progress in reply.progress:
-            if (request := self._owners.get(progress.uid)) is not None:
-                request.event(progress.uid).progress = progress
-                touched[request.base] = request
-        for reasoning in reply.reasoning:
-            if (request := self._owners.get(reasoning.uid)) is not None:
-                event = request.event(reasoning.uid)
-                event.reasoning.append(reasoning.text)
-                event.reasoning_tokens = reasoning.tokens
-        for output in reply.output_ids:
-            if (request := self._owners.get(output.uid)) is not None:
-                request.event(output.uid).token_ids += output.ids.tolist()
-        for echo in reply.echoes:
-            if (request := self._owners.get(echo.uid)) is not None:
-                request.event(echo.uid).echo = echo
-        for logprobs in reply.logprobs:
-            if (request := self._owners.get(logprobs.uid)) is not None:
-                request.event(logprobs.uid).logprobs.append(logprobs)
-        for end in reply.ends:
-            if (request := self._owners.get(end.uid)) is not None:
-                request.event(end.uid).decode_s = end.decode_s
-        self._deliver_columns(reply, touched)
-        for failure in reply.failures:
-            if (request := self._owners.get(failure.uid)) is not None:
-                self._fail(request, failure)
-                touched[request.base] = request
+
+        def event_of(uid: int) -> Event | None:
+            request = self._owners.get(uid)
+            if request is None:
+                return None
+            touched[request.base] = request
+            return request.pending.get(uid) or request.new_event(uid)
+
+        for event in gather_reply(reply, event_of, time.monotonic()):
+            if (request := self._owners.get(event.uid)) is not None:
+                request.failed |= event.failure is not None
+                self._release(request, event.uid)
         for request in touched.values():
             request.end_delivery()
 
@@ -181,7 +161,10 @@ class RequestRegistry:
         self.state = Dead(error)
         self._queries.fail_all(error)
         for uid, request in list(self._owners.items()):
-            self._fail(request, Failure.from_error(uid, error))
+            event = request.pending.get(uid) or request.new_event(uid)
+            event.failure = Failure.from_error(uid, error)
+            request.failed = True
+            self._release(request, uid)
         for request in self._requests.values():
             request.wake_reader()
 
@@ -273,41 +256,6 @@ class RequestRegistry:
         index = self._next_tokenizer
         self._next_tokenizer = (index + 1) % self._num_tokenizers
         return index
-
-    def _deliver_columns(self, reply: UserReply, touched: dict[int, OpenRequest]) -> None:
-        columns = zip(
-            reply.uids.tolist(),
-            reply.texts,
-            reply.output_tokens.tolist(),
-            reply.finishes.tolist(),
-            reply.stop_reasons,
-            strict=True,
-        )
-        for uid, text, output_tokens, finish, stop_reason in columns:
-            if (request := self._owners.get(uid)) is None:
-                continue
-            event = request.event(uid)
-            event.deltas.append(text)
-            event.output_tokens = output_tokens
-            if finish:
-                self._finish(request, event, Finish(finish), stop_reason)
-            touched[request.base] = request
-
-    def _finish(
-        self, request: OpenRequest, event: Event, finish: Finish, stop_reason: str | int | None
-    ) -> None:
-        if finish is Finish.ABORT:
-            error = MinisrvError("the request was aborted by the server", code="request_aborted")
-            self._fail(request, Failure.from_error(event.uid, error))
-            return
-        event.finish = finish
-        event.stop_reason = stop_reason
-        self._release(request, event.uid)
-
-    def _fail(self, request: OpenRequest, failure: Failure) -> None:
-        request.event(failure.uid).failure = failure
-        request.failed = True
-        self._release(request, failure.uid)
 
     def _release(self, request: OpenRequest, uid: int) -> None:
         request.live.discard(uid)
