@@ -22,7 +22,7 @@ from minisrv.frontend.process import take_notice
 from minisrv.frontend.registry.engine_client import EngineClient
 from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.registry import RequestRegistry
-from minisrv.frontend.registry.server_state import Ready
+from minisrv.frontend.registry.server_state import Serving
 from minisrv.supervision.records import EngineEnded, EngineReady, Notice
 from minisrv.supervision.supervisor import EPOCH, Supervisor, SupervisorThread
 from minisrv.wire.arrays import token_array
@@ -71,7 +71,7 @@ class FrontendManager:
         """
         await self.launch()
         await self._started.wait()
-        if not isinstance(self.registry.state, Ready):
+        if not isinstance(self.registry.state, Serving):
             await self.aclose()
             assert self._thread is not None
             raise self._thread.error or EngineDeadError("the engine was closed during its start")

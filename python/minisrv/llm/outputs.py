@@ -36,7 +36,7 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
+class TokenCounts:
     """Token counts of a request; cached_tokens is the part of the prompt found in the cache."""
 
     prompt_tokens: int
@@ -59,9 +59,9 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
-    def usage(self) -> Usage:
+    def usage(self) -> TokenCounts:
         """Token counts of prompt and all choices."""
-        return Usage(
+        return TokenCounts(
             prompt_tokens=len(self.prompt_token_ids),
             completion_tokens=sum(len(output.token_ids) for output in self.outputs),
             cached_tokens=self.cached_tokens,

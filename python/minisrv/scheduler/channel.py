@@ -31,7 +31,7 @@ class Channel(Protocol):
     def send(self, message: DetokenizeMsg) -> None:
         """Pass on what came of a step."""
 
-    def tell(self, message: AnswerMsg | StatsMsg) -> None:
+    def send_to_frontend(self, message: AnswerMsg | StatsMsg) -> None:
         """Pass on what the frontend wants to know besides."""
 
 
@@ -55,7 +55,7 @@ class ZmqChannel:
         """See Channel."""
         self._outbox.send(message)
 
-    def tell(self, message: AnswerMsg | StatsMsg) -> None:
+    def send_to_frontend(self, message: AnswerMsg | StatsMsg) -> None:
         """See Channel."""
         self._frontend.send(message)
 
@@ -75,7 +75,7 @@ class LocalChannel:
     def __init__(self) -> None:
         self.inbox: deque[GenerateMsg | AbortMsg | FlushMsg] = deque()
         self.outbox: deque[DetokenizeMsg] = deque()
-        self.told: deque[AnswerMsg | StatsMsg] = deque(maxlen=8)
+        self.sent_to_frontend: deque[AnswerMsg | StatsMsg] = deque(maxlen=8)
 
     def receive(self, wait: bool) -> list[Message]:
         """See Channel; never blocks, since nobody else could put a message in."""
@@ -87,6 +87,6 @@ class LocalChannel:
         """See Channel."""
         self.outbox.append(message)
 
-    def tell(self, message: AnswerMsg | StatsMsg) -> None:
+    def send_to_frontend(self, message: AnswerMsg | StatsMsg) -> None:
         """See Channel."""
-        self.told.append(message)
+        self.sent_to_frontend.append(message)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from minisrv.scheduler.request import Request, Status
 from minisrv.scheduler.step import Chunk
 from minisrv.wire.logprobs import TokenLogprobs
-from minisrv.wire.messages import Failure, Finish, Progress, Start
+from minisrv.wire.messages import Failure, Finish, PrefillProgress, Start
 
 
 @dataclass(slots=True)
@@ -20,9 +20,9 @@ class Replies:
     starts: list[Start] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    progress: list[Progress] = field(default_factory=list)
+    progress: list[PrefillProgress] = field(default_factory=list)
 
-    def add(self, request: Request, token_id: int, finish: Finish, now: float) -> None:
+    def add_token(self, request: Request, token_id: int, finish: Finish, now: float) -> None:
         """Tell of one token, or with ABORT of an end without one."""
         if not request.started:
             self.starts.append(request.start(now, aborted=finish is Finish.ABORT))
@@ -36,7 +36,7 @@ class Replies:
             if request.status is not Status.FINISHED and not request.started:
                 began = now if request.admitted_at is None else request.admitted_at
                 self.progress.append(
-                    Progress(
+                    PrefillProgress(
                         uid=request.uid,
                         total=len(request.prompt_ids),
                         cached=request.cached_tokens,

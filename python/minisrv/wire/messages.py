@@ -67,7 +67,7 @@ class TokenizeMsg:
     must_call: the reply must be a call of one of these tools; with `parallel_calls` maybe several.
     split_reasoning: reasoning comes apart from the text. continue_final_message: the prompt ends
     where the last message's content ends. chat_template: a source in place of the model's.
-    show_prompt_ids, show_prompt_text: in the first `Start`. show_progress: by `Progress`.
+    show_prompt_ids, show_prompt_text: in the first `Start`. show_progress: by `PrefillProgress`.
     cache_salt: pages are shared within the same salt alone.
     """
 
@@ -183,7 +183,7 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class PrefillProgress:
     """A prompt before its first token. `processed` counts `cached`; seconds are from step one."""
 
     uid: int
@@ -244,7 +244,7 @@ class DetokenizeMsg:
     starts: tuple[Start, ...] = ()
     failures: tuple[Failure, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
-    progress: tuple[Progress, ...] = ()
+    progress: tuple[PrefillProgress, ...] = ()
     at: float = 0.0
 
 
@@ -285,7 +285,7 @@ class UserReply:
     echoes: tuple[PromptEcho, ...] = ()
     logprobs: tuple[SpelledLogprobs, ...] = ()
     ends: tuple[End, ...] = ()
-    progress: tuple[Progress, ...] = ()
+    progress: tuple[PrefillProgress, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

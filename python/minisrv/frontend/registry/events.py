@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from minisrv.errors import MinisrvError, RequestFailedError
 from minisrv.wire.logprobs import PromptEcho, SpelledLogprobs
-from minisrv.wire.messages import Failure, Finish, Progress, Start, UserReply
+from minisrv.wire.messages import Failure, Finish, PrefillProgress, Start, UserReply
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Event:
     """All that came for `uid` since the last event: a reader that is late gets fewer, longer ones.
 
@@ -37,9 +37,13 @@ class Event:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[SpelledLogprobs] = field(default_factory=list)
     echo: PromptEcho | None = None
-    progress: Progress | None = None
+    progress: PrefillProgress | None = None
     started_at: float = 0.0
     decode_s: float | None = None
+
+    def __repr__(self) -> str:
+        end = "failure" if self.failure else self.finish.name
+        return f"<Event {self.uid} {self.text!r} output_tokens={self.output_tokens} {end}>"
 
     @property
     def text(self) -> str:

@@ -13,7 +13,7 @@ class RequestAborted(Exception):
     """The request was aborted while its reader waited."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class OpenRequest:
     """What the registry keeps of a request.
 
@@ -38,10 +38,9 @@ class OpenRequest:
     aborted: bool = False
     cancelled: MinisrvError | None = None
 
-    def new_event(self, uid: int) -> Event:
-        """Begin what the reader takes next of `uid`."""
-        event = self.pending[uid] = Event(uid, uid - self.base)
-        return event
+    def __repr__(self) -> str:
+        state = "aborted" if self.aborted else "failed" if self.failed else "open"
+        return f"<OpenRequest {self.base} {state} live={sorted(self.live)}>"
 
     @property
     def settled(self) -> bool:

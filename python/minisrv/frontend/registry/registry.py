@@ -19,7 +19,7 @@ from minisrv.frontend.registry.events import Event, failure_error, gather_reply
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.open_request import OpenRequest, RequestAborted
 from minisrv.frontend.registry.queries import Queries
-from minisrv.frontend.registry.server_state import Dead, Ready, Starting, State
+from minisrv.frontend.registry.server_state import Dead, Serving, Starting, State
 from minisrv.wire.messages import (
     AbortMsg,
     AnswerMsg,
@@ -28,6 +28,7 @@ from minisrv.wire.messages import (
     StatsMsg,
     TokenizeMsg,
     UserReply,
+    failure_reply,
 )
 
 logger = logging.getLogger("minisrv.frontend")
@@ -65,14 +66,14 @@ class RequestRegistry:
         """Accept requests from now on."""
         assert self._send is not None, "connect comes before set_ready"
         if isinstance(self.state, Starting):
-            self.state = Ready(model)
+            self.state = Serving(model)
             self.phases["ready"] = time.monotonic()
 
     @property
     def model(self) -> ModelInfo:
         """The served model. Raises NotReadyError while starting, RequestFailedError when dead."""
         match self.state:
-            case Ready(model):
+            case Serving(model):
                 return model
             case Starting(phase, fraction):
                 raise NotReadyError(f"the server is starting: {phase}, {fraction:.0%}")
@@ -138,20 +139,23 @@ class RequestRegistry:
 
     def deliver(self, reply: UserReply) -> None:
         """Give every column of `reply` to its request; what belongs to no open uid is dropped."""
-        touched: dict[int, OpenRequest] = {}
+        touched: dict[OpenRequest, None] = {}
+        owner_of = self._owners.get
 
         def event_of(uid: int) -> Event | None:
-            request = self._owners.get(uid)
-            if request is None:
+            if (request := owner_of(uid)) is None:
                 return None
-            touched[request.base] = request
-            return request.pending.get(uid) or request.new_event(uid)
+            touched[request] = None
+            event = request.pending.get(uid)
+            if event is None:
+                event = request.pending[uid] = Event(uid, uid - request.base)
+            return event
 
         for event in gather_reply(reply, event_of, time.monotonic()):
             if (request := self._owners.get(event.uid)) is not None:
                 request.failed |= event.failure is not None
                 self._release(request, event.uid)
-        for request in touched.values():
+        for request in touched:
             request.end_delivery()
 
     def fail_all(self, error: MinisrvError) -> None:
@@ -160,13 +164,7 @@ class RequestRegistry:
             return
         self.state = Dead(error)
         self._queries.fail_all(error)
-        for uid, request in list(self._owners.items()):
-            event = request.pending.get(uid) or request.new_event(uid)
-            event.failure = Failure.from_error(uid, error)
-            request.failed = True
-            self._release(request, uid)
-        for request in self._requests.values():
-            request.wake_reader()
+        self.deliver(failure_reply([Failure.from_error(uid, error) for uid in self._owners]))
 
     def is_open(self, base: int) -> bool:
         """Whether `next_events` has something to wait for or to give."""
