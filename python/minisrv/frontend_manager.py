@@ -77,7 +77,7 @@ class FrontendManager:
             raise self._thread.error or EngineDeadError("the engine was closed during its start")
 
     async def launch(self) -> None:
-        """Start the processes, once; `registry.state` tells how far they are."""
+        """Start the processes, once; `registry.state` shows how far they are."""
         if self._thread is not None:
             return
         loop = asyncio.get_running_loop()
@@ -182,7 +182,7 @@ class FrontendManager:
                     yield ack.incremental_output
 
     def abort(self, uid: int) -> bool:
-        """Stop all choices of `uid` and free what they hold. Whether anything still ran."""
+        """Stop all choices of `uid` and free what they hold. Returns whether anything still ran."""
         self._num_choices.pop(uid, None)
         return self.registry.abort(uid)
 

@@ -1,4 +1,4 @@
-"""What a detokenizer process does with a step: token columns to text columns. No sockets here."""
+"""What a detokenizer process does with a step: token columns to text columns, without sockets."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Request:
 
     start: kept until it is forwarded. matcher: None without stop strings.
     splitter: None where no reasoning can come, or none any more.
-    new_ids: what has not been told yet; None for a request that does not want ids.
+    new_ids: token ids not sent yet; None for a request that does not want ids.
     speller: None for a request that wants no log-probabilities.
     """
 

@@ -104,7 +104,7 @@ class LLM:
         use_tqdm: bool = True,
         **sampling_fields: Any,
     ) -> list[str]:
-        """The text after each prompt (a string or token ids; one alone counts as a list of one).
+        """The text after each prompt (a string or token ids; a single one counts as a list of one).
 
         Fields such as `max_tokens=50` replace those of `sampling_params`; max_tokens None is the
         rest of the context. Raises InvalidRequestError, before anything runs, for a prompt or a
@@ -141,7 +141,7 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
         **sampling_fields: Any,
     ) -> list[str]:
-        """The answer to each conversation (one alone counts as a list of one), by the template."""
+        """The reply to each conversation; a single one counts as a list of one."""
         single = bool(messages) and isinstance(messages[0], dict)
         chats = cast("list[Chat]", [messages] if single else list(messages))
         params = _params_for(len(chats), sampling_params, sampling_fields)

@@ -1,6 +1,4 @@
-"""What comes of offline requests, and how it is gathered from the messages of scheduler and
-detokenizer.
-"""
+"""Results of offline requests, gathered from the messages of scheduler and detokenizer."""
 
 from __future__ import annotations
 
@@ -96,7 +94,7 @@ class Run:
             self.choices[message.uid + choice.index] = (output, choice)
 
     def take_tokens(self, message: DetokenizeMsg) -> None:
-        """What the scheduler tells of a step."""
+        """Take the tokens of a step from the scheduler."""
         for start in message.starts:
             if start.uid in self.choices:
                 output, choice = self.choices[start.uid]
@@ -136,6 +134,6 @@ class Run:
 
 
 def error_of(failure: Failure) -> MinisrvError:
-    """The exception that tells of a failure."""
+    """The exception for a failure."""
     kind = InvalidRequestError if failure.status < 500 else MinisrvError
     return kind(failure.message, param=failure.param, code=failure.code)

@@ -1,4 +1,4 @@
-"""How the loop gets requests and tells of tokens: over ZeroMQ, or inside one process."""
+"""How the loop receives requests and sends tokens: over ZeroMQ, or inside one process."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Channel(Protocol):
     """The loop's side of the link."""
 
     def receive(self, wait: bool) -> list[Message]:
-        """All messages that have come, oldest first; with `wait`, block until there is one.
+        """All messages that have arrived, oldest first; with `wait`, block until there is one.
 
         May return nothing after a while of waiting, so that the caller can look whether to stop.
         """
 
     def send(self, message: DetokenizeMsg) -> None:
-        """Pass on what came of a step."""
+        """Send the tokens of a step to the detokenizer."""
 
     def send_to_frontend(self, message: AnswerMsg | StatsMsg) -> None:
-        """Pass on what the frontend wants to know besides."""
+        """Send the answer to a query, or statistics, to the frontend."""
 
 
 class ZmqChannel:
@@ -69,7 +69,7 @@ class ZmqChannel:
 class LocalChannel:
     """Messages by hand, for the offline engine and tests: put into `inbox`, take from `outbox`.
 
-    `told` keeps the last of what a frontend would have been told.
+    `sent_to_frontend` keeps the last messages to the frontend.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What the scheduler has to tell: tokens, ends and refusals, until the loop takes them."""
+"""What the scheduler has to send: tokens, ends and refusals, until the loop takes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minisrv.wire.messages import Failure, Finish, PrefillProgress, Start
 
 @dataclass(slots=True)
 class Replies:
-    """What has to be told: one row a token or end, `starts` for new requests, refusals."""
+    """One row per token or end, `starts` of new requests, refusals, and prefill progress."""
 
     uids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -23,7 +23,7 @@ class Replies:
     progress: list[PrefillProgress] = field(default_factory=list)
 
     def add_token(self, request: Request, token_id: int, finish: Finish, now: float) -> None:
-        """Tell of one token, or with ABORT of an end without one."""
+        """Add a token, or with ABORT an end without one."""
         if not request.started:
             self.starts.append(request.start(now, aborted=finish is Finish.ABORT))
         self.uids.append(request.uid)
@@ -31,7 +31,7 @@ class Replies:
         self.finishes.append(finish)
 
     def add_progress(self, chunks: list[Chunk], now: float) -> None:
-        """Tell of prompts that are further by these chunks, and not complete."""
+        """Report the prompts that these chunks advance and do not complete."""
         for request, end in ((chunk.request, chunk.start + chunk.length) for chunk in chunks):
             if request.status is not Status.FINISHED and not request.started:
                 began = now if request.admitted_at is None else request.admitted_at

@@ -65,7 +65,7 @@ class TokenizerWorker:
     def handle(self, message: TokenizeMsg | AbortMsg | FlushMsg | TokenizerQuery) -> list[Outgoing]:
         """What to send on: a UserReply or AnswerMsg to the frontend, all else to the scheduler.
 
-        A request that cannot be served fails alone, under each of its uids.
+        A request that cannot be served fails under each of its uids; others go on.
         """
         if isinstance(message, AbortMsg | FlushMsg):
             return [message]
@@ -149,7 +149,7 @@ class TokenizerWorker:
         return replace(message.sampling, grammar=grammar)
 
     def _reasoning_part(self, prompt: str, continued: str) -> Parts:
-        """Whether the reply begins in reasoning, may begin with one, or has none.
+        """Whether the reply begins inside reasoning, may begin with it, or has none.
 
         continued: the text that it goes on with, if it does.
         """

@@ -20,7 +20,7 @@ class ModelInfo:
     max_model_len: tokens of prompt and output together. defaults: the model's own sampling.
     template_kwargs: variables for the chat template of every request.
     chat_format: how it writes reasoning and tool calls.
-    facts: what the processes told at their start.
+    facts: what the processes reported at their start.
     """
 
     name: str

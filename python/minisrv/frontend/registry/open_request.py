@@ -1,4 +1,4 @@
-"""One accepted request at the frontend: what has come for its uids, and who waits for it."""
+"""One accepted request at the frontend: what arrived for its uids, and who waits for it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class OpenRequest:
             self.wake_reader()
 
     def close(self) -> None:
-        """Nobody will read it any more; a reader that waits is told so."""
+        """Nobody will read it any more; a waiting reader is woken."""
         self.aborted = True
         self.unread = list(self.pending.values())
         self.pending.clear()
@@ -91,7 +91,7 @@ class OpenRequest:
             self.silence.cancel()
 
     def take(self) -> list[Event]:
-        """What has come. Raises RequestAborted after `close`, or why it was cancelled."""
+        """What has arrived. Raises RequestAborted after `close`, or why it was cancelled."""
         if self.aborted:
             raise self.cancelled or RequestAborted
         self.changed = False

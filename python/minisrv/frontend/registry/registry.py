@@ -1,6 +1,6 @@
 """The owner of the promise to clients: every request that was accepted gets a final event.
 
-A request holds consecutive uids, one a choice. A uid counts as open from `open` until its final
+A request holds consecutive uids, one per choice. A uid counts as open from `open` until its final
 (a finish code or a failure) has come from behind, also when the client has long gone: so the
 limit on open requests is a limit on the work behind.
 """
@@ -174,7 +174,7 @@ class RequestRegistry:
         return bool(request.live or request.pending or request.cancelled)
 
     async def next_events(self, base: int, timeout_s: float | None = None) -> list[Event]:
-        """What has come for an open request, at most one event a uid; waits for the first.
+        """What arrived for an open request, at most one event per uid; waits for the first.
 
         Empty after a silence of `timeout_s`, or a shorter one if an earlier call named a time that
         ends now. Raises RequestAborted after `abort`.
@@ -186,7 +186,7 @@ class RequestRegistry:
         return request.take()
 
     async def all_events(self, base: int) -> list[Event]:
-        """One event a uid with its whole text; returns early when one of them has failed.
+        """One event per uid with its whole text; returns early when one of them has failed.
 
         Raises RequestAborted after `abort`.
         """
@@ -208,12 +208,12 @@ class RequestRegistry:
             self.abort(base)
 
     def unread(self, base: int) -> list[Event]:
-        """What has come for a request and was not taken; it may be taken still."""
+        """What arrived for a request and was not taken yet."""
         request = self._requests.get(base)
         return [] if request is None else [*request.unread, *request.pending.values()]
 
     def abort(self, base: int) -> bool:
-        """Forget a request; what still runs is told to stop. Whether anything still ran.
+        """Forget a request and stop what still runs; returns whether anything did.
 
         Right in every state, and a second time: finished, unsent and unknown requests included.
         """
