@@ -13,7 +13,7 @@ from minisrv.frontend.generation.request import GenerationRequest
 from minisrv.frontend.generation.usage import Usage
 from minisrv.frontend.http.error_format import error_body
 from minisrv.frontend.http.sse import DONE, PING, encode_json, sse
-from minisrv.wire.messages import Progress
+from minisrv.wire.messages import PrefillProgress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ class OpenAIRenderer:
         *,
         finish: Finish | None = None,
         logprobs: dict[str, Any] | None = None,
-        progress: Progress | None = None,
+        progress: PrefillProgress | None = None,
     ) -> bytes:
         choice: dict[str, Any] = {
             "index": index,
@@ -162,7 +162,7 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _progress_body(progress: Progress) -> dict[str, int]:
+def _progress_body(progress: PrefillProgress) -> dict[str, int]:
     """llama.cpp's form; `processed` includes the cached tokens."""
     return {
         "total": progress.total,
