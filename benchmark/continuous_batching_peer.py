@@ -1,6 +1,6 @@
-"""The peer: continuous batching of transformers, what its `generate_batch` runs.
+"""The peer: transformers' continuous batching, which its `generate_batch` runs.
 
-Attention is sdpa over pages; where flash-attn is installed, transformers takes that instead.
+Attention is paged sdpa. If flash-attn is installed, transformers uses that instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ Requests = Sequence[tuple[list[int], int]]
 def measure_peer(model_dir: Path, requests: Requests, device: torch.device) -> float:
     """Seconds that transformers takes for the requests, with random weights of the same shapes.
 
-    `generate_batch` has one output length for all; its manager, used here, takes one a request.
+    `generate_batch` has one output length for all requests. Its manager, used here, takes a length
+    per request.
     """
     with device:
         model = AutoModelForCausalLM.from_config(
@@ -48,7 +49,7 @@ def measure_peer(model_dir: Path, requests: Requests, device: torch.device) -> f
 
 
 def _serve(manager: Any, requests: Requests) -> None:
-    """Raises RuntimeError unless each request gets exactly the tokens that it asks for."""
+    """Raises RuntimeError unless each request gets exactly as many tokens as it asks for."""
     wanted = {
         manager.add_request(prompt, max_new_tokens=count): count for prompt, count in requests
     }
@@ -63,4 +64,6 @@ def _serve(manager: Any, requests: Requests) -> None:
         if result.is_finished():
             count = wanted.pop(result.request_id)
             if len(result.generated_tokens) != count:
-                raise RuntimeError(f"{len(result.generated_tokens)} tokens came, not {count}")
+                raise RuntimeError(
+                    f"{len(result.generated_tokens)} tokens were generated, not {count}"
+                )

@@ -1,4 +1,4 @@
-"""A server under test, and the time it takes to stream a workload's answers."""
+"""Start a server, and time how long it takes to stream the answers of a workload."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from workloads import Workload
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds. ttft: mean time to the first token. itl: median time between tokens."""
+    """In seconds. ttft: mean over the streams. itl: median of the streams' mean token intervals."""
 
     wall: float
     ttft: float = 0.0
@@ -31,7 +31,7 @@ class Timing:
 
 @contextmanager
 def served(model_dir: Path, threads: int) -> Iterator[str]:
-    """The URL of a server that is ready; it ends with the block."""
+    """The URL of a ready server, which is stopped at the end of the block."""
     command = [sys.executable, "-m", "minisrv.launch_server", "--model", str(model_dir)]
     command += ["--served-model-name", "bench", "--port", "0", "--num-threads", str(threads)]
     process = subprocess.Popen(
@@ -54,7 +54,7 @@ def _wait_ready(url: str) -> None:
         if httpx.get(f"{url}/ready", timeout=60).status_code == 200:
             return
         time.sleep(0.2)
-    raise TimeoutError("the server does not become ready")
+    raise TimeoutError("the server did not become ready")
 
 
 def measure(url: str, workload: Workload) -> Timing:
@@ -76,9 +76,10 @@ async def _measure(url: str, workload: Workload) -> Timing:
 
 
 async def _stream(url: str, prompt: list[int], count: int) -> tuple[float, float]:
-    """Seconds from the start to the first and to the last chunk; checks that `count` tokens came.
+    """Seconds from the start to the first and to the last chunk.
 
-    Plain asyncio streams: on two cores a heavy client would be a part of what it measures.
+    Asserts that `count` tokens arrived. Uses plain asyncio streams, because on two cores a heavy
+    client would distort the measurement.
     """
     address = urlsplit(url)
     reader, writer = await asyncio.open_connection(address.hostname, address.port)

@@ -14,7 +14,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def make_model(folder: Path) -> Path:
-    """Write the checkpoint to `folder`, unless it is there."""
+    """Write the checkpoint to `folder`, unless it exists already; returns `folder`."""
     if (folder / "tokenizer.json").exists():
         return folder
     config = Qwen3Config(
@@ -40,7 +40,7 @@ def make_model(folder: Path) -> Path:
 
 
 def _make_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes first, then words of filler: the benchmarks send ids and need text back alone."""
+    """Bytes first, then filler words: the benchmarks send ids and only need text back."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = [*alphabet, *(f"word{i}" for i in range(len(alphabet), VOCAB_SIZE - 1))]
     tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))

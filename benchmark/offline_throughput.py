@@ -2,8 +2,9 @@
 
 256 requests of 100 to 1,024 random tokens, answered with 100 to 1,024 tokens at temperature 0.6:
 142,827 tokens in, 133,966 out, the same numbers as in the benchmarks of nano-vllm and mini-sglang.
-Weights are random, in the shapes of benchmark/models. Beside it stand what the device could do at
-best (roofline.py, with rates measured in the same run) and transformers' continuous batching.
+Weights are random, in the shapes of benchmark/models. The result is compared with what the device
+could do at best (roofline.py, with rates measured in the same run) and with transformers'
+continuous batching.
 """
 
 from __future__ import annotations
@@ -43,17 +44,17 @@ INPUT_TOKENS, OUTPUT_TOKENS = 142_827, 133_966
 DECODE_BATCHES, DECODE_CONTEXT, DECODE_STEPS = (1, 64, 256), 800, 128
 SAMPLING = SamplingParams(temperature=0.6, top_p=1.0, top_k=0, min_p=0.0, ignore_eos=True)
 HOW = (
-    "Ideal: prompts, then decode steps, with nothing overlapped, at the rates above. Host time is "
-    "a turn of the loop less the wait for the device (on a CPU: less the model's computation). "
-    "Idle is the time on the device from the end of a step to where the next was handed to it, by "
-    "events; n/a on a CPU."
+    "Ideal: prompts, then decode steps, without overlap, at the rates above. Host time is a turn "
+    "of the loop minus its wait for the device (on a CPU: minus the model's computation). Idle is "
+    "the time on the device between the end of a step and the point where the next one was "
+    "submitted, measured by events; n/a on a CPU."
 )
 Requests = list[tuple[list[int], int]]
 
 
 @dataclass
 class Result:
-    """One model: the whole workload, then decode steps at fixed batches."""
+    """One model's results: the whole workload, then decode steps at fixed batch sizes."""
 
     name: str
     requests: Requests
@@ -65,7 +66,7 @@ class Result:
 
     @property
     def output_tokens(self) -> int:
-        """Of all requests."""
+        """The output tokens of all requests."""
         return sum(count for _, count in self.requests)
 
     def line(self) -> str:
@@ -93,18 +94,18 @@ class Result:
 
 
 HEADER = (
-    "| model | tok/s | ideal | achieved / ideal | transformers tok/s | times faster "
-    "| host us a step, p50 | p99 | idle us a step, p50 | p99 | idle |\n" + "|---" * 11 + "|"
+    "| model | tok/s | ideal | achieved / ideal | transformers tok/s | speed-up "
+    "| host us per step, p50 | p99 | idle us per step, p50 | p99 | idle |\n" + "|---" * 11 + "|"
 )
 DECODE_HEADER = (
-    "| model | decodes | ms a step | floor ms | host us, p50 | p99 | idle us, p50 | idle |\n"
+    "| model | decodes | ms per step | floor ms | host us, p50 | p99 | idle us, p50 | idle |\n"
     + "|---" * 8
     + "|"
 )
 
 
 def make_requests(count: int = NUM_REQUESTS, scale: float = 1.0) -> Requests:
-    """Prompts first, then lengths of outputs, from seed 0; `scale` cuts both."""
+    """The first `count` requests, from seed 0; `scale` shortens prompts and outputs."""
     rng = Random(0)
     prompts = [
         [rng.randint(0, LAST_ID) for _ in range(rng.randint(SHORTEST, LONGEST))]
@@ -120,7 +121,7 @@ def make_requests(count: int = NUM_REQUESTS, scale: float = 1.0) -> Requests:
 
 
 class Bench:
-    """A model with random weights, driven by token ids, without a tokenizer."""
+    """Drives a model with random weights by token ids, without a tokenizer."""
 
     def __init__(self, directory: Path, device: torch.device, options: dict[str, Any]) -> None:
         self.model = load_model_config(directory)
@@ -140,7 +141,10 @@ class Bench:
         self.memory = self._engine.describe()
 
     def run(self, requests: Requests) -> tuple[float, StepTimes]:
-        """Seconds of all, and of the steps. Each gets exactly the tokens that it asks for."""
+        """Seconds for all requests, and the times of the steps.
+
+        Asserts that each request gets exactly as many tokens as it asks for.
+        """
         self._send(requests)
         synchronize(self._device)
         began = time.perf_counter()
@@ -150,7 +154,7 @@ class Bench:
         return seconds, self._drain()
 
     def decode(self, batch: int, context: int, steps: int) -> tuple[float, StepTimes]:
-        """Seconds of a step that decodes `batch` requests around `context`, and of its parts."""
+        """Seconds per decode step of `batch` requests around `context` tokens, and step times."""
         length = max(1, context - steps // 2)
         rest = 2 * LONGEST - length
         rng = Random(batch)
@@ -165,7 +169,7 @@ class Bench:
             self._turn()
         seconds = (time.perf_counter() - began) / steps
         times = self._timed.take()
-        assert len(self._wanted) == batch, "requests have ended while they were measured"
+        assert len(self._wanted) == batch, "requests ended during the measurement"
         self._channel.inbox.append(AbortMsg(uids=tuple(self._wanted)))
         self._wanted.clear()
         self._drain()
@@ -197,12 +201,14 @@ class Bench:
             ended = message.finishes != Finish.NONE
             for uid, end in zip(message.uids.tolist(), ended.tolist(), strict=True):
                 self._wanted[uid] -= 1
-                assert end == (not self._wanted[uid]), "a request has not all its tokens"
+                assert end == (not self._wanted[uid]), (
+                    "a request ended before it had all its tokens"
+                )
                 if end:
                     del self._wanted[uid]
 
     def _drain(self) -> StepTimes:
-        """Settle what is in flight; the times of all steps."""
+        """Settle the steps in flight; returns the times of all steps."""
         while self._timed.loop.busy or self._channel.inbox:
             self._timed.turn()
         self._channel.outbox.clear()
@@ -210,7 +216,7 @@ class Bench:
 
 
 def bench_model(directory: Path, device: torch.device, rates: Rates, args: Namespace) -> Result:
-    """Ours, then transformers', on the same device one after the other."""
+    """Measure minisrv, then transformers, on the same device."""
     bench = Bench(directory, device, {"num_threads": args.threads} if args.threads else {})
     print(bench.memory, file=sys.stderr)
     size, scale = bench.model.vocab_size, args.scale
@@ -234,7 +240,7 @@ def bench_model(directory: Path, device: torch.device, rates: Rates, args: Names
 
 
 def report(results: Sequence[Result], device: torch.device, rates: Rates) -> str:
-    """The page: two tables and what was measured how."""
+    """The Markdown page: two tables, and how they were measured."""
     requests = results[0].requests
     rows = [HEADER, *(result.line() for result in results)]
     decodes = [DECODE_HEADER, *(line for result in results for line in result.decode_lines())]
@@ -247,7 +253,7 @@ def report(results: Sequence[Result], device: torch.device, rates: Rates) -> str
             f"{results[0].output_tokens:,} out, temperature 0.6, random weights in bfloat16. "
             f"{HOW}\n",
             *rows,
-            f"\nSteps that decode, around {DECODE_CONTEXT} tokens of context (scaled as all):\n",
+            f"\nDecode steps around {DECODE_CONTEXT} tokens of context (scaled like the rest):\n",
             *decodes,
         ]
     )
@@ -256,11 +262,11 @@ def report(results: Sequence[Result], device: torch.device, rates: Rates) -> str
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    return f"{torch.get_num_threads()} threads of a CPU"
+    return f"{torch.get_num_threads()} CPU threads"
 
 
 def _versions() -> str:
-    """Of what is installed: a GPU box may run from the source tree."""
+    """Versions of what is installed; minisrv itself may run from the source tree."""
     found = [f"Python {platform.python_version()}"]
     for name in ("minisrv", "torch", "transformers", "numpy", "flashinfer-python", "triton"):
         with suppress(PackageNotFoundError):
@@ -275,13 +281,18 @@ def _share(times: StepTimes) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--models", nargs="+", default=["Qwen3-0.6B"], help="of benchmark/models, or directories"
+        "--models",
+        nargs="+",
+        default=["Qwen3-0.6B"],
+        help="names in benchmark/models, or directories",
     )
-    parser.add_argument("--requests", type=int, default=NUM_REQUESTS, help="the first of the 256")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on all lengths")
+    parser.add_argument(
+        "--requests", type=int, default=NUM_REQUESTS, help="how many of the 256 requests to run"
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for all lengths")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--no-peer", action="store_true", help="without transformers")
+    parser.add_argument("--no-peer", action="store_true", help="do not run transformers")
     parser.add_argument("--results", type=Path, help="write the page to this file")
     args = parser.parse_args()
     cuda = args.device != "cpu" and torch.cuda.is_available()
@@ -294,7 +305,7 @@ def main() -> int:
         directory = MODELS / name if (MODELS / name).is_dir() else Path(name)
         results.append(bench_model(directory, device, rates, args))
         page = report(results, device, rates)
-        if args.results:  # after each model: a run that is cut off leaves what it has
+        if args.results:  # after each model, so that an interrupted run leaves its results
             args.results.write_text(page + "\n")
     print(page)
     return 0

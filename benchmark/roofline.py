@@ -1,8 +1,8 @@
 """What a device could do at best: its measured rates, and the time a workload takes at them.
 
-Everything is computed once and nothing overlaps: prompts first, at the rate of matrix products;
-then one decode step after another, each the longer of reading the weights and multiplying with
-them, plus reading the cache, plus writing and reading what goes from one operator to the next.
+Everything is computed once and nothing overlaps: first the prompts, at the rate of matrix products,
+then one decode step after another. A step takes the longer of reading the weights and multiplying
+with them, plus the time to read the cache, plus the time to write and read the activations.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _REPETITIONS = 5
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes a second of a copy, read and written; FLOP a second of a bf16 matrix product."""
+    """bandwidth: bytes per second of a copy, read plus written. flops: of a bf16 matrix product."""
 
     bandwidth: float
     flops: float
@@ -35,27 +35,27 @@ class Rates:
 
 @dataclass(frozen=True)
 class Ideal:
-    """Seconds of a workload's parts, and the tokens that it gives."""
+    """Seconds for the parts of a workload, and the tokens it produces."""
 
     prefill: float
-    products: float  # the longer of weights and FLOP, of each step
+    products: float  # per step, the longer of reading weights and computing
     cache: float
     activations: float
     output_tokens: int
 
     @property
     def seconds(self) -> float:
-        """All of them one after the other."""
+        """The sum of all parts."""
         return self.prefill + self.products + self.cache + self.activations
 
     @property
     def tokens_per_second(self) -> float:
-        """Output tokens over the whole time."""
+        """Output tokens divided by the whole time."""
         return self.output_tokens / self.seconds
 
 
 def measure_rates(device: torch.device) -> Rates:
-    """The best of some repetitions, on sizes that caches do not hold."""
+    """The best of a few repetitions, on sizes that do not fit into caches."""
     cuda = device.type == "cuda"
     size, edge = (2**30, 8192) if cuda else (2**26, 1024)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
@@ -69,7 +69,7 @@ def measure_rates(device: torch.device) -> Rates:
 
 
 def ideal(model: ModelConfig, lengths: Sequence[tuple[int, int]], rates: Rates) -> Ideal:
-    """`lengths`: prompt and output tokens of each request, all of which run together."""
+    """The ideal time of requests that run together; `lengths`: (prompt, output) tokens of each."""
     prompts, outputs = (np.array(column, np.int64) for column in zip(*lengths, strict=True))
     parts = np.zeros(3)
     for step in range(1, int(outputs.max())):
@@ -88,9 +88,9 @@ def ideal(model: ModelConfig, lengths: Sequence[tuple[int, int]], rates: Rates) 
 def decode_step(
     model: ModelConfig, batch: int, cached_tokens: int, rates: Rates
 ) -> tuple[float, float, float]:
-    """Seconds of products, cache and activations; `cached_tokens` are those of the whole batch."""
+    """Seconds for products, cache and activations; `cached_tokens` counts the whole batch."""
     parameters = count_parameters(model)
-    touched = 1 - (1 - parameters.experts_read) ** batch  # of the experts, if drawn evenly
+    touched = 1 - (1 - parameters.experts_read) ** batch  # share of the experts, if chosen evenly
     dense = parameters.matrices + parameters.head_products + parameters.vectors
     read = (dense + parameters.experts * touched) * ITEMSIZE
     flops = 2 * (parameters.layer_products + parameters.head_products) * batch
@@ -103,14 +103,14 @@ def decode_step(
 
 
 def _prefill_flops(model: ModelConfig, prompts: np.ndarray) -> float:
-    """Products of all prompt tokens, and causal attention; the head is left out."""
+    """Matrix products and causal attention of all prompt tokens, without the head."""
     products = 2 * count_parameters(model).layer_products * int(prompts.sum())
     width = model.num_layers * model.num_heads * model.head_dim
     return products + 2 * width * int((prompts**2).sum())
 
 
 def _activation_bytes(model: ModelConfig) -> int:
-    """Of a token: each operator's output and the logits, once written and once read."""
+    """Bytes per token: each operator's output and the logits, written once and read once."""
     hidden, heads = model.hidden_size, model.num_heads + 2 * model.num_kv_heads
     features, experts = model.intermediate_size, 1
     if model.moe is not None:
@@ -120,7 +120,7 @@ def _activation_bytes(model: ModelConfig) -> int:
 
 
 def _best(device: torch.device, run: Callable[[], object]) -> float:
-    """Seconds of the fastest run, the first aside."""
+    """Seconds of the fastest run, not counting the first."""
     seconds = []
     for _ in range(_REPETITIONS + 1):
         synchronize(device)
@@ -132,6 +132,6 @@ def _best(device: torch.device, run: Callable[[], object]) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

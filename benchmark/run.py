@@ -1,4 +1,4 @@
-"""minisrv over HTTP beside transformers, on the same model, threads and workloads, in one run.
+"""minisrv over HTTP and transformers, with the same model, threads and workloads, in one run.
 
 python benchmark/run.py [--quick] [--results FILE]. The two never run at the same time: for each
 repetition of a workload first one, then the other.
@@ -26,7 +26,7 @@ CACHE = Path.home() / ".cache" / "minisrv-bench" / "tiny"
 
 @dataclass
 class Row:
-    """Both engines on one workload; useful tokens a second count what was asked for."""
+    """Both engines on one workload; tokens per second count only the tokens asked for."""
 
     name: str
     ours: list[Timing] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """How many times faster minisrv is, of median walls."""
+        """How many times faster minisrv is, by median wall times."""
         return self._wall(self.theirs) / self._wall(self.ours)
 
     def line(self) -> str:
@@ -58,9 +58,9 @@ class Row:
 
 
 PEERS = """\
-Other engines on such a machine with such a model, measured on another day and quoted for the
-distance alone: decode of one stream 155 tok/s (vLLM, over HTTP), 369 (OpenVINO GenAI, in process),
-416 (llama.cpp, over HTTP); W3 885, 1659 and 372 tok/s; W4 cold 0.56, 1.56 and 5.72 s.
+Other engines on a similar machine with a similar model, measured on another day and quoted only for
+comparison: decode of one stream 155 tok/s (vLLM, over HTTP), 369 (OpenVINO GenAI, in process), 416
+(llama.cpp, over HTTP); W3 885, 1659 and 372 tok/s; W4 cold 0.56, 1.56 and 5.72 s.
 """
 HEADER = (
     "| workload | minisrv tok/s | transformers tok/s | ratio of medians (range) | target "
@@ -69,7 +69,7 @@ HEADER = (
 
 
 def run(url: str, peer: TransformersPeer, repetitions: int) -> list[Row]:
-    """Warm up both, then measure."""
+    """Warm up both engines, then measure them in turn."""
     warm_up: Workload = [(list(range(2000, 2064)), 8)] * 16
     measure(url, warm_up)
     peer.measure(warm_up)
@@ -87,7 +87,7 @@ def run(url: str, peer: TransformersPeer, repetitions: int) -> list[Row]:
 
 
 def report(rows: list[Row], threads: int, repetitions: int) -> str:
-    """The page for benchmark/results."""
+    """The Markdown page for benchmark/results."""
     packages = ("minisrv", "torch", "transformers", "numpy", "pyzmq", "uvicorn")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     table = "\n".join([HEADER, *(row.line() for row in rows)])
@@ -96,10 +96,11 @@ def report(rows: list[Row], threads: int, repetitions: int) -> str:
         f"`make bench`: {__doc__.splitlines()[0]}\n\n"
         f"{_cpu()}, {threads} threads each, bfloat16, medians of {repetitions}. "
         f"Python {platform.python_version()}, {versions}.\n\n"
-        "The model has 14.5 M random weights. W1 is one stream (128 in, 128 out), W3 16 at once "
-        "(100-300 in, 50-150 out), W4 16 at once that share 1,024 tokens (32 own, 32 out), with a "
-        "cold cache. transformers gets W3 and W4 as one static batch; its tokens a second count "
-        "what was asked for, not what the longest of the batch makes the others compute.\n\n"
+        "The model has 14.5 M random weights. W1 is one request (128 tokens in, 128 out), W3 is 16 "
+        "requests at once (100-300 in, 50-150 out), W4 is 16 requests at once with a shared "
+        "1,024-token prefix (32 unique prompt tokens and 32 out each) and a cold cache. "
+        "transformers gets W3 and W4 as one static batch; its tokens per second count only the "
+        "tokens asked for, not those computed because another sequence is longer.\n\n"
         f"{table}\n\n{PEERS}"
     )
 
@@ -116,11 +117,11 @@ def _cpu() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one repetition, nothing written")
+    parser.add_argument("--quick", action="store_true", help="one repetition; write no page")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--model-dir", type=Path, default=CACHE)
-    parser.add_argument("--results", type=Path, help="where the page goes")
+    parser.add_argument("--results", type=Path, help="file to write the page to")
     args = parser.parse_args()
     repetitions = 1 if args.quick else args.repetitions
     model_dir = make_model(args.model_dir)

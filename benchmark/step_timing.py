@@ -1,4 +1,4 @@
-"""Host time and device idle time of steps, measured around an engine and not in it."""
+"""Host time and device idle time of steps, measured from outside the engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minisrv.scheduler.loop import SchedulerLoop
 
 @dataclass
 class StepTimes:
-    """Of each step in seconds. `gaps` is empty on a CPU, which has no time line of its own."""
+    """Seconds per step. `gaps` is empty on a CPU, which has no timeline of its own."""
 
     host: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
@@ -24,11 +24,11 @@ class StepTimes:
 
     @property
     def gap_share(self) -> float:
-        """Idle share of the device's time; NaN where it is not known."""
+        """Share of the time that the device was idle; NaN if unknown."""
         return sum(self.gaps) / sum(self.steps) if self.gaps else float("nan")
 
     def host_us(self, percentile: float) -> float:
-        """A percentile of the host's time, in microseconds."""
+        """A percentile of the host time, in microseconds."""
         return float(np.percentile(self.host, percentile)) * 1e6
 
     def gap_us(self, percentile: float) -> str:
@@ -39,10 +39,10 @@ class StepTimes:
 class TimedLoop:
     """Turns a loop and times its steps.
 
-    Host time is a turn less the wait for the device; on a CPU also less the computation itself,
+    Host time is a turn minus the wait for the device and, on a CPU, minus the computation itself,
     which happens in `launch`. A gap is the time on the device between the end of a step and the
-    point where the next one was handed to it, by events on its stream: 0 while the host is ahead.
-    What the host does within `launch` before its first copy is not seen as a gap.
+    point where the next one was submitted, measured by events on its stream: 0 while the host is
+    ahead. Work of the host inside `launch` before its first copy does not show up as a gap.
     """
 
     def __init__(self, loop: SchedulerLoop, device: torch.device) -> None:
@@ -55,7 +55,7 @@ class TimedLoop:
         loop.engine = self
 
     def turn(self) -> None:
-        """One turn of the loop; a turn that launches nothing only drains and is not counted."""
+        """Run one turn of the loop; a turn that launches nothing is not counted."""
         self._away, self._launched = 0.0, False
         began = time.perf_counter()
         self.loop.turn()
@@ -65,7 +65,7 @@ class TimedLoop:
             self.times.host.append(took - self._away)
 
     def take(self) -> StepTimes:
-        """What was measured since the last call."""
+        """The times measured since the last call."""
         times, self.times = self.times, StepTimes()
         marks, self._marks = self._marks, []
         if self._cuda and marks:
@@ -105,7 +105,7 @@ class TimedLoop:
 
 
 def _stream_of(engine: Any, device: torch.device) -> Any:
-    """The stream that the engine computes on: its own if it has one, else the current one."""
+    """The stream the engine computes on: its own if it has one, otherwise the current one."""
     if device.type != "cuda":
         return None
     own = [value for value in vars(engine).values() if isinstance(value, torch.cuda.Stream)]

@@ -1,4 +1,4 @@
-"""The peer: `generate` of transformers with sdpa, a static batch padded on the left."""
+"""The peer: transformers' `generate` with sdpa, on a static batch padded on the left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from workloads import Workload
 
 
 class TransformersPeer:
-    """Holds the model; `measure` runs a workload as one batch to its longest output."""
+    """Holds the model; `measure` runs a workload as one batch up to its longest output."""
 
     def __init__(self, model_dir: Path, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -24,7 +24,7 @@ class TransformersPeer:
         self._model.generation_config.pad_token_id = 0
 
     def measure(self, workload: Workload) -> Timing:
-        """Wall time of the batch; every sequence gets at least what it asked for."""
+        """Wall time of the batch; every sequence gets at least as many tokens as it asked for."""
         longest = max(len(prompt) for prompt, _ in workload)
         count = max(count for _, count in workload)
         ids = torch.zeros(len(workload), longest, dtype=torch.long)

@@ -1,8 +1,9 @@
 """The workloads: lists of (prompt token ids, output tokens), the same for every engine.
 
-W1: one stream, 128 tokens in, 128 out. W3: 16 at once, 100-300 in, 50-150 out. W4: 16 at once that
-share a prefix of 1,024 tokens, with 32 of their own, 32 out. Lengths are the same in every
-repetition, tokens are not, so nothing is found in a cache that the workload does not mean to share.
+W1: one request, 128 tokens in, 128 out. W3: 16 requests at once, 100-300 in, 50-150 out. W4: 16
+requests at once with a shared 1,024-token prefix, 32 unique prompt tokens and 32 out each. Lengths
+are the same in every repetition, tokens are not, so no cache hit occurs that the workload does not
+intend.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def make_workload(name: str, repetition: int) -> Workload:
 
 
 def output_tokens(workload: Workload) -> int:
-    """Tokens that the workload asks for."""
+    """The number of output tokens that the workload asks for."""
     return sum(count for _, count in workload)
 
 

@@ -1,4 +1,4 @@
-"""Answer the prompts of a file: the same as `minisrv batch`; see --help."""
+"""Answer the prompts of a file, as `minisrv batch` does; see --help."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Print the held-out accuracy of the demo model as a table; status 1 if a target is missed."""
+"""Print the demo model's held-out accuracy as a table; exit status 1 if a target is missed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ PACKAGE = Path(__file__).parent.parent / "python" / "minisrv" / "checkpoint" / "
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=PACKAGE)
-    parser.add_argument("--prompts", type=int, default=200, help="a task; half for 1,000 tokens")
-    parser.add_argument("--tasks", nargs="*", help="substrings of the rows to measure")
-    parser.add_argument("--mistakes", type=int, default=0, help="how many to print a task")
+    parser.add_argument(
+        "--prompts", type=int, default=200, help="per task; half as many for 1,000 tokens"
+    )
+    parser.add_argument("--tasks", nargs="*", help="substrings of the names of the rows to measure")
+    parser.add_argument(
+        "--mistakes", type=int, default=0, help="how many mistakes to print per task"
+    )
     args = parser.parse_args()
     torch.set_num_threads(2)
     evaluator = Evaluator(args.model)

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, by one command on a machine that has one, without network:
+# Runs everything that needs a GPU on a machine that has one. Needs no network.
 #
 #   scripts/gpu_check.sh [STAGE...]
 #
-# Stages, all of them in this order where none is given, but of the benchmarks the first alone:
-#   device            what the machine is
-#   build             FlashInfer's modules, in one run of ninja
-#   kernels           each kernel against float64
-#   checkpoints       bfloat16 checkpoints against transformers
-#   host              the host's time for a step
-#   bench-Qwen3-0.6B  throughput beside the roofline and transformers; so bench-Qwen3-8B, -14B
+# Stages; without arguments all run in this order, with only the first of the benchmarks:
+#   device            describe the machine
+#   build             compile FlashInfer's modules in one run of ninja
+#   kernels           compare each kernel with float64
+#   checkpoints       compare bfloat16 checkpoints with transformers
+#   host              the host time of a step
+#   bench-Qwen3-0.6B  throughput against the roofline and transformers; also bench-Qwen3-8B, -14B
 #
-# Wheels in .whl/ are installed into build/gpu_site first. Python is $PYTHON (python3), torch its
-# own. All stages together get $BUDGET_S seconds (570); what is left of it bounds each. Pages for
-# benchmark/results/ and the logs go to $OUT (build/gpu_check). The status is 0 if all went well.
+# Wheels in .whl/ are installed into build/gpu_site first. Python is $PYTHON (python3), with its own
+# torch. All stages together get $BUDGET_S seconds (570); each may use what is left. Pages for
+# benchmark/results/ and the logs go to $OUT (build/gpu_check). The exit status is 0 if all is well.
 set -u
 cd "$(dirname "$0")/.."
 
@@ -43,7 +43,7 @@ print(properties.name, f"{properties.total_memory / 2**30:.2f} GiB, SM {properti
 PYTHON_END
 }
 
-# The options of pyproject.toml are for a machine with all test packages.
+# The options in pyproject.toml assume that all test packages are installed.
 run_tests() { "$PYTHON" -m pytest -o addopts=--import-mode=importlib -q -rfE -m gpu "$@"; }
 
 run_stage() {
@@ -67,7 +67,7 @@ install_wheels() {
     fi
 }
 
-if [ "${GPU_CHECK_STAGE:-}" ]; then  # the script calls itself, so that `timeout` bounds a stage
+if [ "${GPU_CHECK_STAGE:-}" ]; then  # the script calls itself so that `timeout` limits a stage
     run_stage "$GPU_CHECK_STAGE"
     exit
 fi

@@ -1,4 +1,4 @@
-"""Write the table of request fields in docs/api.md anew, from the tables that the server reads.
+"""Regenerate the table of request fields in docs/api.md from the tables that the server uses.
 
 Run: python scripts/request_fields_table.py
 """
@@ -17,7 +17,7 @@ HEAD = "| field | routes | what it does |\n|---|---|---|\n"
 
 
 def table() -> str:
-    """A row for each field; one for each route where they differ."""
+    """The Markdown table: a row per field, or a row per route where the routes differ."""
     rows: dict[tuple[Treatment, str, str], list[str]] = {}
     for route, fields in (("chat", CHAT_FIELDS), ("completions", COMPLETION_FIELDS)):
         for name, field in fields.items():
@@ -32,13 +32,13 @@ def _text(field: Field) -> str:
     if field.treatment is not Treatment.REJECTED:
         return str(field.schema["description"]).replace("|", "\\|")
     if field.flag is not None:
-        return f"Refused, but with `{field.flag}`."
+        return f"Refused unless the server runs with `{field.flag}`."
     passing = ", ".join(f"`{json.dumps(value)}`" for value in (*field.neutral, None))
     return f"Refused; {passing} may be sent."
 
 
 def main() -> None:
-    """Put the table in the place of the one that is there."""
+    """Replace the table in docs/api.md."""
     page = PAGE.read_text()
     found = re.search(re.escape(HEAD) + r"(\|.*\n)*", page)
     assert found is not None, "docs/api.md has no table of request fields"

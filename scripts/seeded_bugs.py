@@ -1,6 +1,6 @@
-"""Apply twelve cache bugs to a copy of the package, one at a time, and name the test that fails.
+"""Put twelve cache bugs into a copy of the package, one at a time, and name the test that fails.
 
-Ends with status 1 when a bug passes the tests. Run: python scripts/seeded_bugs.py [NUMBER ...]
+Exits with status 1 if the tests miss a bug. Run: python scripts/seeded_bugs.py [NUMBER ...]
 """
 
 from __future__ import annotations
@@ -110,14 +110,14 @@ BUGS = [
 
 
 def run(bug: Bug) -> str | None:
-    """The first failing test with the bug in, or None."""
+    """The first test that fails with the bug in place, or None."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "minisrv"
         shutil.copytree(ROOT / "python" / "minisrv", package)
         source = (package / bug.file).read_text()
-        assert source.count(bug.old) == 1, f"{bug.file} does not hold the place of: {bug.name}"
+        assert source.count(bug.old) == 1, f"{bug.file} does not contain the code of: {bug.name}"
         (package / bug.file).write_text(source.replace(bug.old, bug.new))
-        # pythonpath of pyproject.toml would put the true package first
+        # The pythonpath of pyproject.toml would put the unmodified package first.
         options = ["-x", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={folder} ."]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *options, *TESTS],

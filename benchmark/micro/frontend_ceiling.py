@@ -1,10 +1,11 @@
-"""Tokens a second through the frontend: python benchmark/micro/frontend_ceiling.py.
+"""Tokens per second through the frontend: python benchmark/micro/frontend_ceiling.py.
 
-64 streams of chat chunks, one chunk a token (they are counted), the client in a process of its own.
-Behind the frontend stands, in turn: a process that answers at once; and scheduler and detokenizer
-around an engine that costs nothing. Beside both, in the same run, a bare uvicorn application that
-sends the same bytes. The rate offered rises until chunks come late or merged: the ceiling is the
-highest rate at which tokens came in time and, but for one in 200, as chunks of their own.
+64 streams of chat chunks, one chunk per token (chunks are counted), with the client in its own
+process. Behind the frontend there is first a process that answers at once, then the scheduler and
+the detokenizer around an engine that costs nothing. A bare uvicorn application that sends the same
+bytes is measured in the same run. The offered rate rises until chunks are late or merged: the
+ceiling is the highest rate at which tokens arrived in time and at least 99.5% of them as their own
+chunk.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ REPLACED = {
 
 @dataclass(frozen=True)
 class Run:
-    """One rate. cpu_us: processor time a token of each process; the client is this one."""
+    """One offered rate. cpu_us: CPU microseconds per token, by process; this one is the client."""
 
     offered: float
     reached: float
@@ -50,7 +51,7 @@ class Run:
 
     @property
     def kept_up(self) -> bool:
-        """Tokens came in time, and but for one in 200 as chunks of their own."""
+        """Whether tokens arrived in time, and at least 99.5% of them as their own chunk."""
         in_time = self.reached >= IN_TIME * self.offered
         return in_time and self.merged <= 0.005 * self.offered * SECONDS
 
@@ -66,9 +67,10 @@ def bare_uvicorn() -> Iterator[str]:
 
 @contextmanager
 def minisrv(replaced: dict[str, str]) -> Iterator[str]:
-    """The URL of a server with some processes replaced by this folder's modules."""
+    """The URL of a server in which modules of this folder replace some processes."""
     program = (
-        "import sys; from minisrv import launch_server, supervisor; "
+        "import sys; from minisrv import launch_server; "
+        "from minisrv.supervision import supervisor; "
         f"supervisor.MODULES.update({replaced!r}); sys.exit(launch_server.main())"
     )
     command = [sys.executable, "-c", program, "--port", "0", "--log-level", "warning"]
@@ -78,7 +80,7 @@ def minisrv(replaced: dict[str, str]) -> Iterator[str]:
                 break
             time.sleep(0.1)
         else:
-            raise TimeoutError("the server does not become ready")
+            raise TimeoutError("the server did not become ready")
         yield url
 
 
@@ -98,7 +100,7 @@ def _process(command: list[str], pattern: str) -> Iterator[str]:
 
 
 def measure(url: str, rate: float) -> Run:
-    """Read STREAMS streams at `rate` tokens a second in all."""
+    """Read STREAMS streams at `rate` tokens per second in total."""
     count = max(8, int(rate * SECONDS / STREAMS))
     before = _cpu_seconds()
     chunks, seconds = asyncio.run(_read_all(url, count, int(1e6 * STREAMS / rate)))
@@ -132,14 +134,14 @@ def _name(process: psutil.Process) -> str:
 
 
 async def _read_all(url: str, count: int, period_us: int) -> tuple[int, float]:
-    """Chunks with content, and seconds from the first byte of all to the last."""
+    """The number of chunks with content, and seconds from the very first byte to the last."""
     streams = await asyncio.gather(*(_Stream.read(url, count, period_us) for _ in range(STREAMS)))
     first = min(stream.first for stream in streams)
     return sum(s.chunks for s in streams), max(s.last for s in streams) - first
 
 
 class _Stream(asyncio.Protocol):
-    """Counts chunks without parsing them: on two cores a heavy client would be what is measured."""
+    """Counts chunks without parsing them: on two cores a heavy client would distort the result."""
 
     def __init__(self, request: bytes) -> None:
         self._request = request
@@ -150,7 +152,7 @@ class _Stream(asyncio.Protocol):
 
     @classmethod
     async def read(cls, url: str, count: int, period_us: int) -> _Stream:
-        """One request to its end."""
+        """Send one request and read its stream to the end."""
         fields = {"max_tokens": count, "seed": period_us, "stream": True, "ignore_eos": True}
         body = json.dumps({**fields, "messages": [{"role": "user", "content": "a"}]}).encode()
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
@@ -162,12 +164,12 @@ class _Stream(asyncio.Protocol):
         return stream
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Send the request."""
+        """Send the request as soon as the connection is open."""
         assert isinstance(transport, asyncio.Transport)
         transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        """Count; a mark may be cut between two reads."""
+        """Count the chunks in `data`; a mark may be split between two reads."""
         self.last = time.perf_counter()
         self.first = self.first or self.last
         text = self._tail + data
@@ -175,8 +177,8 @@ class _Stream(asyncio.Protocol):
         self._tail = text[-(len(_MARK) - 1) :]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The stream has ended."""
-        self.chunks -= 1  # the first, with the role
+        """Finish the count at the end of the stream."""
+        self.chunks -= 1  # the first chunk has only the role
         self.done.set_result(None)
 
 
@@ -184,7 +186,7 @@ _MARK = b'"content":"'
 
 
 def ceiling(url: str) -> tuple[Run, Run]:
-    """The run at the highest rate that was kept up, and the one after it."""
+    """The run at the highest sustained rate, and the one after it."""
     measure(url, 2_000)
     best = measure(url, 2_500)
     for rate in RATES:
@@ -200,11 +202,11 @@ def page(rows: dict[str, tuple[Run, Run]]) -> str:
     lines = [
         f"# Frontend ceiling, {date.today()}",
         "",
-        f"`python benchmark/micro/frontend_ceiling.py`: {STREAMS} streams of chat chunks, one a "
+        f"`python benchmark/micro/frontend_ceiling.py`: {STREAMS} streams of chat chunks, one per "
         f"token, the client in its own process. {os.cpu_count()} cores of {platform.machine()}, "
         f"Python {platform.python_version()}.",
         "",
-        "| what | tokens/s kept up | next rate: reached, merged | us of processor a token |",
+        "| what | sustained tokens/s | next rate: reached, merged | CPU us per token |",
         "|---|---|---|---|",
     ]
     for name, (best, over) in rows.items():
@@ -215,7 +217,7 @@ def page(rows: dict[str, tuple[Run, Run]]) -> str:
         )
     reached = rows["frontend alone"][0].reached
     verdict = "met" if reached >= TARGET * IN_TIME else "missed"
-    lines += ["", f"Target: {TARGET:,} tokens a second through the frontend alone, {verdict}."]
+    lines += ["", f"Target: {TARGET:,} tokens per second through the frontend alone, {verdict}."]
     return "\n".join(lines) + "\n"
 
 

@@ -1,9 +1,10 @@
 """What a decode step costs the host: python benchmark/micro/host_step.py [--results FILE].
 
-The scheduler's real loop and messages around an engine that returns at once. A step here is all
-that the scheduler process does for it: decode the frames that came, decide, take pages, write the
-batch and the indices that an engine makes of it, settle the tokens with their stop checks, and
-encode the reply. Requests end and others join all the time, some with a known prefix.
+Runs the scheduler's real loop and messages around an engine that returns at once. The time of a
+step covers everything the scheduler process does for it: decode the incoming frames, schedule, take
+pages, build the batch and the indices that an engine derives from it, settle the tokens with their
+stop checks, and encode the reply. Requests end and others join all the time, some with a prefix
+that is in the cache.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from minisrv.wire.messages import (
 )
 
 PAGE_SIZE, MAX_SEQ_LEN, VOCAB_SIZE, MAX_PREFILL_TOKENS = 16, 2048, 32_000, 8192
-EOS_ID = VOCAB_SIZE  # never drawn: outputs end at their limit, the check is made all the same
+EOS_ID = VOCAB_SIZE  # never sampled: outputs end at their limit, but the check still runs
 TARGETS_US = {1: 150, 64: 250, 256: 400}
 
 
 class StubEngine:
-    """Makes the indices that a device needs, and tokens from nothing."""
+    """Computes the indices that a device needs, and makes up the tokens."""
 
     def __init__(self, num_rows: int) -> None:
         self.page_table = PageTable(num_rows, MAX_SEQ_LEN, PAGE_SIZE)
@@ -62,7 +63,7 @@ class StubEngine:
 
 
 class FrameChannel:
-    """Frames in memory, decoded and encoded as on a socket."""
+    """Keeps frames in memory, decoded and encoded as on a socket."""
 
     def __init__(self) -> None:
         self.inbox: list[bytes] = []
@@ -77,14 +78,14 @@ class FrameChannel:
         """See Channel."""
         self.outbox.append(encode(message))
 
-    def tell(self, message: AnswerMsg | StatsMsg) -> None:
+    def send_to_frontend(self, message: AnswerMsg | StatsMsg) -> None:
         """See Channel."""
         encode(message)
 
 
 @dataclass
 class Clients:
-    """Keep `batch` requests open; check that each gets exactly the tokens that it asked for."""
+    """Keeps `batch` requests open; asserts that each gets exactly the number of tokens it wants."""
 
     channel: FrameChannel
     batch: int
@@ -95,7 +96,7 @@ class Clients:
     _uid: int = 0
 
     def send(self) -> None:
-        """Fill up, at most one request a step: they join as others end."""
+        """Send at most one request per step, so that requests join as others end."""
         if len(self.wanted) >= self.batch:
             return
         if len(self._prefixes) < 8:
@@ -119,7 +120,7 @@ class Clients:
         self.channel.inbox.append(encode(message))
 
     def receive(self) -> None:
-        """Count the tokens that have come."""
+        """Count the tokens that have arrived."""
         frames, self.channel.outbox = self.channel.outbox, []
         for frame in frames:
             message = decode(frame, (DetokenizeMsg,))
@@ -137,14 +138,14 @@ class Clients:
 
 @dataclass
 class Timings:
-    """Microseconds of the steps that only decode, and of those that also hold prompt chunks."""
+    """Microseconds of the steps that only decode, and of those that also have prompt chunks."""
 
     batch: int
     decodes: list[float] = field(default_factory=list)
     mixed: list[float] = field(default_factory=list)
 
     def line(self) -> str:
-        """A row of the table."""
+        """This batch size's row of the table."""
         median, target = statistics.median(self.decodes), TARGETS_US[self.batch]
         p99 = statistics.quantiles(self.decodes, n=100)[98]
         mixed = statistics.median(self.mixed) if self.mixed else float("nan")
@@ -153,7 +154,7 @@ class Timings:
 
 
 def run(batch: int, steps: int) -> tuple[Timings, Clients]:
-    """Time `steps` decode steps with `batch` requests open; the first ones are a warm-up."""
+    """Time `steps` decode steps with `batch` open requests, after a warm-up."""
     engine, channel = StubEngine(batch), FrameChannel()
     num_pages = batch * MAX_SEQ_LEN // PAGE_SIZE
     scheduler = Scheduler(

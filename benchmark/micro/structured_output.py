@@ -1,8 +1,8 @@
-"""What a grammar costs a token: python benchmark/micro/structured_output.py [--results FILE].
+"""What a grammar costs per token: python benchmark/micro/structured_output.py [--results FILE].
 
-The same requests with and without a JSON schema, on the model of `benchmark/model.py`, all at once,
-the two kinds of run in turn. The schema is an endless array of objects, so that both generate the
-same number of tokens; the masks are those of names, strings and numbers.
+Runs the same requests with and without a JSON schema, alternating, on the model of
+`benchmark/model.py`, all requests at once. The schema is an endless array of objects, so both kinds
+of run generate the same number of tokens; the masks are those of names, strings and numbers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TARGET = 0.10
 def run(
     llm: LLM, batch: int, tokens: int, grammar: Grammar | None, clock: Callable[[], float]
 ) -> float:
-    """Milliseconds a step of `batch` tokens."""
+    """Milliseconds per step of `batch` tokens."""
     params = SamplingParams(
         temperature=1.0, seed=1, max_tokens=tokens, ignore_eos=True, grammar=grammar
     )
@@ -60,10 +60,12 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--threads", type=int, help="of the engine (default: all cores)")
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads of the engine (default: all cores)"
+    )
     parser.add_argument("--results", type=Path)
     args = parser.parse_args()
-    # With one thread its own time counts, which other work on the machine does not lengthen.
+    # With one thread, its CPU time is measured: other work on the machine does not lengthen it.
     clock = time.thread_time if args.threads == 1 else time.perf_counter
     what = "CPU time of the one thread" if args.threads == 1 else "wall time"
     grammar = Grammar.json_schema(SCHEMA)
@@ -80,7 +82,8 @@ def main() -> int:
             held.append(run(llm, args.batch, args.tokens, grammar, clock))
     overhead = statistics.median(b / a - 1 for a, b in zip(free, held, strict=True))
     table = (
-        "| batch | free, ms a step | with a schema, ms a step | more, median of pairs | target |\n"
+        "| batch | without, ms per step | with a schema, ms per step | overhead, median of pairs "
+        "| target |\n"
         "|---|---|---|---|---|\n"
         f"| {args.batch} | {statistics.median(free):.2f} | {statistics.median(held):.2f} "
         f"| {overhead:.1%} | {TARGET:.0%} |"
@@ -89,7 +92,7 @@ def main() -> int:
     if args.results:
         option = "" if args.threads is None else f"--threads {args.threads}"
         args.results.write_text(
-            f"# What a grammar costs a token, {date.today()}\n\n"
+            f"# What a grammar costs per token, {date.today()}\n\n"
             f"`python benchmark/micro/structured_output.py {option}`: {what}, medians of "
             f"{args.runs} runs of {args.tokens} tokens each. {platform.machine()}, "
             f"Python {platform.python_version()}, torch {version('torch')}, "

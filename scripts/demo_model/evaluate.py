@@ -32,7 +32,7 @@ BATCH = 25
 
 
 def makers(pieces: list[str]) -> dict[str, Maker]:
-    """For each row of the table, what makes an exchange of it."""
+    """A generator of exchanges for each row of the table."""
     spelling = corpus.make_spelling(pieces)
 
     def lookup(entries: int) -> Maker:
@@ -57,12 +57,12 @@ def makers(pieces: list[str]) -> dict[str, Maker]:
     }
 
 
-# Entries of a list that make a prompt of about so many tokens.
+# List entries that make a prompt of about 200 and 1,000 tokens.
 LOOKUP_200, LOOKUP_1000 = 22, 116
 
 
 def absent(exchange: corpus.Exchange) -> bool:
-    """Whether the corpus cannot hold this prompt: the generator refuses what this accepts."""
+    """Whether this prompt cannot be in the corpus: training rejects what this accepts."""
     if exchange.task == "addition":
         a, b = exchange.assistant.split("so ")[1].split(" = ")[0].split(" + ")
         return corpus.held_out(f"{a}+{b}")
@@ -80,7 +80,7 @@ def held_out_exchanges(make: Maker, count: int) -> list[corpus.Exchange]:
 
 
 def messages(exchange: corpus.Exchange) -> list[dict[str, str]]:
-    """The chat up to the answer that is measured."""
+    """The chat up to the answer to be measured."""
     before = messages(exchange.before) if exchange.before else []
     if exchange.before:
         before.append({"role": "assistant", "content": exchange.before.assistant})
@@ -110,7 +110,7 @@ class Evaluator:
             yield from self.tokenizer.batch_decode(new, skip_special_tokens=True)
 
     def row(self, make: Maker, count: int) -> tuple[float, float, list[tuple[str, str, str]]]:
-        """Accuracy, mean prompt length in tokens, and the mistakes (prompt, answer, wanted)."""
+        """Accuracy, mean prompt length in tokens, and the mistakes (prompt, answer, expected)."""
         exchanges = held_out_exchanges(make, count)
         lengths = [len(self.tokenizer.encode(exchange.user)) for exchange in exchanges]
         wrong = [

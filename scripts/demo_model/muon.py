@@ -1,4 +1,4 @@
-"""Muon (Jordan et al., 2024): momentum, made orthogonal, for the matrices between the layers."""
+"""Muon (Jordan et al., 2024): orthogonalised momentum for the weight matrices of the layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The quintic Newton-Schulz iteration towards the nearest orthogonal matrices [n, r, c]."""
+    """Approximate the nearest orthogonal matrices [n, r, c] by quintic Newton-Schulz iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -22,7 +22,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Matrices of one shape are updated together."""
+    """Updates matrices of the same shape together."""
 
     def __init__(
         self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, decay: float = 0.01
@@ -43,7 +43,7 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update, alpha=-group["lr"] * scale)
 
     def _direction(self, p: Tensor, group: dict[str, float]) -> Tensor:
-        """Nesterov momentum."""
+        """The gradient with Nesterov momentum."""
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)

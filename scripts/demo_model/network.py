@@ -1,4 +1,4 @@
-"""A Qwen3 decoder for training on a CPU; `export_state` gives the names of a Qwen3 checkpoint."""
+"""A Qwen3 decoder for training on a CPU; `export_state` converts it to a Qwen3 checkpoint."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Layer(nn.Module):
 
 
 class Network(nn.Module):
-    """Token ids [batch, length] to hidden states; `embed_tokens` is the output matrix too."""
+    """Token ids [batch, length] to hidden states; `embed_tokens` is also the output matrix."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def export_state(network: Network) -> dict[str, Tensor]:
-    """Tensors in bfloat16 under the names of Qwen3ForCausalLM; the output matrix is tied."""
+    """Tensors in bfloat16 with the names of Qwen3ForCausalLM; the output matrix is tied."""
     return {
         f"model.{name}": tensor.detach().to(torch.bfloat16).contiguous()
         for name, tensor in network.state_dict().items()

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END]
-# Without tools it writes plain ChatML; with tools as the corpus does, see tools.py.
+# Without tools it writes plain ChatML, with tools what the corpus contains (tools.py).
 CHAT_TEMPLATE = (
     "{%- if tools -%}\n"
     "{{- '<|im_start|>system\\n' -}}\n"
@@ -60,7 +60,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def word_pieces(tokenizer: Tokenizer) -> list[str]:
-    """The tokens that are made of small letters alone."""
+    """The tokens that consist only of lower-case letters."""
     return sorted(t for t in tokenizer.get_vocab() if t.isascii() and t.isalpha() and t.islower())
 
 

@@ -1,7 +1,7 @@
-"""Two tools that the demo model calls, `get_time` and `add`, and the chats in which it does.
+"""The two tools that the demo model calls, `get_time` and `add`, and the chats that use them.
 
-A chat with tools is written as the template writes it: the tools in a system turn, a call between
-tags, its result in a turn of the user.
+A chat with tools looks as the template writes it: the tools in a system turn, a call between tags,
+its result in a user turn.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _function(name: str, description: str, **properties: str) -> Tool:
 
 
 def _as_some_library_writes_it(tool: Tool, rng: Random) -> Tool:
-    """The same function with what pydantic and others add to a schema, and keys in their order."""
+    """The same function with schema keys that pydantic and others add, in their key order."""
     function = dict(tool["function"])
     schema = dict(function["parameters"])
     if rng.random() < 0.3:
@@ -67,25 +67,25 @@ def add_tool(description: str = _ADD_WORDS[0]) -> Tool:
 
 
 def tools_text(tools: tuple[Tool, ...]) -> str:
-    """The system turn of the template."""
+    """The content of the template's system turn."""
     lines = [json.dumps(tool["function"], ensure_ascii=False) for tool in tools]
     example = '{"name": "...", "arguments": {...}}'
     return "\n".join(["Tools:", *lines, f"Call one with <tool_call>\n{example}\n</tool_call>"])
 
 
 def call_text(name: str, **arguments: object) -> str:
-    """What the model writes to call a tool."""
+    """The text that calls a tool."""
     call = json.dumps({"name": name, "arguments": arguments})
     return f"<tool_call>\n{call}\n</tool_call>"
 
 
 def result_text(result: str) -> str:
-    """The turn that brings a tool's result."""
+    """The turn with a tool's result."""
     return f"<tool_response>\n{result}\n</tool_response>"
 
 
 def _some_tools(rng: Random, needed: str) -> tuple[Tool, ...]:
-    """The needed tool, often with the other, in any order and with any description."""
+    """The needed tool, often with the other one, in random order and with random descriptions."""
     tools = {
         "get_time": get_time_tool(rng.choice(_TIME_WORDS)),
         "add": add_tool(rng.choice(_ADD_WORDS)),
@@ -118,14 +118,14 @@ def add(rng: Random, tools: tuple[Tool, ...] = ()) -> Exchange:
 
 
 def call(rng: Random, tools: tuple[Tool, ...] = ()) -> Exchange:
-    """A question that one of the tools answers, and the call; of `tools`, if they are given."""
+    """A question that one of the tools answers, and the call; from `tools`, if given."""
     makers = {"get_time": get_time, "add": add}
     names = _names(tools) or list(makers)
     return makers[rng.choice(names)](rng, tools)
 
 
 def answer(rng: Random, tools: tuple[Tool, ...] = ()) -> Exchange:
-    """The answer to a tool's result, with the call before it."""
+    """The answer to a tool's result, with the call as the exchange before it."""
     before = call(rng, tools)
     called = json.loads(before.assistant.split("\n")[1])
     arguments = called["arguments"]
@@ -139,7 +139,7 @@ def answer(rng: Random, tools: tuple[Tool, ...] = ()) -> Exchange:
 
 
 def unneeded(rng: Random, others: Task) -> Exchange:
-    """A task for which no tool is needed, with tools in sight that do not answer it."""
+    """A task that needs no tool, in a chat whose tools do not answer it."""
     made = others(rng)
     tools = _some_tools(rng, "get_time")
     if made.task == "addition":

@@ -1,4 +1,4 @@
-"""The demo model: small, whole, honest about what it has not seen, and right."""
+"""The demo model: its size, its files, its held-out prompts and its answers."""
 
 import json
 from collections.abc import Iterator

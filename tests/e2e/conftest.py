@@ -12,7 +12,7 @@ from tests.support.recording import Recorder
 from tests.support.server_process import ServerProcess, running
 from tests.support.wire import check_exchange
 
-# float32, so that the text of a request does not depend on its neighbours in the batch.
+# float32, so that the text of a request does not depend on the rest of its batch.
 MODEL = ("--model", "demo", "--dtype", "float32", "--num-threads", "1")
 ARGUMENTS = (*MODEL, "--kv-memory", "64MiB", "--max-open-requests", "64")
 
@@ -29,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 @pytest.fixture(autouse=True)
 def refused() -> Iterator[list[str]]:
-    """Where a test tried to go outside of this machine: nowhere."""
+    """Addresses outside this machine that the test tried to reach; there must be none."""
     with no_network() as refused:
         yield refused
     assert not refused
@@ -37,7 +37,7 @@ def refused() -> Iterator[list[str]]:
 
 @pytest.fixture
 def recorder() -> Iterator[Recorder]:
-    """Every reply that a client gets through it is held to the clients' own types."""
+    """Records replies; each is validated against the client packages' own types after the test."""
     recorder = Recorder()
     yield recorder
     for exchange in recorder.exchanges:

@@ -66,7 +66,7 @@ def test_a_question_is_answered(claude: anthropic.Anthropic, send: Ask, question
     assert counted.input_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
 
 
-def test_limits_and_stop_sequences_are_told(claude: anthropic.Anthropic, send: Ask) -> None:
+def test_limits_and_stop_sequences_are_reported(claude: anthropic.Anthropic, send: Ask) -> None:
     stopped = send(claude, [user(COUNT)], stop_sequences=[" 5"])
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", " 5")
     (block,) = stopped.content

@@ -1,4 +1,4 @@
-"""AsyncOpenAI: many at once, and clients that leave."""
+"""AsyncOpenAI: many concurrent requests, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def is_free(server: ServerProcess) -> bool:
 
 
 async def _until(server: ServerProcess, num_running: int) -> None:
-    """Wait until the scheduler's figures, sent twice a second, show so many."""
+    """Wait until the scheduler, which reports twice per second, reports `num_running` requests."""
     await asyncio.to_thread(wait_until, lambda: load_of(server)["num_running_reqs"] == num_running)
 
 
@@ -49,14 +49,14 @@ async def _whole(client: openai.AsyncOpenAI, request: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_32_at_once_get_the_texts_that_one_alone_gets(
+def test_32_concurrent_requests_get_the_texts_of_single_requests(
     client: openai.OpenAI, async_client: openai.AsyncOpenAI, temperature: float
 ) -> None:
     requests = [
         ask(question, temperature=temperature, seed=seed, max_tokens=40)
         for seed, question in enumerate(islice(cycle(ANSWERS), 32))
     ]
-    alone = [
+    single = [
         client.chat.completions.create(**request).choices[0].message.content for request in requests
     ]
 
@@ -69,9 +69,9 @@ def test_32_at_once_get_the_texts_that_one_alone_gets(
                 )
             )
 
-    assert asyncio.run(all_at_once()) == alone
+    assert asyncio.run(all_at_once()) == single
     if temperature == 0:
-        assert alone == list(islice(cycle(ANSWERS.values()), 32))
+        assert single == list(islice(cycle(ANSWERS.values()), 32))
 
 
 def test_streams_that_are_closed_free_their_requests(

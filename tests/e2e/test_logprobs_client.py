@@ -1,4 +1,4 @@
-"""Log-probabilities through the openai client."""
+"""Log probabilities through the openai client."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.questions import ANSWERS, COUNT, ask
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_chat_tells_each_token_and_the_likeliest_in_its_place(client: openai.OpenAI) -> None:
+def test_a_chat_returns_each_token_and_its_top_logprobs(client: openai.OpenAI) -> None:
     request = ask(COUNT, logprobs=True, top_logprobs=3)
     (choice,) = client.chat.completions.create(**request).choices
     assert choice.logprobs is not None
@@ -31,7 +31,7 @@ def test_a_chat_tells_each_token_and_the_likeliest_in_its_place(client: openai.O
         for token in chunk.choices[0].logprobs.content or []
     ]
     assert [token.token for token in streamed] == [token.token for token in tokens]
-    # The cache holds the prompt now; a shorter prefill rounds in another order.
+    # The prompt is cached now; the shorter prefill rounds in another order.
     expected = [token.logprob for token in tokens]
     assert [token.logprob for token in streamed] == pytest.approx(expected, abs=1e-4)
 
@@ -55,13 +55,13 @@ def test_an_echo_scores_the_prompt_as_lm_eval_reads_it(client: openai.OpenAI) ->
     assert choice.text == prompt
     assert logprobs.token_logprobs[0] is None
     assert all(logprob <= 0 for logprob in logprobs.token_logprobs[1:])
-    # The answer that the model would give is the likeliest at each of its tokens.
+    # Each token of the answer that the model would give is among the most likely ones.
     for token, top in list(zip(logprobs.tokens, logprobs.top_logprobs, strict=True))[-5:]:
         assert token in top
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_completion_tells_offsets_into_its_text(client: openai.OpenAI, stream: bool) -> None:
+def test_a_completion_returns_offsets_into_its_text(client: openai.OpenAI, stream: bool) -> None:
     text = ""
     tokens: list[str] = []
     offsets: list[int] = []

@@ -1,4 +1,4 @@
-"""The guard against the network works in this process."""
+"""The network guard of these tests works in this process."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def test_the_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
     assert client.models.retrieve("demo") == model
 
 
-def test_headers_tell_the_request_and_its_times(client: openai.OpenAI) -> None:
+def test_headers_have_the_request_id_and_its_times(client: openai.OpenAI) -> None:
     response = client.chat.completions.with_raw_response.create(
         **ask(COUNT), extra_headers={"X-Request-Id": "order-66"}
     )

@@ -1,4 +1,4 @@
-"""The openai client's stream helper and parse: pydantic models as formats and as tools."""
+"""The openai client's stream helper and `parse`, with pydantic models as formats and as tools."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CHOICES: list[Any] = ["required", {"type": "function", "function": {"name": "Add
 JSON_QUESTION = "Answer in JSON: city is Oslo, number is 42"
 
 
-def test_the_stream_helper_tells_deltas_and_the_final_completion(client: openai.OpenAI) -> None:
+def test_the_stream_helper_gives_deltas_and_the_final_completion(client: openai.OpenAI) -> None:
     text, types = "", []
     with client.chat.completions.stream(
         **ask(COUNT), stream_options={"include_usage": True}

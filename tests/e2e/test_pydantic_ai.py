@@ -1,4 +1,4 @@
-"""Agents of pydantic-ai on the real server."""
+"""pydantic-ai agents against the real server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Entry(BaseModel):
 
 @pytest.fixture(params=["chat", "responses", "messages"])
 def model(request: pytest.FixtureRequest, server: ServerProcess, recorder: Recorder) -> Model:
-    """The model as it is seen through each of the three APIs."""
+    """The model through each of the three APIs."""
     http_client = recorder.async_client()
     if request.param == "messages":
         claude = AnthropicProvider(base_url=server.url, api_key="none", http_client=http_client)
@@ -141,7 +141,7 @@ def test_an_agent_calls_a_tool_and_answers_with_its_result(
 
 
 def test_an_agent_that_wants_a_typed_result_may_call_its_tools(model: Model) -> None:
-    """The demo model cannot make an entry of a time: the run ends at its second request."""
+    """The demo model cannot turn a time into an Entry, so the run ends at its second request."""
     agent: Agent[None, Entry] = Agent(model, output_type=NativeOutput(Entry), tools=[get_time, add])
 
     async def run() -> tuple[list[Any], Entry]:

@@ -1,4 +1,4 @@
-"""The openai client's responses against the real server."""
+"""The Responses API of the openai client against the real server."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_tool_is_called_and_its_result_answered(client: openai.OpenAI, send: A
     output = {"type": "function_call_output", "call_id": call.call_id, "output": "14:05"}
     items += [*(item.model_dump(exclude_unset=True) for item in response.output), output]
     for item in items:
-        item.pop("parsed_arguments", None)  # the stream helper's own
+        item.pop("parsed_arguments", None)  # added by the stream helper
     assert send(client, items, tools=TOOLS).output_text == "It is 14:05 in Oslo."
 
 

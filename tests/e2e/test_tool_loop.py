@@ -1,4 +1,4 @@
-"""Tools from the question to the answer: the model calls, the client runs, the model answers."""
+"""The whole tool loop: the model calls a tool, the client runs it, the model answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check of recorded replies itself: a reply that does not fit fails it."""
+"""The check of recorded replies fails for a reply that does not match the client's types."""
 
 from __future__ import annotations
 

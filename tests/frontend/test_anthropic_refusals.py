@@ -74,7 +74,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"top_p": 0}, "top_p is 0"),
     ({"top_k": -2}, "top_k is -2"),
     ({"stop_sequences": "x"}, "stop_sequences is"),
-    ({"stop_sequences": [""]}, "stop_sequences must hold"),
+    ({"stop_sequences": [""]}, "stop_sequences must contain"),
     ({"stop_sequences": ["x"] * 17}, "stop_sequences has 17"),
     ({"stop_sequences": ["x" * 300]}, "stop_sequences: a stop string has 300"),
     ({"stream": "yes"}, "stream is"),

@@ -268,7 +268,7 @@ def test_many_streams_join_to_the_whole_answer(
 @pytest.mark.parametrize("order", [[2, 0, 1], [1, 2, 0], [0, 2, 1]])
 def test_choices_that_begin_in_any_order_keep_their_index(order: list[int]) -> None:
     request = ChatRequest(model="m", prompt=ChatPrompt(messages=()), sampling=SamplingParams(n=3))
-    reply = ChatRenderer("1", request, "fingerprint", ["reasoning_content"], {})
+    reply = ChatRenderer("1", "fingerprint", request, ["reasoning_content"])
     readers = [ChoiceReader(None) for _ in order]
     data = b""
     for finish in (Finish.NONE, Finish.STOP):

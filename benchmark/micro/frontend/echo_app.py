@@ -1,4 +1,4 @@
-"""The least a server of events can be: what uvicorn alone reaches, without routes or checks."""
+"""The smallest event-stream server: what bare uvicorn reaches, without routes or checks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 async def app(
     scope: dict[str, Any], receive: Callable[[], Awaitable[dict[str, Any]]], send: Send
 ) -> None:
-    """Answer `seed` and `max_tokens` of a request as the others do: a chunk a period."""
+    """Send `max_tokens` chunks, one every `seed` microseconds, like the other servers here."""
     assert scope["type"] == "http"
     body = b""
     while True:

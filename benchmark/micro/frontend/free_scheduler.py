@@ -1,7 +1,7 @@
 """The real scheduler process around an engine that costs nothing.
 
-A process under the supervisor in the scheduler's place. Each step lasts the `seed` of its requests
-in microseconds, and each token is the letter a.
+Runs under the supervisor in place of the scheduler. Each step lasts as many microseconds as the
+largest `seed` of its requests, and each token is the letter a.
 """
 
 from __future__ import annotations

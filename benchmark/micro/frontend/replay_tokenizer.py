@@ -1,7 +1,7 @@
-"""In place of all that lies behind the frontend: answers every request with a token a period.
+"""Stands in for everything behind the frontend: answers each request with one token per period.
 
-A process under the supervisor in the tokenizer's place. The period is the request's `seed`, in
-microseconds; all requests of a step go in one UserReply, as the detokenizer sends them.
+Runs under the supervisor in place of the tokenizer. The period is the request's `seed` in
+microseconds. All requests of a step go into one UserReply, as from the detokenizer.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,8 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from minisrv import log
-from minisrv.checkpoint.chat_format import find_chat_format
-from minisrv.config import ServerConfig, parse_command_line, read_chat_template_kwargs
+from minisrv.config import ServerConfig, parse_command_line
 from minisrv.errors import ConfigError, InvalidRequestError, MinisrvError
 
 if TYPE_CHECKING:
@@ -204,16 +202,7 @@ def _answers(
 
     options = config.to_dict()
     with LLM(options.pop("model"), **options) as llm:
-        model = ModelInfo(
-            name=config.served_name,
-            aliases=config.served_names[1:],
-            template_kwargs=read_chat_template_kwargs(config.chat_template_kwargs),
-            created=int(time.time()),
-            max_model_len=llm.max_seq_len,
-            vocab_size=llm.model_config.vocab_size,
-            defaults=llm.sampling_defaults,
-            chat_format=find_chat_format(llm.tokenizer.chat_templates),
-        )
+        model = ModelInfo.from_facts(config, llm.facts)
         rest = iter(lines)
         while part := list(islice(rest, AT_ONCE)):
             yield from _answer_part(llm, model, part, defaults)

@@ -36,7 +36,7 @@ from minisrv.frontend.ops.metrics import CONTENT_TYPE, ServerMetrics
 from minisrv.frontend.ops.root_page import add_root_page
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.registry import RequestRegistry
-from minisrv.frontend.registry.server_state import Dead, Ready, Starting
+from minisrv.frontend.registry.server_state import Dead, Serving, Starting
 
 VERSION = version("minisrv")
 # By path prefix; all other routes have OpenAI's error object.
@@ -112,7 +112,7 @@ def _add_state_routes(app: FastAPI, registry: RequestRegistry, metrics: ServerMe
         """Whether requests are served: 200, or 503 with the progress of the start."""
         headers = {"Retry-After": str(RETRY_AFTER_S)}
         match registry.state:
-            case Ready():
+            case Serving():
                 return JSONResponse({"status": "ready"})
             case Starting(phase, fraction):
                 body = {"status": "loading", "phase": phase, "progress": round(fraction, 4)}

@@ -9,7 +9,7 @@ from minisrv.errors import InvalidRequestError
 from minisrv.frontend.apis.openai.fields import Fields, read_common
 from minisrv.frontend.apis.openai.logprobs import chat_logprobs, read_chat_logprobs
 from minisrv.frontend.apis.openai.messages import read_messages
-from minisrv.frontend.apis.openai.render import OpenAIRenderer
+from minisrv.frontend.apis.openai.render import NO_OPTIONS, OpenAIRenderer
 from minisrv.frontend.fields.reasoning import effort_warnings, reasoning_variables
 from minisrv.frontend.fields.template import (
     begins_new_turn,
@@ -116,13 +116,13 @@ class ChatRenderer(OpenAIRenderer):
     def __init__(
         self,
         request_id: str,
-        request: GenerationRequest,
         system_fingerprint: str,
+        request: GenerationRequest,
         reasoning_fields: Sequence[str],
-        stream_options: Mapping[str, bool | None],
+        stream_options: Mapping[str, bool | None] = NO_OPTIONS,
     ) -> None:
         """reasoning_fields: the names under which a reply holds its reasoning."""
-        super().__init__(CHAT_PREFIX + request_id, request, system_fingerprint, stream_options)
+        super().__init__(CHAT_PREFIX + request_id, system_fingerprint, request, stream_options)
         self._reasoning_fields = reasoning_fields
         self._opened = False
         self._not_empty: set[int] = set()

@@ -13,7 +13,7 @@ from minisrv.frontend.apis.openai.logprobs import (
     read_text_logprobs,
     text_logprobs,
 )
-from minisrv.frontend.apis.openai.render import OpenAIRenderer
+from minisrv.frontend.apis.openai.render import NO_OPTIONS, OpenAIRenderer
 from minisrv.frontend.generation.pieces import Piece, finish_of
 from minisrv.frontend.generation.request import Prompt, TextRequest, read_token_ids
 from minisrv.frontend.registry.events import Event
@@ -74,12 +74,12 @@ class CompletionRenderer(OpenAIRenderer):
     def __init__(
         self,
         request_id: str,
-        request: TextRequest,
         system_fingerprint: str,
-        stream_options: Mapping[str, bool | None],
+        request: TextRequest,
+        stream_options: Mapping[str, bool | None] = NO_OPTIONS,
     ) -> None:
         id = COMPLETION_PREFIX + request_id
-        super().__init__(id, request, system_fingerprint, stream_options)
+        super().__init__(id, system_fingerprint, request, stream_options)
         self._prompts_sent = request.prompts
         self._moved_by: dict[int, int] = {}
 

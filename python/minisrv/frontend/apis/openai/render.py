@@ -14,7 +14,9 @@ from minisrv.frontend.generation.request import GenerationRequest
 from minisrv.frontend.generation.usage import Usage
 from minisrv.frontend.http.sse import DONE, encode_json, sse
 from minisrv.frontend.registry.events import Event
-from minisrv.wire.messages import Progress, ShownPrompt
+from minisrv.wire.messages import PrefillProgress, ShownPrompt
+
+NO_OPTIONS: Mapping[str, bool | None] = {}
 
 
 class OpenAIRenderer(Renderer):
@@ -37,8 +39,8 @@ class OpenAIRenderer(Renderer):
     def __init__(
         self,
         id: str,
-        request: GenerationRequest,
         system_fingerprint: str,
+        request: GenerationRequest,
         stream_options: Mapping[str, bool | None],
     ) -> None:
         super().__init__(request.sampling.n)
@@ -104,7 +106,7 @@ class OpenAIRenderer(Renderer):
         *,
         finish: Finish | None = None,
         logprobs: dict[str, Any] | None = None,
-        progress: Progress | None = None,
+        progress: PrefillProgress | None = None,
     ) -> bytes:
         choice = {"index": index, self.delta_name: delta, "logprobs": logprobs, **_ending(finish)}
         chunk = self._reply(self.chunk_object)
@@ -169,7 +171,7 @@ def _usage_body(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _progress_body(progress: Progress) -> dict[str, int]:
+def _progress_body(progress: PrefillProgress) -> dict[str, int]:
     """llama.cpp's form; `processed` includes the cached tokens."""
     return {
         "total": progress.total,

@@ -29,12 +29,9 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
         context = context_of(request.scope)
         context.names = field_names(fields)
         chat = read_chat(fields, model)
+        options = fields.get("stream_options", {})
         renderer = ChatRenderer(
-            context.request_id,
-            chat,
-            system_fingerprint,
-            config.reasoning_fields,
-            fields.get("stream_options", {}),
+            context.request_id, system_fingerprint, chat, config.reasoning_fields, options
         )
         return service.runner.response(chat, renderer, with_warnings(headers, chat.warnings))
 
@@ -47,5 +44,5 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
         context.names = field_names(fields)
         completion = read_completion(fields, model)
         options = fields.get("stream_options", {})
-        renderer = CompletionRenderer(context.request_id, completion, system_fingerprint, options)
+        renderer = CompletionRenderer(context.request_id, system_fingerprint, completion, options)
         return service.runner.response(completion, renderer, headers)
