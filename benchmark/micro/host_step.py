@@ -78,7 +78,7 @@ class FrameChannel:
         """See Channel."""
         self.outbox.append(encode(message))
 
-    def tell(self, message: AnswerMsg | StatsMsg) -> None:
+    def send_to_frontend(self, message: AnswerMsg | StatsMsg) -> None:
         """See Channel."""
         encode(message)
 

@@ -1,4 +1,4 @@
-"""Failures that a person can act on. A broken invariant is an assertion and ends the process."""
+"""Errors that a person can act on. A broken invariant is an assertion and ends the process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens of a prompt, of the output asked for, and of the context that cannot hold both."""
+    """Tokens of a prompt and of the requested output, and the context they do not fit."""
 
     prompt: int
     output: int
@@ -15,9 +15,9 @@ class Lengths:
 
 
 class MinisrvError(Exception):
-    """A failure with a sentence for the person who can mend it, and its OpenAI error fields.
+    """An error with a message for the person who can fix it, and its OpenAI error fields.
 
-    lengths: of a request that does not fit the context, where they are known.
+    lengths: set when a request does not fit the context and the counts are known.
     """
 
     http_status = 500
@@ -54,7 +54,7 @@ class MinisrvError(Exception):
 
 
 class InvalidRequestError(MinisrvError, ValueError):
-    """The request is wrong: what, how much, the limit, the way out."""
+    """The request is invalid; the message says what, how much, the limit, and the way out."""
 
     http_status = 400
     error_type = "invalid_request_error"
@@ -62,12 +62,12 @@ class InvalidRequestError(MinisrvError, ValueError):
 
 
 class ContextLengthError(InvalidRequestError):
-    """Prompt and output together are longer than the context."""
+    """Prompt and output together exceed the context."""
 
     code = "context_length_exceeded"
 
     def __init__(self, lengths: Lengths, part: str, *, param: str | None = None) -> None:
-        """part: what the sentence calls the prompt."""
+        """part: what the message calls the prompt."""
         super().__init__(
             f"This model's maximum context length is {lengths.context} tokens. However, you "
             f"requested {lengths.prompt + lengths.output} tokens ({lengths.prompt} in the {part}, "
@@ -79,14 +79,14 @@ class ContextLengthError(InvalidRequestError):
 
 
 class UnauthorizedError(InvalidRequestError):
-    """The request has no key, or one that the server does not know."""
+    """The request has no API key or an unknown one."""
 
     http_status = 401
     code = "invalid_api_key"
 
 
 class ForbiddenError(MinisrvError):
-    """The route is for administrators."""
+    """The route needs the admin key."""
 
     http_status = 403
     error_type = "permission_error"
@@ -101,35 +101,35 @@ class ModelNotFoundError(InvalidRequestError):
 
 
 class RequestTooLargeError(InvalidRequestError):
-    """The body or the prompt is over a size limit."""
+    """The body or the prompt exceeds a size limit."""
 
     http_status = 413
     code = "request_too_large"
 
 
 class NotReadyError(MinisrvError):
-    """The server is starting or stopping; the same request may pass later."""
+    """The server is starting or stopping; the client may retry later."""
 
     http_status = 503
     code = "server_starting"
 
 
 class OverloadedError(MinisrvError):
-    """A queue is full; the same request may pass later."""
+    """A queue is full; the client may retry later."""
 
     http_status = 503
     code = "server_overloaded"
 
 
 class EngineDeadError(MinisrvError):
-    """A process behind the frontend has died: no open request can be finished."""
+    """A process of the engine has died; no open request can be finished."""
 
     http_status = 500
     code = "engine_dead"
 
 
 class RequestFailedError(MinisrvError):
-    """A process behind the frontend refused or lost this one request; carries its reply."""
+    """The engine refused or failed this request; carries the fields of its error."""
 
     def __init__(
         self, message: str, *, status: int, error_type: str, code: str | None, param: str | None
@@ -144,8 +144,8 @@ class ConfigError(MinisrvError, ValueError):
 
 
 class UnsupportedModelError(ConfigError):
-    """The checkpoint needs something that minisrv does not implement."""
+    """The checkpoint needs a feature that minisrv does not implement."""
 
 
 class DecodeError(MinisrvError):
-    """A frame on a socket is not a message that the socket may carry."""
+    """A frame is not a message that its socket may carry."""

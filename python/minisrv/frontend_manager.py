@@ -22,11 +22,11 @@ from minisrv.frontend.process import take_notice
 from minisrv.frontend.registry.engine_client import EngineClient
 from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.registry import RequestRegistry
-from minisrv.frontend.registry.server_state import Ready
+from minisrv.frontend.registry.server_state import Serving
 from minisrv.supervision.records import EngineEnded, EngineReady, Notice
 from minisrv.supervision.supervisor import EPOCH, Supervisor, SupervisorThread
 from minisrv.wire.arrays import token_array
-from minisrv.wire.messages import Finish, Start, TokenizeMsg
+from minisrv.wire.messages import Start, TokenizeMsg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +71,13 @@ class FrontendManager:
         """
         await self.launch()
         await self._started.wait()
-        if not isinstance(self.registry.state, Ready):
+        if not isinstance(self.registry.state, Serving):
             await self.aclose()
             assert self._thread is not None
             raise self._thread.error or EngineDeadError("the engine was closed during its start")
 
     async def launch(self) -> None:
-        """Start the processes, once; `registry.state` tells how far they are."""
+        """Start the processes, once; `registry.state` shows how far they are."""
         if self._thread is not None:
             return
         loop = asyncio.get_running_loop()
@@ -182,7 +182,7 @@ class FrontendManager:
                     yield ack.incremental_output
 
     def abort(self, uid: int) -> bool:
-        """Stop all choices of `uid` and free what they hold. Whether anything still ran."""
+        """Stop all choices of `uid` and free what they hold. Returns whether anything still ran."""
         self._num_choices.pop(uid, None)
         return self.registry.abort(uid)
 
@@ -194,21 +194,12 @@ class _Sent:
         yield from ()
 
 
-_FINISH_REASONS = {
-    Finish.NONE: None,
-    Finish.STOP: "stop",
-    Finish.STOP_TOKEN: "stop",
-    Finish.COMPLETE: "stop",
-    Finish.LENGTH: "length",
-}
-
-
 def _ack(event: Event, start: Start) -> Ack:
     return Ack(
         uid=event.uid,
         incremental_output=event.text,
         finished=event.final,
-        finish_reason=_FINISH_REASONS[event.finish],
+        finish_reason=event.finish.reason if event.final else None,
         stop_reason=event.stop_reason,
         prompt_tokens=start.prompt_tokens,
         cached_tokens=start.cached_tokens,

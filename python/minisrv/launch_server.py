@@ -1,4 +1,4 @@
-"""`python -m minisrv.launch_server --model X`: one command from a checkpoint to a server."""
+"""`python -m minisrv.launch_server --model X`, also `minisrv serve X`: run a server."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ BACKLOG = 2048
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Serve until a signal or a death; the exit status: 0 stopped, 1 failed, 2 wrong option."""
+    """Serve until a signal or a failure; exit status 0: stopped, 1: failed, 2: wrong option."""
     parser = argparse.ArgumentParser(
         prog=prog or "python -m minisrv.launch_server",
         description="Serve a model over an OpenAI-compatible API.",
-        epilog="Every option also reads the environment: --max-seq-len is MINISRV_MAX_SEQ_LEN.",
+        epilog="Each option is also an environment variable: --max-seq-len is MINISRV_MAX_SEQ_LEN.",
     )
-    config = parse_command_line(parser, argv)
+    config, _ = parse_command_line(parser, argv)
     try:
         serve(config)
     except MinisrvError as error:
@@ -40,16 +40,16 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def serve(config: ServerConfig) -> None:
-    """Run the server until SIGINT, SIGTERM or SIGHUP. Raises MinisrvError when it cannot go on.
+    """Run the server until SIGINT, SIGTERM or SIGHUP. Raises MinisrvError if it fails.
 
-    The first signal ends open requests with an error and stops; the second kills.
+    The first signal ends open requests with an error and stops the server; a second one kills it.
     """
     log.setup("supervisor", config.log_level, config.log_format)
     check_certificate(config)
     check_keys(config)
     listener = listen(config.host, config.port)
     console = Console(config, listener.getsockname()[1])
-    # Imported late, so that --help and a taken port are answered at once.
+    # Imported late, so that --help and a port in use are reported at once.
     from minisrv.supervision.supervisor import Supervisor
 
     supervisor = Supervisor(config, listener=listener, on_notice=console.show)
@@ -58,26 +58,26 @@ def serve(config: ServerConfig) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections on `host`:`port` from now on. Raises MinisrvError."""
+    """A socket that accepts connections on `host`:`port`. Raises MinisrvError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise MinisrvError(
             f"cannot listen on {host} port {port}: {error.strerror}; "
-            "choose another --port (0 takes a free one) or --host"
+            "choose another --port (0 picks a free one) or --host"
         ) from error
 
 
 def check_certificate(config: ServerConfig) -> None:
-    """Raises ConfigError unless the certificate and its key can be used together."""
+    """Raise ConfigError unless the certificate and its key can be used together."""
     if config.ssl_certfile is None:
         return
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # A key with a password would stop the start with a question.
+        # Without a password here, OpenSSL would ask for that of an encrypted key.
         context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")
     except OSError as error:
         files = " and ".join(filter(None, (config.ssl_certfile, config.ssl_keyfile)))
@@ -85,7 +85,7 @@ def check_certificate(config: ServerConfig) -> None:
 
 
 def check_keys(config: ServerConfig) -> None:
-    """Raises ConfigError for a key that cannot be used; the frontend would find out only later."""
+    """Raise ConfigError for an unusable API key, before the frontend process finds it."""
     if config.api_key or config.api_key_file or config.admin_key is not None:
         from minisrv.frontend.http.access import Keys
 
@@ -94,9 +94,9 @@ def check_keys(config: ServerConfig) -> None:
 
 @contextlib.contextmanager
 def _signals_stop(supervisor: Supervisor) -> Iterator[None]:
-    """Have SIGINT, SIGTERM and the end of the terminal wake the supervisor out of any wait."""
+    """Have SIGINT, SIGTERM and SIGHUP (a closed terminal) stop the supervisor, even in a wait."""
     signals = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
         signals.append(signal.SIGHUP)
     handlers = {number: signal.signal(number, lambda *_: None) for number in signals}
     wake_fd = signal.set_wakeup_fd(supervisor.wake_fd)
@@ -109,7 +109,7 @@ def _signals_stop(supervisor: Supervisor) -> Iterator[None]:
 
 
 class Console:
-    """Tells the person at the terminal how far the start is, and then what runs."""
+    """Prints the progress of the start to the terminal, and then what is served."""
 
     def __init__(self, config: ServerConfig, port: int) -> None:
         host = f"[{config.host}]" if ":" in config.host else config.host
@@ -121,7 +121,7 @@ class Console:
         self._print(f"minisrv {version('minisrv')} listens on {self._url}, model {config.model}")
 
     def show(self, notice: Notice) -> None:
-        """Print a notice; progress in steps of a quarter."""
+        """Print a notice; progress only per quarter."""
         from minisrv.supervision.records import EngineReady, StartProgress
 
         match notice:
@@ -138,13 +138,13 @@ class Console:
         return time.monotonic() - self._started
 
     def _print(self, text: str) -> None:
-        # The person may have closed the terminal; that is no reason to end.
+        # A closed terminal must not end the server.
         with contextlib.suppress(OSError):
             print(text, flush=True)
 
 
 def banner(config: ServerConfig, url: str, facts: dict[str, Any], seconds: float) -> str:
-    """What is served, where, and with what."""
+    """The summary printed when the server is ready."""
     defaults = {k: v for k, v in facts["sampling_defaults"].items() if v is not None}
     lines = [
         f"ready after {seconds:.1f} s",

@@ -1,4 +1,4 @@
-"""What a request may ask of the sampler and of the end of its text."""
+"""The sampling parameters of a request, and what ends its text."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ MAX_LOGPROBS = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grammar:
-    """What the whole text must match.
+    """A grammar that the whole output must match.
 
     kind: json_schema (text: the schema as JSON), regex, choice (text: a JSON array of strings) or
-    lark (Lark as llguidance knows it, in which `%json {...}` is a schema; or GBNF).
-    param: the field of the request that it came from, for messages. before: Lark of what stands
-    before the text, with `@text` for the text itself; empty for nothing.
-    Raises InvalidRequestError for a text over the limit; what it says is checked later.
+    lark (text: llguidance's Lark, in which `%json {...}` embeds a schema, or GBNF).
+    param: the request field it came from, for messages. before: Lark rules for output that comes
+    before the constrained text, which they call `@text`; empty if there is none.
+    Raises InvalidRequestError for a text over the size limit; the grammar is checked later.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: str | bool | Mapping[str, Any], param: str = "grammar") -> Grammar:
-        """JSON that is valid under `schema`, an object or its text."""
+        """JSON that is valid under `schema`, given as an object or as its JSON text."""
         text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
         return cls(kind="json_schema", text=text, param=param)
 
@@ -58,7 +58,7 @@ class Grammar:
 
     @classmethod
     def regex(cls, pattern: str, param: str = "grammar") -> Grammar:
-        """Text that `pattern` matches from end to end."""
+        """Text that `pattern` matches as a whole."""
         return cls(kind="regex", text=pattern, param=param)
 
     @classmethod
@@ -68,13 +68,13 @@ class Grammar:
 
     @classmethod
     def lark(cls, grammar: str, param: str = "grammar") -> Grammar:
-        """Text of a context-free grammar."""
+        """Text that a context-free grammar derives."""
         return cls(kind="lark", text=grammar, param=param)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBias:
-    """What is added to the logit of one token."""
+    """A value added to the logit of one token."""
 
     token_id: int
     value: float
@@ -82,24 +82,24 @@ class TokenBias:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """One request's sampling. `None` means the model's default, see `with_defaults`.
+    """One request's sampling. `None` means the model's default; see `with_defaults`.
 
-    temperature: 0 is greedy; at most 2.
-    top_k: 0 or -1 keeps all tokens. top_p in (0, 1]. min_p in [0, 1], relative to the best token.
-    seed: with it the text depends on (seed, choice index, position) alone.
-    n: how many choices. max_tokens: output tokens; `None` is the rest of the context; 0 computes
-    the prompt alone, for its echo or its log-probabilities.
-    min_tokens: no end-of-text and no stop token before so many output tokens.
-    presence_penalty, frequency_penalty: -2 to 2, over the output. repetition_penalty: above 0, up
-    to 2, over prompt and output; 1 is off. logit_bias: added to the logits, clamped to -100..100.
-    include_stop_str_in_output: the text holds the stop string that ends it.
+    temperature: 0 to 2; 0 is greedy.
+    top_k: 0 or -1 keeps all tokens. top_p: in (0, 1]. min_p: in [0, 1], relative to the likeliest
+    token. seed: the draws then depend only on (seed, choice index, position).
+    n: number of choices. max_tokens: output tokens; `None` allows the rest of the context; 0
+    computes only the prompt, for `echo` or `prompt_logprobs`.
+    min_tokens: output tokens before which neither end-of-text nor a stop token is sampled.
+    presence_penalty, frequency_penalty: -2 to 2, over the output. repetition_penalty: in (0, 2],
+    over prompt and output; 1 is off. logit_bias: added to the logits, clamped to -100..100.
     stop: the text ends before the first of these strings. stop_token_ids: it ends at these tokens.
-    grammar: what the text must match; where the grammar ends, the text ends.
-    return_token_ids: over HTTP, give the output's token ids beside the text.
-    echo: over HTTP, give the prompt's text before the output's.
-    logprobs, prompt_logprobs: 0 to 20; tell the log-probability of each token of the output, of the
-    prompt, and so many of the likeliest in its place. They are those of the model itself: before
-    temperature, penalties, biases and grammar.
+    include_stop_str_in_output: keep the stop string that ended the text.
+    grammar: what the text must match; the text ends where the grammar does.
+    return_token_ids: over HTTP, return the output's token ids with the text.
+    echo: over HTTP, return the prompt's text before the output's.
+    logprobs, prompt_logprobs: 0 to 20; return the log-probability of each output or prompt token,
+    and those of this many likeliest alternatives. They are the model's own: before temperature,
+    penalties, biases and grammar.
 
     Raises InvalidRequestError for a value out of range.
     """
@@ -132,7 +132,7 @@ class SamplingParams:
             value = getattr(self, name)
             if isinstance(value, str):
                 value = (value,)
-            object.__setattr__(self, name, tuple(value or ()))
+            object.__setattr__(self, name, tuple(value or ()))  # nobody has seen this object yet
         _check_number("temperature", self.temperature, 0.0, 2.0)
         _check_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check_number("min_p", self.min_p, 0.0, 1.0)
@@ -156,19 +156,19 @@ class SamplingParams:
         self._check_stops()
 
     @property
-    def penalised(self) -> bool:
+    def penalizes_tokens(self) -> bool:
         """Whether earlier tokens change the logits."""
         repetition = self.repetition_penalty not in (None, 1)
         return bool(self.presence_penalty or self.frequency_penalty or repetition)
 
     @property
-    def has_penalties(self) -> bool:
-        """Whether logits are changed before the draw."""
-        return self.penalised or bool(self.logit_bias)
+    def adjusts_logits(self) -> bool:
+        """Whether penalties or biases change the logits."""
+        return self.penalizes_tokens or bool(self.logit_bias)
 
     @property
     def num_top_logprobs(self) -> int:
-        """The most of the likeliest tokens that are wanted for a place."""
+        """The number of likeliest tokens to compute per position."""
         return max(self.logprobs or 0, self.prompt_logprobs or 0)
 
     def _check_stops(self) -> None:
@@ -178,9 +178,7 @@ class SamplingParams:
             )
         for text in self.stop:
             if not isinstance(text, str) or not text:
-                raise InvalidRequestError(
-                    "stop must hold strings, none of them empty", param="stop"
-                )
+                raise InvalidRequestError("stop must contain only non-empty strings", param="stop")
             if len(text) > MAX_STOP_CHARS:
                 raise InvalidRequestError(
                     f"a stop string has {len(text)} characters; the limit is {MAX_STOP_CHARS}",
@@ -196,7 +194,7 @@ class SamplingParams:
             _check_integer("stop_token_ids", token_id, 0, 2**31 - 1)
 
     def with_defaults(self, defaults: SamplingParams) -> SamplingParams:
-        """Fill what the request left open: first from the model's defaults, then OpenAI's."""
+        """Replace each None by `defaults`, or where that is None too by OpenAI's default."""
         return replace(
             self,
             temperature=_first(self.temperature, defaults.temperature, 1.0),
@@ -244,12 +242,12 @@ def _check_bias(name: str, value: Any) -> None:
 
 
 def read_logit_bias(biases: Mapping[str, float]) -> tuple[TokenBias, ...]:
-    """The biases of a request, whose keys are token ids as strings. Raises InvalidRequestError."""
+    """The biases in a request, keyed by token id as a string. Raises InvalidRequestError."""
     for key in biases:
         digits = key.isascii() and key.isdigit() and len(key) <= 10
-        if not digits or str(int(key)) != key:  # "05" and "5" would be two biases of one token
+        if not digits or str(int(key)) != key:  # "05" and "5" would be the same token
             raise InvalidRequestError(
-                f"logit_bias has the key {key[:50]!r}; keys are token ids, without leading zeros",
+                f"logit_bias has the key {key[:50]!r}; keys are token ids without leading zeros",
                 param="logit_bias",
             )
     return tuple(TokenBias(int(key), value) for key, value in biases.items())

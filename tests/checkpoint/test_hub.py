@@ -103,9 +103,9 @@ def test_a_download_that_breaks_off_goes_on_where_it_stopped(client: Client) -> 
 @pytest.mark.parametrize(
     ("name", "variables", "reason"),
     [
-        ("org/none", {}, "the hub has no such model"),
+        ("org/none", {}, "no such model on the hub"),
         (f"{REPOSITORY}@v9", {}, "not this revision"),
-        (GATED, {}, "accepted its terms"),
+        (GATED, {}, "accept its terms"),
         (REPOSITORY, {"HF_HUB_OFFLINE": "1"}, "not in the hub's cache"),
         (REPOSITORY, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached"),
     ],

@@ -205,7 +205,7 @@ def test_a_window_that_no_layer_uses_is_no_window(tmp_path: Path) -> None:
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"num_hidden_layers": 0}, "num_hidden_layers 0"),
         ({"vocab_size": "many"}, "vocab_size 'many'"),
-        ({"num_key_value_heads": 3}, "4 attention heads, which 3"),
+        ({"num_key_value_heads": 3}, "4 attention heads, not a multiple of its 3"),
         ({"head_dim": 15}, "head_dim 15"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks its factor"),

@@ -7,7 +7,7 @@ import pytest
 
 from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.detokenizer.incremental import TextDecoder
-from minisrv.detokenizer.logprobs import Scorer
+from minisrv.detokenizer.logprobs import LogprobSpeller
 from minisrv.detokenizer.worker import DetokenizerWorker
 from minisrv.wire.logprobs import TokenLogprobs
 from minisrv.wire.messages import DetokenizeMsg, Finish, Start
@@ -53,10 +53,10 @@ def test_special_tokens_are_spelled_as_they_are_written() -> None:
 def test_a_token_begins_where_its_offset_says(kind: str, text: str) -> None:
     tokenizer = make(kind)
     decoder = TextDecoder(tokenizer)
-    scorer, stream, shown = Scorer(decoder, 0), decoder.stream(True), ""
+    speller, stream, shown = LogprobSpeller(decoder, 0), decoder.stream(True), ""
     ids = tokenizer.encode(text, add_special_tokens=False)
     for token_id in ids:
-        scorer.expect(
+        speller.expect(
             replace(
                 told(token_id),
                 top_ids=np.array([token_id, 0], np.int32),
@@ -64,17 +64,16 @@ def test_a_token_begins_where_its_offset_says(kind: str, text: str) -> None:
             )
         )
         delta = stream.push(token_id)
-        scorer.add(delta)
+        speller.spell_next(delta)
         shown += delta
-    scores = scorer.take()
-    assert scorer.take() == ()
-    assert len(scores) == len(ids)
-    for score in scores:
-        token = score.spellings[int(score.tokens[0])]
-        spelled = token.decode(errors="ignore").lstrip(" ")
-        whole = spelled.encode() == token.lstrip(b" ")
-        assert not whole or shown[int(score.offsets[0]) :].lstrip(" ").startswith(spelled)
-        assert score.top_logprobs.tolist() == [-1, -2]
+    spelled_logprobs = speller.take_spelled()
+    assert speller.take_spelled() == []
+    assert len(spelled_logprobs) == len(ids)
+    for (token,) in spelled_logprobs:
+        spelled = token.spelling.decode(errors="ignore").lstrip(" ")
+        whole = spelled.encode() == token.spelling.lstrip(b" ")
+        assert not whole or shown[token.offset :].lstrip(" ").startswith(spelled)
+        assert token.top == ((token.spelling, -1), (decoder.spell(0), -2))
 
 
 def told(token_id: int) -> TokenLogprobs:
@@ -91,11 +90,11 @@ def test_each_broken_character_begins_where_it_is_shown() -> None:
     tokenizer = make("byte_level_bpe")
     decoder = TextDecoder(tokenizer)
     first_byte = next(i for i in range(tokenizer.vocab_size) if decoder.spell(i) == b"\xe4")
-    scorer, stream = Scorer(decoder, 0), decoder.stream(True)
+    speller, stream = LogprobSpeller(decoder, 0), decoder.stream(True)
     for _ in range(3):
-        scorer.expect(told(first_byte))
-        scorer.add(stream.push(first_byte))
-    assert [int(score.offsets[0]) for score in scorer.take()] == [0, 1, 2]
+        speller.expect(told(first_byte))
+        speller.spell_next(stream.push(first_byte))
+    assert [token.offset for (token,) in speller.take_spelled()] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])

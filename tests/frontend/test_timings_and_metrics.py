@@ -392,15 +392,15 @@ def test_the_status_line_tells_of_work_and_is_silent_without(
 ) -> None:
     caplog.set_level(logging.INFO, "minisrv")
     line = StatusLine()
-    line.take(stats(), 0.0)
-    line.take(stats(steps=10), 9.0)
+    line.log_if_due(stats(), 0.0)
+    line.log_if_due(stats(steps=10), 9.0)
     assert not caplog.messages
-    line.take(stats(steps=12, output_tokens=170, prompt_tokens=120, cached_tokens=50), 10.0)
+    line.log_if_due(stats(steps=12, output_tokens=170, prompt_tokens=120, cached_tokens=50), 10.0)
     assert caplog.messages == [
         "status running=3 waiting=2 kv_use=0.25 prompt_tokens_per_s=2.0 output_tokens_per_s=10.0 "
         "cache_hits=0.5 preemptions=0"
     ]
-    line.take(stats(steps=12, waiting=0), 30.0)
+    line.log_if_due(stats(steps=12, waiting=0), 30.0)
     assert len(caplog.messages) == 1
 
 

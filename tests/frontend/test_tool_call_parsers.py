@@ -1,5 +1,6 @@
 """Tool calls in model text: found in each format, whole and in any pieces; all else is text."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisrv.checkpoint.chat_format import ToolFormat
-from minisrv.frontend.tool_calls.formats import CallReading, make_call_id
-from minisrv.frontend.tool_calls.pieces import Text, ToolCallArguments, ToolCallStart
+from minisrv.frontend.tool_calls.formats import PARSERS, CallReading, make_call_id
+from minisrv.frontend.tool_calls.parser import MAY_BECOME, CallParser, State
+from minisrv.frontend.tool_calls.pieces import Piece, Text, ToolCallArguments, ToolCallStart
 
 Call = tuple[str, str]
 FORMATS: tuple[ToolFormat, ...] = ("hermes", "llama", "mistral")
@@ -74,27 +76,27 @@ def test_a_call_is_found_in_each_spelling(
     assert read(tool_format, list(reply)) == (text, calls, True)
 
 
-@pytest.mark.parametrize(
-    ("tool_format", "reply"),
-    [
-        ("hermes", "The <tool_call> tag opens a call, </tool_call> closes it."),
-        ("hermes", "<tool_call>\n{not json}\n</tool_call>  "),
-        ("hermes", '<tool_call>{"name": 5, "arguments": {}}</tool_call>'),
-        ("hermes", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>'),
-        ("hermes", "a <tool_cal"),
-        ("hermes", F),
-        ("llama", '  {"name": "unknown", "parameters": {"x": 1}} '),
-        ("llama", '{"title": "f", "parameters": {"x": 1}}'),
-        ("llama", f"As JSON: {F}"),
-        ("llama", "<|python_tag|>print(1)"),
-        ("llama", "{}"),
-        ("mistral", "[TOOL_CALLS] is how a call begins"),
-        ("mistral", "[TOOL_CALLS] [1, 2]"),
-        ("mistral", "[TOOL_CALLS]f[ARGS] [1]"),
-        ("mistral", "[TOOL"),
-        ("mistral", F),
-    ],
-)
+NO_CALLS: list[tuple[ToolFormat, str]] = [
+    ("hermes", "The <tool_call> tag opens a call, </tool_call> closes it."),
+    ("hermes", "<tool_call>\n{not json}\n</tool_call>  "),
+    ("hermes", '<tool_call>{"name": 5, "arguments": {}}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>'),
+    ("hermes", "a <tool_cal"),
+    ("hermes", F),
+    ("llama", '  {"name": "unknown", "parameters": {"x": 1}} '),
+    ("llama", '{"title": "f", "parameters": {"x": 1}}'),
+    ("llama", f"As JSON: {F}"),
+    ("llama", "<|python_tag|>print(1)"),
+    ("llama", "{}"),
+    ("mistral", "[TOOL_CALLS] is how a call begins"),
+    ("mistral", "[TOOL_CALLS] [1, 2]"),
+    ("mistral", "[TOOL_CALLS]f[ARGS] [1]"),
+    ("mistral", "[TOOL"),
+    ("mistral", F),
+]
+
+
+@pytest.mark.parametrize(("tool_format", "reply"), NO_CALLS)
 def test_what_only_looks_like_a_call_stays_text(tool_format: ToolFormat, reply: str) -> None:
     assert read(tool_format, [reply]) == (reply, [], True)
     assert read(tool_format, list(reply)) == (reply, [], True)
@@ -174,16 +176,55 @@ def cut(text: str, borders: list[int]) -> list[str]:
     return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
 
 
-@settings(max_examples=400)
-@given(
-    st.sampled_from(FORMATS), ANY_REPLY, st.lists(st.integers(0, 1000), max_size=20), st.booleans()
-)
+def joined_pieces(tool_format: ToolFormat, deltas: Sequence[str], parallel: bool) -> list[Piece]:
+    """The pieces, each run of texts or arguments joined to one; ids are numbered."""
+    numbers = map(str, itertools.count())
+    parser = PARSERS[tool_format](frozenset(NAMES), numbers.__next__, parallel)
+    pieces: list[Piece] = []
+    for piece in [*itertools.chain(*map(parser.push, deltas)), *parser.flush()]:
+        last = pieces[-1] if pieces else None
+        if isinstance(piece, Text) and isinstance(last, Text):
+            pieces[-1] = Text(last.text + piece.text)
+        elif isinstance(piece, ToolCallArguments) and isinstance(last, ToolCallArguments):
+            assert piece.index == last.index
+            pieces[-1] = ToolCallArguments(piece.index, last.text + piece.text)
+        else:
+            pieces.append(piece)
+    return pieces
+
+
+@pytest.mark.parametrize("tool_format", FORMATS)
+@settings(max_examples=300)
+@given(reply=ANY_REPLY, borders=st.lists(st.integers(0, 1000), max_size=20), parallel=st.booleans())
 def test_where_the_text_is_cut_changes_nothing(
     tool_format: ToolFormat, reply: str, borders: list[int], parallel: bool
 ) -> None:
     whole = read(tool_format, [reply], parallel)
-    assert read(tool_format, cut(reply, borders), parallel) == whole
-    assert read(tool_format, list(reply), parallel) == whole
+    pieces = joined_pieces(tool_format, [reply], parallel)
+    for deltas in (cut(reply, borders), list(reply)):
+        assert read(tool_format, deltas, parallel) == whole
+        assert joined_pieces(tool_format, deltas, parallel) == pieces
+
+
+def test_replies_take_every_transition_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = set[tuple[State, State]]()
+    become = CallParser._become
+
+    def record(parser: CallParser, state: State) -> None:
+        taken.add((parser.state, state))
+        become(parser, state)
+
+    monkeypatch.setattr(CallParser, "_become", record)
+    replies = [(spelling[0], spelling[1]) for spelling in SPELLINGS] + NO_CALLS
+    for (tool_format, reply), parallel in itertools.product(replies, (True, False)):
+        read(tool_format, [reply], parallel)
+    assert taken == {(state, next) for state, following in MAY_BECOME.items() for next in following}
+
+
+def test_a_transition_outside_of_the_table_is_an_assertion() -> None:
+    parser = CallReading(tool_format="hermes", names=NAMES).make_parser()
+    with pytest.raises(AssertionError):
+        parser._become(State.ARGUMENTS)
 
 
 def write(tool_format: ToolFormat, content: str, calls: list[tuple[str, Any]], ascii: bool) -> str:

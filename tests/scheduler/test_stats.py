@@ -39,7 +39,9 @@ def run(loop: SchedulerLoop) -> list[Start]:
 
 
 def last_stats(loop: SchedulerLoop) -> StatsMsg:
-    return [message for message in loop.channel.told if isinstance(message, StatsMsg)][-1]
+    return [message for message in loop.channel.sent_to_frontend if isinstance(message, StatsMsg)][
+        -1
+    ]
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -95,12 +97,12 @@ def test_figures_go_out_on_a_period_and_when_the_loop_becomes_idle(clock: Clock)
     loop = hash_loop(num_pages=60, page_size=4)
     loop.channel.inbox.append(generate_msg(0, [1] * 4, max_tokens=30))
     loop.turn()
-    assert len(loop.channel.told) == 1
+    assert len(loop.channel.sent_to_frontend) == 1
     loop.turn()
-    assert len(loop.channel.told) == 1
+    assert len(loop.channel.sent_to_frontend) == 1
     clock.now += PERIOD_S
     loop.turn()
-    assert len(loop.channel.told) == 2
+    assert len(loop.channel.sent_to_frontend) == 2
     stats = last_stats(loop)
     assert (stats.running, stats.pages_used, stats.num_pages, stats.page_size) == (1, 2, 60, 4)
     run(loop)
@@ -112,7 +114,7 @@ def test_a_flush_empties_the_cache_of_an_idle_scheduler_only() -> None:
     loop.channel.inbox.append(generate_msg(0, list(range(17)), max_tokens=30))
     loop.channel.inbox.append(FlushMsg(query=5))
     loop.turn()
-    refused, _ = loop.channel.told
+    refused, _ = loop.channel.sent_to_frontend
     assert isinstance(refused, AnswerMsg)
     assert refused.query == 5
     assert refused.failure is not None
@@ -121,7 +123,9 @@ def test_a_flush_empties_the_cache_of_an_idle_scheduler_only() -> None:
     assert loop.scheduler.cache.tree.num_evictable > 0
     loop.channel.inbox.append(FlushMsg(query=6))
     loop.turn()
-    (done,) = [m for m in loop.channel.told if isinstance(m, AnswerMsg) and m.query == 6]
+    (done,) = [
+        m for m in loop.channel.sent_to_frontend if isinstance(m, AnswerMsg) and m.query == 6
+    ]
     assert done.value["pages"] == 11
     assert loop.scheduler.cache.tree.num_evictable == 0
     loop.scheduler.check()

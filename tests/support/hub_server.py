@@ -1,4 +1,4 @@
-"""A small server that speaks the hub's protocol for models: info, tree, and files with ranges."""
+"""A small server with the hub's routes for models: info, tree, and files with ranges."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ GATED = "org/gated"
 
 @dataclass
 class Hub:
-    """files: path to bytes, of REPOSITORY at COMMIT, known as main and v1.
+    """files: path to bytes, of REPOSITORY at COMMIT, which main and v1 refer to.
 
-    fetched: paths that were downloaded. cut_after: the first download of each file breaks off
-    after so many bytes.
+    fetched: paths that were downloaded. cut_after: the first download of each file is cut off
+    after this many bytes.
     """
 
     url: str
@@ -33,7 +33,7 @@ class Hub:
 
 @contextlib.contextmanager
 def serve_hub(files: dict[str, bytes]) -> Iterator[Hub]:
-    """A hub on a free port; `files` are those of REPOSITORY."""
+    """A hub on a free port with the `files` of REPOSITORY."""
 
     class Handler(_Handler):
         pass

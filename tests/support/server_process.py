@@ -1,4 +1,4 @@
-"""A whole server as a child of the test, and the checks that nothing of it stays behind."""
+"""A whole server as a child of the test, and checks that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PYTHONPATH = os.pathsep.join(map(str, (ROOT / "python", ROOT)))
 VOCAB_SIZE = 257
 MAX_SEQ_LEN = 2048
 
-# Runs a command with the hash scheduler in the place of the torch engine.
+# Runs a command with the hash scheduler in place of the torch engine.
 _WITH_HASH_ENGINE = """
 import sys
 from minisrv import launch_server
@@ -35,7 +35,7 @@ sys.exit(launch_server.main())
 
 
 def write_model_dir(directory: Path) -> Path:
-    """What all processes but the engine read: a config and a byte-level tokenizer."""
+    """Write what every process except the engine reads: a config and a byte-level tokenizer."""
     directory.mkdir()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
@@ -65,7 +65,7 @@ def write_model_dir(directory: Path) -> Path:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """The test's environment, in which a child finds the package and the test modules."""
+    """The test's environment with the package and the test modules on the path."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("MINISRV_")}
     return {**kept, "PYTHONPATH": PYTHONPATH, **variables}
 
@@ -95,7 +95,7 @@ class ServerProcess:
                 TMPDIR=str(tmp_dir),
             ),
             start_new_session=True,
-            # nohup would have it ignored, and the children of whom it starts inherit that.
+            # Under nohup SIGHUP is ignored, and children inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
         self.lines: list[str] = []
@@ -114,7 +114,7 @@ class ServerProcess:
 
     @property
     def url(self) -> str:
-        """Where it listens; waits for the first line that tells."""
+        """The URL it listens on; waits for the line that reports it."""
         wait_until(lambda: "listens on" in self.output or self.popen.poll() is not None)
         match = re.search(r"listens on (\S+),", self.output)
         assert match is not None, self.output
@@ -133,7 +133,7 @@ class ServerProcess:
         return found
 
     def wait(self, timeout_s: float = 10) -> int:
-        """The exit status; fails when the process does not end in time."""
+        """The exit status; fails if the process does not exit in time."""
         status = self.popen.wait(timeout_s)
         self._reader.join()
         return status
@@ -144,7 +144,7 @@ class ServerProcess:
         assert not list(self.tmp_dir.iterdir())
 
     def end(self) -> None:
-        """For fixtures: stop whatever still runs."""
+        """For fixtures: kill whatever still runs."""
         with contextlib.suppress(psutil.NoSuchProcess):
             self.family += psutil.Process(self.popen.pid).children(recursive=True)
         self.popen.kill()
@@ -163,7 +163,7 @@ def running(*arguments: str, tmp_dir: Path, **options: Any) -> Iterator[ServerPr
 
 
 class OpenRequest:
-    """A completion that is read in a thread, streamed or not."""
+    """A completion request that is read in a thread, streamed or not."""
 
     def __init__(self, url: str, *, stream: bool, max_tokens: int = 1500) -> None:
         self.status: int | None = None

@@ -144,7 +144,7 @@ def test_the_context_holds_prompt_and_completion(
 
 
 @pytest.mark.parametrize(("prompt", "fits"), [(32_768, True), (32_769, False)])
-def test_a_prompt_is_scored_up_to_a_limit(prompt: int, fits: bool) -> None:
+def test_the_logprobs_of_a_prompt_are_limited(prompt: int, fits: bool) -> None:
     sampling = SamplingParams(n=2, max_tokens=0, prompt_logprobs=7)
     request = TokenizeMsg(uid=40, prompt=np.full(prompt, 5, np.int32), sampling=sampling)
     (out,) = make_worker(max_seq_len=100_000).handle(request)

@@ -1,4 +1,4 @@
-"""How a model writes reasoning and tool calls: found in its chat template, so no flag is needed."""
+"""How a model writes reasoning and tool calls, derived from its chat template instead of a flag."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any, Literal
 
 ToolFormat = Literal["hermes", "llama", "mistral"]
 
-# Special tokens among them must stay in the text, or the calls could not be found.
+# Those that are special tokens must stay in the text, or calls cannot be found.
 _CALL_MARKERS: dict[ToolFormat, tuple[str, ...]] = {
     "hermes": ("<tool_call>", "</tool_call>"),
     "llama": ("<|python_tag|>",),
     "mistral": ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
 }
 _REASONING_MARKERS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
-# Other ways to fill the same tag: XML parameters (Qwen3-Coder), key and value tags (GLM).
+# Formats that use the same tag with other contents: XML (Qwen3-Coder), key-value tags (GLM).
 _OTHER_TAGS = ("<function=", "<parameter=", "<arg_key>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatFormat:
-    """takes_tools: the template shows tools to the model. tool_format: how the model calls them.
+    """takes_tools: the template renders tools. tool_format: how the model writes calls.
 
     reasoning_markers: the texts before and after the reasoning. switches_reasoning: the template
-    has a variable that turns thinking on and off, or sets its effort.
+    has a variable that turns reasoning on or off, or sets its effort.
     """
 
     takes_tools: bool = False
@@ -35,18 +35,18 @@ class ChatFormat:
 
     @property
     def call_markers(self) -> tuple[str, ...]:
-        """The texts that mark calls."""
+        """The texts that delimit tool calls."""
         return _CALL_MARKERS[self.tool_format] if self.tool_format else ()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ChatFormat:
-        """The format from its fields as JSON has them."""
+        """The format from its fields as decoded from JSON."""
         reasoning = values["reasoning_markers"]
         return cls(**{**values, "reasoning_markers": reasoning and tuple(reasoning)})
 
 
 def find_chat_format(templates: Mapping[str, str]) -> ChatFormat:
-    """The format that a model's templates (source by name) tell of."""
+    """The format implied by a model's chat templates (source by name)."""
     text = "\n".join(templates.values())
     tools = templates.get("tool_use", templates.get("default", ""))
     return ChatFormat(

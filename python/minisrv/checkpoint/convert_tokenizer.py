@@ -1,9 +1,9 @@
 """Write a tokenizer.json: `python -m minisrv.checkpoint.convert_tokenizer MODEL_DIR OUT_DIR`.
 
-A short-lived process, the one place where a tokenizer is loaded by transformers: it reads a
-sentencepiece or tiktoken file or a vocabulary with merges, writes tokenizer.json,
-tokenizer_config.json and the chat template into OUT_DIR, and exits with 0. What cannot be
-converted is one sentence on stderr and exit status 2.
+Runs in a short-lived process, the only one that loads a tokenizer with transformers. It reads a
+sentencepiece or tiktoken file, or a vocabulary with merges, and writes tokenizer.json,
+tokenizer_config.json and the chat template into OUT_DIR. Exit status 0; 2 with a message on stderr
+if the tokenizer cannot be converted.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _SOURCES = ("tokenizer.model", "*.model", "*.tiktoken", "vocab.json", "vocab.txt
 
 
 def convert(model_dir: Path, out_dir: Path) -> None:
-    """Write the tokenizer of `model_dir` into `out_dir` in the form that `load_tokenizer` reads.
+    """Write the tokenizer of `model_dir` into `out_dir` in the format that `load_tokenizer` reads.
 
-    Raises ConfigError when there is nothing to convert or transformers cannot.
+    Raises ConfigError if there is no source file or transformers cannot convert it.
     """
     if not any(any(model_dir.glob(pattern)) for pattern in _SOURCES):
         raise ConfigError(
-            f"{model_dir} has no tokenizer: neither tokenizer.json nor a file to make it from "
+            f"{model_dir} has no tokenizer: neither tokenizer.json nor a file to convert "
             f"({', '.join(_SOURCES)})"
         )
     from transformers import AutoTokenizer
@@ -33,7 +33,7 @@ def convert(model_dir: Path, out_dir: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         tokenizer.save_pretrained(out_dir)
-    except Exception as error:  # transformers raises whatever its readers raise
+    except Exception as error:  # transformers passes on whatever its readers raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
             f"the tokenizer in {model_dir} cannot be converted to tokenizer.json: {reason}"
@@ -42,7 +42,7 @@ def convert(model_dir: Path, out_dir: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command and return its exit status."""
+    """Run the command; return its exit status."""
     if len(arguments) != 2:
         print(
             "usage: python -m minisrv.checkpoint.convert_tokenizer MODEL_DIR OUT_DIR",

@@ -1,4 +1,4 @@
-"""Find the directory of a model: the demo model, a local checkpoint or a download from the hub."""
+"""Find a model's directory: the demo model, a local checkpoint, or a download from the hub."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ ReportProgress = Callable[[str, float], None]
 def find_local_model(name: str) -> Path | None:
     """The directory of a model that needs no download; None for a hub name.
 
-    `demo` is always the demo model; a directory of that name is ./demo.
-    Raises ConfigError for a name that is neither.
+    `demo` always means the demo model; write ./demo for a directory of that name.
+    Raises ConfigError for a name that is neither a directory nor a hub name.
     """
     if name == DEMO:
         if not DEMO_DIR.is_dir():
-            raise ConfigError("this installation has no demo model; give --model a checkpoint")
+            raise ConfigError("this installation has no demo model; set --model to a checkpoint")
         return DEMO_DIR
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()
     if path.exists():
-        raise ConfigError(f"--model {name} is a file; give the directory of a checkpoint")
+        raise ConfigError(f"--model {name} is a file; use the directory of a checkpoint")
     if HUB_NAME.fullmatch(name) is None or name.startswith((".", "~")):
         raise ConfigError(
-            f"--model {name}: no such directory, and no hub name such as Qwen/Qwen3-0.6B"
+            f"--model {name}: no such directory, and not a hub name such as Qwen/Qwen3-0.6B"
         )
     return None
 
 
 def resolve_model(name: str, progress: ReportProgress, patterns: Sequence[str] = PATTERNS) -> Path:
-    """The directory of the model `name`, downloaded into the hub's cache if need be.
+    """The directory of the model `name`, downloaded into the hub's cache if necessary.
 
-    `name` is demo, a directory, or org/name[@revision] of a hub. `progress` is called with
-    ("download", fraction of the bytes), in any thread. `patterns` name the files to download.
+    `name` is demo, a directory, or org/name[@revision] on the hub. `progress` is called with
+    ("download", fraction of the bytes), from any thread. `patterns` select the files to download.
     Raises ConfigError.
     """
     return find_local_model(name) or _download(name, progress, patterns)
@@ -78,15 +78,15 @@ def _reason(error: Exception) -> str:
 
     match error:
         case GatedRepoError():
-            return "the hub gives it only to those who accepted its terms; set HF_TOKEN"
+            return "the model is gated; accept its terms on the hub and set HF_TOKEN"
         case RepositoryNotFoundError():
-            return "no such directory, and the hub has no such model (or HF_TOKEN may not see it)"
+            return "no such directory, and no such model on the hub (or HF_TOKEN has no access)"
         case RevisionNotFoundError():
             return "the hub has the model, but not this revision"
         case LocalEntryNotFoundError():
             return (
-                "no such directory, it is not in the hub's cache, and the hub cannot be reached; "
-                "check the network or give the directory of a checkpoint"
+                "no such directory, not in the hub's cache, and the hub cannot be reached; "
+                "check the network or use the directory of a checkpoint"
             )
         case _:
             first_line = (str(error).splitlines() or [""])[0]
@@ -94,7 +94,7 @@ def _reason(error: Exception) -> str:
 
 
 def _progress_bar(progress: ReportProgress) -> type[Any]:
-    """The hub's progress bar, which also tells `progress` of the bytes."""
+    """The hub's progress bar, which also reports the bytes to `progress`."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class ProgressBar(tqdm):
@@ -104,7 +104,7 @@ def _progress_bar(progress: ReportProgress) -> type[Any]:
             super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> bool | None:
-            # A bar that is not shown (no terminal) keeps no count of its own.
+            # A bar that is not shown (no terminal) does not count.
             self.num_bytes += n or 0
             if self.counts_bytes and self.total:
                 progress("download", min(1.0, self.num_bytes / self.total))

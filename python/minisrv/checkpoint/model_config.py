@@ -1,7 +1,7 @@
-"""What a checkpoint's config.json and generation_config.json say, checked and in our terms.
+"""A checkpoint's config.json and generation_config.json, checked and in our terms.
 
-What changes the maths of a model and is not implemented is refused by name: a checkpoint that loads
-is computed as its authors computed it.
+Settings that change a model's results and are not implemented are refused by name: a checkpoint
+that loads computes what its authors' code computes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """Rotary embedding. Fields after `factor` are read by llama3 and yarn as their names say."""
+    """Rotary embedding. The fields after `factor` are parameters of llama3 and yarn."""
 
     rope_type: RopeType = "default"
     theta: float = 10000.0
@@ -40,7 +40,7 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeConfig:
-    """Sparse feed-forward layers: which, and how a token picks its experts."""
+    """Sparse feed-forward layers: which ones, and how a token selects its experts."""
 
     num_experts: int
     num_experts_per_token: int
@@ -51,7 +51,7 @@ class MoeConfig:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Config:
-    """Weights are stored as FP8 with scales. block: rows and columns of one scale, if of blocks."""
+    """Weights are stored as FP8 with scales. block: rows and columns per scale, if block-wise."""
 
     block: tuple[int, int] | None = None
 
@@ -60,8 +60,8 @@ class Fp8Config:
 class ModelConfig:
     """One checkpoint. `max_position` is the model's context, `max_seq_len` the one to serve.
 
-    dtype is None when the checkpoint does not say it. eos_token_ids: each of them ends a text.
-    unapplied_defaults: entries of generation_config.json that no option of ours can follow.
+    dtype: None if the checkpoint does not state it. eos_token_ids: each of them ends a text.
+    unapplied_defaults: entries of generation_config.json that are not supported.
     """
 
     architecture: str
@@ -89,16 +89,16 @@ class ModelConfig:
     unapplied_defaults: tuple[str, ...] = ()
 
     def defaults_of(self, kind: Literal["model", "openai"]) -> SamplingParams:
-        """The sampling of a request that leaves it open, by --sampling-defaults."""
+        """The sampling defaults that --sampling-defaults `kind` selects."""
         return self.sampling_defaults if kind == "model" else SamplingParams()
 
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """What the config class of an architecture in transformers takes for granted."""
+    """Defaults of an architecture's config class in transformers."""
 
     tie: bool = False
-    qkv_bias: bool | None = None  # None: `attention_bias` says it, for the output projection too
+    qkv_bias: bool | None = None  # None: `attention_bias` decides, also for o_proj
     reads_mlp_bias: bool = False
     head_dim: int | None = None
     sliding_window: Callable[[Json], int | None] = lambda raw: None
@@ -135,7 +135,7 @@ _FAMILIES = {
 }
 SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
 
-# Keys that change the result where they hold anything but null, and that no family reads.
+# Keys that change the result unless they are null, and that no family reads.
 _REFUSED_KEYS = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
@@ -158,7 +158,7 @@ _ROPE_KEYS = {
     ),
     "dynamic": ("factor", "original_max_position_embeddings"),
 }
-# What a generation_config.json may say of a request that leaves it open.
+# Parameters that generation_config.json may set for requests that omit them.
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _GENERATION_NEUTRAL = {
     "typical_p": 1.0,
@@ -180,8 +180,8 @@ _GENERATION_NEUTRAL = {
 def load_model_config(path: str | Path, max_seq_len: int | None = None) -> ModelConfig:
     """Read a checkpoint directory. `max_seq_len` is the context to serve; None is the model's.
 
-    Raises ConfigError for a file that is missing or wrong and for a context beyond the model's,
-    UnsupportedModelError for a model that needs what minisrv does not implement.
+    Raises ConfigError for a missing or invalid file or a context beyond the model's, and
+    UnsupportedModelError for a model that needs a feature minisrv does not implement.
     """
     directory = Path(path)
     raw = _read_json(directory / "config.json", required=True)
@@ -225,14 +225,14 @@ def load_model_config(path: str | Path, max_seq_len: int | None = None) -> Model
 def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
     if not path.is_file():
         if required:
-            raise ConfigError(f"{path} does not exist; a checkpoint directory must have it")
+            raise ConfigError(f"{path} does not exist; a checkpoint directory must contain it")
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object")
+        raise ConfigError(f"{path} must contain a JSON object")
     return value
 
 
@@ -241,7 +241,7 @@ def _family(raw: Json) -> tuple[str, _Family]:
     if len(names) != 1 or names[0] not in _FAMILIES:
         raise UnsupportedModelError(
             f"the checkpoint's architecture is {', '.join(map(str, names))}; "
-            f"minisrv runs {', '.join(SUPPORTED_ARCHITECTURES)}"
+            f"minisrv supports {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
     return names[0], _FAMILIES[names[0]]
 
@@ -252,10 +252,14 @@ def _refuse_keys(raw: Json) -> None:
             raise UnsupportedModelError(f"config.json has {key}, which minisrv does not implement")
     act = raw.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
-        raise UnsupportedModelError(f"config.json has hidden_act {act!r}; minisrv has silu alone")
+        raise UnsupportedModelError(
+            f"config.json has hidden_act {act!r}; minisrv supports only silu"
+        )
     unknown = set(raw.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
     if unknown:
-        raise UnsupportedModelError(f"config.json has layers of type {', '.join(sorted(unknown))}")
+        raise UnsupportedModelError(
+            f"config.json has unsupported layer types: {', '.join(sorted(unknown))}"
+        )
 
 
 def _fp8(quantization: Json | None) -> Fp8Config | None:
@@ -279,7 +283,9 @@ def _fp8(quantization: Json | None) -> Fp8Config | None:
         return Fp8Config()
     whole = len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)
     if not whole:
-        raise ConfigError(f"config.json has weight_block_size {block!r}; it must be two sizes")
+        raise ConfigError(
+            f"config.json has weight_block_size {block!r}; it must be two positive integers"
+        )
     return Fp8Config((block[0], block[1]))
 
 
@@ -305,16 +311,16 @@ def _rope(raw: Json, max_seq_len: int | None) -> tuple[int, RopeConfig]:
     partial = given.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor")
     if partial not in (None, 1.0):
         raise UnsupportedModelError(
-            f"config.json has partial_rotary_factor {partial}; minisrv rotates whole heads alone"
+            f"config.json has partial_rotary_factor {partial}; minisrv supports only 1.0"
         )
     if rope_type not in _ROPE_KEYS:
         raise UnsupportedModelError(
-            f"config.json has rope_type {rope_type!r}; minisrv has {', '.join(_ROPE_KEYS)}"
+            f"config.json has rope_type {rope_type!r}; minisrv supports {', '.join(_ROPE_KEYS)}"
         )
     unknown = set(given) - {key for keys in _ROPE_KEYS.values() for key in keys}
     if unknown:
         raise UnsupportedModelError(
-            f"config.json has rope parameters unknown to minisrv: {', '.join(sorted(unknown))}"
+            f"config.json has unknown rope parameters: {', '.join(sorted(unknown))}"
         )
     return _scaled_rope(raw, rope_type, float(theta), given, max_seq_len)
 
@@ -328,8 +334,8 @@ def _scaled_rope(
     if rope_type == "dynamic":
         if max_seq_len is None or max_seq_len > original:
             raise UnsupportedModelError(
-                "config.json has rope_type 'dynamic', which minisrv has only up to the original "
-                f"context; run with --max-seq-len {original} or less"
+                "config.json has rope_type 'dynamic', which minisrv supports only up to the "
+                f"original context; run with --max-seq-len {original} or less"
             )
         return original, RopeConfig(theta=theta)
     missing = {"llama3": _ROPE_KEYS["llama3"], "linear": ("factor",)}.get(rope_type, ())
@@ -363,8 +369,8 @@ def _check_window(window: int | None, context: int) -> None:
 def _check_heads(config: ModelConfig) -> None:
     if config.num_heads % config.num_kv_heads:
         raise ConfigError(
-            f"config.json has {config.num_heads} attention heads, which "
-            f"{config.num_kv_heads} key-value heads do not divide"
+            f"config.json has {config.num_heads} attention heads, not a multiple of its "
+            f"{config.num_kv_heads} key-value heads"
         )
     if config.head_dim % 2:
         raise ConfigError(f"config.json has head_dim {config.head_dim}; it must be even")
@@ -374,7 +380,7 @@ def _moe(raw: Json) -> MoeConfig:
     num_experts = _positive(raw, "num_experts", raw.get("num_local_experts"))
     per_token = _positive(raw, "num_experts_per_tok")
     if per_token > num_experts:
-        raise ConfigError(f"config.json picks {per_token} experts a token of {num_experts}")
+        raise ConfigError(f"config.json selects {per_token} of {num_experts} experts per token")
     step = _positive(raw, "decoder_sparse_step", 1)
     dense = set(raw.get("mlp_only_layers") or ())
     return MoeConfig(
@@ -394,7 +400,7 @@ def _dtype(raw: Json) -> Dtype | None:
     name = raw.get("dtype") or raw.get("torch_dtype")
     if name not in (None, "bfloat16", "float16", "float32"):
         raise UnsupportedModelError(
-            f"config.json has dtype {name!r}; minisrv has bfloat16, float16 and float32"
+            f"config.json has dtype {name!r}; minisrv supports bfloat16, float16 and float32"
         )
     return cast("Dtype | None", name)
 
@@ -406,7 +412,7 @@ def _first_set(key: str, *sources: Json) -> Any:
 def _token_ids(value: Any) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise ConfigError(f"the checkpoint's eos_token_id or bos_token_id is {value!r}")
+        raise ConfigError(f"the checkpoint has the invalid eos_token_id or bos_token_id {value!r}")
     return tuple(dict.fromkeys(ids))
 
 

@@ -1,9 +1,9 @@
 """A Hugging Face tokenizer from tokenizer.json and tokenizer_config.json, without transformers.
 
-The ids equal those of transformers' fast tokenizer for the same files. Two things differ from
-loading tokenizer.json alone: tokens that only the configuration names are added, and a stored
-truncation or padding is off. As in transformers 5, the post-processor of tokenizer.json alone
-says whether BOS and EOS are added: the configuration's `add_bos_token` has no say beside it.
+The ids equal those of transformers' fast tokenizer for the same files. Compared with loading only
+tokenizer.json, tokens that only the configuration names are added, and stored truncation and
+padding are turned off. As in transformers 5, only the post-processor in tokenizer.json decides
+whether BOS and EOS are added; `add_bos_token` in the configuration is ignored.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _ADDED_TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized
 
 
 class HFTokenizer:
-    """Text to token ids and back. Nothing changes after loading, so threads may share it.
+    """Encodes and decodes text. Immutable after loading, so threads may share it.
 
-    special_tokens: the named ones, such as {"eos_token": "</s>"}, as chat templates know them.
+    special_tokens: the named ones, such as {"eos_token": "</s>"}, as chat templates see them.
     special_ids: ids that decoding skips on request.
-    chat_templates: template sources by name; empty, or one of them is "default" as a rule.
+    chat_templates: template sources by name; the usual one is called "default". May be empty.
     """
 
     def __init__(
@@ -62,17 +62,17 @@ class HFTokenizer:
 
     @property
     def eos_token(self) -> str | None:
-        """Text of the token that ends a sequence; the model may have more such ids."""
+        """Text of the token that ends a sequence; the model may have further ones."""
         return self.special_tokens.get("eos_token")
 
     @property
     def vocab_size(self) -> int:
-        """Tokens with those added to the vocabulary; the model may have fewer or more rows."""
+        """Number of tokens, added ones included; the model may have fewer or more rows."""
         return self._backend.get_vocab_size()
 
     @property
     def decoder_state(self) -> dict[str, Any] | None:
-        """The decoder's definition in tokenizer.json."""
+        """The `decoder` entry of tokenizer.json."""
         decoder = self._backend.decoder
         if decoder is None:
             return None
@@ -80,29 +80,29 @@ class HFTokenizer:
         return state
 
     def to_json(self) -> str:
-        """The whole tokenizer in the form of a tokenizer.json."""
+        """The tokenizer in the format of tokenizer.json."""
         return self._backend.to_str()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Raises InvalidRequestError for a text that UTF-8 cannot hold."""
+        """Token ids of `text`. Raises InvalidRequestError for lone surrogates."""
         _check_text(text)
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; ids without a token add nothing, invalid bytes become U+FFFD."""
+        """Text of `ids`; unknown ids are skipped, invalid UTF-8 becomes U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token(self, token_id: int) -> str | None:
-        """The vocabulary's own spelling of an id, None for an id without a token."""
+        """The token of an id as the vocabulary spells it; None for an unknown id."""
         return self._backend.id_to_token(token_id)
 
     @cached_property
     def longest_token(self) -> int:
-        """Characters of the longest token as the vocabulary spells it: no token stands for more."""
+        """Characters of the longest token in the vocabulary's spelling; none decodes to more."""
         return max(map(len, self._backend.get_vocab()), default=1)
 
     def describe(self) -> dict[str, Any]:
-        """What a client needs to know to work without the tokenizer's files."""
+        """The properties a client needs that does not have the tokenizer's files."""
         default = self.chat_templates.get("default")
         return {
             **self.special_tokens,
@@ -114,7 +114,7 @@ class HFTokenizer:
         }
 
     def token_id(self, text: str) -> int | None:
-        """The id of the token that is spelled `text`, None if there is none."""
+        """The id of the token spelled `text`; None if there is none."""
         return self._backend.token_to_id(text)
 
     def _named_id(self, name: str) -> int | None:
@@ -123,9 +123,9 @@ class HFTokenizer:
 
 
 def load_tokenizer(model_dir: Path, chat_template_file: str | None = None) -> HFTokenizer:
-    """The tokenizer in `model_dir`, with the template of `chat_template_file` if that is given.
+    """The tokenizer in `model_dir`, with the chat template in `chat_template_file` if given.
 
-    Raises ConfigError when a file is missing or cannot be read.
+    Raises ConfigError if a file is missing or cannot be read.
     """
     path = model_dir / "tokenizer.json"
     if not path.is_file():
@@ -148,8 +148,8 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InvalidRequestError(
-            f"the text holds a lone surrogate (U+{ord(text[error.start]):04X}) at character "
-            f"{error.start}, which no UTF-8 text can hold; send whole characters"
+            f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
+            f"{error.start}, which UTF-8 cannot encode; send complete characters"
         ) from None
 
 
@@ -161,12 +161,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} does not hold a JSON object")
+        raise ConfigError(f"{path} does not contain a JSON object")
     return value
 
 
 def _read_config(model_dir: Path) -> dict[str, Any]:
-    """tokenizer_config.json; special_tokens_map.json too where the first is of the old form."""
+    """tokenizer_config.json, and for its old format special_tokens_map.json too."""
     config = _read_json(model_dir / "tokenizer_config.json")
     if "added_tokens_decoder" not in config:
         config |= _read_json(model_dir / "special_tokens_map.json")
@@ -206,7 +206,7 @@ def _templates_by_name(value: Any) -> dict[str, str]:
     except (TypeError, KeyError):
         named = {}
     if not named or not all(isinstance(text, str) for pair in named.items() for text in pair):
-        raise ConfigError("chat_template is neither a string nor a list of names and templates")
+        raise ConfigError("chat_template must be a string or a list of named templates")
     return named
 
 
@@ -240,9 +240,9 @@ def _added_token(value: Any, **flags: bool) -> AddedToken:
 
 
 def _add_tokens(backend: Tokenizer, config: dict[str, Any]) -> None:
-    """Add the tokens that the configuration has and tokenizer.json has not, lowest id first.
+    """Add the tokens that the configuration has and tokenizer.json lacks, lowest id first.
 
-    An added token that the configuration gives a name, such as `eos_token`, becomes special.
+    An added token that the configuration names, such as `eos_token`, becomes special.
     """
     present = list(backend.get_added_tokens_decoder().values())
     spelled = {repr(token) for token in present}

@@ -13,42 +13,44 @@ from minisrv.wire.logprobs import PromptEcho, SpelledLogprobs, TokenLogprobs
 from minisrv.wire.messages import Start
 
 
-class Scorer:
-    """The scores of one request's output.
+class LogprobSpeller:
+    """Spells out the log-probabilities of one request's output.
 
     Offsets count from the start of an echoed prompt, else of the output, in the text before stop
     strings are looked for.
     """
 
     def __init__(self, decoder: TextDecoder, offset: int) -> None:
-        """offset: of the first token."""
+        """`offset` is that of the first token."""
         self._decoder, self._offset = decoder, offset
         self._expected: deque[TokenLogprobs] = deque()
-        self.logprobs: list[SpelledLogprobs] = []
+        self._spelled: list[SpelledLogprobs] = []
 
     def expect(self, logprobs: TokenLogprobs) -> None:
-        """The log-probabilities of a token that comes next."""
+        """Keep the log-probabilities of a token until its text is known."""
         self._expected.append(logprobs)
 
-    def add(self, text: str) -> None:
-        """The next token has come, and with it `text`."""
-        told = self._expected.popleft()
-        offset = self._offset + _begin(self._decoder.spell(int(told.token_ids[0])), text)
-        self.logprobs.append(_scores(self._decoder, told, told.logprobs, told.token_ids, [offset]))
+    def spell_next(self, text: str) -> None:
+        """Spell the next expected token, which added `text`."""
+        token = self._expected.popleft()
+        offset = self._offset + _begin(self._decoder.spell(int(token.token_ids[0])), text)
+        spelled = _spell(self._decoder, token, token.logprobs, token.token_ids, [offset])
+        self._spelled.append(spelled)
         self._offset += len(text)
 
-    def take(self) -> tuple[SpelledLogprobs, ...]:
-        """What has come since the last call."""
-        scores, self.logprobs = tuple(self.logprobs), []
-        return scores
+    def take_spelled(self) -> list[SpelledLogprobs]:
+        """What was spelled since the last call."""
+        spelled, self._spelled = self._spelled, []
+        return spelled
 
 
 def echo_prompt(
     start: Start, prompt_ids: Int32Array, stream: TextStream, decoder: TextDecoder
 ) -> PromptEcho:
-    """The text of a prompt, which goes into the output's stream first: it may end in a character.
+    """Push a prompt into the output's stream, since it may end inside a character.
 
-    With scores if the request has log-probabilities of its prompt; the first token has none.
+    The echo has log-probabilities if the request asked for those of its prompt. The first token
+    has none.
     """
     pieces, offsets, num_chars = list[str](), list[int](), 0
     for token_id in prompt_ids.tolist():
@@ -56,18 +58,18 @@ def echo_prompt(
         offsets.append(num_chars + _begin(decoder.spell(token_id), pieces[-1]))
         num_chars += len(pieces[-1])
     pieces.append(stream.flush_whole())
-    scores, told = None, start.prompt_logprobs
-    if told is not None:
-        logprobs = np.concatenate([np.array([np.nan], np.float32), told.logprobs])
-        scores = _scores(decoder, told, logprobs, prompt_ids, offsets)
-    return PromptEcho(uid=start.uid, text="".join(pieces), logprobs=scores)
+    spelled, following = None, start.prompt_logprobs
+    if following is not None:
+        logprobs = np.concatenate([np.array([np.nan], np.float32), following.logprobs])
+        spelled = _spell(decoder, following, logprobs, prompt_ids, offsets)
+    return PromptEcho(uid=start.uid, text="".join(pieces), logprobs=spelled)
 
 
 def _begin(spelled: bytes, text: str) -> int:
-    """Where in `text`, which came with a token, the token's own begins.
+    """Where a token's own text begins in `text`, what the stream gave for it.
 
-    What was held back before comes first. The rest of a character begins where the character does;
-    a token that is not shown, or not yet, behind everything.
+    `text` may start with what was held back before. The rest of a character begins where the
+    character does. A token that is not shown, or not yet, begins at the end.
     """
     if spelled and 0x80 <= spelled[0] < 0xC0:
         return 0
@@ -78,24 +80,26 @@ def _begin(spelled: bytes, text: str) -> int:
     return len(text)
 
 
-def _scores(
+def _spell(
     decoder: TextDecoder,
-    told: TokenLogprobs,
+    tokens: TokenLogprobs,
     logprobs: Float32Array,
     token_ids: Int32Array,
     offsets: Sequence[int],
 ) -> SpelledLogprobs:
-    """As columns: a prompt has thousands of tokens, and each may have twenty others beside it.
+    """`tokens` with spellings and offsets.
 
-    Where `logprobs` are more than those told, the first have no others.
+    Works on columns: a prompt has thousands of tokens, each with up to twenty alternatives. Where
+    there are more `logprobs` than `tokens`, the first have no alternatives.
     """
-    num_top = len(told.top_ids) // len(told.token_ids) if len(told.token_ids) else 0
-    missing = (len(logprobs) - len(told.logprobs)) * num_top
-    top_ids = np.concatenate([np.repeat(token_ids[:1], missing), told.top_ids])
-    top_logprobs = np.concatenate([np.full(missing, np.nan, np.float32), told.top_logprobs])
+    num_top = len(tokens.top_ids) // len(tokens.token_ids) if len(tokens.token_ids) else 0
+    missing = (len(logprobs) - len(tokens.logprobs)) * num_top
+    top_ids = np.concatenate([np.repeat(token_ids[:1], missing), tokens.top_ids])
+    top_logprobs = np.concatenate([np.full(missing, np.nan, np.float32), tokens.top_logprobs])
     ids, indices = np.unique(np.concatenate([token_ids, top_ids]), return_inverse=True)
     places: Int32Array = indices.astype(np.int32)
     return SpelledLogprobs(
+        uid=tokens.uid,
         spellings=tuple(map(decoder.spell, ids.tolist())),
         tokens=places[: len(token_ids)],
         logprobs=logprobs,

@@ -1,7 +1,7 @@
 """Split the reasoning at the beginning of a reply from the text that follows, incrementally.
 
-What comes out, joined, does not depend on how the text was cut. The line breaks at both ends of a
-reasoning, and those behind it, belong to the tags: templates write them again.
+What comes out, joined, does not depend on how the text was cut. Line breaks at either end
+of the reasoning, and those after it, belong to the tags: templates write them again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ReasoningSplitter:
     def __init__(self, begin: str, end: str, opened: bool) -> None:
         """`opened`: the prompt ends inside reasoning; a tag that the reply repeats is skipped.
 
-        `closed` tells whether reasoning has come to its end.
+        `closed`: the reasoning has ended.
         """
         self._begin = begin
         self._end = end
@@ -45,7 +45,7 @@ class ReasoningSplitter:
         return self._state is _State.TEXT
 
     def push(self, delta: str) -> tuple[str, str]:
-        """The reasoning and the text that are sure now that `delta` has come."""
+        """The reasoning and the text that are certain after `delta`."""
         self._held += delta
         reasoning = ""
         if self._state is _State.START:

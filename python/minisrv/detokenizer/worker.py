@@ -1,4 +1,4 @@
-"""What a detokenizer process does with a step: token columns to text columns. No sockets here."""
+"""What a detokenizer process does with a step: token columns to text columns, without sockets."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from minisrv.checkpoint.chat_format import find_chat_format
 from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.detokenizer.incremental import TextDecoder, TextStream
-from minisrv.detokenizer.logprobs import Scorer, echo_prompt
+from minisrv.detokenizer.logprobs import LogprobSpeller, echo_prompt
 from minisrv.detokenizer.reasoning import ReasoningSplitter
 from minisrv.detokenizer.stop_strings import StopMatcher
 from minisrv.errors import MinisrvError
-from minisrv.wire.logprobs import OutputLogprobs, PromptEcho
+from minisrv.wire.logprobs import PromptEcho, SpelledLogprobs
 from minisrv.wire.messages import (
     AbortMsg,
     DetokenizeMsg,
@@ -24,7 +24,7 @@ from minisrv.wire.messages import (
     Finish,
     OutputIds,
     Parts,
-    Progress,
+    PrefillProgress,
     ReasoningText,
     Start,
     UserReply,
@@ -32,7 +32,7 @@ from minisrv.wire.messages import (
 
 logger = logging.getLogger("minisrv.detokenizer")
 
-_NONE, _STOP, _LENGTH, _STOP_TOKEN, _ABORT, _COMPLETE = map(int, Finish)
+_WITH_TEXT = (Finish.NONE, Finish.LENGTH, Finish.COMPLETE)  # the entry's token is text
 
 
 @dataclass(slots=True, eq=False)
@@ -41,8 +41,8 @@ class _Request:
 
     start: kept until it is forwarded. matcher: None without stop strings.
     splitter: None where no reasoning can come, or none any more.
-    new_ids: what has not been told yet; None for a request that does not want ids.
-    scorer: None for a request that wants no log-probabilities.
+    new_ids: token ids not sent yet; None for a request that does not want ids.
+    speller: None for a request that wants no log-probabilities.
     """
 
     uid: int
@@ -54,7 +54,7 @@ class _Request:
     num_tokens: int = 0
     started_at: float = 0.0
     new_ids: list[int] | None = None
-    scorer: Scorer | None = None
+    speller: LogprobSpeller | None = None
 
 
 @dataclass(slots=True)
@@ -72,12 +72,14 @@ class _Columns:
     aborts: list[int] = field(default_factory=list)
     output_ids: list[OutputIds] = field(default_factory=list)
     echoes: list[PromptEcho] = field(default_factory=list)
-    logprobs: list[OutputLogprobs] = field(default_factory=list)
-    progress: tuple[Progress, ...] = ()
+    logprobs: list[SpelledLogprobs] = field(default_factory=list)
+    progress: tuple[PrefillProgress, ...] = ()
     at: float = 0.0
     ends: list[End] = field(default_factory=list)
 
-    def add(self, uid: int, text: str, count: int, finish: int, reason: str | int | None) -> None:
+    def add_row(
+        self, uid: int, text: str, count: int, finish: int, reason: str | int | None
+    ) -> None:
         self.uids.append(uid)
         self.texts.append(text)
         self.output_tokens.append(count)
@@ -131,12 +133,12 @@ class DetokenizerWorker:
         for start in message.starts:
             try:
                 self._requests[start.uid] = self._open(start, columns)
-            except Exception:  # its entry of this message finds no request, and fails
+            except Exception:  # its first token finds no request, and fails
                 logger.exception("request uid=%d cannot be opened", start.uid)
         for logprobs in message.logprobs:
             request = self._requests.get(logprobs.uid)
-            if request is not None and request.scorer is not None:
-                request.scorer.expect(logprobs)
+            if request is not None and request.speller is not None:
+                request.speller.expect(logprobs)
         entries = zip(
             message.uids.tolist(),
             message.token_ids.tolist(),
@@ -145,7 +147,7 @@ class DetokenizerWorker:
         )
         for uid, token_id, finish in entries:
             try:
-                self._take(uid, token_id, finish, columns)
+                self._push_token(uid, token_id, finish, columns)
             except Exception:
                 logger.exception("request uid=%d cannot be detokenized", uid)
                 self._fail(uid, finish, columns)
@@ -181,17 +183,17 @@ class DetokenizerWorker:
             start=start,
             started_at=start.at,
             new_ids=[] if start.return_token_ids else None,
-            scorer=Scorer(self._decoder, num_chars) if start.logprobs else None,
+            speller=LogprobSpeller(self._decoder, num_chars) if start.logprobs else None,
         )
 
-    def _take(self, uid: int, token_id: int, finish: int, columns: _Columns) -> None:
+    def _push_token(self, uid: int, token_id: int, finish: int, columns: _Columns) -> None:
         request = self._requests.get(uid)
         if request is None:
-            self._take_unknown(uid, finish, columns)
+            self._skip_token(uid, finish, columns)
             return
-        if finish == _ABORT or (finish and token_id < 0):
+        if finish and (finish == Finish.ABORT or token_id < 0):
             # Without output the rest of an echoed prompt may be held back: a part of a character.
-            text = "" if finish == _ABORT else request.stream.flush()
+            text = "" if finish == Finish.ABORT else request.stream.flush()
             self._close(request, columns, text, finish, None)
             return
         request.num_tokens += 1
@@ -201,14 +203,14 @@ class DetokenizerWorker:
         if reasoning is not None:
             columns.reasoning.append(reasoning)
         if stop is not None:
-            self._end(request, finish, columns, text, stop)
+            self._end_at_stop_string(request, finish, columns, text, stop)
         elif finish:
-            reason = token_id if finish == _STOP_TOKEN else None
+            reason = token_id if finish == Finish.STOP_TOKEN else None
             self._close(request, columns, text, finish, reason)
         elif text or reasoning is not None or request.start is not None:
-            self._add(request, columns, text, finish, None)
+            self._reply(request, columns, text, finish, None)
 
-    def _add(
+    def _reply(
         self,
         request: _Request,
         columns: _Columns,
@@ -216,7 +218,7 @@ class DetokenizerWorker:
         finish: int,
         reason: str | int | None,
     ) -> None:
-        columns.add(request.uid, text, request.num_tokens, finish, reason)
+        columns.add_row(request.uid, text, request.num_tokens, finish, reason)
         if request.start is not None:
             columns.starts.append(request.start)
             request.start = None
@@ -224,8 +226,8 @@ class DetokenizerWorker:
             ids = np.array(request.new_ids, np.int32)
             columns.output_ids.append(OutputIds(uid=request.uid, ids=ids))
             request.new_ids = []
-        if request.scorer is not None and request.scorer.logprobs:
-            columns.logprobs.append(OutputLogprobs(uid=request.uid, logprobs=request.scorer.take()))
+        if request.speller is not None:
+            columns.logprobs += request.speller.take_spelled()
 
     def _close(
         self,
@@ -235,25 +237,27 @@ class DetokenizerWorker:
         finish: int,
         reason: str | int | None,
     ) -> None:
-        self._add(request, columns, text, finish, reason)
+        self._reply(request, columns, text, finish, reason)
         columns.ends.append(End(uid=request.uid, decode_s=columns.at - request.started_at))
         del self._requests[request.uid]
 
-    def _end(self, request: _Request, finish: int, columns: _Columns, text: str, stop: str) -> None:
+    def _end_at_stop_string(
+        self, request: _Request, finish: int, columns: _Columns, text: str, stop: str
+    ) -> None:
         """End a request at its stop string; `finish` is what the scheduler says of it."""
-        self._close(request, columns, text, _STOP, stop)
+        self._close(request, columns, text, Finish.STOP, stop)
         if not finish:
             self._ended.add(request.uid)
             columns.aborts.append(request.uid)
 
-    def _take_unknown(self, uid: int, finish: int, columns: _Columns) -> None:
+    def _skip_token(self, uid: int, finish: int, columns: _Columns) -> None:
         if uid in self._ended:
             if finish:
                 self._ended.remove(uid)
             return
-        # The scheduler aborts a request that waits before it has a Start.
-        assert finish == _ABORT, f"uid {uid} has a token and no Start"
-        columns.add(uid, "", 0, finish, None)
+        # Its Start could not be opened; an abort needs no more than that.
+        assert finish == Finish.ABORT, f"uid {uid} has a token and no Start"
+        columns.add_row(uid, "", 0, finish, None)
 
     def _fail(self, uid: int, finish: int, columns: _Columns) -> None:
         self._requests.pop(uid, None)
@@ -279,10 +283,10 @@ def _next_text(
     request: _Request, token_id: int, finish: int
 ) -> tuple[str, str | None, ReasoningText | None]:
     """What the entry adds to the text, the stop string that ends it there, and the reasoning."""
-    is_text = finish in (_NONE, _LENGTH, _COMPLETE)
+    is_text = finish in _WITH_TEXT
     text = request.stream.push(token_id) if is_text else request.stream.flush()
-    if request.scorer is not None:
-        request.scorer.add(text)
+    if request.speller is not None:
+        request.speller.spell_next(text)
     if finish:
         text += request.stream.flush()
     reasoning = None

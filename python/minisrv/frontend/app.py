@@ -14,7 +14,9 @@ from minisrv.frontend.apis.anthropic.errors import AnthropicErrorFormat
 from minisrv.frontend.apis.anthropic.reply import MESSAGE_PREFIX
 from minisrv.frontend.apis.anthropic.route import MESSAGES_PATH, add_message_routes
 from minisrv.frontend.apis.native import add_native_route
-from minisrv.frontend.apis.openai.route import CHAT_PREFIX, COMPLETION_PREFIX, add_openai_routes
+from minisrv.frontend.apis.openai.chat import CHAT_PREFIX
+from minisrv.frontend.apis.openai.completions import COMPLETION_PREFIX
+from minisrv.frontend.apis.openai.route import add_openai_routes
 from minisrv.frontend.apis.responses.route import RESPONSE_PREFIX, add_response_routes
 from minisrv.frontend.apis.service import Service
 from minisrv.frontend.apis.tokens import add_token_routes
@@ -32,7 +34,7 @@ from minisrv.frontend.ops.admin import add_admin_routes
 from minisrv.frontend.ops.metrics import CONTENT_TYPE, ServerMetrics
 from minisrv.frontend.ops.root_page import add_root_page
 from minisrv.frontend.registry.registry import RequestRegistry
-from minisrv.frontend.registry.server_state import Dead, Ready, Starting
+from minisrv.frontend.registry.server_state import Dead, Serving, Starting
 
 VERSION = version("minisrv")
 # By path prefix; errors of all other routes have OpenAI's form.
@@ -107,7 +109,7 @@ def _add_state_routes(app: FastAPI, registry: RequestRegistry, metrics: ServerMe
     async def ready() -> Response:
         """Whether requests are served: 200, or 503 with the progress of the start."""
         match registry.state:
-            case Ready():
+            case Serving():
                 return JSONResponse({"status": "ready"})
             case Starting(phase, fraction):
                 body = {"status": "loading", "phase": phase, "progress": round(fraction, 4)}

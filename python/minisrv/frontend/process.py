@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import time
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 import uvloop
 
-from minisrv.checkpoint.chat_format import ChatFormat
-from minisrv.config import ServerConfig, read_chat_template_kwargs
+from minisrv.config import ServerConfig
 from minisrv.errors import EngineDeadError, NotReadyError
 from minisrv.frontend.app import create_app
 from minisrv.frontend.http.protocol import HttpProtocol
 from minisrv.frontend.registry.engine_client import EngineClient
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.registry import RequestRegistry
-from minisrv.sampling_params import SamplingParams
 from minisrv.supervision.child_main import Child, run_child
 from minisrv.supervision.records import ChildReady, EngineEnded, EngineReady, Notice, StartProgress
 
@@ -33,7 +29,7 @@ def take_notice(registry: RequestRegistry, config: ServerConfig, notice: Notice)
         case StartProgress(phase, fraction):
             registry.set_progress(phase, fraction)
         case EngineReady(facts):
-            registry.set_ready(_model_info(config, facts))
+            registry.set_ready(ModelInfo.from_facts(config, facts))
         case EngineEnded(sentence, stopping=True):
             registry.fail_all(NotReadyError(sentence, code="server_draining"))
         case EngineEnded(sentence):
@@ -71,17 +67,3 @@ async def _serve(child: Child) -> None:
     async with EngineClient(run_dir, registry, num_tokenizers, child.boot.epoch):
         child.handle_notices(lambda notice: loop.call_soon_threadsafe(take, notice))
         await server.serve([socket.socket(fileno=child.boot.fds["listener"])])
-
-
-def _model_info(config: ServerConfig, facts: dict[str, Any]) -> ModelInfo:
-    return ModelInfo(
-        name=config.served_name,
-        aliases=config.served_names[1:],
-        template_kwargs=read_chat_template_kwargs(config.chat_template_kwargs),
-        created=int(time.time()),
-        max_model_len=facts["max_seq_len"],
-        vocab_size=facts["vocab_size"],
-        defaults=SamplingParams(**facts["sampling_defaults"]),
-        chat_format=ChatFormat.from_dict(facts["chat_format"]),
-        facts=facts,
-    )

@@ -10,13 +10,14 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from tqdm import tqdm
 
+from minisrv.checkpoint.chat_format import find_chat_format
 from minisrv.checkpoint.hub import resolve_model
 from minisrv.checkpoint.model_config import load_model_config
 from minisrv.checkpoint.tokenizer import load_tokenizer, needs_conversion
@@ -26,6 +27,7 @@ from minisrv.errors import ConfigError, InvalidRequestError, MinisrvError
 from minisrv.llm.outputs import RequestOutput, Run, error_of
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.channel import LocalChannel
+from minisrv.scheduler.process import model_facts
 from minisrv.structured_output.checker import GrammarChecker
 from minisrv.structured_output.vocabulary import open_vocabulary
 from minisrv.tokenizer.chat_template import ChatTemplate
@@ -87,6 +89,13 @@ class LLM:
         """Most tokens of prompt and output together."""
         return self._loop.scheduler.max_seq_len
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the processes of a server report of the model at their start."""
+        chat_format = asdict(find_chat_format(self.tokenizer.chat_templates))
+        facts = model_facts(self.model_config, self.config, self.max_seq_len)
+        return {**facts, "chat_format": chat_format}
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -95,7 +104,7 @@ class LLM:
         use_tqdm: bool = True,
         **sampling_fields: Any,
     ) -> list[str]:
-        """The text after each prompt (a string or token ids; one alone counts as a list of one).
+        """The text after each prompt (a string or token ids; a single one counts as a list of one).
 
         Fields such as `max_tokens=50` replace those of `sampling_params`; max_tokens None is the
         rest of the context. Raises InvalidRequestError, before anything runs, for a prompt or a
@@ -132,7 +141,7 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
         **sampling_fields: Any,
     ) -> list[str]:
-        """The answer to each conversation (one alone counts as a list of one), by the template."""
+        """The reply to each conversation; a single one counts as a list of one."""
         single = bool(messages) and isinstance(messages[0], dict)
         chats = cast("list[Chat]", [messages] if single else list(messages))
         params = _params_for(len(chats), sampling_params, sampling_fields)
@@ -249,6 +258,7 @@ class LLM:
         if self._closed:
             return
         self._channel.inbox.append(AbortMsg(uids=tuple(run.choices)))
+        run.choices.clear()
         while self._loop.busy or self._channel.inbox:
             self._loop.turn()
             for _ in self._take(run):

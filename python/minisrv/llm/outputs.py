@@ -1,35 +1,17 @@
-"""What comes of offline requests, and how it is gathered from the messages of scheduler and
-detokenizer.
-"""
+"""Results of offline requests, gathered from the messages of scheduler and detokenizer."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from minisrv.errors import InvalidRequestError, MinisrvError
-from minisrv.frontend.registry.events import Event
-from minisrv.wire.logprobs import TokenLogprobs
-from minisrv.wire.messages import DetokenizeMsg, Failure, Finish, GenerateMsg, UserReply
-
-_FINISH_REASONS = {
-    Finish.STOP: "stop",
-    Finish.STOP_TOKEN: "stop",
-    Finish.COMPLETE: "stop",
-    Finish.LENGTH: "length",
-    Finish.ABORT: "abort",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token's log-probability, and the likeliest tokens in its place, best first."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
+from minisrv.frontend.registry.events import Event, gather_reply
+from minisrv.wire.logprobs import TokenLogprob
+from minisrv.wire.messages import DetokenizeMsg, Failure, GenerateMsg, UserReply
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,7 +34,7 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
+class TokenCounts:
     """Token counts of a request; cached_tokens is the part of the prompt found in the cache."""
 
     prompt_tokens: int
@@ -75,9 +57,9 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
-    def usage(self) -> Usage:
+    def usage(self) -> TokenCounts:
         """Token counts of prompt and all choices."""
-        return Usage(
+        return TokenCounts(
             prompt_tokens=len(self.prompt_token_ids),
             completion_tokens=sum(len(output.token_ids) for output in self.outputs),
             cached_tokens=self.cached_tokens,
@@ -112,18 +94,17 @@ class Run:
             self.choices[message.uid + choice.index] = (output, choice)
 
     def take_tokens(self, message: DetokenizeMsg) -> None:
-        """What the scheduler tells of a step."""
+        """Take the tokens of a step from the scheduler."""
         for start in message.starts:
             if start.uid in self.choices:
                 output, choice = self.choices[start.uid]
-                choice.event.start = start
                 if choice.index == 0:
                     output.cached_tokens = start.cached_tokens
                     if start.prompt_logprobs is not None:
-                        output.prompt_logprobs += _by_token(start.prompt_logprobs)
+                        output.prompt_logprobs += start.prompt_logprobs
         for logprobs in message.logprobs:
             if logprobs.uid in self.choices:
-                self.choices[logprobs.uid][1].logprobs += _by_token(logprobs)
+                self.choices[logprobs.uid][1].logprobs += logprobs
         tokens = np.flatnonzero(message.token_ids >= 0)
         for uid, token_id in zip(
             message.uids[tokens].tolist(), message.token_ids[tokens].tolist(), strict=True
@@ -132,59 +113,27 @@ class Run:
                 self.choices[uid][1].token_ids.append(token_id)
 
     def take_texts(self, reply: UserReply) -> Iterator[RequestOutput]:
-        """What the detokenizer makes of it; yields the requests that have ended."""
-        for failure in reply.failures:
-            if failure.uid in self.choices:
-                raise error_of(failure)
-        for reasoning in reply.reasoning:
-            if reasoning.uid in self.choices:
-                choice = self.choices[reasoning.uid][1]
-                choice.reasoning += reasoning.text
-                choice.event.reasoning.append(reasoning.text)
-                choice.event.reasoning_tokens = reasoning.tokens
-        for echo in reply.echoes:
-            if echo.uid in self.choices:
-                self.choices[echo.uid][1].event.echo = echo
-        for scores in reply.logprobs:
-            if scores.uid in self.choices:
-                self.choices[scores.uid][1].event.logprobs += scores.logprobs
-        columns = zip(
-            reply.uids.tolist(),
-            reply.texts,
-            reply.output_tokens.tolist(),
-            reply.finishes.tolist(),
-            reply.stop_reasons,
-            strict=True,
-        )
-        for uid, text, num_tokens, finish, stop_reason in columns:
-            if uid not in self.choices:
-                continue
-            output, choice = self.choices[uid]
-            choice.text += text
-            choice.event.deltas.append(text)
-            choice.event.output_tokens = num_tokens
-            if not finish:
-                continue
-            del choice.token_ids[num_tokens:]
-            del choice.logprobs[num_tokens:]
-            choice.finish_reason = _FINISH_REASONS[Finish(finish)]
-            choice.stop_reason = choice.event.stop_reason = stop_reason
-            choice.event.finish = Finish(finish)
-            del self.choices[uid]
+        """Take the reply of the detokenizer; yields the requests that have ended.
+
+        Raises InvalidRequestError or MinisrvError for a choice that failed.
+        """
+        for event in gather_reply(reply, self._event_of, time.monotonic()):
+            if event.failure is not None:
+                raise error_of(event.failure)
+            output, choice = self.choices.pop(event.uid)
+            choice.text, choice.reasoning = event.text, event.reasoning_text
+            del choice.token_ids[event.output_tokens :]
+            del choice.logprobs[event.output_tokens :]
+            choice.finish_reason, choice.stop_reason = event.finish.reason, event.stop_reason
             self._missing[output.index] -= 1
             if not self._missing[output.index]:
                 yield output
 
-
-def _by_token(logprobs: TokenLogprobs) -> Iterator[TokenLogprob]:
-    ids = logprobs.token_ids.tolist()
-    num_top = len(logprobs.top_ids) // len(ids) if ids else 0
-    top = list(zip(logprobs.top_ids.tolist(), logprobs.top_logprobs.tolist(), strict=True))
-    for place, (token_id, logprob) in enumerate(zip(ids, logprobs.logprobs.tolist(), strict=True)):
-        yield TokenLogprob(token_id, logprob, tuple(top[place * num_top : (place + 1) * num_top]))
+    def _event_of(self, uid: int) -> Event | None:
+        return self.choices[uid][1].event if uid in self.choices else None
 
 
 def error_of(failure: Failure) -> MinisrvError:
-    """The exception that tells of a failure."""
+    """The exception for a failure."""
     kind = InvalidRequestError if failure.status < 500 else MinisrvError
     return kind(failure.message, param=failure.param, code=failure.code)

@@ -87,7 +87,7 @@ class BatchBuilder:
         self._choices[row] = request.choice
         self._min_tokens[row] = sampling.min_tokens
         self._constrained[row] = request.matcher is not None
-        self._has_penalties[row] = sampling.has_penalties
+        self._has_penalties[row] = sampling.adjusts_logits
         self._has_logprobs[row] = sampling.logprobs is not None
 
     def _columns(self, step: Step, rows: Int32Array, fill_masks: FillMasks) -> SamplingColumns:

@@ -1,4 +1,4 @@
-"""How the loop gets requests and tells of tokens: over ZeroMQ, or inside one process."""
+"""How the loop receives requests and sends tokens: over ZeroMQ, or inside one process."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Channel(Protocol):
     """The loop's side of the link."""
 
     def receive(self, wait: bool) -> list[Message]:
-        """All messages that have come, oldest first; with `wait`, block until there is one.
+        """All messages that have arrived, oldest first; with `wait`, block until there is one.
 
         May return nothing after a while of waiting, so that the caller can look whether to stop.
         """
 
     def send(self, message: DetokenizeMsg) -> None:
-        """Pass on what came of a step."""
+        """Send the tokens of a step to the detokenizer."""
 
-    def tell(self, message: AnswerMsg | StatsMsg) -> None:
-        """Pass on what the frontend wants to know besides."""
+    def send_to_frontend(self, message: AnswerMsg | StatsMsg) -> None:
+        """Send the answer to a query, or statistics, to the frontend."""
 
 
 class ZmqChannel:
@@ -55,7 +55,7 @@ class ZmqChannel:
         """See Channel."""
         self._outbox.send(message)
 
-    def tell(self, message: AnswerMsg | StatsMsg) -> None:
+    def send_to_frontend(self, message: AnswerMsg | StatsMsg) -> None:
         """See Channel."""
         self._frontend.send(message)
 
@@ -69,13 +69,13 @@ class ZmqChannel:
 class LocalChannel:
     """Messages by hand, for the offline engine and tests: put into `inbox`, take from `outbox`.
 
-    `told` keeps the last of what a frontend would have been told.
+    `sent_to_frontend` keeps the last messages to the frontend.
     """
 
     def __init__(self) -> None:
         self.inbox: deque[GenerateMsg | AbortMsg | FlushMsg] = deque()
         self.outbox: deque[DetokenizeMsg] = deque()
-        self.told: deque[AnswerMsg | StatsMsg] = deque(maxlen=8)
+        self.sent_to_frontend: deque[AnswerMsg | StatsMsg] = deque(maxlen=8)
 
     def receive(self, wait: bool) -> list[Message]:
         """See Channel; never blocks, since nobody else could put a message in."""
@@ -87,6 +87,6 @@ class LocalChannel:
         """See Channel."""
         self.outbox.append(message)
 
-    def tell(self, message: AnswerMsg | StatsMsg) -> None:
+    def send_to_frontend(self, message: AnswerMsg | StatsMsg) -> None:
         """See Channel."""
-        self.told.append(message)
+        self.sent_to_frontend.append(message)

@@ -1,4 +1,4 @@
-"""Grammars in the scheduler process: who waits for one, and the masks of a step."""
+"""Grammars in the scheduler process: which requests wait for one, and the masks of a step."""
 
 from __future__ import annotations
 

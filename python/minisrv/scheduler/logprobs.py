@@ -1,4 +1,4 @@
-"""Log-probabilities of a step: what is asked of the engine, and whose they are that come back."""
+"""Log-probabilities of a step: what the engine must compute, and which request each is for."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build_logprobs(step: Step) -> tuple[Int32Array, LogprobColumns | None]:
 def take_logprobs(
     step: Step, token_ids: Sequence[int], logprobs: Logprobs
 ) -> Iterator[TokenLogprobs]:
-    """What is to be told of the step's tokens; those of prompts are kept until the first token.
+    """Those of the step's tokens, to be sent; those of prompts are kept until the first token.
 
     Called before the step is settled.
     """

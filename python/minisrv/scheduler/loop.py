@@ -77,7 +77,7 @@ class SchedulerLoop:
         self.advance()
         self._send(self.scheduler.take_replies())
         if self.stats.due(self.scheduler.now, self.busy):
-            self.channel.tell(self.stats.message(self.scheduler))
+            self.channel.send_to_frontend(self.stats.message(self.scheduler))
 
     def advance(self) -> None:
         """Launch the next step, and settle what must be settled."""
@@ -123,7 +123,7 @@ class SchedulerLoop:
             elif isinstance(message, AbortMsg):
                 self.scheduler.abort(message.uids)
             elif isinstance(message, FlushMsg):
-                self.channel.tell(self._flush(message))
+                self.channel.send_to_frontend(self._flush(message))
 
     def _flush(self, message: FlushMsg) -> AnswerMsg:
         """Empty the cache, unless requests are open: these would keep parts of it."""

@@ -19,7 +19,9 @@ def build_penalties(step: Step, rows: Int32Array) -> Penalties:
     After a preemption that chunk holds the output as well; none of it is in flight then.
     """
     samples = step.samples
-    penalised = [(i, request) for i, request in enumerate(samples) if request.sampling.penalised]
+    penalised = [
+        (i, request) for i, request in enumerate(samples) if request.sampling.penalizes_tokens
+    ]
     begun = [(i, request) for i, request in penalised if i >= len(step.decodes)]
     biased = [
         (i, bias) for i, request in enumerate(samples) for bias in request.sampling.logit_bias

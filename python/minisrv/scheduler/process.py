@@ -35,12 +35,13 @@ def _serve(child: Child) -> None:
     assert isinstance(loop.engine, Engine)
     facts = {"placement": loop.engine.placement, "memory_plan": loop.engine.describe()}
     child.report(
-        ChildReady({**facts, **_model_facts(model, child.config, loop.scheduler.max_seq_len)})
+        ChildReady({**facts, **model_facts(model, child.config, loop.scheduler.max_seq_len)})
     )
     loop.run(loop.engine.check)
 
 
-def _model_facts(model: ModelConfig, config: ServerConfig, max_seq_len: int) -> dict[str, Any]:
+def model_facts(model: ModelConfig, config: ServerConfig, max_seq_len: int) -> dict[str, Any]:
+    """What the frontend must know of the model."""
     defaults = model.defaults_of(config.sampling_defaults)
     return {
         "max_seq_len": max_seq_len,

@@ -1,4 +1,4 @@
-"""What the scheduler has to tell: tokens, ends and refusals, until the loop takes them."""
+"""What the scheduler has to send: tokens, ends and refusals, until the loop takes them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from minisrv.scheduler.request import Request, Status
 from minisrv.scheduler.step import Chunk
 from minisrv.wire.logprobs import TokenLogprobs
-from minisrv.wire.messages import Failure, Finish, Progress, Start
+from minisrv.wire.messages import Failure, Finish, PrefillProgress, Start
 
 
 @dataclass(slots=True)
 class Replies:
-    """What has to be told: one row a token or end, `starts` for new requests, refusals."""
+    """One row per token or end, `starts` of new requests, refusals, and prefill progress."""
 
     uids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -20,10 +20,10 @@ class Replies:
     starts: list[Start] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    progress: list[Progress] = field(default_factory=list)
+    progress: list[PrefillProgress] = field(default_factory=list)
 
-    def add(self, request: Request, token_id: int, finish: Finish, now: float) -> None:
-        """Tell of one token, or with ABORT of an end without one."""
+    def add_token(self, request: Request, token_id: int, finish: Finish, now: float) -> None:
+        """Add a token, or with ABORT an end without one."""
         if not request.started:
             self.starts.append(request.start(now, aborted=finish is Finish.ABORT))
         self.uids.append(request.uid)
@@ -31,12 +31,12 @@ class Replies:
         self.finishes.append(finish)
 
     def add_progress(self, chunks: list[Chunk], now: float) -> None:
-        """Tell of prompts that are further by these chunks, and not complete."""
+        """Report the prompts that these chunks advance and do not complete."""
         for request, end in ((chunk.request, chunk.start + chunk.length) for chunk in chunks):
             if request.status is not Status.FINISHED and not request.started:
                 began = now if request.admitted_at is None else request.admitted_at
                 self.progress.append(
-                    Progress(
+                    PrefillProgress(
                         uid=request.uid,
                         total=len(request.prompt_ids),
                         cached=request.cached_tokens,

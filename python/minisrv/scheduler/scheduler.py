@@ -154,7 +154,7 @@ class Scheduler:
             if finish:
                 self._end(request, token_id, finish)
             elif not request.started:
-                replies.add(request, token_id, finish, self.now)
+                replies.add_token(request, token_id, finish, self.now)
             else:
                 add_uid(request.uid)
                 add_token(token_id)
@@ -375,7 +375,7 @@ class Scheduler:
 
     def _finish(self, request: Request, token_id: int, finish: Finish) -> None:
         self._remove(request)
-        self._replies.add(request, token_id, finish, self.now)
+        self._replies.add_token(request, token_id, finish, self.now)
 
     def _remove(self, request: Request) -> None:
         if request.status is Status.WAITING:

@@ -1,4 +1,4 @@
-"""The process that downloads a model from the hub before the others start."""
+"""The process that downloads a model from the hub before the engine starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process that converts a tokenizer to tokenizer.json before the others start."""
+"""The process that converts a tokenizer to tokenizer.json before the engine starts."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def _generate(template: jinja2.Template, variables: dict[str, Any]) -> str:
 
 
 def _prepare(message: Mapping[str, Any], template: _Template) -> dict[str, Any]:
-    """Absent fields absent, the reasoning under each name that templates read it by."""
+    """Without null fields, and with reasoning under each name that templates use for it."""
     prepared = {key: value for key, value in message.items() if value is not None}
     if prepared.get("role") == "developer" and not template.knows_developer:
         prepared["role"] = "system"

@@ -53,7 +53,7 @@ class ReplyGrammars:
         return replace(grammar, before="\n".join(["(@text | calls)", f"calls: {reply}", *rules]))
 
     def behind_reasoning(self, grammar: Grammar, parts: Parts) -> Grammar:
-        """`grammar` for what follows the reasoning that the reply has, or may have."""
+        """Apply `grammar` to what follows the reply's reasoning, if it has any."""
         if self._format.reasoning_markers is None or not parts & (
             Parts.REASONING | Parts.OPEN_REASONING
         ):

@@ -34,7 +34,7 @@ from minisrv.wire.messages import (
 
 logger = logging.getLogger("minisrv.tokenizer")
 
-MAX_PROMPT_SCORES = 2**19
+MAX_PROMPT_LOGPROBS = 2**19
 
 Outgoing = GenerateMsg | AbortMsg | FlushMsg | UserReply | AnswerMsg
 
@@ -65,7 +65,7 @@ class TokenizerWorker:
     def handle(self, message: TokenizeMsg | AbortMsg | FlushMsg | TokenizerQuery) -> list[Outgoing]:
         """What to send on: a UserReply or AnswerMsg to the frontend, all else to the scheduler.
 
-        A request that cannot be served fails alone, under each of its uids.
+        A request that cannot be served fails under each of its uids; others go on.
         """
         if isinstance(message, AbortMsg | FlushMsg):
             return [message]
@@ -149,7 +149,7 @@ class TokenizerWorker:
         return replace(message.sampling, grammar=grammar)
 
     def _reasoning_part(self, prompt: str, continued: str) -> Parts:
-        """Whether the reply begins in reasoning, may begin with one, or has none.
+        """Whether the reply begins inside reasoning, may begin with it, or has none.
 
         continued: the text that it goes on with, if it does.
         """
@@ -209,7 +209,7 @@ class TokenizerWorker:
             )
         self._check_length(len(prompt_ids), message.sampling.max_tokens, param)
         self._check_named_ids(message.sampling)
-        _check_scores(len(prompt_ids), message.sampling)
+        _check_prompt_logprobs(len(prompt_ids), message.sampling)
         wrong = prompt_ids[(prompt_ids < 0) | (prompt_ids >= self._vocab_size)]
         if wrong.size:
             raise InvalidRequestError(
@@ -240,15 +240,15 @@ class TokenizerWorker:
         return failure_reply([Failure.from_error(uid, error) for uid in uids])
 
 
-def _check_scores(num_prompt: int, sampling: SamplingParams) -> None:
-    """A reply is written in one go: its log-probabilities must not keep the others waiting."""
+def _check_prompt_logprobs(num_prompt: int, sampling: SamplingParams) -> None:
+    """Bound the time that the others wait while the log-probabilities are written, all at once."""
     if sampling.prompt_logprobs is None:
         return
-    num_scores = num_prompt * (1 + sampling.prompt_logprobs) * sampling.n
-    if num_scores > MAX_PROMPT_SCORES:
+    num_logprobs = num_prompt * (1 + sampling.prompt_logprobs) * sampling.n
+    if num_logprobs > MAX_PROMPT_LOGPROBS:
         raise InvalidRequestError(
-            f"the log-probabilities of the prompt would be {num_scores} ({num_prompt} tokens, "
-            f"{sampling.prompt_logprobs} others beside each, {sampling.n} choices); the limit is "
-            f"{MAX_PROMPT_SCORES}",
+            f"the log-probabilities of the prompt would be {num_logprobs} ({num_prompt} tokens, "
+            f"{sampling.prompt_logprobs} alternatives each, {sampling.n} choices); the limit is "
+            f"{MAX_PROMPT_LOGPROBS}",
             param="logprobs",
         )

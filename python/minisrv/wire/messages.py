@@ -1,6 +1,6 @@
-"""Every message between processes, and which of them each inbox takes.
+"""Every message between processes, and which of them each inbox accepts.
 
-One step's tokens travel as packed columns. How a message becomes a frame is in message_codec.py.
+The tokens of a step travel as packed columns. codec.py turns a message into a frame.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from minisrv.errors import Lengths, MinisrvError
 from minisrv.sampling_params import SamplingParams
 from minisrv.wire.arrays import Int32Array, Int64Array, UInt8Array
-from minisrv.wire.logprobs import OutputLogprobs, PromptEcho, TokenLogprobs
+from minisrv.wire.logprobs import PromptEcho, SpelledLogprobs, TokenLogprobs
 
 
 class Finish(IntEnum):
@@ -42,7 +42,7 @@ class Parts(IntFlag):
     """What a reply may hold besides plain text; the message fields of this name are plain ints.
 
     CALLS: tool calls, whose markers stay in the text. REASONING: it may begin with reasoning, which
-    goes apart. OPEN_REASONING: it does, since the prompt ends inside of one.
+    is sent separately. OPEN_REASONING: it begins inside reasoning that the prompt has opened.
     """
 
     CALLS = 1
@@ -52,7 +52,7 @@ class Parts(IntFlag):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownPrompt:
-    """What a client that asks is told of its prompt: the token ids, the text, or both."""
+    """The prompt as the model saw it, for clients that ask: its token ids, its text, or both."""
 
     ids: Int32Array | None = None
     text: str | None = None
@@ -65,10 +65,10 @@ class TokenizeMsg:
     The `sampling.n` choices answer under uid, uid + 1, ... The sampling has no None but max_tokens
     and seed. `tools` are shown to the template, and calls of them looked for in the reply.
     must_call: the reply must be a call of one of these tools; with `parallel_calls` maybe several.
-    split_reasoning: reasoning comes apart from the text. continue_final_message: the prompt ends
+    split_reasoning: reasoning is separated from the text. continue_final_message: the prompt ends
     where the last message's content ends. chat_template: a source in place of the model's.
-    show_prompt_ids, show_prompt_text: in the first `Start`. show_progress: by `Progress`.
-    cache_salt: pages are shared within the same salt alone.
+    show_prompt_ids, show_prompt_text: in the first `Start`. show_progress: by `PrefillProgress`.
+    cache_salt: pages are shared only between requests with the same salt.
     """
 
     uid: int
@@ -114,7 +114,7 @@ class GenerateMsg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeMsg:
-    """Frontend to tokenizer: what would these be as tokens? Answered with text, ids and tokens.
+    """Frontend to tokenizer: tokenize this. Answered with text, ids and tokens.
 
     Either a prompt or messages for the template. For messages `add_special_tokens` is False but
     where somebody wants the ids that a template which writes none would have.
@@ -142,7 +142,7 @@ class DecodeMsg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DescribeMsg:
-    """Frontend to tokenizer: what tokenizer is this? Answered as HFTokenizer.describe."""
+    """Frontend to tokenizer: describe the tokenizer. Answered with HFTokenizer.describe()."""
 
     query: int
 
@@ -156,7 +156,7 @@ class FlushMsg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """What is known of a request when its first token comes; `cached_tokens` of its prompt.
+    """What is known of a request at its first token; `cached_tokens` counts its prompt's.
 
     queue_s: from its arrival at the scheduler to its first step; prefill_s: on to the first token,
     which came at `at` on the scheduler's clock.
@@ -183,7 +183,7 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class PrefillProgress:
     """A prompt before its first token. `processed` counts `cached`; seconds are from step one."""
 
     uid: int
@@ -195,7 +195,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReasoningText:
-    """More of reasoning; `tokens` is the count so far, that of the tags included."""
+    """A piece of reasoning; `tokens` counts the reasoning so far, its tags included."""
 
     uid: int
     text: str
@@ -216,7 +216,7 @@ class Failure:
 
     @classmethod
     def from_error(cls, uid: int, error: MinisrvError) -> Failure:
-        """The reply that tells of `error`."""
+        """The reply for `error`."""
         return cls(
             uid=uid,
             message=error.message,
@@ -230,7 +230,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetokenizeMsg:
-    """Scheduler to detokenizer, one a step: columns of equal length, a token (or end) each.
+    """Scheduler to detokenizer, one per step: columns of equal length, a token (or end) each.
 
     A request's `Start` is in the message of its first entry. An ABORT entry has token -1, and so
     has the end of a request that asked for no token. The token of a STOP or STOP_TOKEN entry counts
@@ -244,7 +244,7 @@ class DetokenizeMsg:
     starts: tuple[Start, ...] = ()
     failures: tuple[Failure, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
-    progress: tuple[Progress, ...] = ()
+    progress: tuple[PrefillProgress, ...] = ()
     at: float = 0.0
 
 
@@ -283,9 +283,9 @@ class UserReply:
     failures: tuple[Failure, ...] = ()
     reasoning: tuple[ReasoningText, ...] = ()
     echoes: tuple[PromptEcho, ...] = ()
-    logprobs: tuple[OutputLogprobs, ...] = ()
+    logprobs: tuple[SpelledLogprobs, ...] = ()
     ends: tuple[End, ...] = ()
-    progress: tuple[Progress, ...] = ()
+    progress: tuple[PrefillProgress, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,7 +299,7 @@ class AnswerMsg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Histogram:
-    """Counts a bucket, the last one without an upper bound, and the sum of all values."""
+    """Counts per bucket, the last one without an upper bound, and the sum of all values."""
 
     counts: Int64Array
     total: float
@@ -307,10 +307,11 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatsMsg:
-    """Scheduler to frontend, on a period: its figures now, and its counts since the start.
+    """Scheduler to frontend, periodically: its state now, and its counts since the start.
 
-    pages_used: held by running requests, not those that only the cache has. prompt_tokens and
-    cached_tokens: of requests that got a first token. The buckets are those of `metrics`.
+    pages_used: held by running requests; pages held only by the cache do not count.
+    prompt_tokens and cached_tokens: of requests that got a first token. The buckets are those of
+    `wire.histogram`.
     """
 
     running: int
@@ -341,7 +342,7 @@ FRONTEND_INBOX: InboxTypes = (UserReply, AnswerMsg, StatsMsg)
 
 
 def failure_reply(failures: Sequence[Failure]) -> UserReply:
-    """A reply with failures alone."""
+    """A reply with nothing but failures."""
     return UserReply(
         uids=np.empty(0, np.int64),
         texts=(),

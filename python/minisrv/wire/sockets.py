@@ -74,7 +74,7 @@ class Inbox:
         return bool(self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)))
 
     def drain(self) -> list[Message]:
-        """All messages that have come, oldest first, without blocking."""
+        """All messages that have arrived, oldest first, without blocking."""
         messages: list[Message] = []
         while True:
             try:

@@ -15,7 +15,7 @@ from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.tool_calls.formats import CallReading
 from minisrv.sampling_params import Grammar, SamplingParams, read_logit_bias
 from minisrv.wire.arrays import Int32Array
-from minisrv.wire.messages import EncodeMsg, TokenizeMsg
+from minisrv.wire.messages import TokenizeMsg
 
 Prompt = str | Int32Array
 Messages = tuple[dict[str, Any], ...]
@@ -139,10 +139,6 @@ class ChatPrompt:
             "add_generation_prompt": self.begins_turn,
             "continue_final_message": self.continues_last,
         }
-
-    def encode_message(self, query: int, *, add_special_tokens: bool) -> EncodeMsg:
-        """Ask the tokenizer for the prompt's text and tokens."""
-        return EncodeMsg(query=query, add_special_tokens=add_special_tokens, **self.fields())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

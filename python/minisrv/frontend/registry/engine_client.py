@@ -65,7 +65,7 @@ class EngineClient:
                 assert isinstance(message, UserReply | AnswerMsg | StatsMsg)
                 self._registry.receive(message)
                 if isinstance(message, StatsMsg):
-                    self._status_line.take(message, time.monotonic())
+                    self._status_line.log_if_due(message, time.monotonic())
         except Exception as error:
             logger.exception("replies cannot be read")
             self._registry.fail_all(EngineDeadError(f"replies cannot be read: {error}"))

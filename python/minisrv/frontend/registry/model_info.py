@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from minisrv.checkpoint.chat_format import ChatFormat
+from minisrv.config import ServerConfig, read_chat_template_kwargs
 from minisrv.sampling_params import SamplingParams
 
 
@@ -18,7 +20,7 @@ class ModelInfo:
     max_model_len: tokens of prompt and output together. defaults: the model's own sampling.
     template_kwargs: variables for the chat template of every request.
     chat_format: how it writes reasoning and tool calls.
-    facts: what the processes told at their start.
+    facts: what the processes reported at their start.
     """
 
     name: str
@@ -30,6 +32,21 @@ class ModelInfo:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     chat_format: ChatFormat = field(default_factory=ChatFormat)
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_facts(cls, config: ServerConfig, facts: Mapping[str, Any]) -> ModelInfo:
+        """What `config` names and what the processes reported at their start."""
+        return cls(
+            name=config.served_name,
+            aliases=config.served_names[1:],
+            template_kwargs=read_chat_template_kwargs(config.chat_template_kwargs),
+            created=int(time.time()),
+            max_model_len=facts["max_seq_len"],
+            vocab_size=facts["vocab_size"],
+            defaults=SamplingParams(**facts["sampling_defaults"]),
+            chat_format=ChatFormat.from_dict(facts["chat_format"]),
+            facts=facts,
+        )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""One accepted request at the frontend: what has come for its uids, and who waits for it."""
+"""One accepted request at the frontend: what arrived for its uids, and who waits for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class RequestAborted(Exception):
     """The request was aborted while its reader waited."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class OpenRequest:
     """What the registry keeps of a request.
 
@@ -38,12 +38,9 @@ class OpenRequest:
     aborted: bool = False
     cancelled: MinisrvError | None = None
 
-    def event(self, uid: int) -> Event:
-        """What the reader takes next of `uid`."""
-        event = self.pending.get(uid)
-        if event is None:
-            event = self.pending[uid] = Event(uid, uid - self.base)
-        return event
+    def __repr__(self) -> str:
+        state = "aborted" if self.aborted else "failed" if self.failed else "open"
+        return f"<OpenRequest {self.base} {state} live={sorted(self.live)}>"
 
     @property
     def settled(self) -> bool:
@@ -85,7 +82,7 @@ class OpenRequest:
             self.wake_reader()
 
     def close(self) -> None:
-        """Nobody will read it any more; a reader that waits is told so."""
+        """Nobody will read it any more; a waiting reader is woken."""
         self.aborted = True
         self.unread = list(self.pending.values())
         self.pending.clear()
@@ -94,7 +91,7 @@ class OpenRequest:
             self.silence.cancel()
 
     def take(self) -> list[Event]:
-        """What has come. Raises RequestAborted after `close`, or why it was cancelled."""
+        """What has arrived. Raises RequestAborted after `close`, or why it was cancelled."""
         if self.aborted:
             raise self.cancelled or RequestAborted
         self.changed = False

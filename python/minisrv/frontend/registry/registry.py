@@ -1,6 +1,6 @@
 """The owner of the promise to clients: every request that was accepted gets a final event.
 
-A request holds consecutive uids, one a choice. A uid counts as open from `open` until its final
+A request holds consecutive uids, one per choice. A uid counts as open from `open` until its final
 (a finish code or a failure) has come from behind, also when the client has long gone: so the
 limit on open requests is a limit on the work behind.
 """
@@ -15,20 +15,20 @@ from typing import Any
 
 from minisrv.config import ServerConfig
 from minisrv.errors import MinisrvError, NotReadyError, OverloadedError
-from minisrv.frontend.registry.events import Event, failure_error
+from minisrv.frontend.registry.events import Event, failure_error, gather_reply
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.open_request import OpenRequest, RequestAborted
 from minisrv.frontend.registry.queries import Queries
-from minisrv.frontend.registry.server_state import Dead, Ready, Starting, State
+from minisrv.frontend.registry.server_state import Dead, Serving, Starting, State
 from minisrv.wire.messages import (
     AbortMsg,
     AnswerMsg,
     Failure,
-    Finish,
     Query,
     StatsMsg,
     TokenizeMsg,
     UserReply,
+    failure_reply,
 )
 
 logger = logging.getLogger("minisrv.frontend")
@@ -66,14 +66,14 @@ class RequestRegistry:
         """Accept requests from now on."""
         assert self._send is not None, "connect comes before set_ready"
         if isinstance(self.state, Starting):
-            self.state = Ready(model)
+            self.state = Serving(model)
             self.phases["ready"] = time.monotonic()
 
     @property
     def model(self) -> ModelInfo:
         """The served model. Raises NotReadyError while starting, RequestFailedError when dead."""
         match self.state:
-            case Ready(model):
+            case Serving(model):
                 return model
             case Starting(phase, fraction):
                 raise NotReadyError(f"the server is starting: {phase}, {fraction:.0%}")
@@ -139,39 +139,23 @@ class RequestRegistry:
 
     def deliver(self, reply: UserReply) -> None:
         """Give every column of `reply` to its request; what belongs to no open uid is dropped."""
-        touched: dict[int, OpenRequest] = {}
-        for start in reply.starts:
-            if (request := self._owners.get(start.uid)) is not None:
-                event = request.event(start.uid)
-                event.start, event.started_at = start, time.monotonic()
-                touched[request.base] = request
-        for progress in reply.progress:
-            if (request := self._owners.get(progress.uid)) is not None:
-                request.event(progress.uid).progress = progress
-                touched[request.base] = request
-        for reasoning in reply.reasoning:
-            if (request := self._owners.get(reasoning.uid)) is not None:
-                event = request.event(reasoning.uid)
-                event.reasoning.append(reasoning.text)
-                event.reasoning_tokens = reasoning.tokens
-        for output in reply.output_ids:
-            if (request := self._owners.get(output.uid)) is not None:
-                request.event(output.uid).token_ids += output.ids.tolist()
-        for echo in reply.echoes:
-            if (request := self._owners.get(echo.uid)) is not None:
-                request.event(echo.uid).echo = echo
-        for scores in reply.logprobs:
-            if (request := self._owners.get(scores.uid)) is not None:
-                request.event(scores.uid).logprobs += scores.logprobs
-        for end in reply.ends:
-            if (request := self._owners.get(end.uid)) is not None:
-                request.event(end.uid).decode_s = end.decode_s
-        self._deliver_columns(reply, touched)
-        for failure in reply.failures:
-            if (request := self._owners.get(failure.uid)) is not None:
-                self._fail(request, failure)
-                touched[request.base] = request
-        for request in touched.values():
+        touched: dict[OpenRequest, None] = {}
+        owner_of = self._owners.get
+
+        def event_of(uid: int) -> Event | None:
+            if (request := owner_of(uid)) is None:
+                return None
+            touched[request] = None
+            event = request.pending.get(uid)
+            if event is None:
+                event = request.pending[uid] = Event(uid, uid - request.base)
+            return event
+
+        for event in gather_reply(reply, event_of, time.monotonic()):
+            if (request := self._owners.get(event.uid)) is not None:
+                request.failed |= event.failure is not None
+                self._release(request, event.uid)
+        for request in touched:
             request.end_delivery()
 
     def fail_all(self, error: MinisrvError) -> None:
@@ -180,10 +164,7 @@ class RequestRegistry:
             return
         self.state = Dead(error)
         self._queries.fail_all(error)
-        for uid, request in list(self._owners.items()):
-            self._fail(request, Failure.from_error(uid, error))
-        for request in self._requests.values():
-            request.wake_reader()
+        self.deliver(failure_reply([Failure.from_error(uid, error) for uid in self._owners]))
 
     def is_open(self, base: int) -> bool:
         """Whether `next_events` has something to wait for or to give."""
@@ -193,7 +174,7 @@ class RequestRegistry:
         return bool(request.live or request.pending or request.cancelled)
 
     async def next_events(self, base: int, timeout_s: float | None = None) -> list[Event]:
-        """What has come for an open request, at most one event a uid; waits for the first.
+        """What arrived for an open request, at most one event per uid; waits for the first.
 
         Empty after a silence of `timeout_s`, or a shorter one if an earlier call named a time that
         ends now. Raises RequestAborted after `abort`.
@@ -205,7 +186,7 @@ class RequestRegistry:
         return request.take()
 
     async def all_events(self, base: int) -> list[Event]:
-        """One event a uid with its whole text; returns early when one of them has failed.
+        """One event per uid with its whole text; returns early when one of them has failed.
 
         Raises RequestAborted after `abort`.
         """
@@ -227,12 +208,12 @@ class RequestRegistry:
             self.abort(base)
 
     def unread(self, base: int) -> list[Event]:
-        """What has come for a request and was not taken; it may be taken still."""
+        """What arrived for a request and was not taken yet."""
         request = self._requests.get(base)
         return [] if request is None else [*request.unread, *request.pending.values()]
 
     def abort(self, base: int) -> bool:
-        """Forget a request; what still runs is told to stop. Whether anything still ran.
+        """Forget a request and stop what still runs; returns whether anything did.
 
         Right in every state, and a second time: finished, unsent and unknown requests included.
         """
@@ -273,41 +254,6 @@ class RequestRegistry:
         index = self._next_tokenizer
         self._next_tokenizer = (index + 1) % self._num_tokenizers
         return index
-
-    def _deliver_columns(self, reply: UserReply, touched: dict[int, OpenRequest]) -> None:
-        columns = zip(
-            reply.uids.tolist(),
-            reply.texts,
-            reply.output_tokens.tolist(),
-            reply.finishes.tolist(),
-            reply.stop_reasons,
-            strict=True,
-        )
-        for uid, text, output_tokens, finish, stop_reason in columns:
-            if (request := self._owners.get(uid)) is None:
-                continue
-            event = request.event(uid)
-            event.deltas.append(text)
-            event.output_tokens = output_tokens
-            if finish:
-                self._finish(request, event, Finish(finish), stop_reason)
-            touched[request.base] = request
-
-    def _finish(
-        self, request: OpenRequest, event: Event, finish: Finish, stop_reason: str | int | None
-    ) -> None:
-        if finish is Finish.ABORT:
-            error = MinisrvError("the request was aborted by the server", code="request_aborted")
-            self._fail(request, Failure.from_error(event.uid, error))
-            return
-        event.finish = finish
-        event.stop_reason = stop_reason
-        self._release(request, event.uid)
-
-    def _fail(self, request: OpenRequest, failure: Failure) -> None:
-        request.event(failure.uid).failure = failure
-        request.failed = True
-        self._release(request, failure.uid)
 
     def _release(self, request: OpenRequest, uid: int) -> None:
         request.live.discard(uid)

@@ -1,4 +1,4 @@
-"""How far the server is: starting, ready or dead."""
+"""How far the server is: starting, serving or dead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Starting:
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class Serving:
     """Requests are served."""
 
     model: ModelInfo
@@ -30,4 +30,4 @@ class Dead:
     error: MinisrvError
 
 
-State = Starting | Ready | Dead
+State = Starting | Serving | Dead

@@ -19,8 +19,8 @@ class StatusLine:
         self._last: StatsMsg | None = None
         self._logged_at = 0.0
 
-    def take(self, stats: StatsMsg, now: float) -> None:
-        """New figures have come; `now` in seconds."""
+    def log_if_due(self, stats: StatsMsg, now: float) -> None:
+        """Log the new figures if the last line is PERIOD_S old; `now` in seconds."""
         last = self._last
         if last is not None and now < self._logged_at + PERIOD_S:
             return

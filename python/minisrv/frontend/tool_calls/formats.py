@@ -12,7 +12,7 @@ from minisrv.frontend.tool_calls.llama import LlamaParser
 from minisrv.frontend.tool_calls.mistral import MistralParser
 from minisrv.frontend.tool_calls.parser import CallParser
 
-_PARSERS: dict[ToolFormat, type[CallParser]] = {
+PARSERS: dict[ToolFormat, type[CallParser]] = {
     "hermes": HermesParser,
     "llama": LlamaParser,
     "mistral": MistralParser,
@@ -29,7 +29,7 @@ class CallReading:
 
     def make_parser(self) -> CallParser:
         """A parser for one reply."""
-        parser_type = _PARSERS[self.tool_format]
+        parser_type = PARSERS[self.tool_format]
         make_id = partial(make_call_id, self.tool_format)
         return parser_type(frozenset(self.names), make_id, parallel=self.parallel)
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from minisrv.frontend.tool_calls.parser import CallParser, starts_with
+from minisrv.frontend.tool_calls.parser import CallParser, State, starts_with
 
 _CLOSING = "</tool_call>"
 
 
 class HermesParser(CallParser):
-    """Each call stands between tags; some models forget the closing one."""
+    """One object between tags per call; some models forget the closing tag."""
 
     marker = "<tool_call>"
 
-    def read_head(self) -> bool:
-        """The JSON object behind the opening tag."""
-        return self.read_json_head()
-
-    def read_tail(self) -> bool:
-        """The closing tag, or anything else."""
-        text = self._text.lstrip()
-        closes = starts_with(text, _CLOSING)
+    def read_tail(self) -> State | None:
+        """Skip the closing tag, if there is one."""
+        self._text = self._text.lstrip()
+        closes = starts_with(self._text, _CLOSING)
         if closes is None:
-            return False
-        if closes:
-            self._text = text[len(_CLOSING) :]
-        return self._to_text()
+            return None
+        self._consume(len(_CLOSING) * closes)
+        return State.GAP

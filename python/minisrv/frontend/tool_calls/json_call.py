@@ -1,4 +1,4 @@
-"""A tool call written as a JSON object, read while it comes: {"name": "f", "arguments": {...}}."""
+"""A tool call written as a JSON object, read as it arrives: {"name": "f", "arguments": {...}}."""
 
 from __future__ import annotations
 
@@ -12,35 +12,38 @@ _NAME_FIRST = re.compile(
     r'\{\s*"name"\s*:\s*"(?P<name>[^"\\]{1,256})"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
 _FIRST_KEY = re.compile(r'\{\s*"([^"\\]*)"')
-_NO_KEY = re.compile(r'\{\s*[^"\s]')
+_NO_CALL = re.compile(r'[^{]|\{\s*[^"\s]')
+_STRUCTURE = re.compile(r'["\\{}\[\]]')
 _KEYS = frozenset({"name", "arguments", "parameters", "type", "function", "id"})
 
 
 class ObjectEnd:
-    """Finds where a JSON object ends, in a text that comes in pieces.
+    """Finds where a JSON object ends in a text that arrives in pieces.
 
-    It counts brackets outside of strings; whether the rest is JSON is not its business.
+    It counts brackets outside of strings and does not check that the text is JSON.
     """
 
-    __slots__ = ("_depth", "_escaped", "_in_string")
+    __slots__ = ("_depth", "_escaped", "_in_string", "found")
 
     def __init__(self, depth: int = 0) -> None:
         """`depth`: brackets that are open before the first piece."""
+        self.found = False
         self._depth = depth
         self._in_string = False
         self._escaped = False
 
-    def find(self, piece: str, begin: int = 0) -> int | None:
-        """The index in `piece` behind the last bracket, None if it is not in `piece[begin:]`."""
-        for i in range(begin, len(piece)):
-            char = piece[i]
+    def find_end(self, piece: str, begin: int = 0) -> int:
+        """The index in `piece` after the object's last bracket from `begin` on, or its length."""
+        at, escaped_at = begin - 1, begin if self._escaped else -1
+        while (match := _STRUCTURE.search(piece, at + 1)) is not None:
+            at = match.start()
+            char = piece[at]
             if self._in_string:
-                if self._escaped:
-                    self._escaped = False
-                elif char == "\\":
-                    self._escaped = True
-                elif char == '"':
-                    self._in_string = False
+                if at != escaped_at:
+                    if char == "\\":
+                        escaped_at = at + 1
+                    elif char == '"':
+                        self._in_string = False
             elif char == '"':
                 self._in_string = True
             elif char in "{[":
@@ -48,38 +51,28 @@ class ObjectEnd:
             elif char in "}]":
                 self._depth -= 1
                 if self._depth <= 0:
-                    return i + 1
-        return None
+                    self.found = True
+                    return at + 1
+        self._escaped = escaped_at == len(piece)
+        return len(piece)
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
-    """The name is known and the arguments begin at `end`; the object is still open there."""
+class JsonCall:
+    """A call of `name`. Its arguments begin at `end`, or were read with the object up to there."""
 
     name: str
     end: int
+    arguments: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """The object had to be read to its `end` to know the name."""
-
-    name: str
-    arguments: str
-    end: int
+NOT_A_CALL = JsonCall("", 0)
 
 
-class NotACall:
-    """The text is no call."""
+class CallHead:
+    """Reads the beginning of a call from a growing text; how the text grows changes nothing.
 
-
-NOT_A_CALL = NotACall()
-
-
-class JsonHead:
-    """Reads the beginning of one call from a text that grows; the answer does not depend on how.
-
-    The usual spelling, the name first, lets the arguments be passed on as they come. Any other
+    The usual spelling, the name first, lets the arguments be passed on as they arrive. Any other
     object with a name and arguments is read to its end first.
     """
 
@@ -89,19 +82,19 @@ class JsonHead:
         self._end = ObjectEnd()
         self._seen = 0
 
-    def read(self, text: str) -> Begun | Whole | NotACall | None:
-        """What `text`, which begins with a bracket, is; None while that cannot be known."""
+    def read_head(self, text: str) -> JsonCall | None:
+        """The call that `text` begins with, or NOT_A_CALL; None while it is undecided."""
         if match := _NAME_FIRST.match(text):
-            return Begun(match["name"], match.end())
+            return JsonCall(match["name"], match.end())
         key = _FIRST_KEY.match(text)
-        if _NO_KEY.match(text) or (key and key[1] not in _KEYS):
+        if _NO_CALL.match(text) or (key and key[1] not in _KEYS):
             return NOT_A_CALL
-        end = self._end.find(text, self._seen)
+        end = self._end.find_end(text, self._seen)
         self._seen = len(text)
-        return None if end is None else _read_whole(text[:end])
+        return _read_whole(text[:end]) if self._end.found else None
 
 
-def _read_whole(text: str) -> Whole | NotACall:
+def _read_whole(text: str) -> JsonCall:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -109,11 +102,10 @@ def _read_whole(text: str) -> Whole | NotACall:
     if isinstance(value.get("function"), dict):
         value = value["function"]
     name = value.get("name", value.get("function"))
-    arguments = value.get("arguments", value.get("parameters"))
-    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS:
+    arguments = _write_arguments(value.get("arguments", value.get("parameters")))
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS or arguments is None:
         return NOT_A_CALL
-    written = _write_arguments(arguments)
-    return NOT_A_CALL if written is None else Whole(name, written, len(text))
+    return JsonCall(name, len(text), arguments)
 
 
 def _write_arguments(arguments: Any) -> str | None:

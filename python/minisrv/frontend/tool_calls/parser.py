@@ -1,230 +1,245 @@
-"""The part of reading tool calls that all formats share: text deltas in, typed pieces out.
+"""The state machine that finds tool calls in a reply: text deltas in, typed pieces out.
 
-What comes out, joined, does not depend on how the text was cut. Text is held back only while it
-may belong to a call: white space and the beginning of a marker at its end. A call is announced
-when its name and the bracket of its arguments are there; what breaks off before stays text.
+A reply is content with calls in it. A format writes a call as
+
+    content <marker> {"name": "f", "arguments": {"x": 1}, "id": 3} <closing> content
+    TEXT            |HEAD, OBJECT              |ARGUMENTS|REST    |TAIL     |GAP, TEXT
+
+and the state says which of these the next character belongs to. Rules:
+
+1. The pieces, once adjacent ones are joined, do not depend on where the text was cut. A reader
+   that cannot decide yet consumes nothing and asks for more text.
+2. Text is held back only while it may belong to a call: white space and part of a marker at the
+   end of the content (in `_text`), and a marker whose call has not begun (in `_pending`).
+3. A call begins when its name and the opening bracket of its arguments are there; from then on
+   its arguments are passed on as they arrive. What breaks off or goes wrong earlier is content.
+   An object with its keys in another order is read to its end first, so OBJECT may go to TAIL.
+4. White space around a call is dropped, and so is what closes it.
+5. Formats differ in START (Llama needs no marker there), in HEAD (Mistral has lists, and names
+   that go to ARGUMENTS directly) and in TAIL.
+6. Without parallel calls the reply is DONE as soon as the arguments of its first call are complete.
+
+`_become` is the only place that assigns the state, and it checks the table.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from enum import IntEnum, auto
 
-from minisrv.frontend.tool_calls.json_call import (
-    Begun,
-    JsonHead,
-    NotACall,
-    ObjectEnd,
-    Whole,
-)
+from minisrv.frontend.tool_calls.json_call import NOT_A_CALL, CallHead, ObjectEnd
 from minisrv.frontend.tool_calls.pieces import Piece, Text, ToolCallArguments, ToolCallStart
 
-# Looks at the text that has come; whether it could go on, False asks for more text.
-State = Callable[[], bool]
+
+class State(IntEnum):
+    """What the next character of the reply belongs to."""
+
+    START = auto()  # the reply has not begun
+    TEXT = auto()  # content; a marker may follow
+    HEAD = auto()  # what follows a marker
+    OBJECT = auto()  # a call's JSON object, up to its arguments
+    ARGUMENTS = auto()  # the arguments of the open call
+    REST = auto()  # what follows the arguments in the call's object
+    TAIL = auto()  # what closes the call, or leads to the next one
+    GAP = auto()  # white space between a call and content
+    DONE = auto()  # nothing: the only call is complete
+
+
+MAY_BECOME: dict[State, set[State]] = {
+    State.START: {State.TEXT, State.OBJECT},
+    State.TEXT: {State.HEAD},
+    State.HEAD: {State.OBJECT, State.ARGUMENTS, State.TEXT},
+    State.OBJECT: {State.ARGUMENTS, State.TAIL, State.DONE, State.TEXT},
+    State.ARGUMENTS: {State.REST, State.TAIL, State.DONE},
+    State.REST: {State.TAIL},
+    State.TAIL: {State.OBJECT, State.GAP},
+    State.GAP: {State.TEXT},
+    State.DONE: set(),
+}
 
 
 class CallParser(ABC):
-    """Reads one reply. A format says what a call looks like, by `marker` and three states."""
+    """Reads one reply. A format defines its marker and the readers of what it writes differently.
 
-    marker: str
+    A reader consumes what it is sure of and returns the next state, or None to ask for more text.
+    """
+
+    marker: str  # begins a call; has its first character only once
 
     def __init__(
         self, names: frozenset[str], make_id: Callable[[], str], parallel: bool = True
     ) -> None:
-        """`names` of the request's tools. Without `parallel` the reply ends with its first call.
-
-        num_calls: so far. ended: the reply has ended with its only call, whatever else comes.
-        """
+        """`names` of the request's tools. Without `parallel` the reply ends with its first call."""
         self.names = names
+        self.state = State.START
         self.num_calls = 0
-        self.ended = False
         self._make_id = make_id
         self._parallel = parallel
         self._text = ""
         self._pending = ""
         self._pieces: list[Piece] = []
-        self._state: State = self.read_start
-        self._head = JsonHead()
+        self._head = CallHead()
         self._end = ObjectEnd()
-        self._call_open = False
-        self._in_call = False
-        self._after_call = False
+        self._in_object = False
+        self._readers: dict[State, Callable[[], State | None]] = {
+            State.START: self.read_start,
+            State.TEXT: self._read_text,
+            State.HEAD: self.read_head,
+            State.OBJECT: self._read_object,
+            State.ARGUMENTS: self._read_arguments,
+            State.REST: self._skip_rest,
+            State.TAIL: self.read_tail,
+            State.GAP: self._skip_gap,
+            State.DONE: self._skip_all,
+        }
 
     @property
     def whole(self) -> bool:
-        """Whether no call is without its end."""
-        return not self._call_open
+        """Whether the arguments of all calls so far are complete."""
+        return self.state is not State.ARGUMENTS
+
+    @property
+    def ended(self) -> bool:
+        """Whether the reply has ended with its only call: all further text is dropped."""
+        return self.state is State.DONE
 
     def push(self, delta: str) -> list[Piece]:
-        """The pieces that are sure now that `delta` has come."""
+        """The pieces that are certain now that `delta` has arrived."""
+        pieces = self._pieces = []
         self._text += delta
-        while self._state():
-            pass
-        return self._take()
+        while (state := self._readers[self.state]()) is not None:
+            self._become(state)
+        return pieces
 
     def flush(self) -> list[Piece]:
-        """The rest, when no more text will come."""
-        if not self._in_call:
+        """The pieces in the text held back, when no more text will come."""
+        self._pieces = []
+        if self.state is not State.TAIL:
             self._add_text(self._pending + self._text)
         self._text = self._pending = ""
-        self._state = self._drop
-        return self._take()
+        return self._pieces
 
-    # What a format defines.
+    def _become(self, state: State) -> None:
+        assert state in MAY_BECOME[self.state], (self.state, state)
+        self.state = state
 
-    def read_start(self) -> bool:
-        """The state before any text."""
-        self._state = self.read_text
-        return True
+    # What a format may define.
+
+    def read_start(self) -> State | None:
+        """Decide what the reply begins with."""
+        return State.TEXT
+
+    def read_head(self) -> State | None:
+        """Read what follows a marker, which is pending."""
+        return self._expect_object(0)
 
     @abstractmethod
-    def read_head(self) -> bool:
-        """The state behind the marker, which is pending: `_begin`, `_whole_call` or `_no_call`."""
-
-    @abstractmethod
-    def read_tail(self) -> bool:
-        """The state behind a call: what closes it is skipped; ends with `_to_text`."""
-
-    # States that formats share.
-
-    def read_text(self) -> bool:
-        """Pass text on up to the next marker."""
-        if self._after_call:
-            self._text = self._text.lstrip()
-            self._after_call = not self._text
-        at = self._text.find(self.marker)
-        if at < 0:
-            num_sure = len(self._text) - self._num_held()
-            self._add_text(self._text[:num_sure])
-            self._text = self._text[num_sure:]
-            return False
-        before = self._text[:at].rstrip()
-        self._add_text(before)
-        self._to_head(self._text[len(before) : at] + self.marker, at + len(self.marker))
-        return True
-
-    def read_json_head(self) -> bool:
-        """Read a call that is one JSON object, after white space."""
-        self._skip_space()
-        if not self._text:
-            return False
-        if self._text[0] != "{":
-            return self._no_call()
-        match self._head.read(self._text):
-            case None:
-                return False
-            case Begun(name, end) if self.accepts(name):
-                return self._begin(name, end)
-            case Whole(name, arguments, end) if self.accepts(name):
-                return self._whole_call(name, arguments, end)
-            case NotACall() | Begun() | Whole():
-                return self._no_call()
-
-    def read_arguments(self) -> bool:
-        """Pass the arguments on up to their last bracket."""
-        end = self._end.find(self._text)
-        piece = self._text if end is None else self._text[:end]
-        if piece:
-            self._pieces.append(ToolCallArguments(self.num_calls - 1, piece))
-        self._text = self._text[len(piece) :]
-        if end is None:
-            return False
-        self._call_open = False
-        self._end = ObjectEnd(depth=1)
-        self._state = self.skip_object if self.in_object else self.read_tail
-        return self._go_on()
-
-    def skip_object(self) -> bool:
-        """Skip what follows the arguments in the object of a call."""
-        end = self._end.find(self._text)
-        if end is None:
-            self._text = ""
-            return False
-        self._text = self._text[end:]
-        self._state = self.read_tail
-        return True
-
-    # What formats use.
-
-    # Whether the arguments stand in an object that has the name too.
-    in_object = True
+    def read_tail(self) -> State | None:
+        """Skip what closes a call."""
 
     def accepts(self, name: str) -> bool:
-        """Whether it is a call. Behind a marker any name is one: clients tell the model."""
-        return bool(name)
-
-    def _to_head(self, pending: str, consumed: int) -> None:
-        """Expect a call behind `consumed` characters; `pending` is text if there is none."""
-        self._in_call = False
-        self._pending = pending
-        self._text = self._text[consumed:]
-        self._head = JsonHead()
-        self._state = self.read_head
-
-    def _to_text(self) -> bool:
-        self._in_call = False
-        self._state = self.read_text
+        """Whether `name` may be called. After a marker any may: the client answers the model."""
         return True
 
-    def _skip_space(self) -> None:
-        space = len(self._text) - len(self._text.lstrip())
-        self._pending += self._text[:space]
-        self._text = self._text[space:]
+    # What all formats share.
 
-    def _begin(self, name: str, consumed: int) -> bool:
-        """The call of `name` begins; its arguments are behind `consumed` characters."""
-        self._start_call(name, consumed)
-        self._call_open = True
-        self._end = ObjectEnd()
-        self._state = self.read_arguments
-        return True
+    def _read_text(self) -> State | None:
+        at = self._text.find(self.marker)
+        if at < 0:
+            self._add_text(self._consume(self._num_certain()))
+            return None
+        num_before = len(self._text[:at].rstrip())
+        self._add_text(self._consume(num_before))
+        self._hold(at - num_before + len(self.marker))
+        return State.HEAD
 
-    def _whole_call(self, name: str, arguments: str, consumed: int) -> bool:
-        self._start_call(name, consumed)
-        self._pieces.append(ToolCallArguments(self.num_calls - 1, arguments))
-        self._state = self.read_tail
-        return self._go_on()
+    def _num_certain(self) -> int:
+        """Characters of content before white space and part of a marker at the end of the text."""
+        at = self._text.rfind(self.marker[0])
+        if at < 0 or not self.marker.startswith(self._text[at:]):
+            at = len(self._text)
+        return len(self._text[:at].rstrip())
 
-    def _no_call(self) -> bool:
-        self._add_text(self._pending)
-        self._pending = ""
-        return self._to_text()
+    def _expect_object(self, num_held: int) -> State:
+        """An object follows `num_held` characters that are content if it is not a call."""
+        self._hold(num_held)
+        self._head = CallHead()
+        return State.OBJECT
 
-    def _start_call(self, name: str, consumed: int) -> None:
+    def _read_object(self) -> State | None:
+        if not self._hold_space():
+            return None
+        call = self._head.read_head(self._text)
+        if call is None:
+            return None
+        if call is NOT_A_CALL or not self.accepts(call.name):
+            return self._no_call()
+        self._start_call(call.name, call.end, in_object=True)
+        if call.arguments is None:
+            return State.ARGUMENTS
+        self._add_arguments(call.arguments)
+        return State.TAIL if self._parallel else State.DONE
+
+    def _read_arguments(self) -> State | None:
+        self._add_arguments(self._consume(self._end.find_end(self._text)))
+        if not self._end.found:
+            return None
+        if not self._parallel:
+            return State.DONE
+        self._end = ObjectEnd(depth=1)
+        return State.REST if self._in_object else State.TAIL
+
+    def _skip_rest(self) -> State | None:
+        self._consume(self._end.find_end(self._text))
+        return State.TAIL if self._end.found else None
+
+    def _skip_gap(self) -> State | None:
+        self._text = self._text.lstrip()
+        return State.TEXT if self._text else None
+
+    def _skip_all(self) -> None:
+        self._text = ""
+
+    def _start_call(self, name: str, consumed: int, *, in_object: bool) -> None:
+        """`in_object`: the arguments, after `consumed` characters, are part of a larger object."""
         self._pieces.append(ToolCallStart(self.num_calls, self._make_id(), name))
         self.num_calls += 1
         self._pending = ""
-        self._text = self._text[consumed:]
-        self._in_call = self._after_call = True
+        self._consume(consumed)
+        self._end = ObjectEnd()
+        self._in_object = in_object
 
-    def _go_on(self) -> bool:
-        if not self._parallel:
-            self.ended = True
-            self._state = self._drop
-        return True
-
-    def _drop(self) -> bool:
-        self._text = ""
-        return False
-
-    def _num_held(self) -> int:
-        """Characters at the end of the text that may belong to a call: space, part of a marker."""
-        longest = min(len(self._text), len(self.marker) - 1)
-        part = next((n for n in range(longest, 0, -1) if self._text.endswith(self.marker[:n])), 0)
-        before = self._text[: len(self._text) - part]
-        return part + len(before) - len(before.rstrip())
+    def _no_call(self) -> State:
+        """What is pending is content; the text after it may hold a call."""
+        self._add_text(self._pending)
+        self._pending = ""
+        return State.TEXT
 
     def _add_text(self, text: str) -> None:
         if text:
             self._pieces.append(Text(text))
 
-    def _take(self) -> list[Piece]:
-        pieces, self._pieces = self._pieces, []
-        return pieces
+    def _add_arguments(self, text: str) -> None:
+        if text:
+            self._pieces.append(ToolCallArguments(self.num_calls - 1, text))
+
+    def _consume(self, num_chars: int) -> str:
+        consumed, self._text = self._text[:num_chars], self._text[num_chars:]
+        return consumed
+
+    def _hold(self, num_chars: int) -> None:
+        self._pending += self._consume(num_chars)
+
+    def _hold_space(self) -> bool:
+        """Hold white space; whether other text follows."""
+        if self._text[:1].isspace():
+            self._hold(len(self._text) - len(self._text.lstrip()))
+        return bool(self._text)
 
 
 def starts_with(text: str, literal: str) -> bool | None:
-    """Whether `text` begins with `literal`; None while it is too short to tell."""
+    """Whether `text` begins with `literal`; None while it is too short to decide."""
     if text.startswith(literal):
         return True
     return None if literal.startswith(text) else False

@@ -51,7 +51,7 @@ class AnthropicErrorFormat(ErrorFormat):
 def _message(error: MinisrvError) -> str:
     if error.code == "context_length_exceeded":
         return _length_message(error)
-    if error.param is not None and error.param not in error.message:
+    if error.param is not None and not error.message.startswith(error.param):
         return f"{error.param}: {error.message}"
     return error.message
 

@@ -18,7 +18,6 @@ MESSAGES_PATH = "/v1/messages"
 
 
 def add_message_routes(app: FastAPI, service: Service) -> None:
-    """Add both routes."""
     registry, bodies = service.registry, service.bodies
     statuses = errors(400, 401, 404, 408, 413, 415, 500, 503, schema=ERROR_SCHEMA)
 
@@ -44,7 +43,5 @@ def add_message_routes(app: FastAPI, service: Service) -> None:
         fields, headers = await bodies.read(request, COUNT_FIELDS)
         context_of(request.scope).names = NAMES
         prompt = read_prompt(fields, registry.model)
-        answer = await registry.ask(
-            lambda query: prompt.encode_message(query, add_special_tokens=False)
-        )
+        answer = await service.encode(prompt)
         return JSONResponse({"input_tokens": len(answer["ids"])}, headers=headers)

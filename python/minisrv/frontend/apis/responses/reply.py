@@ -8,21 +8,21 @@ from typing import Any
 
 from minisrv.errors import MinisrvError
 from minisrv.frontend.apis.responses.output_items import OutputItems, StreamEvent
-from minisrv.frontend.generation.pieces import Finish, Piece
-from minisrv.frontend.generation.renderer import Choice
+from minisrv.frontend.generation.pieces import Piece, finish_of
+from minisrv.frontend.generation.renderer import Choice, Renderer
 from minisrv.frontend.generation.usage import Usage
-from minisrv.frontend.http.sse import PING, named_sse
+from minisrv.frontend.http.sse import named_sse
 from minisrv.frontend.registry.events import Event
 
 
-class ResponseRenderer:
+class ResponseRenderer(Renderer):
     """One choice. The order of a stream: created, in_progress; for each item its added, deltas and
     done; then one of completed, incomplete and failed. There is no [DONE].
     """
 
     def __init__(self, id: str, model: str, echoed: dict[str, Any]) -> None:
         """echoed: what every state of the response repeats of the request."""
-        self.usage = Usage(choices_per_prompt=1)
+        super().__init__()
         self._id = id
         self._model = model
         self._echoed = echoed
@@ -32,13 +32,11 @@ class ResponseRenderer:
         self._num_events = 0
 
     def whole(self, choices: Sequence[Choice], timings: dict[str, Any] | None) -> dict[str, Any]:
-        """The body of a reply that is not streamed."""
         ((_, pieces),) = choices
         self._write(pieces)
         return self._body()
 
     def chunk(self, event: Event, pieces: list[Piece]) -> bytes:
-        """The events that an event adds."""
         return self._begin_once() + self._frames(self._write(pieces))
 
     def end(self, timings: dict[str, Any] | None) -> bytes:
@@ -51,10 +49,6 @@ class ResponseRenderer:
         response = {**self._body(), "status": "failed", "output": [], "error": _error_body(error)}
         return begin + self._frames([{"type": "response.failed", "response": response}])
 
-    def ping(self) -> bytes:
-        """A comment."""
-        return PING
-
     def _begin_once(self) -> bytes:
         if self._num_events:
             return b""
@@ -64,12 +58,9 @@ class ResponseRenderer:
         )
 
     def _write(self, pieces: Sequence[Piece]) -> list[StreamEvent]:
-        events: list[StreamEvent] = []
-        for piece in pieces:
-            events += self._items.events(piece)
-            if isinstance(piece, Finish):
-                self._status = "incomplete" if piece.reason == "length" else "completed"
-        return events
+        if finish := finish_of(pieces):
+            self._status = "incomplete" if finish.reason == "length" else "completed"
+        return [event for piece in pieces for event in self._items.events(piece)]
 
     def _frames(self, events: Sequence[StreamEvent]) -> bytes:
         frames = []

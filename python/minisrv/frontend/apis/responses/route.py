@@ -53,9 +53,7 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
         fields, headers = await bodies.read(request, COUNT_FIELDS)
         context_of(request.scope).names = NAMES
         prompt = read_response(fields, registry.model).prompt
-        answer = await registry.ask(
-            lambda query: prompt.encode_message(query, add_special_tokens=False)
-        )
+        answer = await service.encode(prompt)
         body = {"object": "response.input_tokens", "input_tokens": len(answer["ids"])}
         return JSONResponse(body, headers=headers)
 
@@ -63,33 +61,19 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_stored_routes(app: FastAPI) -> None:
-    @app.get("/v1/responses/{response_id}", responses=errors(404))
-    async def retrieve_response(response_id: str) -> Response:
-        """A 404: nothing is stored."""
-        raise _not_stored(response_id)
+    path, statuses = "/v1/responses/{response_id}", errors(404)
 
-    @app.delete("/v1/responses/{response_id}", responses=errors(404))
-    async def delete_response(response_id: str) -> Response:
-        """A 404: nothing is stored."""
-        raise _not_stored(response_id)
-
-    @app.post("/v1/responses/{response_id}/cancel", responses=errors(404))
-    async def cancel_response(response_id: str) -> Response:
-        """A 404: nothing runs in the background."""
-        raise _not_stored(response_id)
-
-    @app.get("/v1/responses/{response_id}/input_items", responses=errors(404))
-    async def list_input_items(response_id: str) -> Response:
-        """A 404: nothing is stored."""
-        raise _not_stored(response_id)
-
-
-def _not_stored(response_id: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"there is no response {response_id[:80]!a}: this server stores none",
-        param="response_id",
-        status=404,
-    )
+    @app.get(path, responses=statuses)
+    @app.delete(path, responses=statuses)
+    @app.get(f"{path}/input_items", responses=statuses)
+    @app.post(f"{path}/cancel", responses=statuses)
+    async def find_response(response_id: str) -> Response:
+        """A 404: nothing is stored, and nothing runs in the background."""
+        raise InvalidRequestError(
+            f"there is no response {response_id[:80]!a}: this server stores none",
+            param="response_id",
+            status=404,
+        )
 
 
 def _echo(fields: Mapping[str, Any], chat: ChatRequest) -> dict[str, Any]:
