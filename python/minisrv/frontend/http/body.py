@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -19,23 +19,16 @@ from starlette.requests import ClientDisconnect, Request
 from minisrv.errors import InvalidRequestError, RequestTooLargeError
 from minisrv.frontend.fields.names import UnknownFields
 from minisrv.frontend.fields.table import Field, Treatment, read_fields
-from minisrv.frontend.http.context import context_of
+from minisrv.frontend.http.context import RequestContext, context_of
 
 logger = logging.getLogger("minisrv.frontend")
 
-WARNINGS_HEADER = "X-Minisrv-Warnings"
 Table = Mapping[str, Field]
-FieldsAndHeaders = tuple[dict[str, Any], dict[str, str]]
+Fields = dict[str, Any]
 
 MAX_DEPTH = 64
 BODY_TIMEOUT_S = 60.0
 _MIN_INTEGER, _MAX_INTEGER = -(2**63), 2**63 - 1
-
-
-def with_warnings(headers: Mapping[str, str], warnings: Iterable[str]) -> dict[str, str]:
-    """The headers with `warnings` added to those that they have."""
-    sentences = [*filter(None, [headers.get(WARNINGS_HEADER)]), *warnings]
-    return {**headers, **({WARNINGS_HEADER: "; ".join(sentences)} if sentences else {})}
 
 
 class BodyReader:
@@ -51,20 +44,18 @@ class BodyReader:
         self._unknown_fields = unknown_fields
         self._count_ignored = count_ignored
 
-    async def read(
-        self, request: Request, table: Table, *, required: bool = True
-    ) -> FieldsAndHeaders:
-        """The fields, and headers for the response. A missing body may count as an empty object.
+    async def read(self, request: Request, table: Table, *, required: bool = True) -> Fields:
+        """The supported fields of a body. One that is not required may be missing.
 
         Raises InvalidRequestError naming the field, RequestTooLargeError or ClientDisconnect.
         """
-        return self._fields(await self._json(request, required), table)
+        return self._fields(await self._json(request, required), table, context_of(request.scope))
 
-    async def read_generation(self, request: Request, table: Table) -> FieldsAndHeaders:
+    async def read_generation(self, request: Request, table: Table) -> Fields:
         """As `read`; the body may set the request id, also for an error response."""
-        body = await self._json(request, required=True)
-        context_of(request.scope).take_id(body)
-        return self._fields(body, table)
+        body, context = await self._json(request, required=True), context_of(request.scope)
+        context.take_id(body)
+        return self._fields(body, table, context)
 
     async def _json(self, request: Request, required: bool) -> Any:
         if required:
@@ -80,14 +71,14 @@ class BodyReader:
         _check_content_type(request)
         return parse_json(body)
 
-    def _fields(self, body: Any, table: Table) -> FieldsAndHeaders:
+    def _fields(self, body: Any, table: Table, context: RequestContext) -> Fields:
         fields, unknown = read_fields(body, table)
         for name in body.keys() & table.keys():
             if table[name].treatment is Treatment.IGNORED and body[name] is not None:
                 logger.debug("request field %s has no effect", name)
                 self._count_ignored(name)
-        warning = self._unknown_fields.report(unknown)
-        return fields, {WARNINGS_HEADER: warning} if warning else {}
+        context.warnings += self._unknown_fields.report(unknown)
+        return fields
 
 
 def parse_json(body: bytes) -> Any:
