@@ -22,17 +22,14 @@ from minisrv.sampling_params import Grammar
 _Read = Callable[[Any, str], Grammar]
 
 JSON_SCHEMA = any_of(OBJECT, STRING, BOOLEAN)
+_SCHEMA = any_of(OBJECT, BOOLEAN)
 RESPONSE_FORMAT = object_of(
     ["type"],
     type=one_of("text", "json_object", "json_schema"),
     json_schema=object_of(
-        ["name", "schema"],
-        name=STRING,
-        description=STRING,
-        schema=any_of(OBJECT, BOOLEAN),
-        strict=BOOLEAN,
+        ["name", "schema"], name=STRING, description=STRING, schema=_SCHEMA, strict=BOOLEAN
     ),
-    schema=any_of(OBJECT, BOOLEAN),
+    schema=_SCHEMA,
 )
 STRUCTURED_OUTPUTS = object_of(
     json=JSON_SCHEMA,
@@ -45,20 +42,17 @@ STRUCTURED_OUTPUTS = object_of(
     disable_any_whitespace=ANY,
     disable_additional_properties=ANY,
 )
-_READERS: dict[str, _Read] = {
-    "guided_json": Grammar.json_schema,
-    "guided_regex": Grammar.regex,
-    "guided_choice": Grammar.choice,
-    "guided_grammar": Grammar.lark,
-    "regex": Grammar.regex,
-    "json_schema": Grammar.json_schema,
-    "ebnf": Grammar.lark,
-    "grammar": Grammar.lark,
-}
 _PARTS: dict[str, _Read] = {
     "json": Grammar.json_schema,
     "regex": Grammar.regex,
     "choice": Grammar.choice,
+    "grammar": Grammar.lark,
+}
+_READERS: dict[str, _Read] = {
+    **{f"guided_{name}": read for name, read in _PARTS.items()},
+    "regex": Grammar.regex,
+    "json_schema": Grammar.json_schema,
+    "ebnf": Grammar.lark,
     "grammar": Grammar.lark,
 }
 
@@ -70,7 +64,8 @@ def read_grammar(fields: Mapping[str, Any]) -> Grammar | None:
     found += _read_response_format(fields.get("response_format", {"type": "text"}))
     if len(found) > 1:
         raise InvalidRequestError(
-            f"send one of {found[0].param} and {found[1].param}, not both", param=found[1].param
+            f"{found[1].param} cannot be combined with {found[0].param}; send one of them",
+            param=found[1].param,
         )
     return found[0] if found else None
 
@@ -92,7 +87,7 @@ def _read_structured_outputs(value: dict[str, Any]) -> list[Grammar]:
                 code="unsupported_parameter",
             )
     if value and not found:
-        raise InvalidRequestError(f"{path} names no constraint", param=path)
+        raise InvalidRequestError(f"{path} has no constraint", param=path)
     return found
 
 

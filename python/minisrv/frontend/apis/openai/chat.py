@@ -10,11 +10,12 @@ from minisrv.frontend.apis.openai.fields import Fields, read_common
 from minisrv.frontend.apis.openai.logprobs import chat_logprobs, read_chat_logprobs
 from minisrv.frontend.apis.openai.messages import read_messages
 from minisrv.frontend.apis.openai.render import NO_OPTIONS, OpenAIRenderer
-from minisrv.frontend.fields.reasoning import effort_warnings, reasoning_variables
 from minisrv.frontend.fields.template import (
     begins_new_turn,
     check_no_template,
+    effort_warnings,
     read_template_kwargs,
+    reasoning_variables,
 )
 from minisrv.frontend.fields.tools import (
     NamedTool,

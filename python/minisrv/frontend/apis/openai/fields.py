@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.fields.aliases import alias_names, merge_aliases
 from minisrv.frontend.fields.common import CONVERSATION_FIELDS, GENERATION_FIELDS, REASONING_EFFORTS
 from minisrv.frontend.fields.grammar import read_grammar
-from minisrv.frontend.fields.names import FieldNames
+from minisrv.frontend.fields.names import FieldNames, alias_names, merge_aliases
 from minisrv.frontend.fields.schema import (
     ANY,
     BOOLEAN,
