@@ -11,8 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from minisrv.config import ServerConfig
 from minisrv.frontend.apis.anthropic.errors import AnthropicErrorFormat
-from minisrv.frontend.apis.anthropic.reply import MESSAGE_PREFIX
-from minisrv.frontend.apis.anthropic.route import MESSAGES_PATH, add_message_routes
+from minisrv.frontend.apis.anthropic.route import MESSAGE_PREFIX, MESSAGES_PATH, add_message_routes
 from minisrv.frontend.apis.native import add_native_route
 from minisrv.frontend.apis.openai.chat import CHAT_PREFIX
 from minisrv.frontend.apis.openai.completions import COMPLETION_PREFIX

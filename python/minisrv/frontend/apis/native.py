@@ -23,7 +23,6 @@ from minisrv.frontend.generation.renderer import Choice, Renderer
 from minisrv.frontend.generation.request import (
     ReplyOptions,
     TextRequest,
-    read_cache_salt,
     read_sampling,
     read_token_ids,
     served_name,
@@ -91,7 +90,7 @@ def read_native(fields: Mapping[str, Any], model: ModelInfo) -> TextRequest:
         model=name,
         prompts=(read_token_ids(fields["input_ids"], model, "prompt") if text is None else text,),
         sampling=read_sampling(given, model, max_tokens=max_tokens, return_token_ids=True),
-        cache_salt=read_cache_salt(fields.get("cache_salt")),
+        cache_salt=fields.get("cache_salt", ""),
         reply=ReplyOptions(stream=fields.get("stream", False)),
     )
 

@@ -20,7 +20,6 @@ from minisrv.wire.messages import TokenizeMsg
 Prompt = str | Int32Array
 Messages = tuple[dict[str, Any], ...]
 
-MAX_SALT_CHARS = 128
 _MAX_TOKEN_ID = 2**31 - 1
 # Those with a check or a reading of their own are passed to `read_sampling` by name.
 _SAMPLING_NAMES = {field.name for field in fields(SamplingParams)} - {
@@ -206,18 +205,6 @@ def read_sampling(
     _check_ids("logit_bias", [bias.token_id for bias in biases], model)
     sampling = SamplingParams(grammar=grammar, logit_bias=biases, **given)
     return sampling.with_defaults(model.defaults)
-
-
-def read_cache_salt(salt: str | None) -> str:
-    """The salt of a request, empty without one. Raises InvalidRequestError."""
-    if salt is None:
-        return ""
-    if not 0 < len(salt) <= MAX_SALT_CHARS:
-        raise InvalidRequestError(
-            f"cache_salt has {len(salt)} characters; it must have 1 to {MAX_SALT_CHARS}",
-            param="cache_salt",
-        )
-    return salt
 
 
 def read_token_ids(ids: list[int], model: ModelInfo, path: str) -> Int32Array:

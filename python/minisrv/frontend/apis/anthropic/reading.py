@@ -15,7 +15,6 @@ from minisrv.frontend.generation.request import (
     ChatPrompt,
     ChatRequest,
     ReplyOptions,
-    read_cache_salt,
     read_sampling,
     served_name,
 )
@@ -56,7 +55,7 @@ def read_message_request(fields: Fields, model: ModelInfo) -> ChatRequest:
             fields, model, grammar=grammar, max_tokens=fields["max_tokens"], **stop
         ),
         reply=ReplyOptions(stream=fields.get("stream", False)),
-        cache_salt=read_cache_salt(fields.get("cache_salt")),
+        cache_salt=fields.get("cache_salt", ""),
         warnings=warnings,
     )
 

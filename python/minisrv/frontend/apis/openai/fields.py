@@ -18,17 +18,14 @@ from minisrv.frontend.fields.schema import (
     STRING,
     any_of,
     array_of,
+    between,
     object_of,
     one_of,
 )
 from minisrv.frontend.fields.table import Field, Treatment, rejected, supported
-from minisrv.frontend.generation.request import (
-    ReplyOptions,
-    read_cache_salt,
-    read_sampling,
-    served_name,
-)
+from minisrv.frontend.generation.request import ReplyOptions, read_sampling, served_name
 from minisrv.frontend.registry.model_info import ModelInfo
+from minisrv.sampling_params import MAX_LOGPROBS
 
 Fields = Mapping[str, Any]
 
@@ -51,6 +48,7 @@ _TOOL_CHOICE = any_of(
     STRING, object_of(["type"], type=STRING, function=object_of(["name"], name=STRING))
 )
 
+_NUM_LOGPROBS = between(0, MAX_LOGPROBS, INTEGER)
 CHAT_FIELDS: dict[str, Field] = {
     "messages": supported(array_of(_MESSAGE), "The conversation; required unless prompt is given."),
     "prompt": supported(
@@ -69,7 +67,7 @@ CHAT_FIELDS: dict[str, Field] = {
         "Return the log probability of each token, before temperature, penalties and grammar.",
     ),
     "top_logprobs": supported(
-        INTEGER, "0 to 20: how many of the likeliest tokens to return too; needs logprobs."
+        _NUM_LOGPROBS, "0 to 20: how many of the likeliest tokens to return too; needs logprobs."
     ),
     "tools": supported(array_of(_TOOL), "Functions that the model may call; see docs/tools.md."),
     "tool_choice": supported(
@@ -106,7 +104,7 @@ COMPLETION_FIELDS: dict[str, Field] = {
     "echo": supported(BOOLEAN, "Put the prompt in front of the text; max_tokens may then be 0."),
     "suffix": rejected(""),
     "logprobs": supported(
-        INTEGER,
+        _NUM_LOGPROBS,
         "0 to 20: return the log probability of each token, and of this many of the likeliest.",
     ),
     "top_logprobs": rejected(0),
@@ -148,5 +146,5 @@ def read_common(fields: Fields, model: ModelInfo, **own: Any) -> dict[str, Any]:
         prompt_text=fields.get("return_prompt", False),
         timings=fields.get("timings", False),
     )
-    cache_salt = read_cache_salt(fields.get("cache_salt"))
+    cache_salt = fields.get("cache_salt", "")
     return {"model": name, "sampling": sampling, "reply": reply, "cache_salt": cache_salt}

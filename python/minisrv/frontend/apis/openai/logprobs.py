@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from minisrv.errors import InvalidRequestError
-from minisrv.sampling_params import MAX_LOGPROBS
 from minisrv.wire.logprobs import SpelledLogprobs
 
 
@@ -90,23 +89,11 @@ def _places(logprobs: Sequence[SpelledLogprobs]) -> Iterator[_Place]:
 def read_chat_logprobs(fields: Mapping[str, Any]) -> int | None:
     """How many of the likeliest tokens a chat request wants. Raises InvalidRequestError."""
     if fields.get("logprobs", False):
-        return _checked(fields.get("top_logprobs", 0), "top_logprobs")
+        top: int = fields.get("top_logprobs", 0)
+        return top
     if fields.get("top_logprobs", 0):
         raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     return None
-
-
-def read_text_logprobs(fields: Mapping[str, Any]) -> int | None:
-    """The same of a completion. Raises InvalidRequestError."""
-    return _checked(fields["logprobs"], "logprobs") if "logprobs" in fields else None
-
-
-def _checked(count: int, param: str) -> int:
-    if not 0 <= count <= MAX_LOGPROBS:
-        raise InvalidRequestError(
-            f"{param} is {count}; it must be from 0 to {MAX_LOGPROBS}", param=param
-        )
-    return count
 
 
 def _entry(spelling: bytes, logprob: float) -> dict[str, Any]:

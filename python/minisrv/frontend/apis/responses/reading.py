@@ -26,7 +26,6 @@ from minisrv.frontend.generation.request import (
     ChatPrompt,
     ChatRequest,
     ReplyOptions,
-    read_cache_salt,
     read_sampling,
     served_name,
 )
@@ -75,7 +74,7 @@ def read_response(fields: Fields, model: ModelInfo) -> ChatRequest:
             max_tokens=fields.get("max_output_tokens"),
         ),
         reply=ReplyOptions(stream=stream),
-        cache_salt=read_cache_salt(fields.get("cache_salt")),
+        cache_salt=fields.get("cache_salt", ""),
         warnings=effort_warnings(effort, model.chat_format, "reasoning.effort"),
     )
 
