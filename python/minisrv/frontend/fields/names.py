@@ -1,4 +1,4 @@
-"""Names of request fields: second names, an API's own names, and names that nobody knows."""
+"""Names of request fields: aliases, the own names of each API, and unknown names."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class FieldNames:
     """What an API calls the fields of the neutral request.
 
     The readers and the processes behind the frontend report faults under neutral names, those of a
-    chat completion. A sentence about a field begins with its name, so the API's own name can stand
-    there instead when the sentence is written.
+    chat completion. A sentence about a field begins with its name, so the API's own name can
+    replace it when the sentence is written.
     """
 
     def __init__(self, table: Mapping[str, str]) -> None:

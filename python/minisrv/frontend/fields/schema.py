@@ -32,17 +32,14 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def array_of(items: Schema) -> Schema:
-    """An array whose items are all of one schema."""
     return {"type": "array", "items": items}
 
 
 def any_of(*schemas: Schema) -> Schema:
-    """One schema of several."""
     return {"anyOf": list(schemas)}
 
 
 def one_of(*texts: str) -> Schema:
-    """One string of several."""
     return {"type": "string", "enum": list(texts)}
 
 

@@ -59,7 +59,7 @@ class GenerationRequest(ABC):
     @property
     def num_prompts(self) -> int:
         """Prompts, each with `sampling.n` choices."""
-        return 1
+        return len(self._prompts())
 
     @property
     def num_choices(self) -> int:
@@ -72,8 +72,23 @@ class GenerationRequest(ABC):
         return None
 
     @abstractmethod
+    def _prompts(self) -> list[dict[str, Any]]:
+        """For each prompt, the fields of a TokenizeMsg that say what it is."""
+
     def tokenize_messages(self, base: int) -> list[TokenizeMsg]:
         """One message per prompt; choice i of the reply answers under uid `base + i`."""
+        return [
+            TokenizeMsg(
+                uid=base + i * self.sampling.n,
+                sampling=self.sampling,
+                cache_salt=self.cache_salt,
+                show_progress=self.reply.progress,
+                show_prompt_ids=self.reply.token_ids,
+                show_prompt_text=self.reply.prompt_text,
+                **prompt,
+            )
+            for i, prompt in enumerate(self._prompts())
+        ]
 
     def check_fits(self, max_open_requests: int) -> None:
         """Raise InvalidRequestError if even an idle server cannot run all choices at once."""
@@ -85,15 +100,6 @@ class GenerationRequest(ABC):
                 param="prompt" if self.num_prompts > 1 else "n",
             )
 
-    def _common(self) -> dict[str, Any]:
-        return {
-            "sampling": self.sampling,
-            "cache_salt": self.cache_salt,
-            "show_progress": self.reply.progress,
-            "show_prompt_ids": self.reply.token_ids,
-            "show_prompt_text": self.reply.prompt_text,
-        }
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextRequest(GenerationRequest):
@@ -101,15 +107,8 @@ class TextRequest(GenerationRequest):
 
     prompts: tuple[Prompt, ...]
 
-    @property
-    def num_prompts(self) -> int:
-        return len(self.prompts)
-
-    def tokenize_messages(self, base: int) -> list[TokenizeMsg]:
-        return [
-            TokenizeMsg(uid=base + i * self.sampling.n, prompt=prompt, **self._common())
-            for i, prompt in enumerate(self.prompts)
-        ]
+    def _prompts(self) -> list[dict[str, Any]]:
+        return [{"prompt": prompt} for prompt in self.prompts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,18 +158,14 @@ class ChatRequest(GenerationRequest):
     def calls(self) -> CallReading | None:
         return self.prompt.tools.reading if self.prompt.tools else None
 
-    def tokenize_messages(self, base: int) -> list[TokenizeMsg]:
+    def _prompts(self) -> list[dict[str, Any]]:
         tools = self.prompt.tools
-        return [
-            TokenizeMsg(
-                uid=base,
-                must_call=tools.must_call if tools else (),
-                parallel_calls=tools is None or tools.reading.parallel,
-                split_reasoning=True,
-                **self.prompt.fields(),
-                **self._common(),
-            )
-        ]
+        fields = {
+            "must_call": tools.must_call if tools else (),
+            "parallel_calls": tools is None or tools.reading.parallel,
+            "split_reasoning": True,
+        }
+        return [fields | self.prompt.fields()]
 
 
 def served_name(name: str | None, model: ModelInfo) -> str:

@@ -100,7 +100,7 @@ class _GenerationResponse(Response):
         self._abort(base)
 
     def _abort(self, base: int) -> None:
-        """End the request if it has not ended, and count the output that nobody has read."""
+        """End the request if it has not ended, and count the output that was not read."""
         self._count_unsent(self._registry.unread(base))
         self._registry.abort(base)
 

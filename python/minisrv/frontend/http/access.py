@@ -62,7 +62,7 @@ class Keys:
         sent = headers.getlist("x-api-key")
         for value in headers.getlist("authorization"):
             scheme, _, key = value.partition(" ")
-            # A header of another scheme counts as a key that nobody has.
+            # A header of another scheme counts as an unknown key.
             sent.append(key.strip() if scheme.lower() == "bearer" else "")
         if not sent or not self._levels:
             # Any page in a browser can have it send requests to this machine: no administrator.
