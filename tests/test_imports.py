@@ -77,9 +77,7 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(
-    ("package", "layers"), [("minisrv", LAYERS)]
-)
+@pytest.mark.parametrize(("package", "layers"), [("minisrv", LAYERS)])
 def test_imports_point_downward(package: str, layers: list[set[str]]) -> None:
     """Between the rooms of a package; so there is no circle between them either."""
     level = {name: i for i, names in enumerate(layers) for name in names}

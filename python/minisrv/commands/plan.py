@@ -29,7 +29,7 @@ from minisrv.engine.model_size import (
     kv_bytes_per_token,
     widest_layer,
 )
-from minisrv.engine.parallel.shard import Partition, check_divisible
+from minisrv.engine.parallel.shard import Sharding, check_divisible
 from minisrv.errors import ConfigError, MinisrvError
 
 CONTEXT_BYTES = 512 * 2**20  # the driver's own, and the kernels of the libraries
@@ -53,9 +53,9 @@ class Request:
         return (self.model.dtype or "bfloat16") if given == "auto" else given
 
     @property
-    def partition(self) -> Partition:
+    def partition(self) -> Sharding:
         """The last rank, whose share of the vocabulary is the largest."""
-        return Partition(self.config.tp - 1, self.config.tp)
+        return Sharding(self.config.tp - 1, self.config.tp)
 
     @property
     def parameters(self) -> Parameters:

@@ -72,7 +72,7 @@ class BatchBuilder:
             sample_indices=sample_indices,
             sampling=self._columns(step, sample_rows, fill_masks),
             penalties=build_penalties(step, sample_rows) if has_penalties else None,
-            scored_tokens=scored,
+            prompt_logprob_tokens=scored,
             logprobs=logprobs,
         )
 

@@ -283,7 +283,7 @@ class Scheduler:
             return False
         self.waiting.remove(request)
         request.prefill_ids, request.computed = ids, 0
-        request.lease = self.cache.open(request.salt)
+        request.lease = self.cache.open_lease(request.salt)
         request.status = Status.RUNNING
         request.bypassed = 0
         if request.admitted_at is None:
@@ -388,6 +388,6 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         assert request.lease is not None
         known = min(request.computed, request.num_tokens)
-        self.cache.close(request.lease, request.all_ids(), known)
+        self.cache.close_lease(request.lease, request.all_ids(), known)
         request.lease = None
         self.running.remove(request)
