@@ -68,7 +68,7 @@ class BatchBuilder:
             sample_indices=sample_indices,
             sampling=self._columns(plan, sample_rows, fill_masks),
             penalties=build_penalties(plan, sample_rows) if has_penalties else None,
-            scored_tokens=scored,
+            prompt_logprob_tokens=scored,
             logprobs=logprobs,
         )
 

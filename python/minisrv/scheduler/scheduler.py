@@ -281,7 +281,7 @@ class Scheduler:
             return False
         self.waiting.withdraw(request)
         request.become(Status.RUNNING)
-        request.lease = self.cache.open(request.salt)
+        request.lease = self.cache.open_lease(request.salt)
         request.prefill_ids, request.num_computed = ids, 0
         request.bypassed = 0
         if request.admitted_at is None:
@@ -402,6 +402,6 @@ class Scheduler:
     def _close_lease(self, request: Request) -> None:
         assert request.lease is not None
         known = min(request.num_computed, request.num_tokens)
-        self.cache.close(request.lease, request.all_ids(), known)
+        self.cache.close_lease(request.lease, request.all_ids(), known)
         request.lease = None
         self.running.remove(request)
