@@ -17,7 +17,8 @@ from minisrv.errors import ConfigError
 
 
 def parse(*argv: str) -> ServerConfig:
-    return parse_command_line(argparse.ArgumentParser(prog="test"), argv)
+    config, _ = parse_command_line(argparse.ArgumentParser(prog="test"), argv)
+    return config
 
 
 @pytest.fixture(autouse=True)

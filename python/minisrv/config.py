@@ -286,19 +286,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(*names, type=_plain_type(f.name), metavar="X", **common)
 
 
-def parse_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> ServerConfig:
-    """The options: flags override the environment. Exits with status 2 on an error."""
+def parse_command_line(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[ServerConfig, argparse.Namespace]:
+    """The server's options, whose flags override the environment, and all flags of `parser`.
+
+    Exits with status 2 on an error.
+    """
     add_flags(parser)
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
-    given = vars(parser.parse_args(argv))
+    options = parser.parse_args(argv)
+    given = dict(vars(options))
     positional = given.pop("positional_model")
     if positional is not None and given.setdefault("model", positional) != positional:
         parser.error(f"two models are given: {positional} and {given['model']}")
     known = {f.name for f in fields(ServerConfig)}
     try:
-        return ServerConfig.from_environment(**{k: v for k, v in given.items() if k in known})
+        config = ServerConfig.from_environment(**{k: v for k, v in given.items() if k in known})
     except ConfigError as error:
         parser.error(error.message)
+    return config, options
 
 
 def _environment_values(environ: Mapping[str, str]) -> dict[str, Any]:

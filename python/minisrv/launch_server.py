@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         description="Serve a model over an OpenAI-compatible API.",
         epilog="Each option is also an environment variable: --max-seq-len is MINISRV_MAX_SEQ_LEN.",
     )
-    config = parse_command_line(parser, argv)
+    config, _ = parse_command_line(parser, argv)
     try:
         serve(config)
     except MinisrvError as error:

@@ -296,7 +296,7 @@ def test_keys_come_from_a_file_too(tmp_path: Path) -> None:
             assert server.http.get("/v1/models", headers=bearer(key)).status_code == 200
         assert server.http.get("/v1/models", headers=bearer("#")).status_code == 401
     path.write_text("# none\n")
-    with pytest.raises(ConfigError, match="holds no key"):
+    with pytest.raises(ConfigError, match="has no keys"):
         Keys.of(ServerConfig(api_key_file=str(path)))
 
 

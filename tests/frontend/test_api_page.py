@@ -9,7 +9,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from minisrv import sampling_params
-from minisrv.frontend.apis.native import SAMPLING_FIELDS
+from minisrv.frontend.apis.native import PARAMETERS
 from minisrv.frontend.generation.request import MAX_SALT_CHARS
 from minisrv.frontend.http.body import MAX_DEPTH
 from minisrv.frontend.http.protocol import MAX_HEAD_BYTES, MAX_HEADERS
@@ -71,7 +71,7 @@ def test_the_page_has_the_limits_of_the_code() -> None:
 
 def test_the_page_has_the_sampling_parameters_of_generate() -> None:
     section = PAGE.split("\n### /generate\n")[1].split("\n### ")[0]
-    assert SAMPLING_FIELDS.keys() <= set(re.findall(r"`(\w+)`", section))
+    assert PARAMETERS.keys() <= set(re.findall(r"`(\w+)`", section))
 
 
 def test_the_page_has_the_request_fields_as_the_tables_have_them() -> None:

@@ -283,7 +283,7 @@ FORMS = "a string, an array of strings, an array of integers or an array of arra
         (
             CHAT,
             {"messages": HI, "tool_choice": {"type": "none"}},
-            "tool_choice.type is 'none'; it must be function",
+            'tool_choice.type is "none"; it must be function',
         ),
         (CHAT, {"messages": HI, "modalities": ["audio"]}, '(accepted: ["text"], null)'),
         (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from minisrv.frontend.apis.native import SAMPLING_FIELDS
+from minisrv.frontend.apis.native import PARAMETERS
 from tests.support import anthropic_bodies
 from tests.support.http_server import HttpServer, serve
 from tests.support.played_model import TEMPLATES, PlayedModel
@@ -237,7 +237,7 @@ def test_what_the_chat_template_says_of_a_message_is_quoted_as_sent(
     assert text in refusal(strict, path, body, param)
 
 
-UNKNOWN = [name for name in NAMES if name not in SAMPLING_FIELDS]
+UNKNOWN = [name for name in NAMES if name not in PARAMETERS]
 
 
 @pytest.mark.parametrize("word", UNKNOWN)

@@ -251,7 +251,7 @@ def test_a_wrong_field_is_named(
 
 def test_a_refused_type_is_told(server: HttpServer) -> None:
     for fields in ({"tools": [{"type": "mcp"}]}, {"input": content({"type": "mcp"})}):
-        assert "'mcp'" in error_of(post(server, **fields))["message"]
+        assert 'type is "mcp"' in error_of(post(server, **fields))["message"]
     assert "keeps no state" in error_of(post(server, input=[{"type": "item_reference"}]))["message"]
 
 

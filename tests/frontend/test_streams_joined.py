@@ -18,7 +18,6 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from minisrv.config import ServerConfig
 from minisrv.frontend.apis.openai.chat import ChatRenderer
-from minisrv.frontend.apis.openai.render import ReplyHead, StreamOptions
 from minisrv.frontend.app import create_app
 from minisrv.frontend.generation.choice_reader import ChoiceReader
 from minisrv.frontend.generation.request import ChatPrompt, ChatRequest
@@ -269,8 +268,7 @@ def test_many_streams_join_to_the_whole_answer(
 @pytest.mark.parametrize("order", [[2, 0, 1], [1, 2, 0], [0, 2, 1]])
 def test_choices_that_begin_in_any_order_keep_their_index(order: list[int]) -> None:
     request = ChatRequest(model="m", prompt=ChatPrompt(messages=()), sampling=SamplingParams(n=3))
-    head = ReplyHead(id="chatcmpl-1", created=1, model="m", system_fingerprint="f")
-    reply = ChatRenderer(head, request, StreamOptions(), ["reasoning_content"])
+    reply = ChatRenderer("1", "fingerprint", request, ["reasoning_content"])
     readers = [ChoiceReader(None) for _ in order]
     data = b""
     for finish in (Finish.NONE, Finish.STOP):

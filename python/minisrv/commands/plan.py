@@ -75,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     where.add_argument(
         "--gpu-memory", "--card-memory", metavar="SIZE", help="memory of the GPU, such as 24GiB"
     )
-    config = parse_command_line(parser, argv)
-    options = parser.parse_args(argv)
+    config, options = parse_command_line(parser, argv)
     try:
         gpu = None if options.gpu is None else find_gpu(options.gpu)
         memory = int(gpu.usable_gib * 2**30) if gpu else parse_size(options.gpu_memory)

@@ -11,37 +11,32 @@ from starlette.responses import JSONResponse, Response
 
 from minisrv.config import ServerConfig
 from minisrv.frontend.apis.anthropic.errors import AnthropicErrorFormat
-from minisrv.frontend.apis.anthropic.reply import MESSAGE_PREFIX
-from minisrv.frontend.apis.anthropic.route import MESSAGES_PATH, add_message_routes
+from minisrv.frontend.apis.anthropic.route import MESSAGE_PREFIX, MESSAGES_PATH, add_message_routes
 from minisrv.frontend.apis.native import add_native_route
-from minisrv.frontend.apis.openai.route import (
-    CHAT_PREFIX,
-    COMPLETION_PREFIX,
-    add_openai_routes,
-)
+from minisrv.frontend.apis.openai.chat import CHAT_PREFIX
+from minisrv.frontend.apis.openai.completions import COMPLETION_PREFIX
+from minisrv.frontend.apis.openai.route import add_openai_routes
 from minisrv.frontend.apis.responses.route import RESPONSE_PREFIX, add_response_routes
 from minisrv.frontend.apis.service import Service
 from minisrv.frontend.apis.tokens import add_token_routes
-from minisrv.frontend.fields.unknown import UnknownFields
+from minisrv.frontend.fields.names import UnknownFields
 from minisrv.frontend.generation.request import model_not_found
 from minisrv.frontend.generation.run import Runner
 from minisrv.frontend.http.access import METRICS_PATH, PUBLIC_PATHS, AccessMiddleware, Keys
 from minisrv.frontend.http.body_fields import BodyReader
-from minisrv.frontend.http.bugs import BugMiddleware
 from minisrv.frontend.http.context import RequestContextMiddleware
 from minisrv.frontend.http.cors import PagesMiddleware
 from minisrv.frontend.http.error_format import ErrorFormat, error_body
-from minisrv.frontend.http.errors import RETRY_AFTER_S, add_error_handlers
+from minisrv.frontend.http.errors import RETRY_AFTER_S, BugMiddleware, add_error_handlers
 from minisrv.frontend.http.openapi import describe_errors, errors
 from minisrv.frontend.ops.admin import add_admin_routes
 from minisrv.frontend.ops.metrics import CONTENT_TYPE, ServerMetrics
 from minisrv.frontend.ops.root_page import add_root_page
-from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.frontend.registry.server_state import Dead, Serving, Starting
 
 VERSION = version("minisrv")
-# By path prefix; all other routes have OpenAI's error object.
+# By path prefix; errors of all other routes have OpenAI's form.
 ERROR_FORMATS: dict[str, ErrorFormat] = {MESSAGES_PATH: AnthropicErrorFormat()}
 REPLY_PREFIXES = (CHAT_PREFIX, COMPLETION_PREFIX, RESPONSE_PREFIX, MESSAGE_PREFIX)
 
@@ -51,7 +46,7 @@ def create_app(
 ) -> FastAPI:
     """The application over `registry`. It answers at once: /ready reports the state.
 
-    host_is_ours: False if somebody else's server listens for the application.
+    host_is_ours: False if another program's server listens for the application.
     Raises ConfigError for keys that cannot be used.
     """
     keys = Keys.of(config, host_is_ours=host_is_ours)
@@ -112,13 +107,12 @@ def _add_state_routes(app: FastAPI, registry: RequestRegistry, metrics: ServerMe
     @app.get("/ready", responses={503: {"description": "Not ready."}})
     async def ready() -> Response:
         """Whether requests are served: 200, or 503 with the progress of the start."""
-        headers = {"Retry-After": str(RETRY_AFTER_S)}
         match registry.state:
             case Serving():
                 return JSONResponse({"status": "ready"})
             case Starting(phase, fraction):
                 body = {"status": "loading", "phase": phase, "progress": round(fraction, 4)}
-                return JSONResponse(body, 503, headers)
+                return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})
             case Dead(error):
                 return JSONResponse({"status": "dead", **error_body(error)}, 503)
 
@@ -134,25 +128,24 @@ def _add_state_routes(app: FastAPI, registry: RequestRegistry, metrics: ServerMe
 
 
 def _add_model_routes(app: FastAPI, registry: RequestRegistry) -> None:
+    def described(name: str) -> dict[str, Any]:
+        model = registry.model
+        if name not in model.names:
+            raise model_not_found(name, model)
+        return {
+            "id": name,
+            "object": "model",
+            "created": model.created,
+            "owned_by": "minisrv",
+            "max_model_len": model.max_model_len,
+        }
+
     @app.get("/v1/models", responses=errors(503))
     async def list_models() -> dict[str, Any]:
         """The served model, under each of its names."""
-        model = registry.model
-        return {"object": "list", "data": [_model_body(model, name) for name in model.names]}
+        return {"object": "list", "data": [described(name) for name in registry.model.names]}
 
     @app.get("/v1/models/{model_id:path}", responses=errors(404, 503))
     async def retrieve_model(model_id: str) -> dict[str, Any]:
         """The served model, by name."""
-        if model_id not in registry.model.names:
-            raise model_not_found(model_id, registry.model)
-        return _model_body(registry.model, model_id)
-
-
-def _model_body(model: ModelInfo, name: str) -> dict[str, Any]:
-    return {
-        "id": name,
-        "object": "model",
-        "created": model.created,
-        "owned_by": "minisrv",
-        "max_model_len": model.max_model_len,
-    }
+        return described(model_id)

@@ -1,9 +1,8 @@
-"""The frontend process: HTTP from the first moment, and the supervisor's notices."""
+"""The frontend process: serves HTTP from its start, and follows the supervisor's notices."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import socket
 from pathlib import Path
 
@@ -18,20 +17,14 @@ from minisrv.frontend.registry.engine_client import EngineClient
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.supervision.child_main import Child, run_child
-from minisrv.supervision.records import (
-    ChildReady,
-    EngineEnded,
-    EngineReady,
-    Notice,
-    StartProgress,
-)
+from minisrv.supervision.records import ChildReady, EngineEnded, EngineReady, Notice, StartProgress
 
-# How long open replies may take to reach their clients at the end.
+# At the end, open replies have this long to reach their clients.
 LAST_WORDS_S = 2
 
 
 def take_notice(registry: RequestRegistry, config: ServerConfig, notice: Notice) -> None:
-    """Bring what the supervisor said to the registry."""
+    """Change the state of the registry as the supervisor's notice says."""
     match notice:
         case StartProgress(phase, fraction):
             registry.set_progress(phase, fraction)
@@ -44,7 +37,6 @@ def take_notice(registry: RequestRegistry, config: ServerConfig, notice: Notice)
 
 
 def main() -> None:
-    """Be the frontend process."""
     run_child("frontend", lambda child: uvloop.run(_serve(child)))
 
 
@@ -63,18 +55,15 @@ async def _serve(child: Child) -> None:
         )
     )
     loop = asyncio.get_running_loop()
-    take = functools.partial(_take_notice, child, registry, server)
+
+    def take(notice: Notice) -> None:
+        take_notice(registry, child.config, notice)
+        if isinstance(notice, EngineReady):
+            child.report(ChildReady())
+        elif isinstance(notice, EngineEnded):
+            server.should_exit = True
+
     run_dir, num_tokenizers = Path(child.boot.run_dir), child.config.num_tokenizers
     async with EngineClient(run_dir, registry, num_tokenizers, child.boot.epoch):
         child.handle_notices(lambda notice: loop.call_soon_threadsafe(take, notice))
         await server.serve([socket.socket(fileno=child.boot.fds["listener"])])
-
-
-def _take_notice(
-    child: Child, registry: RequestRegistry, server: uvicorn.Server, notice: Notice
-) -> None:
-    take_notice(registry, child.config, notice)
-    if isinstance(notice, EngineReady):
-        child.report(ChildReady())
-    elif isinstance(notice, EngineEnded):
-        server.should_exit = True

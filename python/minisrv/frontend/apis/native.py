@@ -12,14 +12,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from minisrv.errors import InvalidRequestError, MinisrvError
+from minisrv.errors import InvalidRequestError
 from minisrv.frontend.apis.service import Service
-from minisrv.frontend.fields.common import GENERATION_FIELDS
+from minisrv.frontend.fields.common import REQUEST_FIELDS, SAMPLING_FIELDS, STOP_FIELDS
 from minisrv.frontend.fields.names import FieldNames
 from minisrv.frontend.fields.schema import INTEGER, INTEGERS, OBJECT, STRING
 from minisrv.frontend.fields.table import Field, read_fields, supported
-from minisrv.frontend.generation.pieces import Finish, Piece
-from minisrv.frontend.generation.renderer import Choice
+from minisrv.frontend.generation.pieces import Piece, finish_of
+from minisrv.frontend.generation.renderer import Choice, Renderer
 from minisrv.frontend.generation.request import (
     ReplyOptions,
     TextRequest,
@@ -28,37 +28,28 @@ from minisrv.frontend.generation.request import (
     read_token_ids,
     served_name,
 )
-from minisrv.frontend.generation.usage import Usage
 from minisrv.frontend.http.context import context_of
-from minisrv.frontend.http.error_format import error_body
 from minisrv.frontend.http.openapi import errors, request_body
-from minisrv.frontend.http.sse import DONE, PING, sse
+from minisrv.frontend.http.sse import sse
 from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.model_info import ModelInfo
 
-_SAMPLING_NAMES = (
-    *("temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
-    *("ignore_eos", "min_tokens", "skip_special_tokens"),
-)
-SAMPLING_FIELDS: dict[str, Field] = {
+PARAMETERS: dict[str, Field] = {
     "max_tokens": supported(INTEGER, "Maximum output tokens, at least 1. Default: 128."),
-    **{name: GENERATION_FIELDS[name] for name in _SAMPLING_NAMES},
     "max_new_tokens": supported(INTEGER, "The same as max_tokens."),
+    **SAMPLING_FIELDS,
+    **STOP_FIELDS,
 }
 GENERATE_FIELDS: dict[str, Field] = {
     "text": supported(STRING, "The prompt; or send input_ids."),
     "input_ids": supported(INTEGERS, "The prompt as token ids."),
-    "sampling_params": supported(OBJECT, f"Any of {', '.join(SAMPLING_FIELDS)}."),
-    **{
-        name: GENERATION_FIELDS[name]
-        for name in ("model", "stream", "cache_salt", "request_id", "rid")
-    },
+    "sampling_params": supported(OBJECT, f"Any of {', '.join(PARAMETERS)}."),
+    **REQUEST_FIELDS,
 }
 DEFAULT_MAX_TOKENS = 128
 
 
 def add_native_route(app: FastAPI, service: Service) -> None:
-    """Add the route."""
     statuses = errors(400, 401, 404, 408, 413, 415, 500, 503)
 
     @app.post("/generate", openapi_extra=request_body(GENERATE_FIELDS), responses=statuses)
@@ -69,15 +60,14 @@ def add_native_route(app: FastAPI, service: Service) -> None:
         context = context_of(request.scope)
         context.names = native_names(fields)
         generation = read_native(fields, model)
-        renderer = NativeRenderer(context.request_id)
-        return service.runner.response(generation, renderer, headers)
+        return service.runner.response(generation, NativeRenderer(context.request_id), headers)
 
 
 def native_names(fields: Mapping[str, Any]) -> FieldNames:
     """The request's own names of neutral fields."""
     sampling = fields.get("sampling_params", {})
     older = "max_tokens" in sampling and "max_new_tokens" not in sampling
-    table = {name: f"sampling_params.{name}" for name in SAMPLING_FIELDS}
+    table = {name: f"sampling_params.{name}" for name in PARAMETERS}
     table["max_tokens"] = f"sampling_params.{'max_tokens' if older else 'max_new_tokens'}"
     return FieldNames({**table, "prompt": "input_ids" if "input_ids" in fields else "text"})
 
@@ -87,12 +77,11 @@ def read_native(fields: Mapping[str, Any], model: ModelInfo) -> TextRequest:
     name = served_name(fields.get("model"), model)
     if ("text" in fields) == ("input_ids" in fields):
         raise InvalidRequestError("send either text or input_ids", param="text")
-    given, unknown = read_fields(fields.get("sampling_params", {}), SAMPLING_FIELDS)
+    given, unknown = read_fields(fields.get("sampling_params", {}), PARAMETERS)
     if unknown:
         path = f"sampling_params.{unknown[0][:64]}"
         raise InvalidRequestError(
-            f"sampling_params has no field {unknown[0][:64]!a}; it has "
-            f"{', '.join(SAMPLING_FIELDS)}",
+            f"sampling_params has no field {unknown[0][:64]!a}; it has {', '.join(PARAMETERS)}",
             param=path,
             code="unsupported_parameter",
         )
@@ -107,37 +96,23 @@ def read_native(fields: Mapping[str, Any], model: ModelInfo) -> TextRequest:
     )
 
 
-class NativeRenderer:
+class NativeRenderer(Renderer):
     """Every event of a stream has the shape of a whole reply; [DONE] ends it."""
 
     def __init__(self, id: str) -> None:
-        self.usage = Usage(choices_per_prompt=1)
+        super().__init__()
         self._id = id
 
     def whole(self, choices: Sequence[Choice], timings: dict[str, Any] | None) -> dict[str, Any]:
-        """The body of a reply that is not streamed."""
         ((event, pieces),) = choices
         return self._body(event, pieces)
 
     def chunk(self, event: Event, pieces: list[Piece]) -> bytes:
-        """An event with text, ids or the end."""
         return sse(self._body(event, pieces)) if event.deltas else b""
-
-    def end(self, timings: dict[str, Any] | None) -> bytes:
-        """The last line."""
-        return DONE
-
-    def failed(self, error: MinisrvError) -> bytes:
-        """An error object."""
-        return sse(error_body(error)) + DONE
-
-    def ping(self) -> bytes:
-        """A comment."""
-        return PING
 
     def _body(self, event: Event, pieces: Sequence[Piece]) -> dict[str, Any]:
         finish_reason: dict[str, str | int] | None = None
-        if pieces and isinstance(finish := pieces[-1], Finish):
+        if finish := finish_of(pieces):
             finish_reason = {"type": finish.reason}
             if finish.stop_reason is not None:
                 finish_reason["matched"] = finish.stop_reason

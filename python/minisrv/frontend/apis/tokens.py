@@ -15,10 +15,10 @@ from minisrv.frontend.apis.openai.fields import CHAT_FIELDS, chat_fields
 from minisrv.frontend.apis.service import Service
 from minisrv.frontend.fields.schema import BOOLEAN, INTEGERS, STRING
 from minisrv.frontend.fields.table import Field, supported
-from minisrv.frontend.generation.request import read_token_ids, served_name
+from minisrv.frontend.generation.request import ChatPrompt, read_token_ids, served_name
 from minisrv.frontend.http.openapi import errors, request_body
 from minisrv.frontend.registry.model_info import ModelInfo
-from minisrv.wire.messages import DecodeMsg, DescribeMsg, EncodeMsg
+from minisrv.wire.messages import DecodeMsg, DescribeMsg
 
 _CHAT_NAMES = (
     *("model", "messages", "chat_template_kwargs", "tools", "tool_choice"),
@@ -45,17 +45,15 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
     }
     statuses = errors(400, 401, 404, 408, 413, 415, 503)
 
-    async def encode(fields: Mapping[str, Any]) -> dict[str, Any]:
-        encoding = _read_encoding(fields, registry.model)
-        return await registry.ask(lambda query: EncodeMsg(query=query, **encoding))
-
     @app.post("/tokenize", openapi_extra=request_body(tokenize_fields), responses=statuses)
     async def tokenize(request: Request) -> Response:
         """The tokens of a text, or of a conversation."""
         fields, headers = await bodies.read(request, tokenize_fields)
-        if not {"prompt", "messages"} & fields.keys():
-            raise InvalidRequestError("send prompt or messages", param="prompt")
-        answer = await encode(fields)
+        served_name(fields.get("model"), registry.model)
+        special = fields.get("add_special_tokens", "prompt" in fields)
+        answer = await service.encode(
+            _read_prompt(fields, registry.model), add_special_tokens=special
+        )
         body = {
             "count": len(answer["ids"]),
             "max_model_len": registry.model.max_model_len,
@@ -68,8 +66,16 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
     async def detokenize(request: Request) -> Response:
         """The text of tokens."""
         fields, headers = await bodies.read(request, DETOKENIZE_FIELDS)
-        message = _read_decoding(fields, registry.model)
-        answer = await registry.ask(lambda query: DecodeMsg(query=query, **message))
+        served_name(fields.get("model"), registry.model)
+        if "tokens" not in fields:
+            raise InvalidRequestError("tokens is missing", param="tokens")
+        ids = np.empty(0, np.int32)
+        if fields["tokens"]:
+            ids = read_token_ids(fields["tokens"], registry.model, "tokens")
+        skip = fields.get("skip_special_tokens", False)
+        answer = await registry.ask(
+            lambda query: DecodeMsg(query=query, token_ids=ids, skip_special_tokens=skip)
+        )
         return JSONResponse({"prompt": answer["text"], "text": answer["text"]}, headers=headers)
 
     @app.post("/apply-template", include_in_schema=False)
@@ -77,7 +83,8 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
     async def apply_template(request: Request) -> Response:
         """The prompt that the model would see, and its tokens."""
         fields, headers = await bodies.read(request, template_fields)
-        answer = await encode(fields)
+        served_name(fields.get("model"), registry.model)
+        answer = await service.encode(read_chat_prompt(fields, registry.model))
         body = {"prompt": answer["text"], "tokens": answer["ids"], "count": len(answer["ids"])}
         return JSONResponse(body, headers=headers)
 
@@ -88,25 +95,12 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
         return JSONResponse({**answer, "max_model_len": registry.model.max_model_len})
 
 
-def _read_encoding(fields: Mapping[str, Any], model: ModelInfo) -> dict[str, Any]:
-    """The fields of an EncodeMsg. Raises InvalidRequestError."""
-    served_name(fields.get("model"), model)
-    if "prompt" in fields and "messages" in fields:
-        raise InvalidRequestError("send messages or prompt, not both", param="messages")
+def _read_prompt(fields: Mapping[str, Any], model: ModelInfo) -> str | ChatPrompt:
+    if "messages" not in fields:
+        if "prompt" not in fields:
+            raise InvalidRequestError("send prompt or messages", param="prompt")
+        prompt: str = fields["prompt"]
+        return prompt
     if "prompt" in fields:
-        special = fields.get("add_special_tokens", True)
-        return {"prompt": fields["prompt"], "add_special_tokens": special}
-    special = fields.get("add_special_tokens", False)
-    return {**read_chat_prompt(fields, model).fields(), "add_special_tokens": special}
-
-
-def _read_decoding(fields: Mapping[str, Any], model: ModelInfo) -> dict[str, Any]:
-    """The fields of a DecodeMsg. Raises InvalidRequestError."""
-    served_name(fields.get("model"), model)
-    if "tokens" not in fields:
-        raise InvalidRequestError("tokens is missing", param="tokens")
-    ids = fields["tokens"]
-    return {
-        "token_ids": read_token_ids(ids, model, "tokens") if ids else np.empty(0, np.int32),
-        "skip_special_tokens": fields.get("skip_special_tokens", False),
-    }
+        raise InvalidRequestError("send messages or prompt, not both", param="messages")
+    return read_chat_prompt(fields, model)

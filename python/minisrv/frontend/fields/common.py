@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minisrv.frontend.fields.grammar import JSON_SCHEMA, RESPONSE_FORMAT, STRUCTURED_OUTPUTS
+from minisrv.frontend.fields.names import ALIASES
 from minisrv.frontend.fields.schema import (
     BOOLEAN,
     INTEGER,
@@ -11,92 +12,110 @@ from minisrv.frontend.fields.schema import (
     OBJECT,
     STRING,
     STRINGS,
-    Schema,
     any_of,
-    array_of,
+    object_of,
 )
 from minisrv.frontend.fields.table import Field, ignored, rejected, supported
 
+# With ALIASES: fields that mean the same as another one.
+_SYNONYMS = {
+    "json_schema": "guided_json",
+    "regex": "guided_regex",
+    "grammar": "guided_grammar",
+    "ebnf": "guided_grammar",
+}
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
-_STREAM_OPTIONS: Schema = {
-    "type": "object",
-    "properties": {
-        "include_usage": BOOLEAN,
-        "continuous_usage_stats": BOOLEAN,
-        "include_obfuscation": BOOLEAN,
-    },
+_STREAM_OPTIONS = object_of(
+    include_usage=BOOLEAN, continuous_usage_stats=BOOLEAN, include_obfuscation=BOOLEAN
+)
+_IGNORED = (
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "verbosity", "prediction"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+)
+_REJECTED = (
+    *("truncate_prompt_tokens", "thinking_token_budget", "allowed_token_ids", "prompt_logprobs"),
+)
+# Every API has these two groups.
+REQUEST_FIELDS: dict[str, Field] = {
+    "model": supported(STRING, "A name of the served model; may be missing or empty."),
+    "stream": supported(BOOLEAN, "Send the reply as server-sent events."),
+    "cache_salt": supported(
+        STRING, "1 to 128 characters; only requests with the same salt share cached prompts."
+    ),
+    "request_id": supported(STRING, "The request's id; overrides X-Request-Id."),
+    "rid": supported(STRING, "The same as request_id."),
 }
-GENERATION_FIELDS: dict[str, Field] = {
-    "model": supported(STRING, "The served model; missing or empty is the same."),
+SAMPLING_FIELDS: dict[str, Field] = {
     "temperature": supported(NUMBER, "0 to 2; 0 is greedy. Default: the model's, else 1."),
     "top_p": supported(NUMBER, "Above 0, up to 1. Default: the model's, else 1."),
     "top_k": supported(INTEGER, "0 or -1 keeps all tokens. Default: the model's, else 0."),
     "min_p": supported(NUMBER, "0 to 1. Default: the model's, else 0."),
-    "seed": supported(INTEGER, "With it, the same request gives the same text."),
-    "sampling_seed": supported(INTEGER, "The same as seed."),
-    "stop": supported(any_of(STRING, array_of(STRING)), "The text ends before these."),
-    "stop_token_ids": supported(INTEGERS, "The text ends at these tokens."),
-    "ignore_eos": supported(BOOLEAN, "Go on past the model's end of text."),
-    "min_tokens": supported(INTEGER, "No end of text before so many output tokens."),
-    "n": supported(INTEGER, "Choices, 1 to 128."),
-    "stream": supported(BOOLEAN, "Answer with server-sent events."),
-    "stream_options": supported(_STREAM_OPTIONS, "Only with stream."),
-    "skip_special_tokens": supported(BOOLEAN, "Leave special tokens out of the text."),
-    "response_format": supported(RESPONSE_FORMAT, "Text, a JSON object, or JSON of a schema."),
-    "structured_outputs": supported(
-        STRUCTURED_OUTPUTS, "One of json, json_object, regex, choice and grammar."
+    "seed": supported(INTEGER, "The same request with the same seed gives the same text."),
+    "stop_token_ids": supported(INTEGERS, "Tokens that end the text."),
+    "ignore_eos": supported(BOOLEAN, "Continue past the model's end-of-text token."),
+    "min_tokens": supported(
+        INTEGER, "Minimum number of output tokens before an end-of-text token may end the text."
     ),
-    "guided_json": supported(JSON_SCHEMA, "The text is JSON of this schema."),
-    "guided_regex": supported(STRING, "The text matches this from end to end."),
-    "guided_choice": supported(STRINGS, "The text is one of these."),
-    "guided_grammar": supported(STRING, "The text is of this grammar, in Lark or GBNF."),
-    "json_schema": supported(JSON_SCHEMA, "As guided_json."),
-    "regex": supported(STRING, "As guided_regex."),
-    "grammar": supported(STRING, "As guided_grammar."),
-    "ebnf": supported(STRING, "As guided_grammar."),
-    "cache_salt": supported(
-        STRING, "1 to 128 characters: cached prompts are shared with the same salt alone."
+}
+STOP_FIELDS: dict[str, Field] = {
+    "stop": supported(any_of(STRING, STRINGS), "Strings before which the text ends."),
+    "skip_special_tokens": supported(BOOLEAN, "Omit special tokens from the text."),
+}
+PENALTY_FIELDS: dict[str, Field] = {
+    "presence_penalty": supported(
+        NUMBER, "-2 to 2, subtracted once from the logit of each token in the output."
     ),
-    "timings": supported(BOOLEAN, "Tell what the request took, in `timings`."),
-    "return_token_ids": supported(BOOLEAN, "Give the token ids of prompt and output."),
-    "return_tokens": supported(BOOLEAN, "The same as return_token_ids."),
-    "return_prompt": supported(BOOLEAN, "Give the prompt's text as the model saw it."),
-    "return_progress": supported(BOOLEAN, "Stream how far the prompt is; only with stream."),
-    "request_id": supported(STRING, "The request's id, instead of X-Request-Id."),
-    "rid": supported(STRING, "The same as request_id."),
-    "presence_penalty": supported(NUMBER, "-2 to 2, taken once from tokens in the output."),
-    "frequency_penalty": supported(NUMBER, "-2 to 2, taken for each time in the output."),
+    "frequency_penalty": supported(
+        NUMBER, "-2 to 2, subtracted from a token's logit once per occurrence in the output."
+    ),
     "repetition_penalty": supported(
         NUMBER, "Above 0, up to 2, over prompt and output; 1 is off. Default: the model's, else 1."
     ),
-    "logit_bias": supported(OBJECT, "Token id to -100..100, added to the logit."),
-    "repeat_penalty": supported(NUMBER, "The same as repetition_penalty."),
-    "include_stop_str_in_output": supported(BOOLEAN, "Keep the stop string in the text."),
-    "no_stop_trim": supported(BOOLEAN, "The same as include_stop_str_in_output."),
-    "user": ignored(),
-    "metadata": ignored(),
-    "store": ignored(),
-    "service_tier": ignored(),
-    "safety_identifier": ignored(),
-    "prompt_cache_key": ignored(),
-    "prompt_cache_options": ignored(),
-    "prompt_cache_retention": ignored(),
-    "verbosity": ignored(),
-    "prediction": ignored(),
+    "logit_bias": supported(OBJECT, "A bias by token id, -100 to 100, added to the logit."),
+}
+# Of chat completions and completions.
+GENERATION_FIELDS: dict[str, Field] = {
+    **REQUEST_FIELDS,
+    **SAMPLING_FIELDS,
+    **STOP_FIELDS,
+    **PENALTY_FIELDS,
+    "n": supported(INTEGER, "Number of choices, 1 to 128."),
+    "stream_options": supported(_STREAM_OPTIONS, "Only with stream."),
+    "include_stop_str_in_output": supported(
+        BOOLEAN, "Keep the stop string at the end of the text."
+    ),
+    "response_format": supported(
+        RESPONSE_FORMAT, "Free text, a JSON object, or JSON that matches a schema."
+    ),
+    "structured_outputs": supported(
+        STRUCTURED_OUTPUTS, "One of json, json_object, regex, choice and grammar."
+    ),
+    "guided_json": supported(JSON_SCHEMA, "A JSON schema that the text matches."),
+    "guided_regex": supported(STRING, "A regular expression that the whole text matches."),
+    "guided_choice": supported(STRINGS, "Strings of which the text is one."),
+    "guided_grammar": supported(STRING, "A grammar that the text follows, in Lark or GBNF."),
+    "timings": supported(BOOLEAN, "Return how long each phase of the request took, in `timings`."),
+    "return_token_ids": supported(BOOLEAN, "Return the token ids of prompt and output."),
+    "return_prompt": supported(BOOLEAN, "Return the text of the prompt as the model sees it."),
+    "return_progress": supported(BOOLEAN, "Report the progress of the prefill; only with stream."),
+    **dict.fromkeys(_IGNORED, ignored()),
+    **dict.fromkeys(_REJECTED, rejected()),
     "stop_regex": rejected([]),
     "spaces_between_special_tokens": rejected(True),
     "priority": rejected(0),
-    "truncate_prompt_tokens": rejected(),
-    "thinking_token_budget": rejected(),
     "timings_per_token": rejected(False),
     "bad_words": rejected([]),
-    "allowed_token_ids": rejected(),
     "logprob_token_ids": rejected([]),
-    "prompt_logprobs": rejected(),
+}
+GENERATION_FIELDS |= {
+    alias: supported(GENERATION_FIELDS[name].schema, f"The same as {name}.")
+    for alias, name in (ALIASES | _SYNONYMS).items()
 }
 CONVERSATION_FIELDS: dict[str, Field] = {
     "chat_template_kwargs": supported(OBJECT, "Variables for the chat template."),
-    "parallel_tool_calls": supported(BOOLEAN, "false ends the reply with its first call."),
-    "enable_thinking": supported(BOOLEAN, "Whether the model thinks first, where it can choose."),
+    "parallel_tool_calls": supported(BOOLEAN, "false ends the reply after its first call."),
+    "enable_thinking": supported(
+        BOOLEAN, "Whether the model reasons first, if its template has a switch."
+    ),
 }

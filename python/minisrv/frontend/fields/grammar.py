@@ -12,9 +12,9 @@ from minisrv.frontend.fields.schema import (
     OBJECT,
     STRING,
     STRINGS,
-    Schema,
     any_of,
     check_value,
+    object_of,
     one_of,
 )
 from minisrv.sampling_params import Grammar
@@ -22,52 +22,37 @@ from minisrv.sampling_params import Grammar
 _Read = Callable[[Any, str], Grammar]
 
 JSON_SCHEMA = any_of(OBJECT, STRING, BOOLEAN)
-RESPONSE_FORMAT: Schema = {
-    "type": "object",
-    "required": ["type"],
-    "properties": {
-        "type": one_of("text", "json_object", "json_schema"),
-        "json_schema": {
-            "type": "object",
-            "required": ["name", "schema"],
-            "properties": {
-                "name": STRING,
-                "description": STRING,
-                "schema": any_of(OBJECT, BOOLEAN),
-                "strict": BOOLEAN,
-            },
-        },
-        "schema": any_of(OBJECT, BOOLEAN),
-    },
-}
-STRUCTURED_OUTPUTS: Schema = {
-    "type": "object",
-    "properties": {
-        "json": JSON_SCHEMA,
-        "json_object": BOOLEAN,
-        "regex": STRING,
-        "choice": STRINGS,
-        "grammar": STRING,
-        "structural_tag": ANY,
-        "whitespace_pattern": ANY,
-        "disable_any_whitespace": ANY,
-        "disable_additional_properties": ANY,
-    },
-}
-_READERS: dict[str, _Read] = {
-    "guided_json": Grammar.json_schema,
-    "guided_regex": Grammar.regex,
-    "guided_choice": Grammar.choice,
-    "guided_grammar": Grammar.lark,
-    "regex": Grammar.regex,
-    "json_schema": Grammar.json_schema,
-    "ebnf": Grammar.lark,
-    "grammar": Grammar.lark,
-}
+_SCHEMA = any_of(OBJECT, BOOLEAN)
+RESPONSE_FORMAT = object_of(
+    ["type"],
+    type=one_of("text", "json_object", "json_schema"),
+    json_schema=object_of(
+        ["name", "schema"], name=STRING, description=STRING, schema=_SCHEMA, strict=BOOLEAN
+    ),
+    schema=_SCHEMA,
+)
+STRUCTURED_OUTPUTS = object_of(
+    json=JSON_SCHEMA,
+    json_object=BOOLEAN,
+    regex=STRING,
+    choice=STRINGS,
+    grammar=STRING,
+    structural_tag=ANY,
+    whitespace_pattern=ANY,
+    disable_any_whitespace=ANY,
+    disable_additional_properties=ANY,
+)
 _PARTS: dict[str, _Read] = {
     "json": Grammar.json_schema,
     "regex": Grammar.regex,
     "choice": Grammar.choice,
+    "grammar": Grammar.lark,
+}
+_READERS: dict[str, _Read] = {
+    **{f"guided_{name}": read for name, read in _PARTS.items()},
+    "regex": Grammar.regex,
+    "json_schema": Grammar.json_schema,
+    "ebnf": Grammar.lark,
     "grammar": Grammar.lark,
 }
 
@@ -79,7 +64,8 @@ def read_grammar(fields: Mapping[str, Any]) -> Grammar | None:
     found += _read_response_format(fields.get("response_format", {"type": "text"}))
     if len(found) > 1:
         raise InvalidRequestError(
-            f"send one of {found[0].param} and {found[1].param}, not both", param=found[1].param
+            f"{found[1].param} cannot be combined with {found[0].param}; send one of them",
+            param=found[1].param,
         )
     return found[0] if found else None
 
@@ -101,7 +87,7 @@ def _read_structured_outputs(value: dict[str, Any]) -> list[Grammar]:
                 code="unsupported_parameter",
             )
     if value and not found:
-        raise InvalidRequestError(f"{path} names no constraint", param=path)
+        raise InvalidRequestError(f"{path} has no constraint", param=path)
     return found
 
 
@@ -114,5 +100,5 @@ def _read_response_format(value: dict[str, Any]) -> list[Grammar]:
         if schema is not None:
             return [Grammar.json_schema(schema, f"{path}.schema")]
         return [Grammar.json_object(path)]
-    check_value(value, {"type": "object", "required": ["json_schema"]}, path)
+    check_value(value, object_of(["json_schema"]), path)
     return [Grammar.json_schema(value["json_schema"]["schema"], f"{path}.json_schema.schema")]

@@ -1,30 +1,68 @@
-"""What an API calls the fields of the neutral request.
-
-The readers and the processes behind the frontend report faults under neutral names, those of a
-chat completion. A sentence about a field begins with its name, so the API's own name can stand
-there instead when the sentence is written.
-"""
+"""Names of request fields: second names, an API's own names, and names that nobody knows."""
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
-from minisrv.errors import MinisrvError
+from minisrv.errors import InvalidRequestError, MinisrvError
+
+logger = logging.getLogger("minisrv.frontend")
+
+ALIASES = {
+    "no_stop_trim": "include_stop_str_in_output",
+    "repeat_penalty": "repetition_penalty",
+    "sampling_seed": "seed",
+    "return_tokens": "return_token_ids",
+    "rid": "request_id",
+}
+# Clients choose unknown names, so the number of those that are counted is bounded.
+_MAX_COUNTED_NAMES = 1000
+_MAX_SHOWN_NAMES = 16
+_MAX_SHOWN_CHARS = 64
+
+
+def merge_aliases(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, each under its main name.
+
+    Raises InvalidRequestError for two names with different values.
+    """
+    merged = {name: value for name, value in fields.items() if name not in ALIASES}
+    for alias, name in ALIASES.items():
+        if alias in fields and merged.setdefault(name, fields[alias]) != fields[alias]:
+            own, other = (
+                str(value).lower() if isinstance(value, bool) else value
+                for value in (fields[alias], merged[name])
+            )
+            raise InvalidRequestError(
+                f"{alias} is {own} and {name} is {other}; send one of them", param=alias
+            )
+    return merged
+
+
+def alias_names(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Main name to alias, of the fields that the request sent under their alias only."""
+    return {
+        name: alias for alias, name in ALIASES.items() if alias in fields and name not in fields
+    }
 
 
 class FieldNames:
-    """A table from neutral paths to an API's own paths; in both, `*` stands for an index.
+    """What an API calls the fields of the neutral request.
 
-    The longest prefix of a path that the table holds is replaced. Other paths stay as they are.
+    The readers and the processes behind the frontend report faults under neutral names, those of a
+    chat completion. A sentence about a field begins with its name, so the API's own name can stand
+    there instead when the sentence is written.
     """
 
     def __init__(self, table: Mapping[str, str]) -> None:
-        self._table = {tuple(path.split(".")): own.split(".") for path, own in table.items()}
+        """table: neutral paths to the API's own paths; in both, `*` stands for an index.
 
-    def __or__(self, table: Mapping[str, str]) -> FieldNames:
-        names = FieldNames(table)
-        names._table = self._table | names._table
-        return names
+        The longest prefix of a path that the table holds is replaced. Other paths stay as they are.
+        """
+        self._table = {tuple(path.split(".")): own.split(".") for path, own in table.items()}
 
     def own(self, path: str) -> str:
         """The API's own name of the field at the neutral `path`."""
@@ -44,3 +82,38 @@ class FieldNames:
 
 
 NEUTRAL_NAMES = FieldNames({})
+
+
+class UnknownFields:
+    """Fields that no table names: counted, logged once, reported to the client or refused.
+
+    `counts` is by name; names beyond a limit are counted together under "*".
+    """
+
+    def __init__(self, *, strict: bool) -> None:
+        self.counts: Counter[str] = Counter()
+        self._strict = strict
+
+    def report(self, names: list[str]) -> str | None:
+        """A sentence for the client, None without names. Raises InvalidRequestError if strict."""
+        if not names:
+            return None
+        shown = [_printable(name) for name in names]
+        if self._strict:
+            raise InvalidRequestError(
+                f"unknown field {shown[0]}; the server runs with --strict-params", param=shown[0]
+            )
+        for name in shown:
+            if name not in self.counts and len(self.counts) < _MAX_COUNTED_NAMES:
+                logger.warning("unknown request field %s is ignored", name)
+                self.counts[name] = 0
+            self.counts[name if name in self.counts else "*"] += 1
+        num_more = len(names) - _MAX_SHOWN_NAMES
+        more = f" and {num_more} more" if num_more > 0 else ""
+        return f"unknown fields ignored: {', '.join(shown[:_MAX_SHOWN_NAMES])}{more}"
+
+
+def _printable(name: str) -> str:
+    """The name in printable ASCII, for a header and a log line."""
+    text = name.encode("unicode_escape").decode("ascii")
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."

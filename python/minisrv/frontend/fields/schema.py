@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
@@ -20,6 +20,15 @@ INTEGERS: Schema = {"type": "array", "items": INTEGER}
 STRINGS: Schema = {"type": "array", "items": STRING}
 
 _MAX_SHOWN_CHARS = 60
+# By `type`: its name in a sentence, and the check.
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "boolean": ("true or false", lambda value: isinstance(value, bool)),
+    "integer": ("an integer", lambda value: type(value) is int),
+    "number": ("a number", lambda value: type(value) is int or type(value) is float),
+    "string": ("a string", lambda value: isinstance(value, str)),
+    "array": ("an array", lambda value: isinstance(value, list)),
+    "object": ("an object", lambda value: isinstance(value, dict)),
+}
 
 
 def array_of(items: Schema) -> Schema:
@@ -37,22 +46,14 @@ def one_of(*texts: str) -> Schema:
     return {"type": "string", "enum": list(texts)}
 
 
-_IS_TYPE: dict[str, Callable[[Any], bool]] = {
-    "boolean": lambda value: isinstance(value, bool),
-    "integer": lambda value: type(value) is int,
-    "number": lambda value: type(value) is int or type(value) is float,
-    "string": lambda value: isinstance(value, str),
-    "array": lambda value: isinstance(value, list),
-    "object": lambda value: isinstance(value, dict),
-}
-_TYPE_NAMES = {
-    "boolean": "true or false",
-    "integer": "an integer",
-    "number": "a number",
-    "string": "a string",
-    "array": "an array",
-    "object": "an object",
-}
+def object_of(required: Sequence[str] = (), /, **properties: Schema) -> Schema:
+    """An object with these properties, of which the `required` ones must be there."""
+    return {"type": "object", "required": list(required), "properties": properties}
+
+
+def between(low: float, high: float, schema: Schema = NUMBER) -> Schema:
+    """A number from `low` to `high`."""
+    return {**schema, "minimum": low, "maximum": high}
 
 
 def check_value(value: Any, schema: Schema, path: str) -> None:
@@ -61,19 +62,24 @@ def check_value(value: Any, schema: Schema, path: str) -> None:
     Strict: no string is a number, no boolean an integer. A null property counts as absent.
     """
     if "anyOf" in schema:
-        _check_any(value, schema["anyOf"], path)
+        return _check_any(value, schema["anyOf"], path)
+    if "type" not in schema:
         return
-    kind = schema.get("type")
-    if kind is None:
-        return
-    if not _IS_TYPE[kind](value):
-        raise _wrong(value, _TYPE_NAMES[kind], path)
+    type_name, is_type = _TYPES[schema["type"]]
+    if not is_type(value):
+        raise _wrong(value, type_name, path)
     if "enum" in schema and value not in schema["enum"]:
         raise _wrong(value, "one of " + ", ".join(schema["enum"]), path)
+    if "minimum" in schema and not schema["minimum"] <= value <= schema["maximum"]:
+        raise _wrong(value, f"from {schema['minimum']} to {schema['maximum']}", path)
     if "items" in schema:
         _check_items(value, schema["items"], path)
-    if kind == "object":
-        _check_properties(value, schema, path)
+    for name in schema.get("required", ()):
+        if value.get(name) is None:
+            raise InvalidRequestError(f"{path}.{name} is missing", param=f"{path}.{name}")
+    for name, part in schema.get("properties", {}).items():
+        if value.get(name) is not None:
+            check_value(value[name], part, f"{path}.{name}")
 
 
 def describe(value: Any) -> str:
@@ -92,52 +98,39 @@ def _check_any(value: Any, schemas: list[Schema], path: str) -> None:
             return check_value(value, schema, path)
         except InvalidRequestError as error:
             errors.append(error)
+    *names, last = dict.fromkeys(_name(schema) for schema in schemas)
+    expected = f"{', '.join(names)} or {last}" if names else last
     inside = [error for error in errors if error.param != path]
     if not inside:
-        raise _wrong(value, _names(schemas), path)
-    # An error inside tells more than one about the whole; of several none is the whole truth.
+        raise _wrong(value, expected, path)
+    # An error inside the value says more than one about the whole value. If several schemas have
+    # such an error, no one of them says what all schemas accept.
     first = inside[0]
     if len(inside) > 1:
-        found = first.message.rpartition("; it must be ")[0]
-        first.message = f"{found or first.message}; {path} must be {_names(schemas)}"
+        found = first.message.rpartition("; it must be ")[0] or first.message
+        first.message = f"{found}; {path} must be {expected}"
     raise first
 
 
 def _check_items(value: list[Any], items: Schema, path: str) -> None:
-    if set(items) == {"type"}:
-        is_type = _IS_TYPE[items["type"]]
-        wrong = next((i for i, item in enumerate(value) if not is_type(item)), None)
-        if wrong is not None:
-            raise _wrong(value[wrong], _TYPE_NAMES[items["type"]], f"{path}.{wrong}")
+    if set(items) == {"type"}:  # a loop without calls of check_value: there may be 100,000 ids
+        type_name, is_type = _TYPES[items["type"]]
+        for i, item in enumerate(value):
+            if not is_type(item):
+                raise _wrong(item, type_name, f"{path}.{i}")
         return
     for i, item in enumerate(value):
         check_value(item, items, f"{path}.{i}")
 
 
-def _check_properties(value: dict[str, Any], schema: Schema, path: str) -> None:
-    for name in schema.get("required", ()):
-        if value.get(name) is None:
-            raise InvalidRequestError(f"{path}.{name} is missing", param=f"{path}.{name}")
-    for name, part in schema.get("properties", {}).items():
-        if value.get(name) is not None:
-            check_value(value[name], part, f"{path}.{name}")
-
-
-def _names(schemas: list[Schema]) -> str:
-    *names, last = dict.fromkeys(_name(schema) for schema in schemas)
-    return f"{', '.join(names)} or {last}" if names else last
-
-
 def _name(schema: Schema) -> str:
-    kind: str = schema["type"]
-    items = schema.get("items")
-    return _TYPE_NAMES[kind] if items is None else f"{_TYPE_NAMES[kind]} of {_plural(items)}"
+    name = _TYPES[schema["type"]][0]
+    return f"{name} of {_plural(schema['items'])}" if "items" in schema else name
 
 
 def _plural(schema: Schema) -> str:
-    kind: str = schema["type"]
-    items = schema.get("items")
-    return f"{kind}s" if items is None else f"{kind}s of {_plural(items)}"
+    name = f"{schema['type']}s"
+    return f"{name} of {_plural(schema['items'])}" if "items" in schema else name
 
 
 def _wrong(value: Any, expected: str, path: str) -> InvalidRequestError:

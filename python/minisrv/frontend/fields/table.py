@@ -1,7 +1,6 @@
-"""The fields of a request, once: what is done with each, its check and its place in /docs.
+"""Tables of request fields: how each field is treated, checked and described in /docs.
 
-A field is supported, harmless (accepted; changes nothing here) or unsupported: refused by name
-unless its value is null or asks for nothing. Names that no table holds are reported, not dropped.
+Names that no table has are reported to the client, not dropped.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ class Treatment(Enum):
     """What the server does with a field."""
 
     SUPPORTED = auto()
-    IGNORED = auto()
-    REJECTED = auto()
+    IGNORED = auto()  # accepted; has no effect
+    REJECTED = auto()  # refused by name unless its value is null or neutral
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
     """One field of a request.
 
-    neutral: values of a rejected field that pass. reason: why it is rejected, for the message.
-    flag: the server option that makes a rejected field a supported one.
+    neutral: values of a rejected field that are accepted, since they ask for nothing. reason: why
+    it is rejected, for the message. flag: the server option that makes the field a supported one.
     """
 
     treatment: Treatment
@@ -40,22 +39,19 @@ class Field:
 
 
 def supported(schema: Schema, description: str) -> Field:
-    """A field that the server supports."""
     return Field(Treatment.SUPPORTED, {**schema, "description": description})
 
 
 def ignored(reason: str = "it has no effect here") -> Field:
-    """A field that is accepted and does nothing."""
     return Field(Treatment.IGNORED, {**ANY, "description": f"Accepted; {reason}."})
 
 
 def rejected(*neutral: Any, reason: str = "") -> Field:
-    """A field that is refused by name, unless its value is null or one of `neutral`."""
     return Field(Treatment.REJECTED, ANY, neutral, reason)
 
 
 def read_fields(body: Any, table: Mapping[str, Field]) -> tuple[dict[str, Any], list[str]]:
-    """The supported fields that are not null, checked; and the names that `table` does not hold.
+    """The supported fields that are not null, checked; and the names that `table` does not have.
 
     Raises InvalidRequestError naming the field.
     """
@@ -74,14 +70,11 @@ def read_fields(body: Any, table: Mapping[str, Field]) -> tuple[dict[str, Any], 
         else:
             check_value(value, field.schema, name)
             fields[name] = value
-            unknown += _unknown_properties(name, value, field.schema)
+            if "properties" in field.schema:
+                unknown += [
+                    f"{name}.{part}" for part in value if part not in field.schema["properties"]
+                ]
     return fields, unknown
-
-
-def _unknown_properties(name: str, value: Any, schema: Schema) -> list[str]:
-    if "properties" not in schema:
-        return []
-    return [f"{name}.{part}" for part in value if part not in schema["properties"]]
 
 
 def request_schema(table: Mapping[str, Field]) -> dict[str, Any]:
@@ -100,16 +93,9 @@ def _check_neutral(name: str, value: Any, field: Field) -> None:
     for neutral in field.neutral:
         if value == neutral and isinstance(value, bool) == isinstance(neutral, bool):
             return
-    if field.flag is not None:
-        raise InvalidRequestError(
-            f"{name} is not accepted by this server; it needs the server option {field.flag}",
-            param=name,
-            code="unsupported_parameter",
-        )
     passing = ", ".join(json.dumps(neutral) for neutral in (*field.neutral, None))
     reason = f" ({field.reason})" if field.reason else ""
-    raise InvalidRequestError(
-        f"{name} is not supported by this server{reason}; leave it out (accepted: {passing})",
-        param=name,
-        code="unsupported_parameter",
-    )
+    sentence = f"is not supported by this server{reason}; leave it out (accepted: {passing})"
+    if field.flag is not None:
+        sentence = f"is not accepted by this server; it needs the server option {field.flag}"
+    raise InvalidRequestError(f"{name} {sentence}", param=name, code="unsupported_parameter")

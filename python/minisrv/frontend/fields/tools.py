@@ -1,4 +1,4 @@
-"""Tools of a request: checked, and turned into what the template and the reply parser need.
+"""Checks the tools of a request, and turns them into what template and reply parser need.
 
 The neutral form of a tool is that of chat templates, which is OpenAI's:
 {"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}.
@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from minisrv.checkpoint.chat_format import ChatFormat
 from minisrv.errors import InvalidRequestError
+from minisrv.frontend.fields.schema import describe
 from minisrv.frontend.tool_calls.formats import CallReading
 
 MAX_TOOLS = 128
@@ -33,7 +34,7 @@ ToolChoice = Literal["none", "auto", "required"] | NamedTool
 class ToolUse:
     """shown: tools for the template. reading: how calls are found in the reply.
 
-    must_call: names of the tools one of which must be called; empty for a free choice.
+    must_call: one of the tools with these names must be called; empty for a free choice.
     """
 
     shown: tuple[dict[str, Any], ...]
@@ -49,11 +50,11 @@ def read_tools(
     parallel: the reply may hold several calls. Raises InvalidRequestError.
     """
     names = _read_names(tools)
+    if not tools and choice not in ("none", "auto"):
+        raise InvalidRequestError(
+            "tool_choice requires a call, but there are no tools", param="tool_choice"
+        )
     if choice == "none" or not tools:
-        if choice not in ("none", "auto"):
-            raise InvalidRequestError(
-                "tool_choice requires a call, but there are no tools", param="tool_choice"
-            )
         return None
     if not chat_format.takes_tools or chat_format.tool_format is None:
         lacks = "writes calls in a form that this server cannot read"
@@ -64,8 +65,16 @@ def read_tools(
             param="tools",
             code="unsupported_parameter",
         )
+    if isinstance(choice, NamedTool) and choice.name not in names:
+        raise InvalidRequestError(
+            f"tool_choice.function.name is {choice.name[:80]!a}, which is not one of the tools",
+            param="tool_choice.function.name",
+        )
     reading = CallReading(tool_format=chat_format.tool_format, names=names, parallel=parallel)
-    return ToolUse(shown=tuple(tools), reading=reading, must_call=_must_call(names, choice))
+    must_call = (choice.name,) if isinstance(choice, NamedTool) else names
+    return ToolUse(
+        shown=tuple(tools), reading=reading, must_call=() if choice == "auto" else must_call
+    )
 
 
 def plain_choice(choice: str) -> ToolChoice:
@@ -84,7 +93,7 @@ def check_is_function(value: dict[str, Any], path: str) -> None:
     if value["type"] != "function":
         others = "; none, auto and required are strings" if path == "tool_choice" else ""
         raise InvalidRequestError(
-            f"{path}.type is {value['type'][:40]!a}; it must be function{others}",
+            f"{path}.type is {describe(value['type'])}; it must be function{others}",
             param=f"{path}.type",
             code="unsupported_parameter",
         )
@@ -108,14 +117,3 @@ def _read_names(tools: Sequence[dict[str, Any]]) -> tuple[str, ...]:
             raise InvalidRequestError(f"{path} repeats the name {name}", param=path)
         names.append(name)
     return tuple(names)
-
-
-def _must_call(names: tuple[str, ...], choice: ToolChoice) -> tuple[str, ...]:
-    if not isinstance(choice, NamedTool):
-        return names if choice == "required" else ()
-    if choice.name not in names:
-        raise InvalidRequestError(
-            f"tool_choice.function.name is {choice.name[:80]!a}, which is not one of the tools",
-            param="tool_choice.function.name",
-        )
-    return (choice.name,)

@@ -1,4 +1,4 @@
-"""`system_fingerprint`, by which a client sees that the same request may give another text."""
+"""`system_fingerprint`: with another one, the same request and seed may give another text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from minisrv.config import ServerConfig
 
 
 def fingerprint(config: ServerConfig) -> str:
-    """Changes with what may change the text of a request: version, weights and their arithmetic."""
+    """A digest of what may change the text of a reply: version, weights and their arithmetic."""
     names = ("model", "dtype", "device", "attention_backend", "load_format", "tp")
     values = json.dumps([getattr(config, name) for name in names])
     digest = hashlib.sha256(values.encode()).hexdigest()[:8]

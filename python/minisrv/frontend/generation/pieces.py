@@ -6,6 +6,7 @@ is a ToolCallStart and its ToolCallArguments), then one Finish.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,7 @@ __all__ = [
     "Text",
     "ToolCallArguments",
     "ToolCallStart",
+    "finish_of",
 ]
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -46,3 +48,9 @@ class Finish:
 
 
 Piece = Reasoning | Text | ToolCallStart | ToolCallArguments | Finish
+
+
+def finish_of(pieces: Sequence[Piece]) -> Finish | None:
+    """The Finish of a choice, if `pieces` are its last ones."""
+    last = pieces[-1] if pieces else None
+    return last if isinstance(last, Finish) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -15,39 +15,25 @@ from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.tool_calls.formats import CallReading
 from minisrv.sampling_params import Grammar, SamplingParams, read_logit_bias
 from minisrv.wire.arrays import Int32Array
-from minisrv.wire.messages import EncodeMsg, TokenizeMsg
+from minisrv.wire.messages import TokenizeMsg
 
 Prompt = str | Int32Array
 Messages = tuple[dict[str, Any], ...]
 
 MAX_SALT_CHARS = 128
 _MAX_TOKEN_ID = 2**31 - 1
-_SAMPLING_NAMES = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "n",
-    "min_tokens",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "skip_special_tokens",
-    "return_token_ids",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "include_stop_str_in_output",
-)
+# Those with a check or a reading of their own are passed to `read_sampling` by name.
+_SAMPLING_NAMES = {field.name for field in fields(SamplingParams)} - {
+    *("max_tokens", "grammar", "logit_bias", "echo", "logprobs", "prompt_logprobs"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplyOptions:
-    """What the reply holds besides the text.
+    """What the reply has besides the text.
 
-    stream: it is sent in pieces. progress: with prefill progress. token_ids: of prompt and output.
-    prompt_text: the prompt as the model saw it. timings: what the request took.
+    stream: it is sent in pieces. progress: of the prefill. token_ids: of prompt and output.
+    prompt_text: the prompt as the model sees it. timings: how long each phase took.
     """
 
     stream: bool = False
@@ -62,7 +48,7 @@ class GenerationRequest(ABC):
     """What both kinds of request have.
 
     model: the served name that the client used. warnings: sentences for the client about fields
-    that have no effect here.
+    that have no effect.
     """
 
     model: str
@@ -91,7 +77,7 @@ class GenerationRequest(ABC):
         """One message per prompt; choice i of the reply answers under uid `base + i`."""
 
     def check_fits(self, max_open_requests: int) -> None:
-        """Raise InvalidRequestError if even an idle server could not take all choices."""
+        """Raise InvalidRequestError if even an idle server cannot run all choices at once."""
         if self.num_choices > max_open_requests:
             prompts = f"{self.num_prompts} prompt{'s' if self.num_prompts > 1 else ''}"
             raise InvalidRequestError(
@@ -118,23 +104,20 @@ class TextRequest(GenerationRequest):
 
     @property
     def num_prompts(self) -> int:
-        """Prompts, each with `sampling.n` choices."""
         return len(self.prompts)
 
     def tokenize_messages(self, base: int) -> list[TokenizeMsg]:
-        """One message per prompt; choice i of the reply answers under uid `base + i`."""
-        common = self._common()
         return [
-            TokenizeMsg(uid=base + i * self.sampling.n, prompt=prompt, **common)
+            TokenizeMsg(uid=base + i * self.sampling.n, prompt=prompt, **self._common())
             for i, prompt in enumerate(self.prompts)
         ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatPrompt:
-    """A conversation and how the chat template writes it.
+    """A conversation, and how the chat template renders it.
 
-    messages: as templates know them. template: a source to use instead of the model's.
+    messages: as templates expect them. template: Jinja source to use instead of the model's.
     begins_turn: the prompt ends with the start of an assistant turn. continues_last: it ends with
     the content of the last message.
     """
@@ -147,7 +130,7 @@ class ChatPrompt:
     continues_last: bool = False
 
     def fields(self) -> dict[str, Any]:
-        """The fields of the messages to the tokenizer."""
+        """The fields of a TokenizeMsg or EncodeMsg."""
         return {
             "messages": self.messages,
             "tools": self.tools.shown if self.tools else None,
@@ -156,10 +139,6 @@ class ChatPrompt:
             "add_generation_prompt": self.begins_turn,
             "continue_final_message": self.continues_last,
         }
-
-    def encode_message(self, query: int, *, add_special_tokens: bool) -> EncodeMsg:
-        """Ask the tokenizer for the prompt's text and tokens."""
-        return EncodeMsg(query=query, add_special_tokens=add_special_tokens, **self.fields())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,11 +158,9 @@ class ChatRequest(GenerationRequest):
 
     @property
     def calls(self) -> CallReading | None:
-        """How tool calls are found in the reply; None to look for none."""
         return self.prompt.tools.reading if self.prompt.tools else None
 
     def tokenize_messages(self, base: int) -> list[TokenizeMsg]:
-        """One message; choice i of the reply answers under uid `base + i`."""
         tools = self.prompt.tools
         return [
             TokenizeMsg(
@@ -198,7 +175,7 @@ class ChatRequest(GenerationRequest):
 
 
 def served_name(name: str | None, model: ModelInfo) -> str:
-    """The name for the reply: as the request has it. Raises ModelNotFoundError."""
+    """The model's name in the reply: the one in the request. Raises ModelNotFoundError."""
     if not name:
         return model.name
     if name not in model.names:
@@ -209,7 +186,7 @@ def served_name(name: str | None, model: ModelInfo) -> str:
 def model_not_found(name: str, model: ModelInfo) -> ModelNotFoundError:
     """The error that lists the served names."""
     shown = name if len(name) <= 200 else name[:200] + "..."
-    served = ", ".join(repr(served) for served in model.names)
+    served = ", ".join(map(repr, model.names))
     return ModelNotFoundError(
         f"the model {shown!r} does not exist here; served: {served}", param="model"
     )
@@ -218,10 +195,10 @@ def model_not_found(name: str, model: ModelInfo) -> ModelNotFoundError:
 def read_sampling(
     values: Mapping[str, Any], model: ModelInfo, *, grammar: Grammar | None = None, **own: Any
 ) -> SamplingParams:
-    """The sampling of a request over the model's defaults.
+    """The sampling parameters of a request, completed with the model's defaults.
 
-    values: fields of a request; those named as in SamplingParams are taken. own: parameters that
-    the API names or reads in its own way. Raises InvalidRequestError.
+    values: fields of a request, of which those in SamplingParams are read. own: parameters that the
+    API names or reads in its own way. Raises InvalidRequestError.
     """
     given = {name: values[name] for name in _SAMPLING_NAMES if name in values} | own
     biases = read_logit_bias(values.get("logit_bias", {}))

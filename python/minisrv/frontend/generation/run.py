@@ -1,4 +1,4 @@
-"""Runs one generation: submit, watch the client, answer through a renderer, count and log.
+"""Runs one generation: submits it, watches the client, replies through a renderer, counts, logs.
 
 The status line waits for the first output, so that a request refused by a process behind the
 frontend gets a 4xx instead of a broken stream. After FIRST_PING_S of silence the stream is opened
@@ -23,9 +23,8 @@ from minisrv.frontend.generation.renderer import Renderer, whole_reply
 from minisrv.frontend.generation.request import GenerationRequest
 from minisrv.frontend.generation.timings import RequestTimings
 from minisrv.frontend.http.context import CLIENT_GONE, context_of
-from minisrv.frontend.http.headers import SERVER_TIMING_HEADER
 from minisrv.frontend.http.sse import json_bytes
-from minisrv.frontend.registry.events import Event
+from minisrv.frontend.registry.events import Event, failure_error
 from minisrv.frontend.registry.open_request import RequestAborted
 from minisrv.frontend.registry.registry import RequestRegistry
 
@@ -37,7 +36,7 @@ PING_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """Answers generation requests of all APIs. count_request: called when one has ended."""
+    """Runs the generation requests of all APIs. count_request: called when one has ended."""
 
     registry: RequestRegistry
     max_open_requests: int
@@ -46,13 +45,16 @@ class Runner:
     def response(
         self, request: GenerationRequest, renderer: Renderer, headers: Mapping[str, str]
     ) -> Response:
-        """The response, which runs the request. Raises InvalidRequestError if it cannot fit."""
+        """A response that runs the request when it is sent.
+
+        Raises InvalidRequestError for more choices than the server can run at once.
+        """
         request.check_fits(self.max_open_requests)
         return _GenerationResponse(self, request, renderer, headers)
 
 
 class _GenerationResponse(Response):
-    """Opens the request at the registry, answers, and closes it however it ends."""
+    """Opens the request at the registry, sends the reply, and closes it however it ends."""
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class _GenerationResponse(Response):
         self._readers = [ChoiceReader(request.calls) for _ in range(request.num_choices)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer. Raises MinisrvError for a failure before any output."""
+        """Send the reply. Raises MinisrvError for a failure before any output."""
         context = self._context = context_of(scope)
         self._timings = RequestTimings(self._request.num_choices, context.arrived_at)
         base = self._registry.open(self._request.num_choices, context.request_id)
@@ -105,7 +107,7 @@ class _GenerationResponse(Response):
         self._abort(base)
 
     def _abort(self, base: int) -> None:
-        """End the request if it has not ended, and count the output that nobody will read."""
+        """End the request if it has not ended, and count the output that nobody has read."""
         self._count_unsent(self._registry.unread(base))
         self._registry.abort(base)
 
@@ -116,15 +118,14 @@ class _GenerationResponse(Response):
         body = json_bytes(whole_reply(self._request, self._renderer, events, self._shown_timings()))
         self.headers["content-length"] = str(len(body))
         await self._start(send, ended=True)
-        await send({"type": "http.response.body", "body": body})
+        await _send_body(send, body)
 
     async def _send_stream(self, send: Send, base: int) -> None:
         events = await self._registry.next_events(base, FIRST_PING_S)
         self._count(events)
         self._raise_failure(events)
         await self._start(send, ended=False)
-        # Only the first message of a response has headers for the middlewares to change.
-        send = self._context.body_send or send
+        send = self._context.send_to_client
         try:
             await self._send_events(send, base, events)
         except RequestAborted:
@@ -135,19 +136,19 @@ class _GenerationResponse(Response):
                 logger.exception("stream failed id=%s", self._context.request_id)
                 error = self._context.internal_error()
             self._context.names.name_field_of(error)
-            await _send_last(send, self._renderer.failed(error))
+            await _send_body(send, self._renderer.failed(error))
 
     async def _send_events(self, send: Send, base: int, events: list[Event]) -> None:
         while True:
             data = b"".join([self._chunk(event) for event in events if event.failure is None])
             if any(event.failure for event in events):
-                await _send_more(send, data)
+                await _send_body(send, data, more=True)
                 self._raise_failure(events)
             if not self._registry.is_open(base):
-                return await _send_last(send, data + self._renderer.end(self._shown_timings()))
+                return await _send_body(send, data + self._renderer.end(self._shown_timings()))
             # An event may add nothing yet: text is held back while it may begin a tool call.
             if data or not events:
-                await _send_more(send, data or self._renderer.ping())
+                await _send_body(send, data or self._renderer.ping(), more=True)
             events = await self._registry.next_events(base, PING_S)
             self._count(events)
 
@@ -157,16 +158,13 @@ class _GenerationResponse(Response):
 
     def _raise_failure(self, events: list[Event]) -> None:
         """Raise the first failure, which names its prompt if there are several."""
-        failed = next((event for event in events if event.failure), None)
-        if failed is None:
-            return
-        self._count_unsent(events)
-        try:
-            failed.raise_failure()
-        except MinisrvError as error:
-            if self._request.num_prompts > 1 and error.param == "prompt":
-                error.rename_field(f"prompt.{failed.index // self._request.sampling.n}")
-            raise
+        for event in events:
+            if event.failure is not None:
+                self._count_unsent(events)
+                error = failure_error(event.failure)
+                if self._request.num_prompts > 1 and error.param == "prompt":
+                    error.rename_field(f"prompt.{event.index // self._request.sampling.n}")
+                raise error
 
     def _count(self, events: list[Event]) -> None:
         for event in events:
@@ -186,9 +184,8 @@ class _GenerationResponse(Response):
         return self._timings.timings() if self._request.reply.timings else None
 
     async def _start(self, send: Send, *, ended: bool) -> None:
-        timing = self._timings.server_timing(ended=ended)
-        if timing is not None:
-            self.headers[SERVER_TIMING_HEADER] = timing
+        if (timing := self._timings.server_timing(ended=ended)) is not None:
+            self.headers["Server-Timing"] = timing
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
     def _log_start(self) -> None:
@@ -216,9 +213,5 @@ class _GenerationResponse(Response):
         }
 
 
-async def _send_more(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": data, "more_body": True})
-
-
-async def _send_last(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": data})
+async def _send_body(send: Send, data: bytes, *, more: bool = False) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": more})

@@ -11,7 +11,7 @@ from minisrv.wire.messages import Start
 
 
 @dataclass(slots=True)
-class Choice:
+class ChoiceTimings:
     """One choice.
 
     started_at: when its first output arrived, on the frontend's clock.
@@ -27,7 +27,7 @@ class Choice:
 
 @dataclass(slots=True)
 class RequestTimings:
-    """Collects events. The times of a request are those of the choice that started first.
+    """Collects events. The times of a request are those of `first`, the choice that started first.
 
     failure_reason: `abort` or `error` for a request that did not finish normally.
 
@@ -38,14 +38,15 @@ class RequestTimings:
     num_choices: int
     arrived_at: float = field(default_factory=time.monotonic)
     failure_reason: str | None = None
-    choices: dict[int, Choice] = field(default_factory=dict)
-    _first: Choice | None = None
+    choices: dict[int, ChoiceTimings] = field(default_factory=dict)
+    first: ChoiceTimings | None = None
 
     def add(self, event: Event) -> None:
+        """Take over the times of an event that starts or ends a choice."""
         if event.start is not None:
-            choice = self.choices[event.uid] = Choice(event.start, event.started_at)
-            if self._first is None or choice.started_at < self._first.started_at:
-                self._first = choice
+            choice = self.choices[event.uid] = ChoiceTimings(event.start, event.started_at)
+            if self.first is None or choice.started_at < self.first.started_at:
+                self.first = choice
         if event.finish and event.uid in self.choices:
             choice = self.choices[event.uid]
             choice.decode_s = event.decode_s
@@ -53,18 +54,13 @@ class RequestTimings:
             choice.finish_reason = event.finish.reason
 
     @property
-    def first(self) -> Choice | None:
-        """The choice whose output arrived first."""
-        return self._first
-
-    @property
     def decode_s(self) -> float:
         """Seconds from the first token to the last end, or until now if no choice has ended."""
-        if self._first is None:
+        if self.first is None:
             return 0.0
         ends = [c.start.at + c.decode_s for c in self.choices.values() if c.decode_s is not None]
         if not ends:
-            return time.monotonic() - self._first.started_at
+            return time.monotonic() - self.first.started_at
         return max(ends) - min(choice.start.at for choice in self.choices.values())
 
     @property
@@ -74,9 +70,9 @@ class RequestTimings:
 
     def server_timing(self, *, ended: bool) -> str | None:
         """The header's value, in milliseconds; None before the first output."""
-        if self._first is None:
+        if self.first is None:
             return None
-        start = self._first.start
+        start = self.first.start
         times = {"queue": start.queue_s, "prefill": start.prefill_s}
         if ended:
             times |= {"decode": self.decode_s, "total": self.total_s}
@@ -84,31 +80,29 @@ class RequestTimings:
         return ", ".join([*parts, f'cached;desc="{start.cached_tokens}"'])
 
     def timings(self) -> dict[str, Any]:
-        """The `timings` object of a reply."""
-        assert self._first is not None, "a finished reply has a first output"
-        start = self._first.start
-        output_tokens = sum(choice.output_tokens for choice in self.choices.values())
-        decoded = sum(max(0, choice.output_tokens - 1) for choice in self.choices.values())
-        decode_s = self.decode_s
+        """The `timings` object of a reply that has finished."""
+        assert self.first is not None, "a finished reply has a first output"
+        counts = [choice.output_tokens for choice in self.choices.values()]
+        num_decoded = sum(max(0, count - 1) for count in counts)
+        speed = round(num_decoded / self.decode_s, 2) if num_decoded and self.decode_s else None
         return {
-            "queue_ms": round(start.queue_s * 1000, 3),
-            "prefill_ms": round(start.prefill_s * 1000, 3),
-            "decode_ms": round(decode_s * 1000, 3),
+            **self._phases_ms(3),
             "total_ms": round(self.total_s * 1000, 3),
-            "prompt_tokens": start.prompt_tokens,
-            "cached_tokens": start.cached_tokens,
-            "output_tokens": output_tokens,
-            "decode_tokens_per_s": round(decoded / decode_s, 2) if decoded and decode_s else None,
+            "prompt_tokens": self.first.start.prompt_tokens,
+            "cached_tokens": self.first.start.cached_tokens,
+            "output_tokens": sum(counts),
+            "decode_tokens_per_s": speed,
         }
 
     def log_values(self) -> dict[str, Any]:
         """For the last line of the request in the log."""
-        if self._first is None:
+        if self.first is None:
             return {}
-        start = self._first.start
-        return {
-            "queue_ms": round(start.queue_s * 1000, 1),
-            "prefill_ms": round(start.prefill_s * 1000, 1),
-            "decode_ms": round(self.decode_s * 1000, 1),
-            "first_ms": round((self._first.started_at - self.arrived_at) * 1000),
-        }
+        first_ms = round((self.first.started_at - self.arrived_at) * 1000)
+        return {**self._phases_ms(1), "first_ms": first_ms}
+
+    def _phases_ms(self, digits: int) -> dict[str, float]:
+        assert self.first is not None
+        start = self.first.start
+        phases = {"queue": start.queue_s, "prefill": start.prefill_s, "decode": self.decode_s}
+        return {f"{name}_ms": round(s * 1000, digits) for name, s in phases.items()}

@@ -1,9 +1,8 @@
-"""Who may call what: nothing without a key but the health routes, admin routes with the admin key.
+"""Access by key: nothing without a key except the health routes, admin routes with the admin key.
 
-Pure ASGI around the whole application. What is public is decided on the bytes of the path as the
-client sent them, so nothing that is decoded, joined or matched later can differ from what was
-decided. The admin routes ask for the level that the key gave (`require_admin`): that holds for
-whatever spelling of a path leads to them.
+Pure ASGI around the whole application. Whether a path is public is decided on its bytes as the
+client sent them, so later decoding, joining or matching cannot change the decision. The admin
+routes check the level that the key gave (`require_admin`), whatever spelling of a path leads there.
 """
 
 from __future__ import annotations
@@ -25,11 +24,10 @@ from minisrv.frontend.http.errors import ErrorResponse
 PUBLIC_PATHS = frozenset({b"/health", b"/ready"})
 METRICS_PATH = b"/metrics"
 _SCOPE_KEY = "minisrv.access"
-_SCHEME = "bearer"
 
 
 class Access(IntEnum):
-    """What a key opens."""
+    """The level that a key gives."""
 
     NONE = 0
     USER = 1
@@ -37,7 +35,7 @@ class Access(IntEnum):
 
 
 class Keys:
-    """The keys of a server, hashed, and what each opens."""
+    """The keys of a server, hashed, and the level that each gives."""
 
     def __init__(self, user_keys: list[str], admin_key: str | None, *, loopback: bool) -> None:
         self._levels = [(_digest(key), Access.USER) for key in user_keys]
@@ -50,7 +48,7 @@ class Keys:
     def of(cls, config: ServerConfig, *, host_is_ours: bool = True) -> Keys:
         """Raises ConfigError for a key that is empty or cannot be in a header.
 
-        host_is_ours: it is us who listen, and so on `config.host`.
+        host_is_ours: this process listens itself, on `config.host`.
         """
         user_keys = [*config.api_key, *_read_key_file(config.api_key_file)]
         for key in [*user_keys, *([] if config.admin_key is None else [config.admin_key])]:
@@ -60,8 +58,12 @@ class Keys:
         return cls(user_keys, config.admin_key, loopback=loopback)
 
     def access(self, headers: Headers) -> Access:
-        """What the request's key opens; of two keys in one request, neither counts."""
-        sent = _sent_keys(headers)
+        """The level that the request's key gives; with two keys in one request, neither counts."""
+        sent = headers.getlist("x-api-key")
+        for value in headers.getlist("authorization"):
+            scheme, _, key = value.partition(" ")
+            # A header of another scheme counts as a key that nobody has.
+            sent.append(key.strip() if scheme.lower() == "bearer" else "")
         if not sent or not self._levels:
             # Any page in a browser can have it send requests to this machine: no administrator.
             return self._open if "origin" in headers else self._without_key
@@ -71,7 +73,7 @@ class Keys:
 
 
 class AccessMiddleware:
-    """Refuses requests without a key before anything else of them is read."""
+    """Answers 401 to a request without a valid key before anything else of it is read."""
 
     def __init__(self, app: ASGIApp, keys: Keys, *, public_paths: frozenset[bytes]) -> None:
         self._app = app
@@ -79,10 +81,11 @@ class AccessMiddleware:
         self._public = public_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on with its level, or answer 401."""
         if scope["type"] == "http":
             level = scope[_SCOPE_KEY] = self._keys.access(Headers(scope=scope))
-            if level is Access.NONE and not self._is_public(scope):
+            path = scope.get("raw_path")
+            is_public = path in self._public and path == scope["path"].encode()
+            if level is Access.NONE and not is_public:
                 error = UnauthorizedError(
                     "this server needs a key: send 'Authorization: Bearer KEY' with a valid one"
                 )
@@ -92,31 +95,17 @@ class AccessMiddleware:
             return await send({"type": "websocket.close", "code": 1008})
         await self._app(scope, receive, send)
 
-    def _is_public(self, scope: Scope) -> bool:
-        path = scope.get("raw_path")
-        return path in self._public and path == scope["path"].encode()
-
 
 async def require_admin(request: Request) -> None:
     """A dependency of the admin routes. Raises ForbiddenError."""
     if request.scope[_SCOPE_KEY] is not Access.ADMIN:
         raise ForbiddenError(
-            "this route needs the key of --admin-key (without any key, a server on a loopback "
-            "--host)"
+            "this route needs the key of --admin-key (if no keys are set: a loopback --host)"
         )
 
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
-
-
-def _sent_keys(headers: Headers) -> list[str]:
-    """The keys in a request's headers; a header of another form counts as a key that nobody has."""
-    keys = headers.getlist("x-api-key")
-    for value in headers.getlist("authorization"):
-        scheme, _, key = value.partition(" ")
-        keys.append(key.strip() if scheme.lower() == _SCHEME else "")
-    return keys
 
 
 def _read_key_file(path: str | None) -> list[str]:
@@ -128,7 +117,7 @@ def _read_key_file(path: str | None) -> list[str]:
         raise ConfigError(f"--api-key-file cannot be read: {error}") from error
     keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not keys:
-        raise ConfigError(f"--api-key-file {path} holds no key")
+        raise ConfigError(f"--api-key-file {path} has no keys")
     return keys
 
 

@@ -8,23 +8,22 @@ from typing import Any
 
 from fastapi import Request
 
+from minisrv.frontend.fields.names import UnknownFields
 from minisrv.frontend.fields.table import Field, Treatment, read_fields
-from minisrv.frontend.fields.unknown import UnknownFields
-from minisrv.frontend.http.body import read_json, read_optional_json
+from minisrv.frontend.http.body import read_json
 from minisrv.frontend.http.context import context_of
-from minisrv.frontend.http.headers import WARNINGS_HEADER
 
 logger = logging.getLogger("minisrv.frontend")
 
-Fields = dict[str, Any]
-ResponseHeaders = dict[str, str]
+WARNINGS_HEADER = "X-Minisrv-Warnings"
+Table = Mapping[str, Field]
+FieldsAndHeaders = tuple[dict[str, Any], dict[str, str]]
 
 
-def with_warnings(headers: ResponseHeaders, warnings: Iterable[str]) -> ResponseHeaders:
+def with_warnings(headers: Mapping[str, str], warnings: Iterable[str]) -> dict[str, str]:
     """The headers with `warnings` added to those that they have."""
-    present = [headers[WARNINGS_HEADER]] if WARNINGS_HEADER in headers else []
-    sentences = [*present, *warnings]
-    return {**headers, WARNINGS_HEADER: "; ".join(sentences)} if sentences else headers
+    sentences = [*filter(None, [headers.get(WARNINGS_HEADER)]), *warnings]
+    return {**headers, **({WARNINGS_HEADER: "; ".join(sentences)} if sentences else {})}
 
 
 class BodyReader:
@@ -44,26 +43,21 @@ class BodyReader:
         self._count_ignored = count_ignored
 
     async def read(
-        self, request: Request, table: Mapping[str, Field]
-    ) -> tuple[Fields, ResponseHeaders]:
-        """The fields, and headers for the response. Raises InvalidRequestError naming the field."""
-        return self._fields(await read_json(request, self._max_bytes), table)
+        self, request: Request, table: Table, *, required: bool = True
+    ) -> FieldsAndHeaders:
+        """The fields, and headers for the response. Raises InvalidRequestError naming the field.
 
-    async def read_optional(
-        self, request: Request, table: Mapping[str, Field]
-    ) -> tuple[Fields, ResponseHeaders]:
-        """As `read`, for a body that may be missing."""
-        return self._fields(await read_optional_json(request, self._max_bytes), table)
+        A missing body that is not required is an empty object.
+        """
+        return self._fields(await read_json(request, self._max_bytes, required=required), table)
 
-    async def read_generation(
-        self, request: Request, table: Mapping[str, Field]
-    ) -> tuple[Fields, ResponseHeaders]:
+    async def read_generation(self, request: Request, table: Table) -> FieldsAndHeaders:
         """As `read`; the body may set the request id, also for an error response."""
         body = await read_json(request, self._max_bytes)
         context_of(request.scope).take_id(body)
         return self._fields(body, table)
 
-    def _fields(self, body: Any, table: Mapping[str, Field]) -> tuple[Fields, ResponseHeaders]:
+    def _fields(self, body: Any, table: Table) -> FieldsAndHeaders:
         fields, unknown = read_fields(body, table)
         for name in body.keys() & table.keys():
             if table[name].treatment is Treatment.IGNORED and body[name] is not None:

@@ -21,35 +21,30 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisrv import log
 from minisrv.errors import InvalidRequestError, MinisrvError
-from minisrv.frontend.fields.aliases import merge_aliases
-from minisrv.frontend.fields.names import NEUTRAL_NAMES, FieldNames
-from minisrv.frontend.http.error_format import DefaultErrorFormat, ErrorFormat
-from minisrv.frontend.http.headers import REQUEST_ID_HEADER
+from minisrv.frontend.fields.names import NEUTRAL_NAMES, FieldNames, merge_aliases
+from minisrv.frontend.http.error_format import ErrorFormat
 
 logger = logging.getLogger("minisrv.frontend")
 
 CLIENT_GONE = 499
+REQUEST_ID_HEADER = "X-Request-Id"
 _SCOPE_KEY = "minisrv.request"
-_ID_NAMES = ("request_id", "rid")
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
-_DEFAULT_FORMAT = DefaultErrorFormat()
-
-CountResponse = Callable[[str, str, int, float], None]
 
 
 @dataclass(slots=True)
 class RequestContext:
     """error_format: of the route's API. names: what the API calls the fields of the request.
 
-    body_send: sends messages after the first one, past what only adds headers.
-    log_values: end the line of the request in the log.
+    send_to_client: the server's `send`, past all middlewares. They only add headers, so messages
+    after the first one may take it. log_values: end the line of the request in the log.
     """
 
     request_id: str
-    error_format: ErrorFormat = _DEFAULT_FORMAT
+    error_format: ErrorFormat
+    send_to_client: Send
     names: FieldNames = NEUTRAL_NAMES
-    body_send: Send | None = None
     arrived_at: float = field(default_factory=time.monotonic)
     status: int | None = None
     log_values: dict[str, Any] = field(default_factory=dict)
@@ -60,14 +55,19 @@ class RequestContext:
         Raises InvalidRequestError.
         """
         given = body if isinstance(body, dict) else {}
-        names = {name: given[name] for name in _ID_NAMES if isinstance(given.get(name), str)}
-        for name, request_id in names.items():
+        ids = {n: given[n] for n in ("request_id", "rid") if isinstance(given.get(n), str)}
+        for name, request_id in ids.items():
             if not _SANE_ID.fullmatch(request_id):
                 raise InvalidRequestError(
                     f"{name} must be 1 to 128 of the characters A-Z a-z 0-9 . _ : / + = @ -",
                     param=name,
                 )
-        self.request_id = merge_aliases(names).get("request_id", self.request_id)
+        self.request_id = merge_aliases(ids).get("request_id", self.request_id)
+
+    def error_body(self, error: MinisrvError) -> dict[str, Any]:
+        """The body of an error response; `error` gets the API's own name of its field."""
+        self.names.name_field_of(error)
+        return self.error_format.body(error, self.request_id)
 
     def internal_error(self) -> MinisrvError:
         """What a client may know about a bug."""
@@ -88,7 +88,7 @@ class RequestContextMiddleware:
         self,
         app: ASGIApp,
         error_formats: Mapping[str, ErrorFormat],
-        count_response: CountResponse,
+        count_response: Callable[[str, str, int, float], None],
     ) -> None:
         """error_formats: by path prefix. count_response: called with route, method, status, s."""
         self._app = app
@@ -96,22 +96,20 @@ class RequestContextMiddleware:
         self._count_response = count_response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, with its id in the response."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        context = RequestContext(
-            _read_id(Headers(scope=scope)), self._error_format(scope["path"]), body_send=send
-        )
+            return await self._app(scope, receive, send)
+        given_id = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        request_id = given_id if _SANE_ID.fullmatch(given_id) else uuid.uuid4().hex
+        context = RequestContext(request_id, self._error_format(scope["path"]), send)
         scope[_SCOPE_KEY] = context
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 context.status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers[REQUEST_ID_HEADER] = context.request_id
-                if context.error_format.id_header is not None:
-                    headers[context.error_format.id_header] = context.request_id
+                for name in (REQUEST_ID_HEADER, context.error_format.id_header):
+                    if name is not None:
+                        headers[name] = context.request_id
             await send(message)
 
         try:
@@ -119,31 +117,24 @@ class RequestContextMiddleware:
         except ClientDisconnect:
             context.status = CLIENT_GONE
         finally:
-            seconds = time.monotonic() - context.arrived_at
-            _log(scope, context, seconds)
-            route = getattr(scope.get("route"), "path", "other")
-            status = context.status or CLIENT_GONE
-            self._count_response(route, scope["method"], status, seconds)
+            self._finish(scope, context)
 
     def _error_format(self, path: str) -> ErrorFormat:
         for prefix, error_format in self._error_formats.items():
             if path == prefix or path.startswith(f"{prefix}/"):
                 return error_format
-        return _DEFAULT_FORMAT
+        return ErrorFormat()
 
-
-def _read_id(headers: Headers) -> str:
-    given = headers.get(REQUEST_ID_HEADER, "")
-    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
-
-
-def _log(scope: Scope, context: RequestContext, seconds: float) -> None:
-    quiet = scope["path"] in _QUIET_PATHS
-    values = {
-        "status": context.status,
-        "ms": round(seconds * 1000),
-        "id": context.request_id,
-        **context.log_values,
-    }
-    name = f"{scope['method']} {ascii(scope['path'])[1:-1]}"
-    log.event(logger, logging.DEBUG if quiet else logging.INFO, name, values)
+    def _finish(self, scope: Scope, context: RequestContext) -> None:
+        """Log and count a request that has ended."""
+        seconds = time.monotonic() - context.arrived_at
+        values = {
+            "status": context.status,
+            "ms": round(seconds * 1000),
+            "id": context.request_id,
+            **context.log_values,
+        }
+        level = logging.DEBUG if scope["path"] in _QUIET_PATHS else logging.INFO
+        log.event(logger, level, f"{scope['method']} {ascii(scope['path'])[1:-1]}", values)
+        route = getattr(scope.get("route"), "path", "other")
+        self._count_response(route, scope["method"], context.status or CLIENT_GONE, seconds)

@@ -10,13 +10,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.http.errors import ErrorResponse
-from minisrv.frontend.http.headers import (
-    REQUEST_ID_HEADER,
-    RETRY_HEADER,
-    SERVER_TIMING_HEADER,
-    WARNINGS_HEADER,
-)
+from minisrv.frontend.http.body_fields import WARNINGS_HEADER
+from minisrv.frontend.http.context import REQUEST_ID_HEADER
+from minisrv.frontend.http.errors import RETRY_HEADER, ErrorResponse
 
 
 class PagesMiddleware(CORSMiddleware):
@@ -24,19 +20,13 @@ class PagesMiddleware(CORSMiddleware):
 
     def __init__(self, app: ASGIApp, origins: str, id_headers: Sequence[str]) -> None:
         """id_headers: further headers that carry the request id."""
+        headers = (REQUEST_ID_HEADER, *id_headers, WARNINGS_HEADER, RETRY_HEADER)
         super().__init__(
             app,
             allow_origins=[origin.strip() for origin in origins.split(",")],
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=[
-                REQUEST_ID_HEADER,
-                *id_headers,
-                WARNINGS_HEADER,
-                SERVER_TIMING_HEADER,
-                RETRY_HEADER,
-                "Retry-After",
-            ],
+            expose_headers=[*headers, "Server-Timing", "Retry-After"],
         )
 
     def preflight_response(self, request_headers: Headers) -> Response:
@@ -44,9 +34,7 @@ class PagesMiddleware(CORSMiddleware):
         response = super().preflight_response(request_headers)
         if response.status_code == 200:
             return response
-        text = bytes(response.body).decode()
+        sentence = f"{bytes(response.body).decode()}; see --cors-origins; allowed methods: "
+        error = InvalidRequestError(sentence + ", ".join(self.allow_methods))
         kept = {k: v for k, v in response.headers.items() if not k.startswith("content-")}
-        error = InvalidRequestError(
-            f"{text}; see --cors-origins; allowed methods: {', '.join(self.allow_methods)}"
-        )
         return ErrorResponse(error, kept)

@@ -1,12 +1,13 @@
-"""The form of an error body: OpenAI's, which is the default, and the protocol of others."""
+"""The form of an error body: OpenAI's, unless the API of the route has another."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from minisrv.errors import MinisrvError
 from minisrv.wire.messages import Failure
 
+_TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 ERROR_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["error"],
@@ -17,8 +18,8 @@ ERROR_SCHEMA: dict[str, Any] = {
             "properties": {
                 "message": {"type": "string"},
                 "type": {"type": "string"},
-                "param": {"anyOf": [{"type": "string"}, {"type": "null"}]},
-                "code": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                "param": _TEXT_OR_NULL,
+                "code": _TEXT_OR_NULL,
                 "n_prompt_tokens": {"type": "integer"},
                 "n_ctx": {"type": "integer"},
             },
@@ -27,24 +28,16 @@ ERROR_SCHEMA: dict[str, Any] = {
 }
 
 
-class ErrorFormat(Protocol):
-    """How an API writes errors."""
+class ErrorFormat:
+    """How an API writes errors; a subclass replaces OpenAI's form.
 
-    @property
-    def id_header(self) -> str | None:
-        """The header in which clients look for the request id, besides ours."""
+    id_header: a header in which clients look for the request id, besides X-Request-Id.
+    """
+
+    id_header: str | None = None
 
     def body(self, error: MinisrvError, request_id: str) -> dict[str, Any]:
         """The body of a response, or the data of a stream's last event."""
-
-
-class DefaultErrorFormat:
-    """OpenAI's error object."""
-
-    id_header = None
-
-    def body(self, error: MinisrvError, request_id: str) -> dict[str, Any]:
-        """The body of a response."""
         return error_body(error)
 
 

@@ -1,27 +1,26 @@
-"""Turns every failure into an error response, in the form of the API that the route belongs to.
-
-The default form is OpenAI's error object. An API with another form registers an ErrorFormat for
-its routes, which the request's context carries.
-"""
+"""Turns every failure into an error response, in the form of the API that the route belongs to."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import logging
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minisrv.errors import InvalidRequestError, MinisrvError, NotReadyError
 from minisrv.frontend.http.context import context_of
-from minisrv.frontend.http.headers import RETRY_HEADER
 
 RETRY_AFTER_S = 1
+RETRY_HEADER = "X-Should-Retry"
 # The same request would fail again, or was ended on purpose.
 _FINAL_CODES = frozenset({"internal_error", "request_aborted"})
+
+logger = logging.getLogger("minisrv.frontend")
 
 
 class ErrorResponse(Response):
@@ -38,13 +37,30 @@ class ErrorResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the body in the form of the request's route."""
-        context = context_of(scope)
-        context.names.name_field_of(self._error)
-        body = context.error_format.body(self._error, context.request_id)
         # ASCII only: a message may quote what the client sent.
-        self.body = json.dumps(body).encode()
+        self.body = json.dumps(context_of(scope).error_body(self._error)).encode()
         self.headers["content-length"] = str(len(self.body))
         await super().__call__(scope, receive, send)
+
+
+class BugMiddleware:
+    """A bug is a 500 if no response has begun. Lies within everything that adds headers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except ClientDisconnect:
+            raise
+        except Exception:
+            if scope["type"] != "http":
+                raise
+            context = context_of(scope)
+            logger.exception("request failed id=%s", context.request_id)
+            if context.status is None:
+                await ErrorResponse(context.internal_error())(scope, receive, send)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -56,20 +72,17 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def handle_routing_error(request: Request, error: HTTPException) -> Response:
-        return ErrorResponse(_routing_error(request, error), dict(error.headers or {}))
+        route = f"{request.method} {request.url.path}"
+        headers = dict(error.headers or {})
+        sentence = str(error.detail)
+        if error.status_code == 404:
+            sentence = f"there is no route {route}; see /docs for the available routes"
+        elif error.status_code == 405:
+            sentence = f"{route} is not allowed; allowed: {headers.get('Allow', 'nothing')}"
+        return ErrorResponse(InvalidRequestError(sentence, status=error.status_code), headers)
 
     @app.exception_handler(RequestValidationError)
     async def handle_validation_error(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"][1:])
         return ErrorResponse(InvalidRequestError(f"{path}: {first['msg']}", param=path))
-
-
-def _routing_error(request: Request, error: HTTPException) -> MinisrvError:
-    route = f"{request.method} {request.url.path}"
-    sentences: dict[int, str] = {
-        404: f"there is no route {route}; see /docs for the available routes",
-        405: f"{route} is not allowed; allowed: {(error.headers or {}).get('Allow', 'nothing')}",
-    }
-    sentence: Any = sentences.get(error.status_code, error.detail)
-    return InvalidRequestError(str(sentence), status=error.status_code)

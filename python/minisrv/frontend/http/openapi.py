@@ -1,4 +1,4 @@
-"""What /openapi.json and /docs say of bodies and errors."""
+"""What /openapi.json and /docs say about bodies and errors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from minisrv.frontend.http.error_format import ERROR_SCHEMA
 
 
 def describe_errors(app: FastAPI, public_paths: frozenset[str]) -> None:
-    """Have the application's document say 401 where a key is needed, and not the framework's 422.
+    """Add a 401 to operations that need a key, and remove the framework's 422.
 
-    No route declares a parameter that a path could have wrong.
+    No route declares a parameter that could be invalid.
     """
     build = app.openapi
 
@@ -25,14 +25,14 @@ def describe_errors(app: FastAPI, public_paths: frozenset[str]) -> None:
                 operation["responses"].pop("422", None)
                 if path not in public_paths:
                     operation["responses"].setdefault("401", errors(401)[401])
-        document.pop("components", None)  # those of the 422 alone
+        document.pop("components", None)  # only the 422 refers to them
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
 def request_body(table: Mapping[str, Field], *, required: bool = True) -> dict[str, Any]:
-    """The body that a route takes."""
+    """The `openapi_extra` of a route that takes a body."""
     content = {"application/json": {"schema": request_schema(table)}}
     return {"requestBody": {"required": required, "content": content}}
 
@@ -40,6 +40,6 @@ def request_body(table: Mapping[str, Field], *, required: bool = True) -> dict[s
 def errors(
     *statuses: int, schema: dict[str, Any] = ERROR_SCHEMA
 ) -> dict[int | str, dict[str, Any]]:
-    """Statuses that come with an error object."""
+    """The `responses` of a route that may send an error object with these statuses."""
     content = {"application/json": {"schema": schema}}
     return {status: {"description": "Error", "content": content} for status in statuses}

@@ -1,4 +1,4 @@
-"""HTTP as uvicorn reads it, with a bound on a request's head and errors in the one form."""
+"""HTTP as uvicorn reads it, with a bound on a request's head and errors in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -14,21 +14,17 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 100
 
 
-class _HeadTooLarge(Exception):
-    """The parser passes it on as a parsing error."""
-
-
 class HttpProtocol(HttpToolsProtocol):
-    """One connection. Nothing of the application runs before a head is whole and within bounds."""
+    """One connection. The application sees a request only when its head is complete and bounded."""
 
     _in_head = False
-    _begun = False  # in the data at hand
+    _begun = False  # whether the head begins in the data at hand
     _too_large = False
     _head_bytes = 0
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has come; a head that goes on for too long is cut off."""
-        # What a head begins in may have the end of another request before it, and is bounded.
+        """Parse the data; refuse a head that grows too large before it is complete."""
+        # Data in which a head begins may also hold the end of another request; it is bounded.
         self._begun = False
         super().data_received(data)
         if self._in_head and not self._begun and not self.transport.is_closing():
@@ -38,17 +34,15 @@ class HttpProtocol(HttpToolsProtocol):
                 self.send_400_response("")
 
     def on_message_begin(self) -> None:
-        """A request begins."""
         super().on_message_begin()
         self._in_head, self._begun, self._head_bytes = True, True, 0
 
     def on_headers_complete(self) -> None:
-        """Its head is whole."""
         self._in_head = False
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
             self._too_large = True
-            raise _HeadTooLarge
+            raise ValueError("the head is too large")  # becomes a parsing error
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -58,13 +52,9 @@ class HttpProtocol(HttpToolsProtocol):
             status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             msg = f"a request's head may have {MAX_HEAD_BYTES} bytes and {MAX_HEADERS} headers"
         body = json.dumps(error_body(InvalidRequestError(msg)))
-        lines = (
-            f"HTTP/1.1 {status.value} {status.phrase}",
-            "content-type: application/json",
-            f"content-length: {len(body)}",
-            "connection: close",
-            "",
-            body,
+        head = (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
-        self.transport.write("\r\n".join(lines).encode("ascii"))
+        self.transport.write((head + body).encode("ascii"))
         self.transport.close()

@@ -13,24 +13,25 @@ from starlette.responses import JSONResponse, Response
 
 from minisrv.config import ServerConfig
 from minisrv.errors import InvalidRequestError, MinisrvError
-from minisrv.frontend.fields.aliases import merge_aliases
-from minisrv.frontend.fields.schema import BOOLEAN, NUMBER, STRING
+from minisrv.frontend.fields.names import merge_aliases
+from minisrv.frontend.fields.schema import BOOLEAN, STRING, between
 from minisrv.frontend.fields.table import Field, supported
 from minisrv.frontend.http.access import require_admin
 from minisrv.frontend.http.body_fields import BodyReader
 from minisrv.frontend.http.openapi import errors, request_body
 from minisrv.frontend.registry.registry import RequestRegistry
-from minisrv.wire.messages import FlushMsg, StatsMsg
+from minisrv.wire.messages import FlushMsg
 
 ABORT_FIELDS: dict[str, Field] = {
-    "rid": supported(STRING, "The id of a request: X-Request-Id, or that of its reply."),
+    "rid": supported(STRING, "The id of a request: its X-Request-Id, or the id of its reply."),
     "request_id": supported(STRING, "The same as rid."),
     "abort_all": supported(BOOLEAN, "Abort all open requests."),
 }
 FLUSH_FIELDS: dict[str, Field] = {
-    "timeout": supported(NUMBER, "Seconds to wait until no request is open. Default: 0.")
+    "timeout": supported(
+        between(0, 600), "Seconds to wait for open requests to end, up to 600. Default: 0."
+    )
 }
-_MAX_WAIT_S = 600.0
 _RETRY_S = 0.05
 
 
@@ -44,13 +45,13 @@ def add_admin_routes(
 ) -> None:
     """Add /v1/loads for every key, and the routes for administrators.
 
-    reply_prefixes: what stands before the request id in the id of a reply.
+    reply_prefixes: what reply ids have in front of the request id.
     """
 
     @app.get("/v1/loads", responses=errors(401, 503))
     async def loads() -> dict[str, Any]:
         """How busy the server is."""
-        _ = registry.model
+        _ = registry.model  # raises while there is none
         return {"loads": [_load(registry)]}
 
     router = APIRouter(dependencies=[Depends(require_admin)])
@@ -59,8 +60,19 @@ def add_admin_routes(
     @router.get("/get_server_info", include_in_schema=False)
     @router.get("/server_info", responses=errors(401, 403, 503))
     async def server_info() -> dict[str, Any]:
-        """Options, model, state, and what the start took."""
-        return _server_info(config, version, registry)
+        """Options, model, state, and the duration of each phase of the start."""
+        model = registry.model
+        phases = pairwise(registry.phases.items())
+        return {
+            "version": version,
+            "model": model.name,
+            "max_model_len": model.max_model_len,
+            "vocab_size": model.vocab_size,
+            **{name: value for name, value in model.facts.items() if name != "max_seq_len"},
+            "start_seconds": {name: round(end - began, 3) for (name, began), (_, end) in phases},
+            "load": _load(registry),
+            "config": config.to_public_dict(),
+        }
 
     @router.post(
         "/flush_cache",
@@ -69,7 +81,7 @@ def add_admin_routes(
     )
     async def flush_cache(request: Request) -> Response:
         """Empty the prefix cache; 400 while requests are open."""
-        fields, headers = await bodies.read_optional(request, FLUSH_FIELDS)
+        fields, headers = await bodies.read(request, FLUSH_FIELDS, required=False)
         num_pages = await _flush(registry, fields.get("timeout", 0))
         return JSONResponse({"success": True, "flushed_pages": num_pages}, headers=headers)
 
@@ -80,7 +92,7 @@ def add_admin_routes(
         responses=errors(*of_a_body, 404),
     )
     async def abort_request(request: Request) -> Response:
-        """End a request, or all; their clients get an error."""
+        """End one request, or all; their clients get an error."""
         fields, headers = await bodies.read(request, ABORT_FIELDS)
         return JSONResponse({"aborted": _abort(registry, fields, reply_prefixes)}, headers=headers)
 
@@ -93,20 +105,16 @@ def _abort(registry: RequestRegistry, fields: dict[str, Any], reply_prefixes: Se
     if bool(id) == fields.get("abort_all", False):
         raise InvalidRequestError("send either rid or abort_all: true", param="rid")
     error = MinisrvError("the request was aborted by the server", code="request_aborted")
-    num_aborted = registry.cancel(id, error)
-    for prefix in reply_prefixes:
-        if not num_aborted and id and id.startswith(prefix):
-            num_aborted = registry.cancel(id.removeprefix(prefix), error)
-    if not num_aborted:
-        sentence = "no open request has this id" if id else "there are no open requests"
-        raise InvalidRequestError(sentence, status=404)
-    return num_aborted
+    ids = [id, *(id.removeprefix(p) for p in reply_prefixes if id.startswith(p))] if id else [None]
+    for candidate in ids:
+        if num_aborted := registry.cancel(candidate, error):
+            return num_aborted
+    sentence = "no open request has this id" if id else "there are no open requests"
+    raise InvalidRequestError(sentence, status=404)
 
 
 async def _flush(registry: RequestRegistry, timeout_s: float) -> int:
     """The number of pages dropped. Raises InvalidRequestError if requests stay open that long."""
-    if not 0 <= timeout_s <= _MAX_WAIT_S:
-        raise InvalidRequestError(f"timeout must be from 0 to {_MAX_WAIT_S:g}", param="timeout")
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -114,9 +122,8 @@ async def _flush(registry: RequestRegistry, timeout_s: float) -> int:
             answer = await registry.ask(lambda query: FlushMsg(query=query), tokenizer_index=0)
             return int(answer["pages"])
         except MinisrvError as error:
-            if error.http_status != InvalidRequestError.http_status:
-                raise
-            if time.monotonic() >= deadline:
+            refused = error.http_status == InvalidRequestError.http_status
+            if not refused or time.monotonic() >= deadline:
                 raise
         await asyncio.sleep(_RETRY_S)
 
@@ -124,32 +131,12 @@ async def _flush(registry: RequestRegistry, timeout_s: float) -> int:
 def _load(registry: RequestRegistry) -> dict[str, Any]:
     """The last statistics of the scheduler, at most one period old."""
     load: dict[str, Any] = {"dp_rank": 0, "num_open_reqs": registry.num_open}
-    stats = registry.stats
-    if stats is not None:
-        load |= _stats_body(stats)
+    if (stats := registry.stats) is not None:
+        load |= {
+            "num_running_reqs": stats.running,
+            "num_waiting_reqs": stats.waiting,
+            "num_used_tokens": stats.pages_used * stats.page_size,
+            "max_total_num_tokens": stats.num_pages * stats.page_size,
+            "token_usage": stats.pages_used / stats.num_pages,
+        }
     return load
-
-
-def _stats_body(stats: StatsMsg) -> dict[str, Any]:
-    return {
-        "num_running_reqs": stats.running,
-        "num_waiting_reqs": stats.waiting,
-        "num_used_tokens": stats.pages_used * stats.page_size,
-        "max_total_num_tokens": stats.num_pages * stats.page_size,
-        "token_usage": stats.pages_used / stats.num_pages,
-    }
-
-
-def _server_info(config: ServerConfig, version: str, registry: RequestRegistry) -> dict[str, Any]:
-    model = registry.model
-    phases = pairwise(registry.phases.items())
-    return {
-        "version": version,
-        "model": model.name,
-        "max_model_len": model.max_model_len,
-        "vocab_size": model.vocab_size,
-        **{name: value for name, value in model.facts.items() if name != "max_seq_len"},
-        "start_seconds": {name: round(end - began, 3) for (name, began), (_, end) in phases},
-        "load": _load(registry),
-        "config": config.to_public_dict(),
-    }

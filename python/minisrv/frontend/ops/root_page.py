@@ -10,7 +10,7 @@ from starlette.responses import HTMLResponse, Response
 _LINKS = {
     "docs": "the HTTP API",
     "v1/models": "the served model",
-    "metrics": "figures, for Prometheus",
+    "metrics": "figures for Prometheus",
     "ready": "whether requests are served",
     "v1/loads": "how busy the server is",
 }
@@ -24,7 +24,7 @@ _PAGE = """<!doctype html>
 
 
 def add_root_page(app: FastAPI, version: str, model: str) -> None:
-    """The one route. Its links are relative, for a server behind a path of another."""
+    """Add the route. The links are relative, so that they work behind a proxy's path prefix."""
     links = "\n".join(
         f'<li><a href="{path}">/{path}</a>: {escape(text)}</li>' for path, text in _LINKS.items()
     )

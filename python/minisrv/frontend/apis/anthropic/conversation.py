@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
+from minisrv.frontend.fields.parts import check_kind, read_text
 from minisrv.frontend.fields.schema import (
     BOOLEAN,
     OBJECT,
@@ -12,36 +13,32 @@ from minisrv.frontend.fields.schema import (
     Schema,
     any_of,
     array_of,
-    check_value,
+    object_of,
 )
 
 ChatMessage = dict[str, Any]
 Block = dict[str, Any]
 Blocks = str | list[Block]
 
-_BLOCK_SCHEMAS: dict[str, Schema] = {
-    "text": {"type": "object", "required": ["text"], "properties": {"text": STRING}},
-    "thinking": {"type": "object", "required": ["thinking"], "properties": {"thinking": STRING}},
-    "redacted_thinking": OBJECT,
-    "tool_use": {
-        "type": "object",
-        "required": ["id", "name", "input"],
-        "properties": {"id": STRING, "name": STRING, "input": OBJECT},
+_TEXT_BLOCKS = {"text": "text"}
+_TEXT = object_of(["text"], text=STRING)
+_TOOL_RESULT = object_of(
+    ["tool_use_id"],
+    tool_use_id=STRING,
+    is_error=BOOLEAN,
+    content=any_of(STRING, array_of(OBJECT)),
+)
+_TOOL_USE = object_of(["id", "name", "input"], id=STRING, name=STRING, input=OBJECT)
+# By the role of a turn, the blocks that it may hold.
+_BLOCKS: dict[str, dict[str, Schema]] = {
+    "system": {"text": _TEXT},
+    "user": {"text": _TEXT, "tool_result": _TOOL_RESULT},
+    "assistant": {
+        "text": _TEXT,
+        "thinking": object_of(["thinking"], thinking=STRING),
+        "redacted_thinking": OBJECT,
+        "tool_use": _TOOL_USE,
     },
-    "tool_result": {
-        "type": "object",
-        "required": ["tool_use_id"],
-        "properties": {
-            "tool_use_id": STRING,
-            "is_error": BOOLEAN,
-            "content": any_of(STRING, array_of(OBJECT)),
-        },
-    },
-}
-_KINDS = {
-    "system": ("text",),
-    "user": ("text", "tool_result"),
-    "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
 }
 
 
@@ -55,7 +52,7 @@ def chat_messages(system: Blocks | None, turns: list[dict[str, Any]]) -> list[Ch
         raise InvalidRequestError("messages is empty; it must hold a turn", param="messages")
     conversation = _Conversation()
     if system is not None:
-        conversation.add({"role": "system", "content": _text(system, "system")})
+        conversation.add({"role": "system", "content": read_text(system, _TEXT_BLOCKS, "system")})
     for i, turn in enumerate(turns):
         conversation.read_turn(turn, f"messages.{i}.content")
     last = conversation.messages[-1]
@@ -95,7 +92,7 @@ class _Conversation:
         if not content:
             raise InvalidRequestError(f"{path} is empty; it must hold a block", param=path)
         for i, block in enumerate(content):
-            _check_block(block, _KINDS[role], f"{path}.{i}")
+            check_kind(block, _BLOCKS[role], f"{path}.{i}")
         if role == "assistant":
             self._read_assistant(content)
         else:
@@ -116,7 +113,7 @@ class _Conversation:
             self.add({"role": role, "content": "".join(text)})
 
     def _result(self, block: Block, path: str) -> ChatMessage:
-        content = _text(block.get("content") or "", path)
+        content = read_text(block.get("content") or "", _TEXT_BLOCKS, path)
         if block.get("is_error"):
             content = f"Error: {content}" if content else "Error"
         call_id = block["tool_use_id"]
@@ -144,25 +141,3 @@ class _Conversation:
         if calls:
             message["tool_calls"] = calls
         self.add(message)
-
-
-def _text(content: Blocks, path: str) -> str:
-    """The text of a string or of blocks that may be text alone."""
-    if isinstance(content, str):
-        return content
-    for i, block in enumerate(content):
-        _check_block(block, ("text",), f"{path}.{i}")
-    return "".join(block["text"] for block in content)
-
-
-def _check_block(block: Block, kinds: tuple[str, ...], path: str) -> None:
-    kind = block.get("type")
-    if kind not in kinds:
-        named = f"of type {kind[:40]!a}" if isinstance(kind, str) else "without a type"
-        raise InvalidRequestError(
-            f"{path}.type: a block {named} is not supported here; this server takes "
-            f"{', '.join(kinds)}",
-            param=f"{path}.type",
-            code="unsupported_parameter",
-        )
-    check_value(block, _BLOCK_SCHEMAS[kind], path)

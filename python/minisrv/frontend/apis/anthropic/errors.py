@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minisrv.errors import MinisrvError
+from minisrv.frontend.http.error_format import ErrorFormat
 
 ERROR_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -32,7 +33,7 @@ _TYPES = {
 _NO_THREADS = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
 
 
-class AnthropicErrorFormat:
+class AnthropicErrorFormat(ErrorFormat):
     """There is no `param`: the message names the field."""
 
     id_header = "Request-Id"

@@ -8,9 +8,8 @@ from typing import Any
 from minisrv.errors import InvalidRequestError
 from minisrv.frontend.apis.anthropic.conversation import chat_messages
 from minisrv.frontend.fields.names import FieldNames
-from minisrv.frontend.fields.reasoning import reasoning_variables
 from minisrv.frontend.fields.schema import describe
-from minisrv.frontend.fields.template import read_template_kwargs
+from minisrv.frontend.fields.template import read_template_kwargs, reasoning_variables
 from minisrv.frontend.fields.tools import NamedTool, ToolChoice, ToolUse, read_tools
 from minisrv.frontend.generation.request import (
     ChatPrompt,

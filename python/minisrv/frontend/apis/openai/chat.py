@@ -1,23 +1,21 @@
-"""/v1/chat/completions: the fields of a chat, and its reply."""
+"""POST /v1/chat/completions: reads a chat's fields, and writes its reply."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
+from minisrv.frontend.apis.openai.fields import Fields, read_common
 from minisrv.frontend.apis.openai.logprobs import chat_logprobs, read_chat_logprobs
 from minisrv.frontend.apis.openai.messages import read_messages
-from minisrv.frontend.apis.openai.options import read_common
-from minisrv.frontend.apis.openai.render import OpenAIRenderer, ReplyHead, StreamOptions, ending
-from minisrv.frontend.fields.aliases import alias_names
-from minisrv.frontend.fields.names import FieldNames
-from minisrv.frontend.fields.reasoning import effort_warnings, reasoning_variables
+from minisrv.frontend.apis.openai.render import NO_OPTIONS, OpenAIRenderer
 from minisrv.frontend.fields.template import (
     begins_new_turn,
     check_no_template,
+    effort_warnings,
     read_template_kwargs,
+    reasoning_variables,
 )
 from minisrv.frontend.fields.tools import (
     NamedTool,
@@ -35,7 +33,6 @@ from minisrv.frontend.generation.pieces import (
     ToolCallArguments,
     ToolCallStart,
 )
-from minisrv.frontend.generation.renderer import Choice
 from minisrv.frontend.generation.request import (
     ChatPrompt,
     ChatRequest,
@@ -47,13 +44,7 @@ from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.wire.logprobs import SpelledLogprobs
 
-Fields = Mapping[str, Any]
-
-
-def chat_names(fields: Fields) -> FieldNames:
-    """How the client named fields that have two names."""
-    sent = {"max_tokens": "max_completion_tokens"} if "max_completion_tokens" in fields else {}
-    return FieldNames(alias_names(fields) | sent)
+CHAT_PREFIX = "chatcmpl-"
 
 
 def read_chat(fields: Fields, model: ModelInfo) -> ChatRequest | TextRequest:
@@ -125,35 +116,22 @@ class ChatRenderer(OpenAIRenderer):
 
     def __init__(
         self,
-        head: ReplyHead,
+        request_id: str,
+        system_fingerprint: str,
         request: GenerationRequest,
-        options: StreamOptions,
         reasoning_fields: Sequence[str],
+        stream_options: Mapping[str, bool | None] = NO_OPTIONS,
     ) -> None:
         """reasoning_fields: the names under which a reply holds its reasoning."""
-        super().__init__(head, request, options)
+        super().__init__(CHAT_PREFIX + request_id, system_fingerprint, request, stream_options)
         self._reasoning_fields = reasoning_fields
         self._opened = False
         self._not_empty: set[int] = set()
-        self._held_logprobs: dict[int, list[SpelledLogprobs]] = defaultdict(list)
+        self._held_logprobs: dict[int, list[SpelledLogprobs]] = {}
 
-    def whole(self, choices: Sequence[Choice], timings: dict[str, Any] | None) -> dict[str, Any]:
-        """The body of a reply that is not streamed."""
-        written = []
-        for event, pieces in choices:
-            if self._tokens is not None:
-                self._tokens.collect_prompt(event)
-                self._tokens.collect_ids(event)
-            finish = pieces[-1]
-            assert isinstance(finish, Finish)
-            choice = {
-                "index": event.index,
-                "message": self._message(pieces),
-                "logprobs": chat_logprobs(event.logprobs) if event.logprobs else None,
-                **ending(finish),
-            }
-            written.append(choice)
-        return self._whole(written, timings)
+    def _content(self, event: Event, pieces: Sequence[Piece]) -> dict[str, Any]:
+        logprobs = chat_logprobs(event.logprobs) if event.logprobs else None
+        return {"message": self._message(pieces), "logprobs": logprobs}
 
     def _message(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         content, reasoning, calls = "", "", list[dict[str, Any]]()
@@ -177,14 +155,11 @@ class ChatRenderer(OpenAIRenderer):
         return message
 
     def chunk(self, event: Event, pieces: list[Piece]) -> bytes:
-        """The chunks of an event."""
-        if self._tokens is not None:
-            self._tokens.collect_prompt(event)
+        self._keep_prompt(event)
         chunks = [] if self._opened else self._open_choices()
         if event.progress is not None:
             chunks.append(self._chunk(event.index, {}, progress=event.progress))
-        if self._tokens is not None:
-            self._tokens.collect_ids(event)
+        self._keep_token_ids(event)
         logprobs = event.logprobs
         if event.index in self._held_logprobs:
             logprobs = self._held_logprobs.pop(event.index) + logprobs

@@ -1,4 +1,4 @@
-"""/v1/completions: the fields of a completion, and its reply."""
+"""POST /v1/completions: reads a completion's fields, and writes its reply."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.apis.openai.echo import PromptEchoes
-from minisrv.frontend.apis.openai.logprobs import read_text_logprobs, text_logprobs
-from minisrv.frontend.apis.openai.options import read_common
-from minisrv.frontend.apis.openai.render import OpenAIRenderer, ReplyHead, StreamOptions, ending
-from minisrv.frontend.fields.aliases import alias_names
-from minisrv.frontend.fields.names import FieldNames
-from minisrv.frontend.generation.pieces import Finish, Piece
-from minisrv.frontend.generation.renderer import Choice
+from minisrv.frontend.apis.openai.fields import Fields, read_common
+from minisrv.frontend.apis.openai.logprobs import (
+    echo_logprobs,
+    moved_logprobs,
+    read_text_logprobs,
+    text_logprobs,
+)
+from minisrv.frontend.apis.openai.render import NO_OPTIONS, OpenAIRenderer
+from minisrv.frontend.generation.pieces import Piece, finish_of
 from minisrv.frontend.generation.request import Prompt, TextRequest, read_token_ids
 from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.model_info import ModelInfo
+from minisrv.wire.logprobs import SpelledLogprobs
 
+COMPLETION_PREFIX = "cmpl-"
 DEFAULT_MAX_TOKENS = 16
 
 
-def completion_names(fields: Mapping[str, Any]) -> FieldNames:
-    """How the client named fields that have two names."""
-    return FieldNames(alias_names(fields))
-
-
-def read_completion(fields: Mapping[str, Any], model: ModelInfo) -> TextRequest:
+def read_completion(fields: Fields, model: ModelInfo) -> TextRequest:
     """Read a completion. Raises InvalidRequestError."""
     echo, logprobs = fields.get("echo", False), read_text_logprobs(fields)
     common = read_common(
@@ -73,44 +71,53 @@ class CompletionRenderer(OpenAIRenderer):
     delta_name = "text"
     prompt_at_top = False
 
-    def __init__(self, head: ReplyHead, request: TextRequest, options: StreamOptions) -> None:
-        super().__init__(head, request, options)
-        self._echoes = PromptEchoes(request.prompts, request.sampling.n)
+    def __init__(
+        self,
+        request_id: str,
+        system_fingerprint: str,
+        request: TextRequest,
+        stream_options: Mapping[str, bool | None] = NO_OPTIONS,
+    ) -> None:
+        id = COMPLETION_PREFIX + request_id
+        super().__init__(id, system_fingerprint, request, stream_options)
+        self._prompts_sent = request.prompts
+        self._moved_by: dict[int, int] = {}
 
-    def whole(self, choices: Sequence[Choice], timings: dict[str, Any] | None) -> dict[str, Any]:
-        """The body of a reply that is not streamed."""
-        written = []
-        for event, pieces in choices:
-            if self._tokens is not None:
-                self._tokens.collect_prompt(event)
-                self._tokens.collect_ids(event)
-            finish = pieces[-1]
-            assert isinstance(finish, Finish)
-            text, logprobs = self._echoes.text_of(event)
-            choice = {
-                "index": event.index,
-                "text": text,
-                "logprobs": text_logprobs(logprobs) if logprobs else None,
-                **ending(finish),
-            }
-            written.append(choice)
-        return self._whole(written, timings)
+    def _content(self, event: Event, pieces: Sequence[Piece]) -> dict[str, Any]:
+        text, logprobs = self._text_of(event)
+        return {"text": text, "logprobs": text_logprobs(logprobs) if logprobs else None}
 
     def chunk(self, event: Event, pieces: list[Piece]) -> bytes:
-        """The chunks of an event."""
-        if self._tokens is not None:
-            self._tokens.collect_prompt(event)
-            self._tokens.collect_ids(event)
+        self._keep_prompt(event)
+        self._keep_token_ids(event)
         chunk = b""
         if event.progress is not None:
             chunk = self._chunk(event.index, "", progress=event.progress)
-        text, logprobs = self._echoes.text_of(event)
+        text, logprobs = self._text_of(event)
         if logprobs:
             chunk += self._chunk(event.index, text, logprobs=text_logprobs(logprobs))
+        elif text and self._plain_text:
+            chunk += self._text_chunk(event.index, text)
         elif text:
-            plain = self._plain_text
-            write = self._text_chunk if plain else self._chunk
-            chunk += write(event.index, text)
-        if pieces and isinstance(pieces[-1], Finish):
-            chunk += self._chunk(event.index, "", finish=pieces[-1])
+            chunk += self._chunk(event.index, text)
+        if finish := finish_of(pieces):
+            chunk += self._chunk(event.index, "", finish=finish)
         return chunk
+
+    def _text_of(self, event: Event) -> tuple[str, list[SpelledLogprobs]]:
+        """Text and logprobs of an event, after the prompt if that is echoed.
+
+        A text prompt is echoed as the client sent it.
+        """
+        if event.echo is None:
+            moved_by = self._moved_by.get(event.index, 0)
+            logprobs = event.logprobs
+            return event.text, moved_logprobs(logprobs, moved_by) if moved_by else logprobs
+        echo, sent = event.echo, self._prompts_sent[event.index // self._request.sampling.n]
+        logprobs = [] if echo.logprobs is None else [echo.logprobs]
+        if not isinstance(sent, str):
+            return echo.text + event.text, logprobs + event.logprobs
+        # Offsets of the output were counted after the text that the prompt's tokens spell.
+        moved_by = self._moved_by[event.index] = len(sent) - len(echo.text)
+        logprobs = [echo_logprobs(part, sent) for part in logprobs]
+        return sent + event.text, logprobs + moved_logprobs(event.logprobs, moved_by)

@@ -1,12 +1,14 @@
-"""The fields of /v1/chat/completions and /v1/completions."""
+"""The fields of /v1/chat/completions and /v1/completions, and how those of both are read."""
 
 from __future__ import annotations
 
-from minisrv.frontend.fields.common import (
-    CONVERSATION_FIELDS,
-    GENERATION_FIELDS,
-    REASONING_EFFORTS,
-)
+from collections.abc import Mapping
+from typing import Any
+
+from minisrv.errors import InvalidRequestError
+from minisrv.frontend.fields.common import CONVERSATION_FIELDS, GENERATION_FIELDS, REASONING_EFFORTS
+from minisrv.frontend.fields.grammar import read_grammar
+from minisrv.frontend.fields.names import FieldNames, alias_names, merge_aliases
 from minisrv.frontend.fields.schema import (
     ANY,
     BOOLEAN,
@@ -14,56 +16,39 @@ from minisrv.frontend.fields.schema import (
     INTEGERS,
     OBJECT,
     STRING,
-    Schema,
     any_of,
     array_of,
+    object_of,
     one_of,
 )
 from minisrv.frontend.fields.table import Field, Treatment, rejected, supported
+from minisrv.frontend.generation.request import (
+    ReplyOptions,
+    read_cache_salt,
+    read_sampling,
+    served_name,
+)
+from minisrv.frontend.registry.model_info import ModelInfo
+
+Fields = Mapping[str, Any]
 
 ROLES = ("developer", "system", "user", "assistant", "tool", "function")
 
-_MESSAGE: Schema = {
-    "type": "object",
-    "required": ["role"],
-    "properties": {
-        "role": one_of(*ROLES),
-        "content": any_of(STRING, array_of(OBJECT)),
-        "name": STRING,
-        "tool_call_id": STRING,
-        "tool_calls": array_of(OBJECT),
-        "reasoning_content": STRING,
-        "reasoning": STRING,
-    },
-}
-
-_TOOL: Schema = {
-    "type": "object",
-    "required": ["type"],
-    "properties": {
-        "type": STRING,
-        "function": {
-            "type": "object",
-            "required": ["name"],
-            "properties": {
-                "name": STRING,
-                "description": STRING,
-                "parameters": OBJECT,
-                "strict": BOOLEAN,
-            },
-        },
-    },
-}
-_TOOL_CHOICE: Schema = any_of(
-    STRING,
-    {
-        "type": "object",
-        "required": ["type"],
-        "properties": {
-            "type": STRING,
-            "function": {"type": "object", "required": ["name"], "properties": {"name": STRING}},
-        },
-    },
+_TOOL_CALL = object_of(["function"], function=object_of(["name"], name=STRING))
+_MESSAGE = object_of(
+    ["role"],
+    role=one_of(*ROLES),
+    content=any_of(STRING, array_of(OBJECT)),
+    name=STRING,
+    tool_call_id=STRING,
+    tool_calls=array_of(_TOOL_CALL),
+    reasoning_content=STRING,
+    reasoning=STRING,
+)
+_FUNCTION = object_of(["name"], name=STRING, description=STRING, parameters=OBJECT, strict=BOOLEAN)
+_TOOL = object_of(["type"], type=STRING, function=_FUNCTION)
+_TOOL_CHOICE = any_of(
+    STRING, object_of(["type"], type=STRING, function=object_of(["name"], name=STRING))
 )
 
 CHAT_FIELDS: dict[str, Field] = {
@@ -73,12 +58,19 @@ CHAT_FIELDS: dict[str, Field] = {
     ),
     **GENERATION_FIELDS,
     **CONVERSATION_FIELDS,
-    "max_tokens": supported(INTEGER, "As max_completion_tokens, which goes before it."),
-    "max_completion_tokens": supported(
-        INTEGER, "Most output tokens, at least 1. Default: the rest of the context."
+    "max_tokens": supported(
+        INTEGER, "The older name of max_completion_tokens, which takes precedence."
     ),
-    "logprobs": supported(BOOLEAN, "Tell each token's log-probability, before any change to it."),
-    "top_logprobs": supported(INTEGER, "Tell the likeliest tokens too, 0 to 20; needs logprobs."),
+    "max_completion_tokens": supported(
+        INTEGER, "Maximum output tokens, at least 1. Default: the rest of the context."
+    ),
+    "logprobs": supported(
+        BOOLEAN,
+        "Return the log probability of each token, before temperature, penalties and grammar.",
+    ),
+    "top_logprobs": supported(
+        INTEGER, "0 to 20: how many of the likeliest tokens to return too; needs logprobs."
+    ),
     "tools": supported(array_of(_TOOL), "Functions that the model may call; see docs/tools.md."),
     "tool_choice": supported(
         _TOOL_CHOICE, "none, auto, required or a function. Default: auto with tools."
@@ -86,14 +78,14 @@ CHAT_FIELDS: dict[str, Field] = {
     "functions": rejected([]),
     "function_call": rejected("none", "auto"),
     "reasoning_effort": supported(
-        one_of(*REASONING_EFFORTS), "none turns thinking off; the template sees the others."
+        one_of(*REASONING_EFFORTS), "none turns reasoning off; the others are for the template."
     ),
     "chat_template": Field(Treatment.REJECTED, ANY, flag="--trust-request-chat-template"),
     "add_generation_prompt": supported(
-        BOOLEAN, "End the prompt with the assistant's turn begun. Default: true."
+        BOOLEAN, "End the prompt with the start of the assistant's turn. Default: true."
     ),
     "continue_final_message": supported(
-        BOOLEAN, "Go on with the text of the last message instead of a new turn."
+        BOOLEAN, "Continue the text of the last message instead of starting a turn."
     ),
     "modalities": rejected(["text"]),
     "audio": rejected(),
@@ -108,13 +100,14 @@ COMPLETION_FIELDS: dict[str, Field] = {
     ),
     **GENERATION_FIELDS,
     "max_tokens": supported(
-        INTEGER, "Most output tokens, at least 1, or with echo 0. Default: 16."
+        INTEGER, "Maximum output tokens, at least 1, or 0 with echo. Default: 16."
     ),
-    "best_of": supported(INTEGER, "1 or n: each choice that is generated is returned."),
-    "echo": supported(BOOLEAN, "Put the prompt before the text; max_tokens may be 0 then."),
+    "best_of": supported(INTEGER, "1 or n, since every choice is returned."),
+    "echo": supported(BOOLEAN, "Put the prompt in front of the text; max_tokens may then be 0."),
     "suffix": rejected(""),
     "logprobs": supported(
-        INTEGER, "Tell log-probabilities of the text and of so many likeliest tokens, 0 to 20."
+        INTEGER,
+        "0 to 20: return the log probability of each token, and of this many of the likeliest.",
     ),
     "top_logprobs": rejected(0),
     "messages": rejected(),
@@ -127,3 +120,33 @@ def chat_fields(*, trust_template: bool) -> dict[str, Field]:
         return CHAT_FIELDS
     template = supported(STRING, "A Jinja template to use instead of the model's.")
     return CHAT_FIELDS | {"chat_template": template}
+
+
+def field_names(fields: Fields) -> FieldNames:
+    """How the client named fields that have two names."""
+    sent = {"max_tokens": "max_completion_tokens"} if "max_completion_tokens" in fields else {}
+    return FieldNames(alias_names(fields) | sent)
+
+
+def read_common(fields: Fields, model: ModelInfo, **own: Any) -> dict[str, Any]:
+    """The fields of a GenerationRequest. own: sampling parameters that the two read differently.
+
+    Raises InvalidRequestError.
+    """
+    name = served_name(fields.get("model"), model)
+    merged = merge_aliases(fields)
+    sampling = read_sampling(merged, model, grammar=read_grammar(fields), **own)
+    stream = fields.get("stream", False)
+    if not stream:
+        for option in ("stream_options", "return_progress"):
+            if fields.get(option):
+                raise InvalidRequestError(f"{option} needs stream to be true", param=option)
+    reply = ReplyOptions(
+        stream=stream,
+        progress=fields.get("return_progress", False),
+        token_ids=merged.get("return_token_ids", False),
+        prompt_text=fields.get("return_prompt", False),
+        timings=fields.get("timings", False),
+    )
+    cache_salt = read_cache_salt(fields.get("cache_salt"))
+    return {"model": name, "sampling": sampling, "reply": reply, "cache_salt": cache_salt}

@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
+from minisrv.frontend.fields.parts import read_text
 from minisrv.frontend.generation.request import Messages
 from minisrv.frontend.generation.tool_arguments import read_arguments
+
+_TEXT_PARTS = {"text": "text"}
+_ASSISTANT_PARTS = {"text": "text", "refusal": "refusal"}
 
 
 def read_messages(messages: list[dict[str, Any]] | None) -> Messages:
@@ -27,14 +31,12 @@ def _read_message(message: dict[str, Any], path: str) -> dict[str, Any]:
     if "reasoning" in read:
         read.setdefault("reasoning_content", read["reasoning"])
     if "tool_calls" in read:
-        read["tool_calls"] = [
-            _read_tool_call(call, f"{path}.tool_calls.{i}")
-            for i, call in enumerate(read["tool_calls"])
-        ]
+        read["tool_calls"] = [_read_call(call) for call in read["tool_calls"]]
+    by_assistant = read["role"] == "assistant"
     if "content" in read:
-        kinds = ("text", "refusal") if read["role"] == "assistant" else ("text",)
-        read["content"] = _read_content(read["content"], f"{path}.content", kinds)
-    elif read["role"] == "assistant" and (read.get("tool_calls") or "function_call" in read):
+        parts = _ASSISTANT_PARTS if by_assistant else _TEXT_PARTS
+        read["content"] = read_text(read["content"], parts, f"{path}.content")
+    elif by_assistant and (read.get("tool_calls") or "function_call" in read):
         read["content"] = None
     else:
         raise InvalidRequestError(
@@ -44,33 +46,7 @@ def _read_message(message: dict[str, Any], path: str) -> dict[str, Any]:
     return read
 
 
-def _read_content(content: str | list[dict[str, Any]], path: str, kinds: tuple[str, ...]) -> str:
-    """The text of all parts, each of one of these kinds."""
-    if isinstance(content, str):
-        return content
-    return "".join(_read_part(part, f"{path}.{i}", kinds) for i, part in enumerate(content))
-
-
-def _read_part(part: dict[str, Any], path: str, kinds: tuple[str, ...]) -> str:
-    kind = part.get("type")
-    if kind not in kinds:
-        shown = f"of type {kind[:40]!r}" if isinstance(kind, str) else "without a type"
-        raise InvalidRequestError(
-            f"{path} is a part {shown}; this server accepts {' and '.join(kinds)} parts here",
-            param=f"{path}.type",
-            code="unsupported_parameter",
-        )
-    text = part.get(kind)
-    if not isinstance(text, str):
-        raise InvalidRequestError(f"{path}.{kind} must be a string", param=f"{path}.{kind}")
-    return text
-
-
-def _read_tool_call(call: dict[str, Any], path: str) -> dict[str, Any]:
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise InvalidRequestError(
-            f"{path}.function must be an object with a name", param=f"{path}.function"
-        )
+def _read_call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
     arguments = read_arguments(function.get("arguments"))
     return {**call, "function": {**function, "arguments": arguments}}

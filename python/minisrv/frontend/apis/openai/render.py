@@ -3,88 +3,99 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from minisrv.errors import MinisrvError
-from minisrv.frontend.apis.openai.returned_tokens import ReturnedTokens
-from minisrv.frontend.generation.pieces import Finish
+from minisrv.frontend.generation.pieces import Finish, Piece, finish_of
+from minisrv.frontend.generation.renderer import Choice, Renderer
 from minisrv.frontend.generation.request import GenerationRequest
 from minisrv.frontend.generation.usage import Usage
-from minisrv.frontend.http.error_format import error_body
-from minisrv.frontend.http.sse import DONE, PING, encode_json, sse
-from minisrv.wire.messages import PrefillProgress
+from minisrv.frontend.http.sse import DONE, encode_json, sse
+from minisrv.frontend.registry.events import Event
+from minisrv.wire.messages import PrefillProgress, ShownPrompt
+
+NO_OPTIONS: Mapping[str, bool | None] = {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplyHead:
-    """What all chunks of a reply repeat. created: Unix seconds."""
+class OpenAIRenderer(Renderer):
+    """The part of a Renderer that both shapes share; each names its objects and its text.
 
-    id: str
-    model: str
-    system_fingerprint: str
-    created: int = field(default_factory=lambda: int(time.time()))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamOptions:
-    """include_usage: a last chunk holds the usage. continuous_usage: each chunk holds it so far."""
-
-    include_usage: bool = False
-    continuous_usage: bool = False
-
-
-class OpenAIRenderer:
-    """The part of a Renderer that both shapes share; each names its objects and its text."""
+    Token ids and prompts, for requests that ask for them, stand where vLLM has them: `token_ids` in
+    each choice; `prompt_token_ids` once per prompt, at the top of a chat's reply or first chunk,
+    and in the first choice of each prompt of a completion. `prompt`, the text, stands next to it.
+    They are kept until the next chunk of their choice, since an event may give none.
+    """
 
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
-    # Of a chunk's choice: what stands before and after the JSON string of its text.
+    # In a chunk's choice: what stands before and after the JSON string of its text.
     text_frame: ClassVar[tuple[str, str]]
     delta_name: ClassVar[str]
     # Where `prompt` and `prompt_token_ids` stand.
     prompt_at_top: ClassVar[bool]
 
-    def __init__(self, head: ReplyHead, request: GenerationRequest, options: StreamOptions) -> None:
-        self.usage = Usage(request.sampling.n)
-        self._head = head
+    def __init__(
+        self,
+        id: str,
+        system_fingerprint: str,
+        request: GenerationRequest,
+        stream_options: Mapping[str, bool | None],
+    ) -> None:
+        super().__init__(request.sampling.n)
+        self._id = id
         self._request = request
-        self._options = options
+        self._system_fingerprint = system_fingerprint
+        self._created = int(time.time())
+        self._usage_at_end = bool(stream_options.get("include_usage"))
+        self._usage_in_chunks = bool(stream_options.get("continuous_usage_stats"))
+        # Whether chunks of text differ in their text only.
+        shows_tokens = request.reply.token_ids or request.reply.prompt_text
+        self._plain_text = not self._usage_in_chunks and not shows_tokens
         self._frames: dict[int, tuple[bytes, bytes]] = {}
-        self._tokens = ReturnedTokens.of(request, at_top=self.prompt_at_top)
+        self._prompts: dict[int, ShownPrompt] = {}
+        self._token_ids: dict[int, list[int]] = defaultdict(list)
+
+    @abstractmethod
+    def _content(self, event: Event, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """What a whole reply's choice holds: text or message, and logprobs."""
+
+    def whole(self, choices: Sequence[Choice], timings: dict[str, Any] | None) -> dict[str, Any]:
+        reply = self._reply(self.whole_object)
+        for event, pieces in choices:
+            self._keep_prompt(event)
+            self._keep_token_ids(event)
+            content = self._content(event, pieces)
+            choice = {"index": event.index, **content, **_ending(finish_of(pieces))}
+            self._write_tokens(event.index, choice, reply)
+            reply["choices"].append(choice)
+        reply["usage"] = _usage_body(self.usage)
+        return reply if timings is None else {**reply, "timings": timings}
 
     def end(self, timings: dict[str, Any] | None) -> bytes:
         """Timings and usage, if requested, each in a chunk without choices."""
         data = b""
         if timings is not None:
-            data += sse(self._with_usage(self._reply(self.chunk_object, []) | {"timings": timings}))
-        if self._options.include_usage:
-            chunk = self._reply(self.chunk_object, [])
-            data += sse({**chunk, "usage": usage_body(self.usage)})
+            data += sse(self._with_usage(self._reply(self.chunk_object) | {"timings": timings}))
+        if self._usage_at_end:
+            data += sse(self._reply(self.chunk_object) | {"usage": _usage_body(self.usage)})
         return data + DONE
 
-    def failed(self, error: MinisrvError) -> bytes:
-        """An error object in place of a chunk."""
-        return sse(error_body(error)) + DONE
-
-    def ping(self) -> bytes:
-        """A comment."""
-        return PING
-
-    def _reply(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _reply(self, object_name: str) -> dict[str, Any]:
         return {
-            "id": self._head.id,
+            "id": self._id,
             "object": object_name,
-            "created": self._head.created,
-            "model": self._head.model,
-            "system_fingerprint": self._head.system_fingerprint,
-            "choices": choices,
+            "created": self._created,
+            "model": self._request.model,
+            "system_fingerprint": self._system_fingerprint,
+            "choices": [],
         }
 
     def _with_usage(self, chunk: dict[str, Any]) -> dict[str, Any]:
-        if self._options.continuous_usage:
-            chunk["usage"] = usage_body(self.usage)
-        elif self._options.include_usage:
+        if self._usage_in_chunks:
+            chunk["usage"] = _usage_body(self.usage)
+        elif self._usage_at_end:
             chunk["usage"] = None
         return chunk
 
@@ -97,23 +108,16 @@ class OpenAIRenderer:
         logprobs: dict[str, Any] | None = None,
         progress: PrefillProgress | None = None,
     ) -> bytes:
-        choice: dict[str, Any] = {
-            "index": index,
-            self.delta_name: delta,
-            "logprobs": logprobs,
-            "finish_reason": None,
-        }
-        if finish is not None:
-            choice |= ending(finish)
-        chunk = self._reply(self.chunk_object, [choice])
+        choice = {"index": index, self.delta_name: delta, "logprobs": logprobs, **_ending(finish)}
+        chunk = self._reply(self.chunk_object)
+        chunk["choices"].append(choice)
         if progress is not None:
             chunk["prompt_progress"] = _progress_body(progress)
-        if self._tokens is not None:
-            self._tokens.write(index, choice, chunk)
+        self._write_tokens(index, choice, chunk)
         return sse(self._with_usage(chunk))
 
     def _text_chunk(self, index: int, text: str) -> bytes:
-        """A chunk that differs from the others of its choice in its text only.
+        """A chunk of a request whose chunks of text are plain.
 
         What stands around the text is encoded once per choice.
         """
@@ -122,37 +126,42 @@ class OpenAIRenderer:
             frame = self._frames[index] = self._make_frame(index)
         return frame[0] + encode_json(text).encode() + frame[1]
 
-    @property
-    def _plain_text(self) -> bool:
-        """Whether chunks of text have nothing that changes but the text."""
-        return not self._options.continuous_usage and self._tokens is None
-
     def _make_frame(self, index: int) -> tuple[bytes, bytes]:
-        head = encode_json(self._reply(self.chunk_object, [])).removesuffix("]}")
+        head = encode_json(self._reply(self.chunk_object)).removesuffix("]}")
         before, after = self.text_frame
-        usage = ',"usage":null' if self._options.include_usage else ""
+        usage = ',"usage":null' if self._usage_at_end else ""
         start = f'data: {head}{{"index":{index},{before}'
         end = f'{after},"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
         return start.encode(), end.encode()
 
-    def _whole(
-        self, choices: list[dict[str, Any]], timings: dict[str, Any] | None
-    ) -> dict[str, Any]:
-        reply = self._reply(self.whole_object, choices)
-        if self._tokens is not None:
-            for choice in choices:
-                self._tokens.write(choice["index"], choice, reply)
-        reply["usage"] = usage_body(self.usage)
-        return reply if timings is None else {**reply, "timings": timings}
+    def _keep_prompt(self, event: Event) -> None:
+        if event.start is not None and event.start.shown_prompt is not None:
+            self._prompts[event.index] = event.start.shown_prompt
+
+    def _keep_token_ids(self, event: Event) -> None:
+        if self._request.reply.token_ids:
+            self._token_ids[event.index] += event.token_ids
+
+    def _write_tokens(self, index: int, choice: dict[str, Any], reply: dict[str, Any]) -> None:
+        """Move what was kept for a choice into it, or into the reply around it."""
+        prompt = self._prompts.pop(index, None)
+        if prompt is not None:
+            place = reply if self.prompt_at_top else choice
+            if prompt.ids is not None:
+                place["prompt_token_ids"] = prompt.ids.tolist()
+            if prompt.text is not None:
+                place["prompt"] = prompt.text
+        if self._request.reply.token_ids:
+            choice["token_ids"] = self._token_ids.pop(index, [])
 
 
-def ending(finish: Finish) -> dict[str, Any]:
-    """The end of a choice."""
+def _ending(finish: Finish | None) -> dict[str, Any]:
+    if finish is None:
+        return {"finish_reason": None}
     return {"finish_reason": finish.reason, "stop_reason": finish.stop_reason}
 
 
-def usage_body(usage: Usage) -> dict[str, Any]:
-    """The `usage` object."""
+def _usage_body(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.output_tokens,

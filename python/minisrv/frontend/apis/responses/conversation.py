@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
+from minisrv.frontend.fields.parts import check_kind, read_text
 from minisrv.frontend.fields.schema import (
     OBJECT,
     STRING,
@@ -16,6 +17,7 @@ from minisrv.frontend.fields.schema import (
     any_of,
     array_of,
     check_value,
+    object_of,
     one_of,
 )
 from minisrv.frontend.generation.request import Messages
@@ -25,27 +27,17 @@ Item = dict[str, Any]
 Message = dict[str, Any]
 
 _CONTENT = any_of(STRING, array_of(OBJECT))
-_MESSAGE: Schema = {
-    "type": "object",
-    "required": ["role", "content"],
-    "properties": {
-        "role": one_of("user", "assistant", "system", "developer"),
-        "content": _CONTENT,
-    },
-}
-_CALL: Schema = {
-    "type": "object",
-    "required": ["call_id", "name", "arguments"],
-    "properties": {"call_id": STRING, "name": STRING, "arguments": STRING},
-}
-_OUTPUT: Schema = {
-    "type": "object",
-    "required": ["call_id", "output"],
-    "properties": {"call_id": STRING, "output": _CONTENT},
-}
-_REASONING: Schema = {
-    "type": "object",
-    "properties": {"content": array_of(OBJECT), "summary": array_of(OBJECT)},
+_ITEMS: dict[str, Schema] = {
+    "message": object_of(
+        ["role", "content"],
+        role=one_of("user", "assistant", "system", "developer"),
+        content=_CONTENT,
+    ),
+    "function_call": object_of(
+        ["call_id", "name", "arguments"], call_id=STRING, name=STRING, arguments=STRING
+    ),
+    "function_call_output": object_of(["call_id", "output"], call_id=STRING, output=_CONTENT),
+    "reasoning": object_of(content=array_of(OBJECT), summary=array_of(OBJECT)),
 }
 _TEXT_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 _REASONING_PARTS = {"reasoning_text": "text", "summary_text": "text", "text": "text"}
@@ -122,69 +114,35 @@ def _without_empty_content(message: Message) -> Message:
 
 
 def _add_item(conversation: _Conversation, item: Item, path: str) -> None:
-    match item.get("type") or ("message" if "role" in item else None):
+    if "role" in item:
+        item = {**item, "type": item.get("type") or "message"}
+    check_value(item, object_of(["type"], type=STRING), path)
+    if item["type"] == "item_reference":
+        raise InvalidRequestError(
+            f"{path}.type is item_reference, but this server keeps no state; send the item itself",
+            param=f"{path}.type",
+            code="unsupported_parameter",
+        )
+    match check_kind(item, _ITEMS, path):
         case "message":
-            check_value(item, _MESSAGE, path)
-            text = _read_parts(item["content"], _TEXT_PARTS, f"{path}.content")
+            text = read_text(item["content"], _TEXT_PARTS, f"{path}.content")
             if item["role"] == "assistant":
                 conversation.add_text(text)
             else:
                 conversation.add_message(item["role"], text)
         case "function_call":
-            check_value(item, _CALL, path)
             conversation.add_call(item)
         case "function_call_output":
-            check_value(item, _OUTPUT, path)
-            text = _read_parts(item["output"], _TEXT_PARTS, f"{path}.output")
+            text = read_text(item["output"], _TEXT_PARTS, f"{path}.output")
             conversation.add_output(item["call_id"], text)
         case "reasoning":
-            check_value(item, _REASONING, path)
             if reasoning := _read_reasoning(item, path):
                 conversation.add_reasoning(reasoning)
-        case kind:
-            raise _refusal(kind, path)
-
-
-def _refusal(kind: Any, path: str) -> InvalidRequestError:
-    if not isinstance(kind, str):
-        return InvalidRequestError(f"{path}.type is missing", param=f"{path}.type")
-    reason = (
-        "this server keeps no state"
-        if kind == "item_reference"
-        else ("this server takes messages, reasoning, function_call and function_call_output")
-    )
-    return InvalidRequestError(
-        f"{path} is an item of type {kind[:40]!a}; {reason}",
-        param=f"{path}.type",
-        code="unsupported_parameter",
-    )
 
 
 def _read_reasoning(item: Item, path: str) -> str:
-    """The reasoning, or its summary where there is no more; reasoning that is encrypted is lost."""
+    """The reasoning, or else its summary; encrypted reasoning cannot be read."""
     for name in ("content", "summary"):
-        if text := _read_parts(item.get(name) or [], _REASONING_PARTS, f"{path}.{name}"):
+        if text := read_text(item.get(name) or [], _REASONING_PARTS, f"{path}.{name}"):
             return text
     return ""
-
-
-def _read_parts(content: str | list[Item], kinds: dict[str, str], path: str) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(_read_part(part, kinds, f"{path}.{i}") for i, part in enumerate(content))
-
-
-def _read_part(part: Item, kinds: dict[str, str], path: str) -> str:
-    kind = part.get("type")
-    if not isinstance(kind, str) or kind not in kinds:
-        named = f"of type {kind[:40]!a}" if isinstance(kind, str) else "without a type"
-        raise InvalidRequestError(
-            f"{path} is a part {named}; this server takes text parts only",
-            param=f"{path}.type",
-            code="unsupported_parameter",
-        )
-    text = part.get(kinds[kind])
-    if not isinstance(text, str):
-        name = f"{path}.{kinds[kind]}"
-        raise InvalidRequestError(f"{name} must be a string", param=name)
-    return text

@@ -8,9 +8,12 @@ from typing import Any
 from minisrv.errors import InvalidRequestError
 from minisrv.frontend.apis.responses.conversation import read_conversation
 from minisrv.frontend.fields.names import FieldNames
-from minisrv.frontend.fields.reasoning import effort_warnings, reasoning_variables
 from minisrv.frontend.fields.schema import STRING, check_value
-from minisrv.frontend.fields.template import read_template_kwargs
+from minisrv.frontend.fields.template import (
+    effort_warnings,
+    read_template_kwargs,
+    reasoning_variables,
+)
 from minisrv.frontend.fields.tools import (
     NamedTool,
     ToolChoice,

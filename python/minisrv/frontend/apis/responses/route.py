@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
-from minisrv.errors import InvalidRequestError
+from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.frontend.apis.responses.fields import RESPONSE_FIELDS
+from minisrv.frontend.apis.responses.output_items import OutputItems, StreamEvent
 from minisrv.frontend.apis.responses.reading import NAMES, read_response
-from minisrv.frontend.apis.responses.reply import ResponseRenderer
 from minisrv.frontend.apis.service import Service
 from minisrv.frontend.fields.table import Field
+from minisrv.frontend.generation.pieces import Piece, finish_of
+from minisrv.frontend.generation.renderer import Choice, Renderer
 from minisrv.frontend.generation.request import ChatRequest
+from minisrv.frontend.generation.usage import Usage
 from minisrv.frontend.http.body_fields import with_warnings
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
+from minisrv.frontend.http.sse import named_sse
+from minisrv.frontend.registry.events import Event
 
 RESPONSE_PREFIX = "resp_"
 _COUNT_NAMES = (
@@ -53,9 +59,7 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
         fields, headers = await bodies.read(request, COUNT_FIELDS)
         context_of(request.scope).names = NAMES
         prompt = read_response(fields, registry.model).prompt
-        answer = await registry.ask(
-            lambda query: prompt.encode_message(query, add_special_tokens=False)
-        )
+        answer = await service.encode(prompt)
         body = {"object": "response.input_tokens", "input_tokens": len(answer["ids"])}
         return JSONResponse(body, headers=headers)
 
@@ -63,33 +67,113 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_stored_routes(app: FastAPI) -> None:
-    @app.get("/v1/responses/{response_id}", responses=errors(404))
-    async def retrieve_response(response_id: str) -> Response:
-        """A 404: nothing is stored."""
-        raise _not_stored(response_id)
+    path, statuses = "/v1/responses/{response_id}", errors(404)
 
-    @app.delete("/v1/responses/{response_id}", responses=errors(404))
-    async def delete_response(response_id: str) -> Response:
-        """A 404: nothing is stored."""
-        raise _not_stored(response_id)
-
-    @app.post("/v1/responses/{response_id}/cancel", responses=errors(404))
-    async def cancel_response(response_id: str) -> Response:
-        """A 404: nothing runs in the background."""
-        raise _not_stored(response_id)
-
-    @app.get("/v1/responses/{response_id}/input_items", responses=errors(404))
-    async def list_input_items(response_id: str) -> Response:
-        """A 404: nothing is stored."""
-        raise _not_stored(response_id)
+    @app.get(path, responses=statuses)
+    @app.delete(path, responses=statuses)
+    @app.get(f"{path}/input_items", responses=statuses)
+    @app.post(f"{path}/cancel", responses=statuses)
+    async def find_response(response_id: str) -> Response:
+        """A 404: nothing is stored, and nothing runs in the background."""
+        raise InvalidRequestError(
+            f"there is no response {response_id[:80]!a}: this server stores none",
+            param="response_id",
+            status=404,
+        )
 
 
-def _not_stored(response_id: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"there is no response {response_id[:80]!a}: this server stores none",
-        param="response_id",
-        status=404,
-    )
+class ResponseRenderer(Renderer):
+    """One choice. The order of a stream: created, in_progress; for each item its added, deltas and
+    done; then one of completed, incomplete and failed. There is no [DONE].
+    """
+
+    def __init__(self, id: str, model: str, echoed: dict[str, Any]) -> None:
+        """echoed: what every state of the response repeats of the request."""
+        super().__init__()
+        self._id = id
+        self._model = model
+        self._echoed = echoed
+        self._created = int(time.time())
+        self._items = OutputItems()
+        self._status = "in_progress"
+        self._num_events = 0
+
+    def whole(self, choices: Sequence[Choice], timings: dict[str, Any] | None) -> dict[str, Any]:
+        ((_, pieces),) = choices
+        self._write(pieces)
+        return self._body()
+
+    def chunk(self, event: Event, pieces: list[Piece]) -> bytes:
+        return self._begin_once() + self._frames(self._write(pieces))
+
+    def end(self, timings: dict[str, Any] | None) -> bytes:
+        """The last event, with the whole response."""
+        return self._frames([{"type": f"response.{self._status}", "response": self._body()}])
+
+    def failed(self, error: MinisrvError) -> bytes:
+        """The last event; what the model wrote is in the events before it."""
+        begin = self._begin_once()
+        response = {**self._body(), "status": "failed", "output": [], "error": _error_body(error)}
+        return begin + self._frames([{"type": "response.failed", "response": response}])
+
+    def _begin_once(self) -> bytes:
+        if self._num_events:
+            return b""
+        names = ("created", "in_progress")
+        return self._frames(
+            [{"type": f"response.{name}", "response": self._body()} for name in names]
+        )
+
+    def _write(self, pieces: Sequence[Piece]) -> list[StreamEvent]:
+        if finish := finish_of(pieces):
+            self._status = "incomplete" if finish.reason == "length" else "completed"
+        return [event for piece in pieces for event in self._items.events(piece)]
+
+    def _frames(self, events: Sequence[StreamEvent]) -> bytes:
+        frames = []
+        for event in events:
+            frames.append(named_sse({**event, "sequence_number": self._num_events}))
+            self._num_events += 1
+        return b"".join(frames)
+
+    def _body(self) -> dict[str, Any]:
+        """The response in its present state; output and usage when it has ended."""
+        ended = self._status != "in_progress"
+        reason = {"reason": "max_output_tokens"} if self._status == "incomplete" else None
+        return {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "completed_at": int(time.time()) if self._status == "completed" else None,
+            "status": self._status,
+            "error": None,
+            "incomplete_details": reason,
+            "model": self._model,
+            "output": self._items.ended if ended else [],
+            "usage": _usage_body(self.usage) if ended else None,
+            **self._echoed,
+        }
+
+
+def _error_body(error: MinisrvError) -> dict[str, Any]:
+    """The API knows few codes; `type` and `param` mean the same as in other errors."""
+    return {
+        "code": "invalid_prompt" if error.http_status < 500 else "server_error",
+        "message": error.message,
+        "type": error.error_type,
+        "param": error.param,
+    }
+
+
+def _usage_body(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        # Writing to the cache costs nothing here, so it is not counted.
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.output_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.prompt_tokens + usage.output_tokens,
+    }
 
 
 def _echo(fields: Mapping[str, Any], chat: ChatRequest) -> dict[str, Any]:
