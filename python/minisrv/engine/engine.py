@@ -85,7 +85,6 @@ class Engine:
             self._ranks.check()
 
     def close(self) -> None:
-        """End the other ranks."""
         if self._ranks is not None:
             self._ranks.close()
 

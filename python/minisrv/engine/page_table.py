@@ -20,7 +20,6 @@ class PageTable:
         self.pages: Int32Array = np.zeros((num_rows, -(-max_seq_len // page_size)), np.int32)
 
     def apply(self, batch: ForwardBatch) -> None:
-        """Apply the page writes of the batch."""
         if batch.page_ids.size:
             self.pages[batch.page_rows, batch.page_columns] = batch.page_ids
 

@@ -39,8 +39,6 @@ _CONTINUES = Finish.NONE  # for each token: looking up an enum member takes 0.1 
 
 
 class Status(Enum):
-    """See the module's docstring."""
-
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -147,7 +145,6 @@ class Request:
         return eos + self.sampling.stop_token_ids
 
     def all_ids(self) -> Int32Array:
-        """Prompt and output in one array."""
         return np.concatenate([self.prompt_ids, np.asarray(self.output_ids, np.int32)])
 
     def append_token(self, token_id: int) -> Finish:

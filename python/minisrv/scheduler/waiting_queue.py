@@ -22,13 +22,11 @@ class WaitingQueue:
         return iter(self._requests[:])
 
     def enqueue(self, request: Request) -> None:
-        """Insert a request at its place by arrival."""
         index = bisect_left(self._arrivals, request.arrival)
         self._arrivals.insert(index, request.arrival)
         self._requests.insert(index, request)
 
     def withdraw(self, request: Request) -> None:
-        """Remove a request from wherever it stands."""
         index = bisect_left(self._arrivals, request.arrival)
         assert self._requests[index] is request, f"{request!r} is not in the waiting queue"
         del self._arrivals[index], self._requests[index]

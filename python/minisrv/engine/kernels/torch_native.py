@@ -72,7 +72,6 @@ def _store_(cache_NKD: Tensor, slots_T: Tensor, x_TKD: Tensor) -> None:
 
 
 def mask_logits_(logits_SV: Tensor, samples_G: Tensor, masks_GW: Tensor) -> None:
-    """See Kernels.mask_logits_."""
     places = torch.arange(32, dtype=torch.int32, device=masks_GW.device)
     refused = ((masks_GW.unsqueeze(-1) >> places) & 1 == 0).flatten(1)
     masked = logits_SV.index_select(0, samples_G)

@@ -80,7 +80,6 @@ def _grouped_product(
 
 
 def quantize(x_TI: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """See fp8.quantize."""
     assert x_TI.is_contiguous()
     num_tokens, inputs = x_TI.shape
     num_groups = triton.cdiv(inputs, group)

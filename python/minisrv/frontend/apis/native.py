@@ -31,8 +31,8 @@ from minisrv.frontend.generation.request import (
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
 from minisrv.frontend.http.sse import sse
-from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.model_info import ModelInfo
+from minisrv.wire.events import Event
 
 PARAMETERS: dict[str, Field] = {
     "max_tokens": supported(INTEGER, "Maximum output tokens, at least 1. Default: 128."),

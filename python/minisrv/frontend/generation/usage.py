@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minisrv.frontend.registry.events import Event
+from minisrv.wire.events import Event
 
 
 class Usage:

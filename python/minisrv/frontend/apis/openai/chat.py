@@ -40,8 +40,8 @@ from minisrv.frontend.generation.request import (
     TextRequest,
     read_token_ids,
 )
-from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.model_info import ModelInfo
+from minisrv.wire.events import Event
 from minisrv.wire.logprobs import SpelledLogprobs
 
 CHAT_PREFIX = "chatcmpl-"

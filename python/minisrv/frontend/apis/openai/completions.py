@@ -16,8 +16,8 @@ from minisrv.frontend.apis.openai.logprobs import (
 from minisrv.frontend.apis.openai.render import NO_OPTIONS, OpenAIRenderer
 from minisrv.frontend.generation.pieces import Piece, finish_of
 from minisrv.frontend.generation.request import Prompt, TextRequest, read_token_ids
-from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.model_info import ModelInfo
+from minisrv.wire.events import Event
 from minisrv.wire.logprobs import SpelledLogprobs
 
 COMPLETION_PREFIX = "cmpl-"

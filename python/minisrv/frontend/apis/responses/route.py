@@ -23,7 +23,7 @@ from minisrv.frontend.http.body_fields import with_warnings
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
 from minisrv.frontend.http.sse import named_sse
-from minisrv.frontend.registry.events import Event
+from minisrv.wire.events import Event
 
 RESPONSE_PREFIX = "resp_"
 _COUNT_NAMES = (
