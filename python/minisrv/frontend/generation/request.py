@@ -208,16 +208,19 @@ def read_sampling(
     return sampling.with_defaults(model.defaults)
 
 
-def read_cache_salt(salt: str | None) -> str:
-    """The salt of a request, empty without one. Raises InvalidRequestError."""
-    if salt is None:
-        return ""
-    if not 0 < len(salt) <= MAX_SALT_CHARS:
+def read_common(fields: Mapping[str, Any], model: ModelInfo, **reply: bool) -> dict[str, Any]:
+    """What every API reads in the same way: the `model`, `cache_salt` and `reply` of a request.
+
+    reply: further ReplyOptions. Raises ModelNotFoundError and InvalidRequestError.
+    """
+    name, salt = served_name(fields.get("model"), model), fields.get("cache_salt")
+    if salt is not None and not 0 < len(salt) <= MAX_SALT_CHARS:
         raise InvalidRequestError(
             f"cache_salt has {len(salt)} characters; it must have 1 to {MAX_SALT_CHARS}",
             param="cache_salt",
         )
-    return salt
+    options = ReplyOptions(stream=fields.get("stream", False), **reply)
+    return {"model": name, "cache_salt": salt or "", "reply": options}
 
 
 def read_token_ids(ids: list[int], model: ModelInfo, path: str) -> Int32Array:
