@@ -38,7 +38,7 @@ def request_body(table: Mapping[str, Field], *, required: bool = True) -> dict[s
 
 
 def errors(
-    *statuses: int, schema: dict[str, Any] = ERROR_SCHEMA
+    *statuses: int, schema: Mapping[str, Any] = ERROR_SCHEMA
 ) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that may send an error object with these statuses."""
     content = {"application/json": {"schema": schema}}

@@ -83,9 +83,7 @@ CHAT_FIELDS: dict[str, Field] = {
         BOOLEAN, "Continue the text of the last message instead of starting a turn."
     ),
     "modalities": rejected(["text"]),
-    "audio": rejected(),
-    "web_search_options": rejected(),
-    "moderation": rejected(),
+    **dict.fromkeys(("audio", "web_search_options", "moderation"), rejected()),
 }
 
 COMPLETION_FIELDS: dict[str, Field] = {
