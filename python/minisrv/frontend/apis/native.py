@@ -54,11 +54,11 @@ def add_native_route(app: FastAPI, service: Service) -> None:
     async def generate(request: Request) -> Response:
         """Continue a prompt."""
         model = service.registry.model
-        fields, headers = await service.bodies.read_generation(request, GENERATE_FIELDS)
+        fields = await service.bodies.read_generation(request, GENERATE_FIELDS)
         context = context_of(request.scope)
         context.names = native_names(fields)
         generation = read_native(fields, model)
-        return service.runner.response(generation, NativeRenderer(context.request_id), headers)
+        return service.runner.response(generation, NativeRenderer(context.request_id))
 
 
 def native_names(fields: Mapping[str, Any]) -> FieldNames:

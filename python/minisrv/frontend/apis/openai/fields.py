@@ -18,12 +18,14 @@ from minisrv.frontend.fields.schema import (
     STRING,
     any_of,
     array_of,
+    between,
     object_of,
     one_of,
 )
 from minisrv.frontend.fields.table import Field, Treatment, rejected, supported
 from minisrv.frontend.generation.request import read_common, read_sampling
 from minisrv.frontend.registry.model_info import ModelInfo
+from minisrv.sampling_params import MAX_LOGPROBS
 
 Fields = Mapping[str, Any]
 
@@ -46,6 +48,7 @@ _TOOL_CHOICE = any_of(
     STRING, object_of(["type"], type=STRING, function=object_of(["name"], name=STRING))
 )
 
+_NUM_LOGPROBS = between(0, MAX_LOGPROBS, INTEGER)
 CHAT_FIELDS: dict[str, Field] = {
     "messages": supported(array_of(_MESSAGE), "The conversation; required unless prompt is given."),
     "prompt": supported(
@@ -64,7 +67,7 @@ CHAT_FIELDS: dict[str, Field] = {
         "Return the log probability of each token, before temperature, penalties and grammar.",
     ),
     "top_logprobs": supported(
-        INTEGER, "0 to 20: how many of the likeliest tokens to return too; needs logprobs."
+        _NUM_LOGPROBS, "0 to 20: how many of the likeliest tokens to return too; needs logprobs."
     ),
     "tools": supported(array_of(_TOOL), "Functions that the model may call; see docs/tools.md."),
     "tool_choice": supported(
@@ -99,7 +102,7 @@ COMPLETION_FIELDS: dict[str, Field] = {
     "echo": supported(BOOLEAN, "Put the prompt in front of the text; max_tokens may then be 0."),
     "suffix": rejected(""),
     "logprobs": supported(
-        INTEGER,
+        _NUM_LOGPROBS,
         "0 to 20: return the log probability of each token, and of this many of the likeliest.",
     ),
     "top_logprobs": rejected(0),
@@ -117,8 +120,8 @@ def chat_fields(*, trust_template: bool) -> dict[str, Field]:
 
 def field_names(fields: Fields) -> FieldNames:
     """How the client named fields that have two names."""
-    pairs = (("max_tokens", "max_completion_tokens"), ("logprobs", "top_logprobs"))
-    return FieldNames(alias_names(fields) | {name: own for name, own in pairs if own in fields})
+    sent = {"max_tokens": "max_completion_tokens"} if "max_completion_tokens" in fields else {}
+    return FieldNames(alias_names(fields) | sent)
 
 
 def read_generation(fields: Fields, model: ModelInfo, **own: Any) -> dict[str, Any]:
