@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from minisrv import sampling_params
 from minisrv.frontend.apis.native import PARAMETERS
-from minisrv.frontend.generation.request import MAX_SALT_CHARS
+from minisrv.frontend.fields.common import MAX_SALT_CHARS
 from minisrv.frontend.http.body import MAX_DEPTH
 from minisrv.frontend.http.protocol import MAX_HEAD_BYTES, MAX_HEADERS
 from tests.support.http_server import serve

@@ -9,7 +9,7 @@ import pytest
 from minisrv.checkpoint.chat_format import ChatFormat
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError
-from minisrv.frontend.process import _model_info
+from minisrv.frontend.registry.model_info import ModelInfo
 from tests.support.http_server import HttpServer, serve
 from tests.support.scripted_backend import ScriptedBackend
 
@@ -32,7 +32,7 @@ FACTS: dict[str, Any] = {
 
 
 class NamedBackend(ScriptedBackend):
-    info = _model_info(CONFIG, FACTS)
+    info = ModelInfo.from_facts(CONFIG, FACTS)
 
 
 @pytest.fixture(scope="module")

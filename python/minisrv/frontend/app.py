@@ -23,7 +23,7 @@ from minisrv.frontend.fields.names import UnknownFields
 from minisrv.frontend.generation.request import model_not_found
 from minisrv.frontend.generation.run import Runner
 from minisrv.frontend.http.access import METRICS_PATH, PUBLIC_PATHS, AccessMiddleware, Keys
-from minisrv.frontend.http.body_fields import BodyReader
+from minisrv.frontend.http.body import BodyReader
 from minisrv.frontend.http.context import RequestContextMiddleware
 from minisrv.frontend.http.cors import PagesMiddleware
 from minisrv.frontend.http.error_format import ErrorFormat, error_body

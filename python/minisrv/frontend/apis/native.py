@@ -21,12 +21,10 @@ from minisrv.frontend.fields.table import Field, read_fields, supported
 from minisrv.frontend.generation.pieces import Piece, finish_of
 from minisrv.frontend.generation.renderer import Choice, Renderer
 from minisrv.frontend.generation.request import (
-    ReplyOptions,
     TextRequest,
-    read_cache_salt,
+    read_common,
     read_sampling,
     read_token_ids,
-    served_name,
 )
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
@@ -56,11 +54,11 @@ def add_native_route(app: FastAPI, service: Service) -> None:
     async def generate(request: Request) -> Response:
         """Continue a prompt."""
         model = service.registry.model
-        fields, headers = await service.bodies.read_generation(request, GENERATE_FIELDS)
+        fields = await service.bodies.read_generation(request, GENERATE_FIELDS)
         context = context_of(request.scope)
         context.names = native_names(fields)
         generation = read_native(fields, model)
-        return service.runner.response(generation, NativeRenderer(context.request_id), headers)
+        return service.runner.response(generation, NativeRenderer(context.request_id))
 
 
 def native_names(fields: Mapping[str, Any]) -> FieldNames:
@@ -74,7 +72,7 @@ def native_names(fields: Mapping[str, Any]) -> FieldNames:
 
 def read_native(fields: Mapping[str, Any], model: ModelInfo) -> TextRequest:
     """Read a request. Raises InvalidRequestError."""
-    name = served_name(fields.get("model"), model)
+    common = read_common(fields, model)
     if ("text" in fields) == ("input_ids" in fields):
         raise InvalidRequestError("send either text or input_ids", param="text")
     given, unknown = read_fields(fields.get("sampling_params", {}), PARAMETERS)
@@ -88,11 +86,9 @@ def read_native(fields: Mapping[str, Any], model: ModelInfo) -> TextRequest:
     max_tokens = given.get("max_new_tokens", given.get("max_tokens", DEFAULT_MAX_TOKENS))
     text = fields.get("text")
     return TextRequest(
-        model=name,
         prompts=(read_token_ids(fields["input_ids"], model, "prompt") if text is None else text,),
         sampling=read_sampling(given, model, max_tokens=max_tokens, return_token_ids=True),
-        cache_salt=read_cache_salt(fields.get("cache_salt")),
-        reply=ReplyOptions(stream=fields.get("stream", False)),
+        **common,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from minisrv.config import ServerConfig
 from minisrv.frontend.generation.request import ChatPrompt
 from minisrv.frontend.generation.run import Runner
-from minisrv.frontend.http.body_fields import BodyReader
+from minisrv.frontend.http.body import BodyReader
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.wire.messages import EncodeMsg
 

@@ -48,7 +48,7 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", openapi_extra=request_body(tokenize_fields), responses=statuses)
     async def tokenize(request: Request) -> Response:
         """The tokens of a text, or of a conversation."""
-        fields, headers = await bodies.read(request, tokenize_fields)
+        fields = await bodies.read(request, tokenize_fields)
         served_name(fields.get("model"), registry.model)
         special = fields.get("add_special_tokens", "prompt" in fields)
         answer = await service.encode(
@@ -60,12 +60,12 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
             "tokens": answer["ids"],
             "token_strs": answer["tokens"],
         }
-        return JSONResponse(body, headers=headers)
+        return JSONResponse(body)
 
     @app.post("/detokenize", openapi_extra=request_body(DETOKENIZE_FIELDS), responses=statuses)
     async def detokenize(request: Request) -> Response:
         """The text of tokens."""
-        fields, headers = await bodies.read(request, DETOKENIZE_FIELDS)
+        fields = await bodies.read(request, DETOKENIZE_FIELDS)
         served_name(fields.get("model"), registry.model)
         if "tokens" not in fields:
             raise InvalidRequestError("tokens is missing", param="tokens")
@@ -76,17 +76,17 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
         answer = await registry.ask(
             lambda query: DecodeMsg(query=query, token_ids=ids, skip_special_tokens=skip)
         )
-        return JSONResponse({"prompt": answer["text"], "text": answer["text"]}, headers=headers)
+        return JSONResponse({"prompt": answer["text"], "text": answer["text"]})
 
     @app.post("/apply-template", include_in_schema=False)
     @app.post("/apply_template", openapi_extra=request_body(template_fields), responses=statuses)
     async def apply_template(request: Request) -> Response:
         """The prompt that the model would see, and its tokens."""
-        fields, headers = await bodies.read(request, template_fields)
+        fields = await bodies.read(request, template_fields)
         served_name(fields.get("model"), registry.model)
         answer = await service.encode(read_chat_prompt(fields, registry.model))
         body = {"prompt": answer["text"], "tokens": answer["ids"], "count": len(answer["ids"])}
-        return JSONResponse(body, headers=headers)
+        return JSONResponse(body)
 
     @app.get("/tokenizer_info", responses=errors(401, 503))
     async def tokenizer_info() -> Response:

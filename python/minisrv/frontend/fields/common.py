@@ -24,8 +24,10 @@ _SYNONYMS = {
     "grammar": "guided_grammar",
     "ebnf": "guided_grammar",
 }
+MAX_SALT_CHARS = 128
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
+SALT = {**STRING, "minLength": 1, "maxLength": MAX_SALT_CHARS}
 _STREAM_OPTIONS = object_of(
     include_usage=BOOLEAN, continuous_usage_stats=BOOLEAN, include_obfuscation=BOOLEAN
 )
@@ -41,7 +43,7 @@ REQUEST_FIELDS: dict[str, Field] = {
     "model": supported(STRING, "A name of the served model; may be missing or empty."),
     "stream": supported(BOOLEAN, "Send the reply as server-sent events."),
     "cache_salt": supported(
-        STRING, "1 to 128 characters; only requests with the same salt share cached prompts."
+        SALT, "1 to 128 characters; only requests with the same salt share cached prompts."
     ),
     "request_id": supported(STRING, "The request's id; overrides X-Request-Id."),
     "rid": supported(STRING, "The same as request_id."),

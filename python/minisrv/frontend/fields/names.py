@@ -94,10 +94,10 @@ class UnknownFields:
         self.counts: Counter[str] = Counter()
         self._strict = strict
 
-    def report(self, names: list[str]) -> str | None:
-        """A sentence for the client, None without names. Raises InvalidRequestError if strict."""
+    def report(self, names: list[str]) -> list[str]:
+        """Sentences for the client, none without names. Raises InvalidRequestError if strict."""
         if not names:
-            return None
+            return []
         shown = [_printable(name) for name in names]
         if self._strict:
             raise InvalidRequestError(
@@ -110,7 +110,7 @@ class UnknownFields:
             self.counts[name if name in self.counts else "*"] += 1
         num_more = len(names) - _MAX_SHOWN_NAMES
         more = f" and {num_more} more" if num_more > 0 else ""
-        return f"unknown fields ignored: {', '.join(shown[:_MAX_SHOWN_NAMES])}{more}"
+        return [f"unknown fields ignored: {', '.join(shown[:_MAX_SHOWN_NAMES])}{more}"]
 
 
 def _printable(name: str) -> str:

@@ -72,6 +72,9 @@ def check_value(value: Any, schema: Schema, path: str) -> None:
         raise _wrong(value, "one of " + ", ".join(schema["enum"]), path)
     if "minimum" in schema and not schema["minimum"] <= value <= schema["maximum"]:
         raise _wrong(value, f"from {schema['minimum']} to {schema['maximum']}", path)
+    if "minLength" in schema and not schema["minLength"] <= len(value) <= schema["maxLength"]:
+        expected = f"{schema['minLength']} to {schema['maxLength']} characters long"
+        raise _wrong(value, expected, path)
     if "items" in schema:
         _check_items(value, schema["items"], path)
     for name in schema.get("required", ()):

@@ -20,7 +20,6 @@ from minisrv.wire.messages import TokenizeMsg
 Prompt = str | Int32Array
 Messages = tuple[dict[str, Any], ...]
 
-MAX_SALT_CHARS = 128
 _MAX_TOKEN_ID = 2**31 - 1
 # Those with a check or a reading of their own are passed to `read_sampling` by name.
 _SAMPLING_NAMES = {field.name for field in fields(SamplingParams)} - {
@@ -208,16 +207,16 @@ def read_sampling(
     return sampling.with_defaults(model.defaults)
 
 
-def read_cache_salt(salt: str | None) -> str:
-    """The salt of a request, empty without one. Raises InvalidRequestError."""
-    if salt is None:
-        return ""
-    if not 0 < len(salt) <= MAX_SALT_CHARS:
-        raise InvalidRequestError(
-            f"cache_salt has {len(salt)} characters; it must have 1 to {MAX_SALT_CHARS}",
-            param="cache_salt",
-        )
-    return salt
+def read_common(fields: Mapping[str, Any], model: ModelInfo, **reply: bool) -> dict[str, Any]:
+    """What every API reads in the same way: the `model`, `cache_salt` and `reply` of a request.
+
+    reply: further ReplyOptions. Raises ModelNotFoundError.
+    """
+    return {
+        "model": served_name(fields.get("model"), model),
+        "cache_salt": fields.get("cache_salt", ""),
+        "reply": ReplyOptions(stream=fields.get("stream", False), **reply),
+    }
 
 
 def read_token_ids(ids: list[int], model: ModelInfo, path: str) -> Int32Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,32 +42,24 @@ class Runner:
     max_open_requests: int
     count_request: Callable[[RequestTimings], None]
 
-    def response(
-        self, request: GenerationRequest, renderer: Renderer, headers: Mapping[str, str]
-    ) -> Response:
+    def response(self, request: GenerationRequest, renderer: Renderer) -> Response:
         """A response that runs the request when it is sent.
 
         Raises InvalidRequestError for more choices than the server can run at once.
         """
         request.check_fits(self.max_open_requests)
-        return _GenerationResponse(self, request, renderer, headers)
+        return _GenerationResponse(self, request, renderer)
 
 
 class _GenerationResponse(Response):
     """Opens the request at the registry, sends the reply, and closes it however it ends."""
 
-    def __init__(
-        self,
-        runner: Runner,
-        request: GenerationRequest,
-        renderer: Renderer,
-        headers: Mapping[str, str],
-    ) -> None:
-        headers = dict(headers)
+    def __init__(self, runner: Runner, request: GenerationRequest, renderer: Renderer) -> None:
         if request.reply.stream:
-            headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        kind = "text/event-stream" if request.reply.stream else "application/json"
-        super().__init__(headers=headers, media_type=kind)
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            super().__init__(headers=headers, media_type="text/event-stream")
+        else:
+            super().__init__(media_type="application/json")
         del self.headers["content-length"]
         self._runner = runner
         self._registry = runner.registry
@@ -78,6 +70,7 @@ class _GenerationResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the reply. Raises MinisrvError for a failure before any output."""
         context = self._context = context_of(scope)
+        context.warnings += self._request.warnings
         self._timings = RequestTimings(self._request.num_choices, context.arrived_at)
         base = self._registry.open(self._request.num_choices, context.request_id)
         self._log_start()

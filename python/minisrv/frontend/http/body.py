@@ -1,4 +1,4 @@
-"""Reads the JSON body of a request, bounded in size, depth and time.
+"""Reads the JSON body of a request, bounded in size, depth and time, by a table of fields.
 
 Integers must fit 64 bits, other numbers must be finite doubles, keys in an object must be unique
 and strings must be Unicode. Whatever passes can be written as JSON or packed for another process.
@@ -8,36 +8,77 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
 from minisrv.errors import InvalidRequestError, RequestTooLargeError
+from minisrv.frontend.fields.names import UnknownFields
+from minisrv.frontend.fields.table import Field, Treatment, read_fields
+from minisrv.frontend.http.context import RequestContext, context_of
+
+logger = logging.getLogger("minisrv.frontend")
+
+Table = Mapping[str, Field]
+Fields = dict[str, Any]
 
 MAX_DEPTH = 64
 BODY_TIMEOUT_S = 60.0
 _MIN_INTEGER, _MAX_INTEGER = -(2**63), 2**63 - 1
 
 
-async def read_json(request: Request, max_bytes: int, *, required: bool = True) -> Any:
-    """The body's value; an empty object for a missing body that is not required.
+class BodyReader:
+    """Reads bodies up to the size limit, and reports fields that no table has.
 
-    Raises InvalidRequestError, RequestTooLargeError or ClientDisconnect.
+    count_ignored: called with the name of each field that is accepted and has no effect.
     """
-    if required:
+
+    def __init__(
+        self, max_bytes: int, unknown_fields: UnknownFields, count_ignored: Callable[[str], None]
+    ) -> None:
+        self._max_bytes = max_bytes
+        self._unknown_fields = unknown_fields
+        self._count_ignored = count_ignored
+
+    async def read(self, request: Request, table: Table, *, required: bool = True) -> Fields:
+        """The supported fields of a body. One that is not required may be missing.
+
+        Raises InvalidRequestError naming the field, RequestTooLargeError or ClientDisconnect.
+        """
+        return self._fields(await self._json(request, required), table, context_of(request.scope))
+
+    async def read_generation(self, request: Request, table: Table) -> Fields:
+        """As `read`; the body may set the request id, also for an error response."""
+        body, context = await self._json(request, required=True), context_of(request.scope)
+        context.take_id(body)
+        return self._fields(body, table, context)
+
+    async def _json(self, request: Request, required: bool) -> Any:
+        if required:
+            _check_content_type(request)
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                body = await _read_body(request, self._max_bytes)
+        except TimeoutError:
+            sentence = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
+            raise InvalidRequestError(sentence, status=408) from None
+        if not body and not required:
+            return {}
         _check_content_type(request)
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            body = await _read_body(request, max_bytes)
-    except TimeoutError:
-        sentence = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
-        raise InvalidRequestError(sentence, status=408) from None
-    if not body and not required:
-        return {}
-    _check_content_type(request)
-    return parse_json(body)
+        return parse_json(body)
+
+    def _fields(self, body: Any, table: Table, context: RequestContext) -> Fields:
+        fields, unknown = read_fields(body, table)
+        for name in body.keys() & table.keys():
+            if table[name].treatment is Treatment.IGNORED and body[name] is not None:
+                logger.debug("request field %s has no effect", name)
+                self._count_ignored(name)
+        context.warnings += self._unknown_fields.report(unknown)
+        return fields
 
 
 def parse_json(body: bytes) -> Any:

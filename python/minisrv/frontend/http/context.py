@@ -28,6 +28,7 @@ logger = logging.getLogger("minisrv.frontend")
 
 CLIENT_GONE = 499
 REQUEST_ID_HEADER = "X-Request-Id"
+WARNINGS_HEADER = "X-Minisrv-Warnings"
 _SCOPE_KEY = "minisrv.request"
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
@@ -38,7 +39,8 @@ class RequestContext:
     """error_format: of the route's API. names: what the API calls the fields of the request.
 
     send_to_client: the server's `send`, past all middlewares. They only add headers, so messages
-    after the first one may take it. log_values: end the line of the request in the log.
+    after the first one may take it. warnings: sentences for a header of a successful response.
+    log_values: end the line of the request in the log.
     """
 
     request_id: str
@@ -47,6 +49,7 @@ class RequestContext:
     names: FieldNames = NEUTRAL_NAMES
     arrived_at: float = field(default_factory=time.monotonic)
     status: int | None = None
+    warnings: list[str] = field(default_factory=list)
     log_values: dict[str, Any] = field(default_factory=dict)
 
     def take_id(self, body: Any) -> None:
@@ -110,6 +113,8 @@ class RequestContextMiddleware:
                 for name in (REQUEST_ID_HEADER, context.error_format.id_header):
                     if name is not None:
                         headers[name] = context.request_id
+                if context.warnings and message["status"] == 200:
+                    headers[WARNINGS_HEADER] = "; ".join(context.warnings)
             await send(message)
 
         try:

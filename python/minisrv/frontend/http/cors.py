@@ -10,8 +10,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.http.body_fields import WARNINGS_HEADER
-from minisrv.frontend.http.context import REQUEST_ID_HEADER
+from minisrv.frontend.http.context import REQUEST_ID_HEADER, WARNINGS_HEADER
 from minisrv.frontend.http.errors import RETRY_HEADER, ErrorResponse
 
 

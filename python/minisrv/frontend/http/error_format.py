@@ -5,27 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from minisrv.errors import MinisrvError
+from minisrv.frontend.fields.schema import INTEGER, STRING, any_of, object_of
 from minisrv.wire.messages import Failure
 
-_TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
-ERROR_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": _TEXT_OR_NULL,
-                "code": _TEXT_OR_NULL,
-                "n_prompt_tokens": {"type": "integer"},
-                "n_ctx": {"type": "integer"},
-            },
-        }
-    },
-}
+_STRING_OR_NULL = any_of(STRING, {"type": "null"})
+ERROR_SCHEMA = object_of(
+    ["error"],
+    error=object_of(
+        ["message", "type", "param", "code"],
+        message=STRING,
+        type=STRING,
+        param=_STRING_OR_NULL,
+        code=_STRING_OR_NULL,
+        n_prompt_tokens=INTEGER,
+        n_ctx=INTEGER,
+    ),
+)
 
 
 class ErrorFormat:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from minisrv.frontend.fields.schema import Schema
 from minisrv.frontend.fields.table import Field, request_schema
 from minisrv.frontend.http.error_format import ERROR_SCHEMA
 
@@ -37,9 +38,7 @@ def request_body(table: Mapping[str, Field], *, required: bool = True) -> dict[s
     return {"requestBody": {"required": required, "content": content}}
 
 
-def errors(
-    *statuses: int, schema: dict[str, Any] = ERROR_SCHEMA
-) -> dict[int | str, dict[str, Any]]:
+def errors(*statuses: int, schema: Schema = ERROR_SCHEMA) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that may send an error object with these statuses."""
     content = {"application/json": {"schema": schema}}
     return {status: {"description": "Error", "content": content} for status in statuses}

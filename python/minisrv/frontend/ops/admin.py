@@ -17,7 +17,7 @@ from minisrv.frontend.fields.names import merge_aliases
 from minisrv.frontend.fields.schema import BOOLEAN, STRING, between
 from minisrv.frontend.fields.table import Field, supported
 from minisrv.frontend.http.access import require_admin
-from minisrv.frontend.http.body_fields import BodyReader
+from minisrv.frontend.http.body import BodyReader
 from minisrv.frontend.http.openapi import errors, request_body
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.wire.messages import FlushMsg
@@ -81,9 +81,9 @@ def add_admin_routes(
     )
     async def flush_cache(request: Request) -> Response:
         """Empty the prefix cache; 400 while requests are open."""
-        fields, headers = await bodies.read(request, FLUSH_FIELDS, required=False)
+        fields = await bodies.read(request, FLUSH_FIELDS, required=False)
         num_pages = await _flush(registry, fields.get("timeout", 0))
-        return JSONResponse({"success": True, "flushed_pages": num_pages}, headers=headers)
+        return JSONResponse({"success": True, "flushed_pages": num_pages})
 
     @router.post("/abort", include_in_schema=False)
     @router.post(
@@ -93,8 +93,8 @@ def add_admin_routes(
     )
     async def abort_request(request: Request) -> Response:
         """End one request, or all; their clients get an error."""
-        fields, headers = await bodies.read(request, ABORT_FIELDS)
-        return JSONResponse({"aborted": _abort(registry, fields, reply_prefixes)}, headers=headers)
+        fields = await bodies.read(request, ABORT_FIELDS)
+        return JSONResponse({"aborted": _abort(registry, fields, reply_prefixes)})
 
     app.include_router(router)
 

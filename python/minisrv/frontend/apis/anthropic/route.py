@@ -17,7 +17,6 @@ from minisrv.frontend.apis.service import Service
 from minisrv.frontend.generation.pieces import Finish, Piece, finish_of
 from minisrv.frontend.generation.renderer import Choice, Renderer
 from minisrv.frontend.generation.usage import Usage
-from minisrv.frontend.http.body_fields import with_warnings
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
 from minisrv.frontend.http.sse import named_sse
@@ -35,13 +34,13 @@ def add_message_routes(app: FastAPI, service: Service) -> None:
     async def create_message(request: Request) -> Response:
         """Answer a conversation, in Anthropic's form."""
         model = registry.model
-        fields, headers = await bodies.read_generation(request, MESSAGES_FIELDS)
+        fields = await bodies.read_generation(request, MESSAGES_FIELDS)
         context = context_of(request.scope)
         context.names = NAMES
         chat = read_message_request(fields, model)
         show_reasoning = fields.get("thinking", {}).get("display") != "omitted"
         renderer = MessageRenderer(context.request_id, chat.model, show_reasoning=show_reasoning)
-        return service.runner.response(chat, renderer, with_warnings(headers, chat.warnings))
+        return service.runner.response(chat, renderer)
 
     @app.post(
         f"{MESSAGES_PATH}/count_tokens",
@@ -50,11 +49,11 @@ def add_message_routes(app: FastAPI, service: Service) -> None:
     )
     async def count_message_tokens(request: Request) -> Response:
         """The number of tokens in the prompt, as the template writes it."""
-        fields, headers = await bodies.read(request, COUNT_FIELDS)
+        fields = await bodies.read(request, COUNT_FIELDS)
         context_of(request.scope).names = NAMES
         prompt = read_prompt(fields, registry.model)
         answer = await service.encode(prompt)
-        return JSONResponse({"input_tokens": len(answer["ids"])}, headers=headers)
+        return JSONResponse({"input_tokens": len(answer["ids"])})
 
 
 class MessageRenderer(Renderer):

@@ -6,13 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.apis.openai.fields import Fields, read_common
-from minisrv.frontend.apis.openai.logprobs import (
-    echo_logprobs,
-    moved_logprobs,
-    read_text_logprobs,
-    text_logprobs,
-)
+from minisrv.frontend.apis.openai.fields import Fields, read_generation
+from minisrv.frontend.apis.openai.logprobs import echo_logprobs, moved_logprobs, text_logprobs
 from minisrv.frontend.apis.openai.render import NO_OPTIONS, OpenAIRenderer
 from minisrv.frontend.generation.pieces import Piece, finish_of
 from minisrv.frontend.generation.request import Prompt, TextRequest, read_token_ids
@@ -26,8 +21,8 @@ DEFAULT_MAX_TOKENS = 16
 
 def read_completion(fields: Fields, model: ModelInfo) -> TextRequest:
     """Read a completion. Raises InvalidRequestError."""
-    echo, logprobs = fields.get("echo", False), read_text_logprobs(fields)
-    common = read_common(
+    echo, logprobs = fields.get("echo", False), fields.get("logprobs")
+    common = read_generation(
         fields,
         model,
         max_tokens=fields.get("max_tokens", DEFAULT_MAX_TOKENS),

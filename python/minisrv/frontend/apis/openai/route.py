@@ -10,7 +10,6 @@ from minisrv.frontend.apis.openai.completions import CompletionRenderer, read_co
 from minisrv.frontend.apis.openai.fields import COMPLETION_FIELDS, chat_fields, field_names
 from minisrv.frontend.apis.service import Service
 from minisrv.frontend.generation.fingerprint import fingerprint
-from minisrv.frontend.http.body_fields import with_warnings
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
 
@@ -25,7 +24,7 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation."""
         model = registry.model
-        fields, headers = await bodies.read_generation(request, chat_table)
+        fields = await bodies.read_generation(request, chat_table)
         context = context_of(request.scope)
         context.names = field_names(fields)
         chat = read_chat(fields, model)
@@ -33,16 +32,16 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
         renderer = ChatRenderer(
             context.request_id, system_fingerprint, chat, config.reasoning_fields, options
         )
-        return service.runner.response(chat, renderer, with_warnings(headers, chat.warnings))
+        return service.runner.response(chat, renderer)
 
     @app.post("/v1/completions", openapi_extra=request_body(COMPLETION_FIELDS), responses=statuses)
     async def create_completion(request: Request) -> Response:
         """Continue one or more prompts."""
         model = registry.model
-        fields, headers = await bodies.read_generation(request, COMPLETION_FIELDS)
+        fields = await bodies.read_generation(request, COMPLETION_FIELDS)
         context = context_of(request.scope)
         context.names = field_names(fields)
         completion = read_completion(fields, model)
         options = fields.get("stream_options", {})
         renderer = CompletionRenderer(context.request_id, system_fingerprint, completion, options)
-        return service.runner.response(completion, renderer, headers)
+        return service.runner.response(completion, renderer)

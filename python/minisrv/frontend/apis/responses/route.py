@@ -19,7 +19,6 @@ from minisrv.frontend.generation.pieces import Piece, finish_of
 from minisrv.frontend.generation.renderer import Choice, Renderer
 from minisrv.frontend.generation.request import ChatRequest
 from minisrv.frontend.generation.usage import Usage
-from minisrv.frontend.http.body_fields import with_warnings
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
 from minisrv.frontend.http.sse import named_sse
@@ -43,25 +42,25 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
     async def create_response(request: Request) -> Response:
         """Answer a conversation, in the shape of the Responses API."""
         model = registry.model
-        fields, headers = await bodies.read_generation(request, RESPONSE_FIELDS)
+        fields = await bodies.read_generation(request, RESPONSE_FIELDS)
         context = context_of(request.scope)
         context.names = NAMES
         chat = read_response(fields, model)
         id = RESPONSE_PREFIX + context.request_id
         renderer = ResponseRenderer(id, chat.model, _echo(fields, chat))
-        return service.runner.response(chat, renderer, with_warnings(headers, chat.warnings))
+        return service.runner.response(chat, renderer)
 
     @app.post(
         "/v1/responses/input_tokens", openapi_extra=request_body(COUNT_FIELDS), responses=statuses
     )
     async def count_input_tokens(request: Request) -> Response:
         """The number of tokens in the prompt of a response."""
-        fields, headers = await bodies.read(request, COUNT_FIELDS)
+        fields = await bodies.read(request, COUNT_FIELDS)
         context_of(request.scope).names = NAMES
         prompt = read_response(fields, registry.model).prompt
         answer = await service.encode(prompt)
         body = {"object": "response.input_tokens", "input_tokens": len(answer["ids"])}
-        return JSONResponse(body, headers=headers)
+        return JSONResponse(body)
 
     _add_stored_routes(app)
 
