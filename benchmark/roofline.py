@@ -16,7 +16,7 @@ import torch
 
 from minisrv.checkpoint.model_config import ModelConfig
 from minisrv.engine.model_size import count_parameters, kv_bytes_per_token
-from minisrv.engine.parallel.shard import Partition
+from minisrv.engine.parallel.shard import Sharding
 
 ITEMSIZE = 2
 _REPETITIONS = 5
@@ -94,7 +94,7 @@ def decode_step(
     dense = parameters.matrices + parameters.head_products + parameters.vectors
     read = (dense + parameters.experts * touched) * ITEMSIZE
     flops = 2 * (parameters.layer_products + parameters.head_products) * batch
-    cache = cached_tokens * kv_bytes_per_token(model, ITEMSIZE, Partition())
+    cache = cached_tokens * kv_bytes_per_token(model, ITEMSIZE, Sharding())
     return (
         max(read / rates.bandwidth, flops / rates.flops),
         cache / rates.bandwidth,

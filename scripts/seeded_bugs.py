@@ -85,7 +85,7 @@ BUGS = [
     Bug(
         "a preemption keeps a page that is not computed",
         "scheduler/scheduler.py",
-        "        known = min(request.computed, request.num_tokens)\n",
+        "        known = min(request.num_computed, request.num_tokens)\n",
         "        known = request.num_tokens\n",
     ),
     Bug(

@@ -50,7 +50,7 @@ PURE = [
     "scheduler/scheduler.py",
     "scheduler/waiting_queue.py",
     "scheduler/request.py",
-    "scheduler/step.py",
+    "scheduler/step_plan.py",
     "structured_output/matcher.py",
     "kvcache/page_pool.py",
     "kvcache/radix_tree.py",

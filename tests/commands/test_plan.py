@@ -22,7 +22,7 @@ from minisrv.commands.plan import Deployment, advise, fits, make_plan
 from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
 from minisrv.engine.model_size import count_parameters
-from minisrv.engine.parallel.shard import Partition
+from minisrv.engine.parallel.shard import Sharding
 from minisrv.errors import ConfigError
 from tests.support.checkpoints import ARCHITECTURES, make_checkpoint
 
@@ -81,8 +81,8 @@ def test_the_engine_takes_the_planned_bytes(
     config = ServerConfig(model=str(path), load_format="dummy", num_pages=4, num_threads=1)
     engine = Engine(config, path, model)
     planned = make_plan(Deployment(model, config, 2**34))
-    assert engine._plan.weights == planned.weights
-    assert engine._plan.page_bytes == planned.page_bytes
+    assert engine.memory_plan.weights == planned.weights
+    assert engine.memory_plan.page_bytes == planned.page_bytes
 
 
 @pytest.mark.parametrize("directory", MODELS, ids=lambda path: path.name)
@@ -90,7 +90,7 @@ def test_the_engine_takes_the_planned_bytes(
 def test_ranks_share_all_but_norms_routers_and_repeated_heads(directory: Path, tp: int) -> None:
     model = load_model_config(directory)
     whole = count_parameters(model)
-    ranks = [count_parameters(model, Partition(rank, tp)) for rank in range(tp)]
+    ranks = [count_parameters(model, Sharding(rank, tp)) for rank in range(tp)]
     assert sum(rank.embedding for rank in ranks) == whole.embedding
     assert sum(rank.experts for rank in ranks) == whole.experts
     assert {rank.vectors for rank in ranks} == {whole.vectors}

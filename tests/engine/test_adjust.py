@@ -15,7 +15,7 @@ VOCAB = 50
 PROMPT, OUTPUT = [3, 4, 4, 9], [9, 11, 11, 12]
 
 
-def make_extras(
+def make_penalties(
     prompt: list[int] | None = None, output: list[int] | None = None, **columns: Any
 ) -> Penalties:
     """Sample 1 of a step, in row 5; it begins there when `prompt` is given."""
@@ -52,14 +52,14 @@ def adjusted(adjuster: LogitAdjuster, penalties: Penalties) -> torch.Tensor:
 
 def test_the_repetition_penalty_is_that_of_transformers_over_prompt_and_output() -> None:
     for penalty in (0.6, 1.3, 2.0):
-        ours = adjusted(LogitAdjuster(), make_extras(PROMPT, OUTPUT, repetition=penalty))
+        ours = adjusted(LogitAdjuster(), make_penalties(PROMPT, OUTPUT, repetition=penalty))
         ids = torch.tensor([PROMPT + OUTPUT])
         theirs = RepetitionPenaltyLogitsProcessor(penalty)(ids, random_logits()[1:2])[0]
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 def test_the_bias_is_that_of_transformers() -> None:
-    ours = adjusted(LogitAdjuster(), make_extras([], bias={7: 5.5, 9: -100.0}))
+    ours = adjusted(LogitAdjuster(), make_penalties([], bias={7: 5.5, 9: -100.0}))
     ids = torch.tensor([PROMPT])
     processor = SequenceBiasLogitsProcessor([[[7], 5.5], [[9], -100.0]])
     theirs = processor(ids, random_logits()[1:2])[0]
@@ -67,7 +67,7 @@ def test_the_bias_is_that_of_transformers() -> None:
 
 
 def test_presence_and_frequency_follow_the_published_formula_over_the_output_alone() -> None:
-    ours = adjusted(LogitAdjuster(), make_extras(PROMPT, OUTPUT, presence=0.7, frequency=-0.4))
+    ours = adjusted(LogitAdjuster(), make_penalties(PROMPT, OUTPUT, presence=0.7, frequency=-0.4))
     expected = random_logits()[1].double()
     for token in range(VOCAB):  # mu[j] -> mu[j] - c[j] * frequency - float(c[j] > 0) * presence
         count = OUTPUT.count(token)
@@ -77,7 +77,7 @@ def test_presence_and_frequency_follow_the_published_formula_over_the_output_alo
 
 def test_all_together_apply_in_the_stated_order() -> None:
     case = {"repetition": 1.5, "presence": 0.5, "frequency": 0.25, "bias": {9: 2.0}}
-    ours = adjusted(LogitAdjuster(), make_extras(PROMPT, OUTPUT, **case))
+    ours = adjusted(LogitAdjuster(), make_penalties(PROMPT, OUTPUT, **case))
     ids = torch.tensor([PROMPT + OUTPUT])
     expected = RepetitionPenaltyLogitsProcessor(1.5)(ids, random_logits()[1:2])[0]
     for token in set(OUTPUT):
@@ -89,15 +89,15 @@ def test_all_together_apply_in_the_stated_order() -> None:
 def test_drawn_tokens_count_as_tokens_that_were_brought() -> None:
     case = {"repetition": 1.5, "presence": 0.5, "frequency": 0.25}
     stepwise = LogitAdjuster()
-    stepwise.adjust_(random_logits(), make_extras(PROMPT, [], **case))
+    stepwise.adjust_(random_logits(), make_penalties(PROMPT, [], **case))
     for token in OUTPUT:
-        stepwise.take(torch.tensor([0, token, 1]), make_extras(**case))
-    brought = adjusted(LogitAdjuster(), make_extras(PROMPT, OUTPUT, **case))
-    assert torch.equal(adjusted(stepwise, make_extras(**case)), brought)
+        stepwise.count_tokens(torch.tensor([0, token, 1]), make_penalties(**case))
+    brought = adjusted(LogitAdjuster(), make_penalties(PROMPT, OUTPUT, **case))
+    assert torch.equal(adjusted(stepwise, make_penalties(**case)), brought)
 
 
 def test_a_row_that_begins_again_forgets_its_last_request() -> None:
     adjuster = LogitAdjuster()
-    adjuster.adjust_(random_logits(), make_extras(PROMPT, OUTPUT, presence=1.0))
-    ours = adjusted(adjuster, make_extras([1], [], presence=1.0))
+    adjuster.adjust_(random_logits(), make_penalties(PROMPT, OUTPUT, presence=1.0))
+    ours = adjusted(adjuster, make_penalties([1], [], presence=1.0))
     assert torch.equal(ours, random_logits()[1])

@@ -220,7 +220,7 @@ def test_a_page_of_another_sequence_serves_as_a_prefix(llama: Engine) -> None:
     driver.run(prefills=[(owner, ids[:32])], samples=[])
     sharer.pages, sharer.num_computed = owner.pages[:2], 32
     for column, page in enumerate(sharer.pages):
-        llama._step._page_table.pages[sharer.row, column] = page
+        llama._rank_0.runner._page_table.pages[sharer.row, column] = page
     tokens = driver.run(prefills=[(sharer, ids[32:])])
     while len(tokens) < 6:
         tokens += driver.run(decodes=[sharer])
@@ -241,7 +241,9 @@ def test_decodes_that_share_a_prefix_have_the_logits_of_transformers(
         if sequence is not sequences[0]:
             sequence.pages = sequences[0].pages[: prefix_len // 16]
             sequence.num_computed = prefix_len
-            engine._step._page_table.pages[sequence.row, : prefix_len // 16] = sequence.pages
+            engine._rank_0.runner._page_table.pages[sequence.row, : prefix_len // 16] = (
+                sequence.pages
+            )
         tokens += driver.run(prefills=[(sequence, text[prefix_len:])])
     ours = driver.logits(decodes=sequences)
     expected = [oracle_logits(model, [*text, tokens[i]])[-1] for i, text in enumerate(texts)]

@@ -100,7 +100,7 @@ class Ours:
         plan = self.attention.plan_for_graph if padded_to else self.attention.plan
         plan(step)
         expand(self.tensors, self.limits, step.num_decodes + step.num_prefills)
-        self.buffer.done()
+        self.buffer.mark_launched()
 
 
 def make_table(pool: KVPool, rng: np.random.Generator) -> PageTable:

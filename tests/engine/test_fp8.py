@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minisrv.checkpoint.model_config import Fp8Config, load_model_config
-from minisrv.engine.parallel.shard import Cut
+from minisrv.engine.parallel.shard import Shard
 from minisrv.engine.weights import CheckpointWeights
 from minisrv.errors import ConfigError, UnsupportedModelError
 from tests.support.checkpoints import make_checkpoint
@@ -92,18 +92,18 @@ def test_logits_are_those_of_the_dequantized_model(
 
 
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
-@pytest.mark.parametrize("cut", [Cut(0, 50, 30), Cut(1, 17, 33)])
+@pytest.mark.parametrize("shard", [Shard(0, 50, 30), Shard(1, 17, 33)])
 def test_a_part_of_a_matrix_is_scaled_as_in_the_whole(
-    tmp_path: Path, scheme: str, cut: Cut
+    tmp_path: Path, scheme: str, shard: Shard
 ) -> None:
     quantized, _ = write_pair(tmp_path, "llama", scheme)
     weights = CheckpointWeights(
         quantized, dtype=torch.float32, device=torch.device("cpu"), fp8=Fp8Config(BLOCK)
     )
     name = "model.layers.0.mlp.gate_proj.weight"
-    whole = weights.take(name, (128, 64))
-    part = weights.take(name, (128, 64), cut)
-    assert torch.equal(part, whole.narrow(cut.dim, cut.start, cut.length))
+    whole = weights.load_tensor(name, (128, 64))
+    part = weights.load_tensor(name, (128, 64), shard)
+    assert torch.equal(part, whole.narrow(shard.dim, shard.start, shard.length))
 
 
 def test_the_type_to_compute_in_is_that_of_the_plain_tensors(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_scale_that_is_missing_fits_nothing_or_is_not_announced_is_an_error(
     with pytest.raises(ConfigError, match=rf"lacks {scale}"):
         open_engine(quantized)
     edit_config(quantized, quantization_config=None)
-    with pytest.raises(ConfigError, match="no quantization_config that says how"):
+    with pytest.raises(ConfigError, match="no quantization_config for it"):
         open_engine(quantized)
 
 

@@ -191,5 +191,5 @@ def test_scales_of_the_cache_in_a_checkpoint_are_left_with_one_warning(
         assert "k_scale" not in caplog.text
         open_engine(path, kv_cache_dtype="fp8")
     assert [r.getMessage() for r in caplog.records if "k_scale" in r.getMessage()] == [
-        "the checkpoint's k_scale and v_scale are not used: the FP8 cache has 1"
+        "ignoring the checkpoint's k_scale and v_scale: the FP8 cache uses a scale of 1"
     ]

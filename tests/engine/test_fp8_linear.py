@@ -15,8 +15,8 @@ from minisrv.checkpoint.model_config import Fp8Config
 from minisrv.config import ServerConfig
 from minisrv.engine import backends, fp8
 from minisrv.engine.layers.fp8_linear import Fp8Linear, can_multiply
-from minisrv.engine.layers.linear import Linear, Projection, load_linear, load_partial_linear
-from minisrv.engine.parallel.shard import Cut, Partition
+from minisrv.engine.layers.linear import Linear, Projection, load_linear, load_row_parallel_linear
+from minisrv.engine.parallel.shard import Shard, Sharding
 from minisrv.engine.weights import CheckpointWeights
 from tests.engine.test_fp8 import quantize, write_pair
 from tests.support.step_driver import StepDriver, open_engine
@@ -107,9 +107,11 @@ def test_the_ranks_have_the_parts_of_the_product(
     path, plain = projections
     x, columns, total = torch.randn(5, 96), [], torch.zeros(5, 64)
     for rank in range(size):
-        partition = Partition(rank, size)
-        rows = load_linear(open_weights(path), [Projection("q", 64, partition.even(64, 0))], 96)
-        part = load_partial_linear(open_weights(path), "q", 96, 64, False, partition)
+        sharding = Sharding(rank, size)
+        rows = load_linear(
+            open_weights(path), [Projection("q", 64, sharding.even_shard(64, 0))], 96
+        )
+        part = load_row_parallel_linear(open_weights(path), "q", 96, 64, False, sharding)
         assert isinstance(rows, Fp8Linear)
         assert isinstance(part, Fp8Linear) == (96 // size % 16 == 0)
         columns.append(rows(x))
@@ -135,7 +137,7 @@ def test_what_has_no_product_is_dequantized(tmp_path: Path) -> None:
 
 
 def logits(path: Path, kept: bool, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    monkeypatch.setattr("minisrv.engine.engine.keeps_fp8", lambda *args: kept)
+    monkeypatch.setattr("minisrv.engine.rank_engine.keeps_fp8", lambda *args: kept)
     engine = open_engine(path)
     assert engine.placement.endswith("FP8 products" if kept else "dequantized from FP8")
     driver = StepDriver(engine)
@@ -177,18 +179,18 @@ def test_logits_are_near_those_of_the_dequantized_model(
 
 
 @pytest.mark.parametrize(
-    ("inputs", "block", "cut", "group"),
+    ("inputs", "block", "shard", "group"),
     [
         (512, 128, None, 128),
-        (512, 128, Cut(1, 256, 256), 128),
-        (768, 128, Cut(1, 192, 192), 64),
-        (768, 128, Cut(1, 0, 192), 128),
-        (768, 128, Cut(0, 30, 50), 128),
-        (500, 128, Cut(1, 416, 84), 32),
+        (512, 128, Shard(1, 256, 256), 128),
+        (768, 128, Shard(1, 192, 192), 64),
+        (768, 128, Shard(1, 0, 192), 128),
+        (768, 128, Shard(0, 30, 50), 128),
+        (500, 128, Shard(1, 416, 84), 32),
     ],
 )
 def test_a_part_that_begins_within_a_block_has_smaller_groups(
-    inputs: int, block: int, cut: Cut | None, group: int
+    inputs: int, block: int, shard: Shard | None, group: int
 ) -> None:
     torch.manual_seed(0)
     stored = torch.randn(100, inputs).to(torch.float8_e4m3fn)
@@ -198,9 +200,9 @@ def test_a_part_that_begins_within_a_block_has_smaller_groups(
         * scale.repeat_interleave(48, 0)[:100].repeat_interleave(block, 1)[:, :inputs]
     )
     part, expected = stored, whole
-    if cut is not None:
-        part, expected = (x.narrow(cut.dim, cut.start, cut.length) for x in (stored, whole))
-    read = fp8.read_matrix("w", part, scale, (100, inputs), cut, Fp8Config((48, block)))
+    if shard is not None:
+        part, expected = (x.narrow(shard.dim, shard.start, shard.length) for x in (stored, whole))
+    read = fp8.read_matrix("w", part, scale, (100, inputs), shard, Fp8Config((48, block)))
     assert read.group == group
     assert can_multiply(read)
     assert torch.equal(read.dequantized(), expected)

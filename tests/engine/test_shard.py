@@ -11,7 +11,7 @@ import pytest
 from minisrv.checkpoint.model_config import ModelConfig, MoeConfig, RopeConfig
 from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.engine.parallel.plan_pipe import encode_plan, read_plans
-from minisrv.engine.parallel.shard import Partition, check_divisible
+from minisrv.engine.parallel.shard import Sharding, check_divisible
 from minisrv.errors import ConfigError
 from tests.support.step_driver import sampling_columns
 
@@ -33,11 +33,11 @@ CONFIG = ModelConfig(
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8, 1001])
 def test_the_vocabulary_is_cut_without_gap_or_overlap(size: int) -> None:
-    cuts = [Partition(rank, size).vocab(1001) for rank in range(size)]
-    rows = [row for cut in cuts for row in range(cut.start, cut.start + cut.length)]
+    shards = [Sharding(rank, size).vocab(1001) for rank in range(size)]
+    rows = [row for shard in shards for row in range(shard.start, shard.start + shard.length)]
     assert rows == list(range(1001))
-    assert max(cut.length for cut in cuts) == -(-1001 // size)
-    assert min(cut.length for cut in cuts) >= 1001 // size
+    assert max(shard.length for shard in shards) == -(-1001 // size)
+    assert min(shard.length for shard in shards) >= 1001 // size
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
@@ -45,8 +45,8 @@ def test_query_heads_are_on_the_rank_of_their_key_head(size: int) -> None:
     group = CONFIG.num_heads // CONFIG.num_kv_heads
     seen = []
     for rank in range(size):
-        partition = Partition(rank, size)
-        q, kv = partition.query_heads(CONFIG), partition.kv_heads(CONFIG)
+        sharding = Sharding(rank, size)
+        q, kv = sharding.query_heads(CONFIG), sharding.kv_heads(CONFIG)
         local_group = q.length // kv.length
         for i in range(q.length):
             assert (q.start + i) // group == kv.start + i // local_group

@@ -118,7 +118,7 @@ def check_random_steps(expand: Any, seed: int, page_size: int) -> None:
         expand(tensors, limits, step.num_decodes + step.num_prefills)
         padded = max(0, padded_to - batch.rows.size)
         check(step.num_decodes + step.num_prefills, padded, batch, table, tensors)
-        buffer.done()
+        buffer.mark_launched()
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16, 64])
@@ -150,7 +150,7 @@ def test_more_suppressed_ids_than_there_is_room_for_are_left_to_the_step() -> No
     pairs = [(0, i) for i in range(limits.num_suppressed + 1)]
     columns = sampling_columns(len(batch.sample_indices), suppress=pairs)
     step = StepBuffer(limits, tensors).send(replace(batch, sampling=columns))
-    assert step.suppressed_beyond
+    assert step.suppress_overflow
     assert int(tensors.words["num_suppressed"]) == 0
 
 
@@ -161,7 +161,7 @@ def test_a_host_buffer_is_not_written_again_before_three_steps_are_over() -> Non
     for _ in range(9):
         step = buffer.send(random_step(rng, PageTable(NUM_ROWS, MAX_LEN, 4), 0))
         used.append(step.host.words.data_ptr())
-        buffer.done()
+        buffer.mark_launched()
     assert all(len(set(used[i : i + 3])) == 3 for i in range(7))
 
 

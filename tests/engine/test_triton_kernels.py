@@ -99,20 +99,22 @@ from minisrv.engine import fp8
 from minisrv.engine.kernels import triton_fp8
 from minisrv.engine.layers.fp8_linear import Fp8Linear, can_multiply
 from minisrv.checkpoint.model_config import Fp8Config
-from minisrv.engine.parallel.shard import Cut
+from minisrv.engine.parallel.shard import Shard
 
 torch.manual_seed(0)
-for num_tokens, outputs, inputs, block, cut in (
+for num_tokens, outputs, inputs, block, shard in (
     (1, 100, 256, (48, 128), None),
     (5, 64, 200, (64, 64), None),
-    (40, 100, 384, (128, 128), Cut(1, 192, 192)),
-    (5, 300, 512, (128, 256), Cut(0, 30, 200)),
+    (40, 100, 384, (128, 128), Shard(1, 192, 192)),
+    (5, 300, 512, (128, 256), Shard(0, 30, 200)),
     (150, 140, 96, (32, 32), None),
 ):
     stored = torch.randn(outputs, inputs).to(torch.float8_e4m3fn)
     scale = torch.rand(-(-outputs // block[0]), -(-inputs // block[1])) * 0.01
-    part = stored if cut is None else stored.narrow(cut.dim, cut.start, cut.length).contiguous()
-    matrix = fp8.read_matrix("w", part, scale, stored.shape, cut, Fp8Config(block))
+    part = stored
+    if shard is not None:
+        part = stored.narrow(shard.dim, shard.start, shard.length).contiguous()
+    matrix = fp8.read_matrix("w", part, scale, stored.shape, shard, Fp8Config(block))
     assert can_multiply(matrix)
     matrix = fp8.join([matrix, matrix])
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
@@ -221,7 +223,7 @@ for pointer, dtype in DTYPES.items():
     check(triton_sample._score_blocks, given, sizes, blocks, num_warps=8)
     spare = triton_sample._SPARE_BITS[dtype]
     more = {**blocks, "BLOCKS": 64, "SPARE_BITS": spare}
-    check(triton_sample._take_best, {**given, "out": "*i64"}, sizes, more, num_warps=16)
+    check(triton_sample._pick_best, {**given, "out": "*i64"}, sizes, more, num_warps=16)
     pairs = {"logits": pointer, "samples": "*i32", "ids": "*i32", "count": "*i32"}
     check(triton_sample._suppress, pairs, ("row_stride",), {"BLOCK": 256})
 

@@ -126,9 +126,9 @@ def test_they_are_right_in_the_step_that_is_made_for_a_gpu(
     tmp_path: Path, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("flashinfer")
-    from tests.support.device_parts import use_device_step
+    from tests.support.device_parts import use_device_runner
 
-    repeat = use_device_step(monkeypatch)
+    repeat = use_device_runner(monkeypatch)
     model_dir = make_checkpoint(tmp_path, "qwen3")
     options = {"num_pages": 36, "max_prefill_tokens": 32, "overlap_depth": 1, "device": "cpu"}
     assert check_served(model_dir, greedy=True, cuda_graph_max_bs=largest, **options) > 0
@@ -175,4 +175,4 @@ def test_steps_without_them_ask_the_engine_for_nothing(tmp_path: Path) -> None:
         llm._loop.engine.launch = lambda batch: (batches.append(batch), launch(batch))[1]
         llm.generate_outputs([[1, 2, 3]], max_tokens=4, use_tqdm=False)
     assert batches
-    assert all(b.logprobs is None and not b.scored_tokens.size for b in batches)
+    assert all(b.logprobs is None and not b.prompt_logprob_tokens.size for b in batches)

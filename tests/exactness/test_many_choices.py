@@ -53,7 +53,7 @@ def send(llm: LLM, params: SamplingParams) -> int:
 
 
 def pages_in_use(loop: SchedulerLoop) -> int:
-    return loop.stats.message(loop.scheduler, 0).pages_used
+    return loop.stats.make_message(loop.scheduler).pages_used
 
 
 def collect(llm: LLM, first_uid: int, tokens: list[list[int]], ends: dict[int, Finish]) -> None:
@@ -102,7 +102,7 @@ def test_the_prompt_is_computed_and_kept_once(
         assert tokens == texts
         # All choices have the first SHARED pages in common, and one or two of their own.
         assert most_pages <= SHARED + min(N, rows) * 2
-        stats = loop.stats.message(loop.scheduler, 0)
+        stats = loop.stats.make_message(loop.scheduler)
         tails = LENGTH + (N - 1) * (LENGTH - SHARED * PAGE)
         dropped = min(N, rows) if depth else 0
         decoded = stats.step_tokens.total - tails

@@ -103,10 +103,10 @@ def test_the_death_of_a_rank_is_an_error_that_names_it() -> None:
 def test_what_one_rank_refuses_is_the_error_of_all(tmp_path: Path) -> None:
     model_dir = make_checkpoint(tmp_path, "llama")
     (model_dir / "model.safetensors").write_bytes(b"nothing of use")
-    with pytest.raises(ConfigError, match="not a whole safetensors file"):
+    with pytest.raises(ConfigError, match="not a valid safetensors file"):
         LLM(model_dir, tp=2)
 
 
 def test_a_model_that_cannot_be_split_is_refused_with_what_can(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--tp is 3; .*runs with --tp 1, 2, 4$"):
+    with pytest.raises(ConfigError, match=r"--tp is 3; .*supports --tp 1, 2, 4$"):
         LLM(make_checkpoint(tmp_path, "llama"), tp=3)

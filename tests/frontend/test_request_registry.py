@@ -17,10 +17,10 @@ from minisrv.errors import (
     OverloadedError,
     RequestFailedError,
 )
-from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.open_request import RequestAborted
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.sampling_params import SamplingParams
+from minisrv.wire.events import Event
 from minisrv.wire.messages import AbortMsg, Failure, Finish, TokenizeMsg, failure_reply
 from tests.support.http_server import MODEL
 from tests.support.scripted_backend import reply, start_of

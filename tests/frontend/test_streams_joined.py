@@ -21,9 +21,9 @@ from minisrv.frontend.apis.openai.chat import ChatRenderer
 from minisrv.frontend.app import create_app
 from minisrv.frontend.generation.choice_reader import ChoiceReader
 from minisrv.frontend.generation.request import ChatPrompt, ChatRequest
-from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.sampling_params import SamplingParams
+from minisrv.wire.events import Event
 from minisrv.wire.messages import Finish
 from tests.support.cut_model import CutModel
 from tests.support.played_model import TEMPLATES

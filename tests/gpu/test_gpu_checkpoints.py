@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
-from minisrv.engine.step_runner import HostStep
+from minisrv.engine.host_runner import HostRunner
 from minisrv.scheduler.build import build_loop
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.loop import SchedulerLoop
@@ -166,7 +166,7 @@ def test_what_flashinfer_lacks_is_served_by_torch_with_one_warning(
         loop = make_loop(path, dtype=dtype)
     assert [lacking in message for message in caplog.messages] == [True]
     assert isinstance(loop.engine, Engine)
-    assert isinstance(loop.engine._step, HostStep)
+    assert isinstance(loop.engine._rank_0.runner, HostRunner)
     model = load(path, torch.float32)
     prompts = make_prompts(8, model.config.vocab_size, longest=200)
     expected = [greedy(model, prompt) for prompt in prompts]

@@ -81,7 +81,7 @@ class CacheMachine(RuleBasedStateMachine):
             uids = self.open_uids()
             self.abort(uids if what == "disconnect" else [data.draw(st.sampled_from(uids))])
         elif self.scheduler.running:
-            self.scheduler._preempt(data.draw(st.sampled_from(self.scheduler.running)))
+            self.scheduler._preempt(data.draw(st.sampled_from(self.scheduler.running)), now=0.0)
 
     def abort(self, uids: list[int]) -> None:
         self.aborted.update(uids)

@@ -108,6 +108,6 @@ def test_a_tokenizer_that_cannot_be_used_says_why() -> None:
 def test_a_rule_that_never_ends_is_told_in_words_of_ours() -> None:
     for text in ("root ::= root", "start: s\ns: s s"):
         with pytest.raises(
-            InvalidRequestError, match=r"no text fits it, as when a rule never ends$"
+            InvalidRequestError, match=r"no text matches it; a rule may be infinitely recursive$"
         ):
             demo_vocabulary().compile(to_source(Grammar.lark(text)))

@@ -1,4 +1,4 @@
-"""Short ways to make what many tests need."""
+"""Builders of what many tests need, with defaults for what does not matter."""
 
 from __future__ import annotations
 
@@ -37,34 +37,44 @@ def generate_msg(
     )
 
 
-def hash_loop(
+def make_scheduler(
     *,
     num_pages: int = 16,
     page_size: int = 2,
     num_rows: int = 4,
     budget: int = 8,
-    depth: int = 0,
     radix_cache: bool = True,
-    vocab_size: int = 50,
     eos_ids: Sequence[int] = (),
-    compiler: GrammarCompiler | None = None,
-) -> SchedulerLoop:
-    """The real loop and scheduler on a hash engine, driven by hand with `turn`."""
-    max_seq_len = num_pages * page_size
-    engine = HashEngine(
-        num_pages=num_pages,
-        page_size=page_size,
-        num_rows=num_rows,
-        max_seq_len=max_seq_len,
-        vocab_size=vocab_size,
-        lazy=depth == 1,
-    )
-    scheduler = Scheduler(
+) -> Scheduler:
+    """A scheduler whose context is what its cache holds."""
+    return Scheduler(
         KVCacheManager(num_pages, num_rows, page_size, radix_cache=radix_cache),
-        max_seq_len=max_seq_len,
+        max_seq_len=num_pages * page_size,
         max_prefill_tokens=budget,
         eos_ids=eos_ids,
         new_seed=lambda: 0,
+    )
+
+
+def hash_loop(
+    *,
+    depth: int = 0,
+    vocab_size: int = 50,
+    compiler: GrammarCompiler | None = None,
+    **options: Any,
+) -> SchedulerLoop:
+    """The real loop and scheduler on a hash engine, driven by hand with `turn`.
+
+    options: those of `make_scheduler`.
+    """
+    scheduler = make_scheduler(**options)
+    engine = HashEngine(
+        num_pages=scheduler.cache.pages.size,
+        page_size=scheduler.cache.page_size,
+        num_rows=scheduler.cache.rows.size,
+        max_seq_len=scheduler.max_seq_len,
+        vocab_size=vocab_size,
+        lazy=depth == 1,
     )
     return SchedulerLoop(scheduler, engine, LocalChannel(), depth, compiler)
 

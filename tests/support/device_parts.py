@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from minisrv.config import ServerConfig
-from minisrv.engine import engine
-from minisrv.engine.device_step import DeviceKernels
+from minisrv.engine import rank_engine
+from minisrv.engine.device_runner import DeviceKernels
 from minisrv.engine.forward_batch import SamplingColumns
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
@@ -87,7 +87,7 @@ def sample_by_torch(logits_SV: torch.Tensor, columns: DeviceColumns, out_S: torc
     return out_S.copy_(sample(logits_SV, host, positions, TorchKernels()))
 
 
-def use_device_step(monkeypatch: pytest.MonkeyPatch) -> Repeat:
+def use_device_runner(monkeypatch: pytest.MonkeyPatch) -> Repeat:
     """Have engines on the CPU compute their steps as on a GPU."""
     import flashinfer
 
@@ -100,9 +100,11 @@ def use_device_step(monkeypatch: pytest.MonkeyPatch) -> Repeat:
         return TorchKernels(), FlashInferAttention(pool, num_heads)
 
     repeat = Repeat()
-    monkeypatch.setattr(engine, "choose_backends", choose_backends)
-    monkeypatch.setattr(engine, "device_kernels", lambda: DeviceKernels(expand, sample_by_torch))
-    monkeypatch.setattr(engine, "new_recorder", lambda: repeat)
+    monkeypatch.setattr(rank_engine, "choose_backends", choose_backends)
+    monkeypatch.setattr(
+        rank_engine, "device_kernels", lambda: DeviceKernels(expand, sample_by_torch)
+    )
+    monkeypatch.setattr(rank_engine, "new_recorder", lambda: repeat)
     return repeat
 
 

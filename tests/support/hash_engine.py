@@ -166,11 +166,11 @@ class HashEngine:
         """Of what was asked for; the likeliest tokens are always 0, 1, 2 and so on."""
         columns = batch.logprobs
         if columns is None:
-            assert not batch.scored_tokens.size
+            assert not batch.prompt_logprob_tokens.size
             return None
         samples = columns.samples.tolist()
         asked = [(states[batch.sample_indices[i]], int(tokens[i])) for i in samples]
-        scored = zip(batch.scored_tokens.tolist(), columns.prompt_ids.tolist(), strict=True)
+        scored = zip(batch.prompt_logprob_tokens.tolist(), columns.prompt_ids.tolist(), strict=True)
         asked += [(token_states[place], following) for place, following in scored]
         num_top = min(columns.num_top, self.vocab_size)
         top = [[logprob(state, id) for id in range(num_top)] for state, _ in asked]

@@ -30,7 +30,7 @@ from minisrv.engine.model_size import (
     kv_bytes_per_token,
     widest_layer,
 )
-from minisrv.engine.parallel.shard import Partition, check_divisible
+from minisrv.engine.parallel.shard import Sharding, check_divisible
 from minisrv.errors import ConfigError, MinisrvError
 
 CONTEXT_BYTES = 512 * 2**20  # taken by the driver and the libraries' kernels
@@ -54,9 +54,9 @@ class Deployment:
         return (self.model.dtype or "bfloat16") if given == "auto" else given
 
     @property
-    def partition(self) -> Partition:
-        """That of the last rank, which has the largest part of the vocabulary."""
-        return Partition(self.config.tp - 1, self.config.tp)
+    def partition(self) -> Sharding:
+        """The last rank, whose share of the vocabulary is the largest."""
+        return Sharding(self.config.tp - 1, self.config.tp)
 
     @property
     def parameters(self) -> Parameters:

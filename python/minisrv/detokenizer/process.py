@@ -13,7 +13,6 @@ from minisrv.wire.sockets import Inbox, Outbox
 
 
 def main() -> None:
-    """Be the detokenizer process."""
     run_child("detokenizer", _serve)
 
 

@@ -1,4 +1,4 @@
-"""Which implementations of operators and attention suit the device, the type and the options."""
+"""Selects operators and attention by device, dtype and options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minisrv.engine.attention.cpu import CpuAttention
 from minisrv.engine.attention.flashinfer import FlashInferAttention
 from minisrv.engine.attention.torch_native import TorchNativeAttention
 from minisrv.engine.cuda_graph import CudaGraphRecorder, Recorder
-from minisrv.engine.device_step import DeviceKernels
+from minisrv.engine.device_runner import DeviceKernels
 from minisrv.engine.kernels.base import Kernels
 from minisrv.engine.kernels.cpu import ATTENTION_HEAD_DIMS, load_cpu_kernels
 from minisrv.engine.kernels.torch_native import TorchKernels
@@ -30,16 +30,18 @@ logger = logging.getLogger("minisrv.engine")
 def choose_backends(
     config: ServerConfig, pool: KVPool, num_heads: int
 ) -> tuple[Kernels, AttentionBackend | FlashInferAttention]:
-    """The fastest that can be used, with a warning where one is missing.
+    """The fastest available ones; logs a warning when falling back to torch.
 
     num_heads: query heads of this rank. Raises ConfigError for FlashInfer on a CPU.
     """
     if pool.device.type == "cuda":
         return _cuda_backends(config, pool, num_heads)
     if config.attention_backend == "flashinfer":
-        raise ConfigError("--attention-backend flashinfer needs a GPU; the device here is a CPU")
+        raise ConfigError("--attention-backend flashinfer requires a GPU, but the device is a CPU")
     if pool.stored_dtype is not pool.dtype:
-        logger.warning("with an FP8 cache on a CPU torch's operators are used, which are slower")
+        logger.warning(
+            "using torch's operators, which are slower: there are none for an FP8 cache on a CPU"
+        )
         return TorchKernels(), TorchNativeAttention(pool)
     compiled = load_cpu_kernels(pool.dtype) if config.kernels == "auto" else None
     kernels: Kernels = compiled or TorchKernels()
@@ -49,7 +51,7 @@ def choose_backends(
 
 
 def device_kernels() -> DeviceKernels:
-    """What FlashInfer's steps need beside it. Raises ImportError where triton is not installed."""
+    """The Triton kernels of a DeviceRunner. Raises ImportError if triton is not installed."""
     from minisrv.engine.kernels.triton_expand import expand
     from minisrv.engine.kernels.triton_sample import sample_on_device
 
@@ -57,21 +59,23 @@ def device_kernels() -> DeviceKernels:
 
 
 def new_recorder() -> Recorder:
-    """What records the decode steps of one model."""
+    """Called once per model, as its graphs share memory."""
     return CudaGraphRecorder()
 
 
 def cache_dtype(config: ServerConfig, weights: Weights) -> torch.dtype:
-    """The type of keys and values in the cache, with a warning where their scales are not used."""
+    """The dtype of the KV cache; logs a warning if the checkpoint's scales for it are ignored."""
     if config.kv_cache_dtype == "auto":
         return weights.dtype
     if weights.has_cache_scales:
-        logger.warning("the checkpoint's k_scale and v_scale are not used: the FP8 cache has 1")
+        logger.warning(
+            "ignoring the checkpoint's k_scale and v_scale: the FP8 cache uses a scale of 1"
+        )
     return torch.float8_e4m3fn
 
 
 def keeps_fp8(config: ServerConfig, device: torch.device, dtype: torch.dtype | None) -> bool:
-    """Whether FP8 weights are multiplied as they are; else they are dequantized."""
+    """Whether FP8 weights are multiplied as FP8; otherwise they are dequantized on loading."""
     return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= (8, 9)
@@ -84,7 +88,7 @@ def keeps_fp8(config: ServerConfig, device: torch.device, dtype: torch.dtype | N
 def _cuda_backends(
     config: ServerConfig, pool: KVPool, num_heads: int
 ) -> tuple[Kernels, AttentionBackend | FlashInferAttention]:
-    """FlashInfer's, or torch's where it lacks the type or the heads: one warning says which."""
+    """FlashInfer's, or torch's if FlashInfer lacks the dtype or head size, with one warning."""
     kernels, no_kernels = _cuda_kernels(pool) if config.kernels == "auto" else (None, None)
     attention, no_attention = None, None
     if config.attention_backend != "torch_native":
@@ -93,17 +97,17 @@ def _cuda_backends(
     if lacking:
         parts = ["attention"] * bool(no_attention) + ["operators"] * bool(no_kernels)
         logger.warning(
-            "torch's %s are used, which are slower: %s", " and ".join(parts), "; ".join(lacking)
+            "using torch's %s, which is slower: %s", " and ".join(parts), "; ".join(lacking)
         )
     return kernels or TorchKernels(), attention or TorchNativeAttention(pool)
 
 
 def _cuda_kernels(pool: KVPool) -> tuple[Kernels | None, str | None]:
-    """The operators, or why there are none."""
+    """The operators, or the reason why they cannot be used."""
     if pool.dtype not in FLASHINFER_DTYPES:
         return None, _no_dtype(pool)
     if pool.stored_dtype is not pool.dtype and torch.cuda.get_device_capability() < (8, 9):
-        return None, "the GPU has no FP8"
+        return None, "the GPU does not support FP8"
     try:
         from minisrv.engine.kernels.cuda import CudaKernels
 
@@ -113,11 +117,11 @@ def _cuda_kernels(pool: KVPool) -> tuple[Kernels | None, str | None]:
 
 
 def _cuda_attention(pool: KVPool, num_heads: int) -> tuple[FlashInferAttention | None, str | None]:
-    """The attention, or why there is none."""
+    """The attention, or the reason why it cannot be used."""
     if pool.dtype not in FLASHINFER_DTYPES:
         return None, _no_dtype(pool)
     if pool.head_dim not in FLASHINFER_HEAD_DIMS:
-        return None, f"FlashInfer has no heads of {pool.head_dim} numbers"
+        return None, f"FlashInfer does not support a head size of {pool.head_dim}"
     try:
         device_kernels()
         return FlashInferAttention(pool, num_heads), None
@@ -126,4 +130,4 @@ def _cuda_attention(pool: KVPool, num_heads: int) -> tuple[FlashInferAttention |
 
 
 def _no_dtype(pool: KVPool) -> str:
-    return f"FlashInfer has no {str(pool.dtype).removeprefix('torch.')}"
+    return f"FlashInfer does not support {str(pool.dtype).removeprefix('torch.')}"

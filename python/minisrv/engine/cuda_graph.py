@@ -1,4 +1,4 @@
-"""Work on the device recorded once and launched again as a whole."""
+"""Device work that is recorded once and then launched as a whole."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ Replay = Callable[[], None]
 
 
 class Recorder(Protocol):
-    """Turns work of fixed shape on fixed tensors into something that does it again."""
+    """Records work of fixed shape on fixed tensors."""
 
     def record(self, work: Callable[[], object]) -> Replay:
-        """Do the work, and return what repeats it on whatever its tensors hold then."""
+        """Do the work; returns a function that repeats it with the tensors' current contents."""
 
 
 class CudaGraphRecorder:
-    """Records CUDA graphs. They share one memory pool, since they never run at the same time."""
+    """Records CUDA graphs. They share one memory pool, because they never run at the same time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def record(self, work: Callable[[], object]) -> Replay:
-        """See Recorder. The work is done once outside of the graph, for what it compiles or sets
-        up then. Raises EngineDeadError where it cannot be recorded.
+        """Runs the work once before recording it, so that lazy compilation and setup are not part
+        of the graph. Raises EngineDeadError if the work cannot be recorded.
         """
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -40,7 +40,7 @@ class CudaGraphRecorder:
                 work()
         except RuntimeError as error:
             raise EngineDeadError(
-                f"a decode step cannot be recorded as a CUDA graph: {error}; "
-                "--cuda-graph-max-bs 0 runs without graphs"
+                f"cannot record a decode step as a CUDA graph: {error}; "
+                "use --cuda-graph-max-bs 0 to run without graphs"
             ) from error
         return graph.replay

@@ -1,4 +1,4 @@
-"""What a step takes on a GPU, found by running the largest one."""
+"""Measures the GPU memory that a step needs by running the largest one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from minisrv.sampling_params import MAX_LOGPROBS
 
 
 def largest_batch(
-    num_sequences: int, num_tokens: int, page_size: int, *, tells_logprobs: bool
+    num_sequences: int, num_tokens: int, page_size: int, *, with_logprobs: bool
 ) -> ForwardBatch:
-    """Fresh prompts of equal length in pages 0, 1, 2...; all of them sample with every filter.
+    """New prompts of equal length in pages 0, 1, 2...; all of them sample, with every filter.
 
-    tells_logprobs: of all samples and of a slice of prompt tokens; not on a rank above 0.
+    with_logprobs: also compute those of all samples and of a slice of prompt tokens (on rank 0).
     """
     length = max(1, num_tokens // num_sequences)
     columns = -(-length // page_size)
@@ -46,15 +46,15 @@ def largest_batch(
             suppress_samples=np.empty(0, np.int32),
             suppress_ids=np.empty(0, np.int32),
         ),
-        scored_tokens=scored,
+        prompt_logprob_tokens=scored,
         logprobs=LogprobColumns(MAX_LOGPROBS, rows, np.zeros_like(scored))
-        if tells_logprobs
+        if with_logprobs
         else None,
     )
 
 
 def measure_workspace(run: Callable[[], object]) -> int:
-    """Bytes that `run` takes beyond what is allocated now."""
+    """Peak bytes that `run` allocates in addition to what is allocated now."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -64,8 +64,8 @@ def measure_workspace(run: Callable[[], object]) -> int:
 
 
 def cuda_cache_bytes(config: ServerConfig, reserved: int) -> tuple[int, str]:
-    """What --memory-fraction leaves for the KV cache beside what is `reserved`, and why so much."""
+    """Bytes that --memory-fraction leaves for the KV cache after `reserved`; and an explanation."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     left = free - int(total * (1 - config.memory_fraction)) - reserved
-    return left, f"--memory-fraction {config.memory_fraction} less weights, workspace and graphs"
+    return left, f"--memory-fraction {config.memory_fraction} minus weights, workspace and graphs"

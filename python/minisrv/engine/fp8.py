@@ -1,8 +1,8 @@
-"""FP8 matrices of a checkpoint: small numbers, each times the scale that it was divided by.
+"""FP8 matrices of a checkpoint and their scales.
 
-A scale belongs to a whole matrix, to a row, or to a block of rows and columns (DeepSeek-V3, 2024).
-All become scales of a row, or of a group of columns in a row: so parts of matrices can be cut and
-matrices with scales of their own be joined, whatever the blocks were.
+In a checkpoint a scale belongs to a whole matrix, to a row, or to a block of rows and columns
+(DeepSeek-V3, 2024). Here a scale always belongs to a row, or to a group of columns in a row, so
+that matrices can be sharded and joined whatever their blocks were.
 """
 
 # Shapes: T tokens, O outputs and I inputs of a matrix, G groups of inputs.
@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from minisrv.checkpoint.model_config import Fp8Config
-from minisrv.engine.parallel.shard import Cut
+from minisrv.engine.parallel.shard import Shard
 from minisrv.errors import ConfigError
 
 DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 E4M3_MAX = 448.0
-LEAST_MAXIMUM = 1e-10  # of what shares a scale: zeros have one, too
-SCALE_SUFFIXES = ("_scale_inv", "_scale")  # after the name of the weight; both are factors
+LEAST_MAXIMUM = 1e-10  # lower bound for the maximum of a group, so that zeros have a scale too
+SCALE_SUFFIXES = ("_scale_inv", "_scale")  # of the weight's name; both are multiplied with it
 
 
 @dataclass(frozen=True, slots=True)
 class Fp8Matrix:
-    """Column i of row o stands for `values_OI[o, i] * scales_OG[o, i // group]`."""
+    """The number in row o and column i is `values_OI[o, i] * scales_OG[o, i // group]`."""
 
     values_OI: Tensor
     scales_OG: Tensor  # float32
@@ -36,11 +36,9 @@ class Fp8Matrix:
 
     @property
     def num_bytes(self) -> int:
-        """Of numbers and scales."""
         return self.values_OI.nbytes + self.scales_OG.nbytes
 
     def to(self, device: torch.device) -> Fp8Matrix:
-        """A copy in memory of its own."""
         values_OI = self.values_OI.to(device, copy=True)
         return Fp8Matrix(values_OI, self.scales_OG.to(device), self.group)
 
@@ -51,10 +49,10 @@ class Fp8Matrix:
 
 
 def join(parts: Sequence[Fp8Matrix]) -> Fp8Matrix:
-    """Matrices of the same inputs and groups, one below the other."""
+    """Stack matrices with the same inputs and groups, one below the other."""
     if len(parts) == 1:
         return parts[0]
-    # As bytes, which can be joined on any device.
+    # Viewed as bytes, because torch.cat does not support FP8 on every device.
     values = torch.cat([part.values_OI.view(torch.uint8) for part in parts])
     scales_OG = torch.cat([part.scales_OG for part in parts])
     return Fp8Matrix(values.view(parts[0].values_OI.dtype), scales_OG, parts[0].group)
@@ -65,12 +63,12 @@ def read_matrix(
     values_OI: Tensor,
     scale: Tensor,
     shape: tuple[int, ...],
-    cut: Cut | None,
+    shard: Shard | None,
     fp8: Fp8Config,
 ) -> Fp8Matrix:
-    """The part `cut`, which is `values_OI`, of a matrix of `shape` with `scale`.
+    """`values_OI` is the shard of a matrix of (full) `shape`; `scale` is that of the full matrix.
 
-    Raises ConfigError for a scale whose shape fits no scheme.
+    Raises ConfigError if the shape of the scale fits no scheme.
     """
     scale, (outputs, inputs) = scale.float(), shape
     if scale.numel() == 1:
@@ -82,11 +80,11 @@ def read_matrix(
     else:
         raise ConfigError(
             f"the checkpoint's {name} has shape {list(shape)} and scales of shape "
-            f"{list(scale.shape)}, which fits neither rows nor the blocks of config.json"
+            f"{list(scale.shape)}, which match neither its rows nor the block size in config.json"
         )
-    first_row, first_column = (cut.start if cut and cut.dim == dim else 0 for dim in (0, 1))
+    first_row, first_column = (shard.start if shard and shard.dim == dim else 0 for dim in (0, 1))
     num_rows, num_columns = values_OI.shape
-    # Where the part begins within a block, the groups are so small that none is in two blocks.
+    # If the shard starts inside a block, groups are chosen small enough not to span two blocks.
     group = num_columns if scale.shape[1] == 1 else math.gcd(block[1], first_column)
     rows = torch.arange(first_row, first_row + num_rows) // block[0]
     columns = torch.arange(first_column, first_column + num_columns, group) // block[1]
@@ -94,7 +92,7 @@ def read_matrix(
 
 
 def quantize(x_TI: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Rows as e4m3 numbers [T, I] and the scales [T, G] of each `group` of their columns."""
+    """Round to e4m3: values [T, I], and scales [T, G], one for each `group` columns of a row."""
     num_tokens, inputs = x_TI.shape
     num_groups = -(-inputs // group)
     padded = torch.nn.functional.pad(x_TI.float(), (0, num_groups * group - inputs))

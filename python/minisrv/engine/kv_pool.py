@@ -1,4 +1,4 @@
-"""The memory of keys and values. Which page belongs to whom is not known here."""
+"""The memory of the KV cache. Ownership of pages is tracked in kvcache/, not here."""
 
 # Shapes: L layers, N pages, P page size, K key-value heads, D head size.
 
@@ -16,9 +16,9 @@ _TOUCHED_BYTES = 256 * 2**20
 
 
 class KVPool:
-    """Keys and values, a pair of tensors a layer.
+    """A pair of tensors, keys and values, per layer.
 
-    They come in `dtype` and are kept in `stored_dtype`: the same, or FP8 at a scale of 1.
+    They are computed in `dtype` and stored in `stored_dtype`: the same, or FP8 with a scale of 1.
     `pages` are views [N, P, K, D] and `slots` views [N * P, K, D] of the same memory.
     """
 
@@ -41,11 +41,11 @@ class KVPool:
 
     @property
     def bytes_per_page(self) -> int:
-        """What one page takes over all layers."""
+        """Bytes of one page, summed over layers."""
         return 2 * self._num_layers * math.prod(self._page_shape) * self.stored_dtype.itemsize
 
     def allocate(self, num_pages: int, spare: int = 0) -> None:
-        """Take the memory, with `spare` pages more; what an earlier call took is dropped."""
+        """Allocate `num_pages + spare` pages; the memory of an earlier call is freed."""
         self.num_pages = num_pages
         self.pages, self.slots = [], []
         num_pages += spare
@@ -55,8 +55,8 @@ class KVPool:
     def _zeros(self, num_pages: int) -> Tensor:
         """Zeros, so that a masked slot never holds a NaN.
 
-        On CPU the system gives memory at its first use, at some 2 ms a MiB: the pages that are
-        handed out first are touched here, so that no step has to wait for them.
+        On a CPU the operating system maps memory at its first use, which takes about 2 ms per MiB:
+        the pages that are allocated first are touched here, so that no step has to wait for that.
         """
         shape = (self._num_layers, num_pages, *self._page_shape)
         if self.device.type != "cpu":

@@ -1,11 +1,11 @@
-"""How many pages the KV cache gets, and the plan as a table. Free of torch."""
+"""How many pages the KV cache gets, and the memory plan as a table. Does not import torch."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import psutil
+from pathlib import Path
 
 from minisrv.config import ServerConfig, flag, parse_size
 from minisrv.errors import ConfigError
@@ -16,8 +16,8 @@ _CPU_LIMIT = 4 * 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Sizes in bytes, of one rank. `workspace` is what the largest step takes, `graphs` the CUDA
-    graphs, `context` the driver; 0 where it is not known. `notes` say more of a row, by its name.
+    """Sizes in bytes on one rank; 0 if unknown. `workspace` is what the largest step allocates,
+    `context` what the driver takes. `notes` adds text to rows of the table, by row name.
     """
 
     weights: int
@@ -32,11 +32,11 @@ class MemoryPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the pages hold."""
+        """Tokens that fit into the KV cache."""
         return self.num_pages * self.page_size
 
     def describe(self) -> str:
-        """A table: a line for each use of memory, and what the cache holds."""
+        """A table with one row per use of memory, then how many full requests the cache holds."""
         sizes = {
             "weights": self.weights,
             "workspace": self.workspace,
@@ -59,7 +59,7 @@ class MemoryPlan:
 
 
 def format_size(size: int) -> str:
-    """Bytes in the largest unit that leaves at least 1, such as 1.5 GiB."""
+    """Bytes in the largest unit in which the value is at least 1, such as 1.5 GiB."""
     value, unit = float(size), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:
@@ -71,9 +71,9 @@ def format_size(size: int) -> str:
 def choose_num_pages(
     config: ServerConfig, *, page_bytes: int, max_seq_len: int, free_bytes: int, why: str
 ) -> int:
-    """--num-pages as given, else what fits in `free_bytes` but no more than can ever be used.
+    """--num-pages if given; otherwise what fits in `free_bytes`, at most `useful_pages`.
 
-    `why` says where `free_bytes` comes from. Raises ConfigError when not even one page fits.
+    why: where `free_bytes` comes from. Raises ConfigError if not even one page fits.
     """
     if config.num_pages is not None:
         return config.num_pages
@@ -81,23 +81,38 @@ def choose_num_pages(
     if num_pages < 1:
         option = "kv_memory" if config.device != "cuda" else "memory_fraction"
         raise ConfigError(
-            f"a page of {config.page_size} tokens takes {format_size(page_bytes)}; the KV cache "
-            f"has {format_size(max(0, free_bytes))} ({why}); give {flag(option)} more, or a "
-            f"smaller {flag('page_size')}"
+            f"a page of {config.page_size} tokens takes {format_size(page_bytes)}, but the KV "
+            f"cache has only {format_size(max(0, free_bytes))} ({why}); raise {flag(option)} or "
+            f"lower {flag('page_size')}"
         )
     return num_pages
 
 
 def useful_pages(config: ServerConfig, max_seq_len: int) -> int:
-    """What --max-running-requests can fill."""
+    """Pages that --max-running-requests requests of full length fill."""
     return config.max_running_requests * -(-max_seq_len // config.page_size)
 
 
 def cpu_cache_bytes(config: ServerConfig) -> tuple[int, str]:
-    """The memory of the KV cache on a CPU and why it is so much."""
+    """Bytes of one rank's KV cache on a CPU; and an explanation."""
     if config.kv_memory is not None:
         total = parse_size(config.kv_memory)
         return total // config.tp, f"{flag('kv_memory')} {config.kv_memory}"
-    free = psutil.virtual_memory().available
-    total = min(_CPU_LIMIT, int(free * _CPU_SHARE))
-    return total // config.tp, "a quarter of the free memory, at most 4 GiB, for all ranks together"
+    total = min(_CPU_LIMIT, int(available_memory() * _CPU_SHARE))
+    return (
+        total // config.tp,
+        "a quarter of the available memory, at most 4 GiB, for all ranks together",
+    )
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes that can be allocated without swapping, as the kernel estimates them.
+
+    Half of the physical memory on systems without such an estimate (macOS).
+    """
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    for line in lines:
+        name, _, amount = line.partition(":")
+        if name == "MemAvailable":
+            return int(amount.split()[0]) * 1024  # "kB" means KiB there
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,4 +1,4 @@
-"""How large a model is, from its config alone: parameters of a rank, cache, what a step takes."""
+"""Sizes derived only from a model's config: parameters of a rank, KV cache, step memory."""
 
 # Sizes are in elements unless the name says bytes.
 
@@ -8,17 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minisrv.checkpoint.model_config import ModelConfig, MoeConfig
-from minisrv.engine.parallel.shard import Partition
+from minisrv.engine.parallel.shard import Sharding
 
-ATTENTION_WORKSPACE_BYTES = (128 + 2 * 8) * 2**20  # FlashInfer's floats, and its two plans
-GRAPH_NODE_BYTES, GRAPH_NODES = 8 * 2**10, 10  # of a kernel in a graph; kernels a layer
+ATTENTION_WORKSPACE_BYTES = (
+    128 + 2 * 8
+) * 2**20  # FlashInfer's float workspace and two plan buffers
+GRAPH_NODE_BYTES, GRAPH_NODES = 8 * 2**10, 10  # per kernel in a graph; kernels per layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameters:
-    """What a rank holds. `head` is 0 where it is tied; `experts` are those of all sparse layers.
+    """Parameter counts of one rank. `head` is 0 if it is tied; `experts` covers all sparse layers.
 
-    experts_read: the share of `experts` that one token goes through.
+    experts_read: the fraction of `experts` that is used for one token.
     """
 
     embedding: int
@@ -30,22 +32,21 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """All of them."""
         return self.embedding + self.head + self.matrices + self.experts + self.vectors
 
     @property
     def layer_products(self) -> float:
-        """Entries of the matrices that a token is multiplied with, the head aside."""
+        """Multiply-adds per token in all layers, without the head."""
         return self.matrices + self.experts * self.experts_read
 
     @property
     def head_products(self) -> int:
-        """Entries of the head, whether it is tied or not."""
+        """Multiply-adds per token in the head, tied or not."""
         return self.head or self.embedding
 
     @property
     def read_for_a_token(self) -> float:
-        """What a decode of one token reads; the one row of an untied embedding is left out."""
+        """Parameters read to decode one token, without the one row of an untied embedding."""
         return self.layer_products + self.head_products + self.vectors
 
 
@@ -56,15 +57,15 @@ class _Layer:
     vectors: int = 0
 
 
-def count_parameters(config: ModelConfig, partition: Partition = Partition()) -> Parameters:  # noqa: B008
-    """Exactly what the rank `partition` of a model holds."""
-    rows = partition.vocab(config.vocab_size).length
+def count_parameters(config: ModelConfig, sharding: Sharding = Sharding()) -> Parameters:  # noqa: B008
+    """The exact parameter counts of one rank."""
+    rows = sharding.vocab(config.vocab_size).length
     sparse = frozenset[int]() if config.moe is None else config.moe.sparse_layers
     layers = [
-        _feed_forward(config, partition, config.moe if i in sparse else None)
+        _feed_forward(config, sharding, config.moe if i in sparse else None)
         for i in range(config.num_layers)
     ]
-    attention, moe = _attention(config, partition), config.moe
+    attention, moe = _attention(config, sharding), config.moe
     norms = (2 * config.num_layers + 1) * config.hidden_size
     return Parameters(
         embedding=rows * config.hidden_size,
@@ -76,54 +77,52 @@ def count_parameters(config: ModelConfig, partition: Partition = Partition()) ->
     )
 
 
-def kv_bytes_per_token(config: ModelConfig, itemsize: int, partition: Partition) -> int:
-    """Keys and values of one token in all layers of a rank."""
-    heads = partition.kv_heads(config).length
+def kv_bytes_per_token(config: ModelConfig, itemsize: int, sharding: Sharding) -> int:
+    """Bytes of one token's keys and values, in all layers of one rank."""
+    heads = sharding.kv_heads(config).length
     return 2 * config.num_layers * heads * config.head_dim * itemsize
 
 
 def widest_layer(config: ModelConfig, tp: int) -> int:
-    """Elements a token that are alive at once where a layer takes the most."""
-    partition = Partition(0, tp)
-    heads, kv_heads = partition.query_heads(config).length, partition.kv_heads(config).length
+    """Peak number of live elements per token in a layer."""
+    sharding = Sharding(0, tp)
+    heads, kv_heads = sharding.query_heads(config).length, sharding.kv_heads(config).length
     attention = (2 * heads + 2 * kv_heads) * config.head_dim
     feed_forward = 3 * config.intermediate_size // tp
     if config.moe is not None:
-        # The tokens' copies for their experts, the outputs of these, and the same joined.
+        # Copies of each token for its experts, the experts' outputs, and these joined.
         feed_forward = 3 * config.moe.num_experts_per_token * config.hidden_size
     return 2 * config.hidden_size + max(attention, feed_forward)
 
 
-def _attention(config: ModelConfig, partition: Partition) -> _Layer:
-    width = partition.query_heads(config).length * config.head_dim
-    kv_width = partition.kv_heads(config).length * config.head_dim
+def _attention(config: ModelConfig, sharding: Sharding) -> _Layer:
+    width = sharding.query_heads(config).length * config.head_dim
+    kv_width = sharding.kv_heads(config).length * config.head_dim
     outputs = width + 2 * kv_width
     biases = outputs * config.qkv_bias + config.hidden_size * config.o_bias
     head_norms = 2 * config.head_dim if config.architecture.startswith("Qwen3") else 0
     return _Layer(config.hidden_size * (outputs + width), 0, biases + head_norms)
 
 
-def _feed_forward(config: ModelConfig, partition: Partition, moe: MoeConfig | None) -> _Layer:
+def _feed_forward(config: ModelConfig, sharding: Sharding, moe: MoeConfig | None) -> _Layer:
     hidden = config.hidden_size
     if moe is not None:
-        features = moe.intermediate_size // partition.size
+        features = moe.intermediate_size // sharding.size
         router = moe.num_experts * hidden
         return _Layer(router, moe.num_experts * 3 * hidden * features)
-    features = config.intermediate_size // partition.size
+    features = config.intermediate_size // sharding.size
     biases = (2 * features + hidden) if config.mlp_bias else 0
     return _Layer(3 * hidden * features, 0, biases)
 
 
 def graph_sizes(largest: int) -> list[int]:
-    """Sizes of decode steps to record as CUDA graphs, the last one `largest`; a step is padded to
-    the next of them.
-    """
+    """Batch sizes to record as CUDA graphs, up to `largest`; a step is padded to the next one."""
     sizes = [size for size in (1, 2, 4, *range(8, largest, 8)) if size < largest]
     return [*sizes, largest] if largest else []
 
 
 def graph_bytes(config: ModelConfig, sizes: Sequence[int], itemsize: int) -> int:
-    """An estimate of what the graphs take: their kernels, and one set of tensors for all sizes."""
+    """Estimated bytes of the graphs: their kernels, and one set of tensors shared by all sizes."""
     if not sizes:
         return 0
     kernels = len(sizes) * config.num_layers * GRAPH_NODES * GRAPH_NODE_BYTES
@@ -131,5 +130,5 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], itemsize: int) -> int
 
 
 def graph_width(config: ModelConfig) -> int:
-    """Elements a token that are alive at once in a decode step."""
+    """Peak number of live elements per token in a decode step."""
     return widest_layer(config, 1) + config.vocab_size

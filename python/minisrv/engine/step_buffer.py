@@ -1,8 +1,8 @@
-"""A step as one buffer of 32-bit words: filled on the host, copied to the device in one go.
+"""A step as one buffer of 32-bit words, filled on the host and copied to the device at once.
 
-Positions, lengths and pages are known to the host before the tokens of the step before are, so a
-step can be sent while the one before it still runs. What the device makes of it itself (input ids,
-positions, cache slots, lists of pages) is in `StepTensors`, computed by `kernels/triton_expand.py`.
+The host knows positions, lengths and pages before it knows the tokens of the previous step, so a
+step can be sent while the previous one still runs. What the device derives from the words (input
+ids, positions, cache slots, page lists) is in `StepTensors`, filled by `kernels/triton_expand.py`.
 """
 
 # Sizes: R sequences, T tokens, S samples, W page writes, P suppressed pairs.
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.engine.sampling.device_columns import DeviceColumns
-from minisrv.engine.upload import upload
+from minisrv.engine.transfer import upload
 
 _STEPS_IN_FLIGHT = 3
 
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """The most that a step may hold."""
+    """Upper bounds on what one step contains."""
 
     num_rows: int  # sequences, padding included
     num_prefill_tokens: int
@@ -34,7 +34,7 @@ class StepLimits:
 
     @property
     def num_tokens(self) -> int:
-        """Decodes and prompt tokens of a step."""
+        """Tokens of one step, decode and prefill."""
         return self.num_rows + self.num_prefill_tokens
 
     @property
@@ -44,20 +44,20 @@ class StepLimits:
 
     @property
     def num_writes(self) -> int:
-        """Page writes that the buffer takes; a step that brings more is sent in parts."""
+        """Page writes that fit into the buffer; `StepBuffer.send` copies any others separately."""
         return 2 * self.num_rows + -(-self.num_prefill_tokens // self.page_size)
 
     @property
     def num_suppressed(self) -> int:
-        """Suppressed pairs that the buffer takes."""
+        """(sample, token) pairs that fit into the buffer."""
         return 4 * self.num_rows
 
     def sections(self) -> dict[str, int]:
-        """Words of each part of the buffer; what only prompts need comes last."""
+        """Size in words of each section; those that only prefill needs come last."""
         rows, starts = self.num_rows, self.num_rows + 1
         sampling = ("temperature", "top_k", "top_p", "min_p", "choices", "new_positions")
         return {
-            "seeds": 2 * rows,  # 64 bits each, so they come first, where they are aligned
+            "seeds": 2 * rows,  # 64 bits each; first, so that they are aligned
             "num_decodes": 1,
             "num_writes": 1,
             "num_suppressed": 1,
@@ -84,7 +84,7 @@ _FLOATS = ("temperature", "top_p", "min_p")
 
 
 class StepWords:
-    """The parts of one buffer as tensors of their own types, by name."""
+    """One buffer, and its sections by name as tensors of their own types."""
 
     def __init__(self, limits: StepLimits, device: torch.device, *, pinned: bool) -> None:
         sections = limits.sections()
@@ -107,9 +107,9 @@ class StepWords:
 
 
 class StepTensors:
-    """What lives on the device: the tables, the step's words, and what is computed from them.
+    """The state on the device: page table, last tokens, the step's words, and what they expand to.
 
-    Row `limits.num_rows` of the tables and page `spare_page` of the cache belong to padding.
+    Row `limits.num_rows` of the tables and page `spare_page` of the cache are for padding.
     """
 
     def __init__(self, limits: StepLimits, device: torch.device, spare_page: int) -> None:
@@ -144,9 +144,9 @@ class StepTensors:
 
 @dataclass(frozen=True, slots=True)
 class SentStep:
-    """A step on its way, as attention plans it: counts, and the host's side of the words.
+    """What attention needs to plan a sent step: its counts, and the words on the host.
 
-    Of a padded step `num_decodes` counts the padding; `kv_lens` are of all sequences.
+    In a padded step `num_decodes` and `kv_lens` include the padding.
     """
 
     host: StepWords
@@ -157,11 +157,11 @@ class SentStep:
     num_decode_pages: int
     num_pages: int
     kv_lens: Tensor  # int32 on the host
-    suppressed_beyond: bool  # not all suppressed pairs fit into the words
+    suppress_overflow: bool  # too many suppressed pairs for the words: none are in them
 
 
 class StepBuffer:
-    """Sends steps: host buffers in turn, each reused when the step that was in it is over."""
+    """Sends steps through a ring of host buffers; each is reused once its step has finished."""
 
     def __init__(self, limits: StepLimits, tensors: StepTensors) -> None:
         self._limits, self._tensors = limits, tensors
@@ -174,32 +174,34 @@ class StepBuffer:
         self._arrays = [
             {name: part.numpy() for name, part in words.parts.items()} for words in self._ring
         ]
-        self._over: list[Any] = [None] * _STEPS_IN_FLIGHT
-        self._turn = 0
+        self._finished: list[Any] = [None] * _STEPS_IN_FLIGHT
+        self._next = 0
 
     def send(self, batch: ForwardBatch, padded_to: int = 0) -> SentStep:
-        """Copy a step to the device; `padded_to` sequences, if it is more than there are.
+        """Copy a step to the device, padded to `padded_to` sequences if it has fewer.
 
-        Only a step without prompts can be padded. Call `done` when all that reads it is launched.
+        Only a decode-only step can be padded. Call `mark_launched` after launching all work that
+        reads the step.
         """
-        over, words, to = self._over[self._turn], self._ring[self._turn], self._arrays[self._turn]
-        if over is not None:
-            over.synchronize()
-        self._send_writes_beyond(batch)
-        sent = _fill(to, words, batch, max(padded_to, batch.rows.size), self._limits)
+        finished = self._finished[self._next]
+        words, arrays = self._ring[self._next], self._arrays[self._next]
+        if finished is not None:
+            finished.synchronize()
+        self._send_excess_writes(batch)
+        sent = _fill(arrays, words, batch, max(padded_to, batch.rows.size), self._limits)
         size = words.words.numel() if sent.num_prefills else words.decode_size
         self._tensors.words.words[:size].copy_(words.words[:size], non_blocking=True)
         return sent
 
-    def done(self) -> None:
-        """Everything that reads the last step sent is launched."""
+    def mark_launched(self) -> None:
+        """All work that reads the last sent step has been launched."""
         if self._on_device:
-            self._over[self._turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._over[self._turn].record()
-        self._turn = (self._turn + 1) % _STEPS_IN_FLIGHT
+            self._finished[self._next] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._finished[self._next].record()
+        self._next = (self._next + 1) % _STEPS_IN_FLIGHT
 
-    def _send_writes_beyond(self, batch: ForwardBatch) -> None:
-        """A step that takes over long cached prefixes may bring more writes than there is room."""
+    def _send_excess_writes(self, batch: ForwardBatch) -> None:
+        """A step that reuses long cached prefixes may have more writes than fit into the words."""
         room = self._limits.num_writes
         if batch.page_ids.size > room:
             rows, columns, pages = (
@@ -210,83 +212,85 @@ class StepBuffer:
 
 
 def _fill(
-    to: dict[str, Any], words: StepWords, batch: ForwardBatch, size: int, limits: StepLimits
+    out: dict[str, Any], words: StepWords, batch: ForwardBatch, size: int, limits: StepLimits
 ) -> SentStep:
-    """Write a batch into the host's words, padded to `size` sequences."""
+    """Write a batch into the words on the host, padded to `size` sequences."""
     used, samples = batch.rows.size, batch.sample_indices.size
     padding = size - used
     num_decodes = batch.num_decodes + padding
     num_tokens = int(batch.query_lens.sum()) + padding
     assert not padding or used == batch.num_decodes
     assert num_tokens <= limits.num_tokens
-    _put(to["rows"], batch.rows, padding, limits.num_rows)
-    _put(to["start_positions"], batch.start_positions, padding, 0)
+    _write_padded(out["rows"], batch.rows, padding, limits.num_rows)
+    _write_padded(out["start_positions"], batch.start_positions, padding, 0)
     kv_lens = np.ones(size, np.int32)
     np.add(batch.start_positions, batch.query_lens, out=kv_lens[:used])
     counts = (kv_lens + (limits.page_size - 1)) // limits.page_size
-    _put_starts(to["query_starts"], batch.query_lens, padding)
-    _put_starts(to["page_starts"], counts, 0)
-    to["last_page_lens"][:size] = (kv_lens - 1) % limits.page_size + 1
-    to["num_decodes"][0] = num_decodes
+    _write_starts(out["query_starts"], batch.query_lens, padding)
+    _write_starts(out["page_starts"], counts, 0)
+    out["last_page_lens"][:size] = (kv_lens - 1) % limits.page_size + 1
+    out["num_decodes"][0] = num_decodes
     num_prefills = size - num_decodes
     if num_prefills:
-        to["prefill_ids"][: batch.prefill_ids.size] = batch.prefill_ids
-        _put_starts(to["prefill_query_starts"], batch.query_lens[num_decodes:], 0)
-        _put_starts(to["prefill_page_starts"], counts[num_decodes:], 0)
-    _fill_writes(to, batch, limits.num_writes)
-    last_tokens = to["query_starts"][1 : used + 1][batch.sample_indices] - 1
+        out["prefill_ids"][: batch.prefill_ids.size] = batch.prefill_ids
+        _write_starts(out["prefill_query_starts"], batch.query_lens[num_decodes:], 0)
+        _write_starts(out["prefill_page_starts"], counts[num_decodes:], 0)
+    _fill_writes(out, batch, limits.num_writes)
+    last_tokens = out["query_starts"][1 : used + 1][batch.sample_indices] - 1
     sample_padding = size - samples if padding else 0
-    _put(to["sample_tokens"], last_tokens, sample_padding, 0)
-    _put(to["sample_rows"], batch.rows[batch.sample_indices], sample_padding, limits.num_rows)
-    _put(to["new_positions"], kv_lens[batch.sample_indices], sample_padding, 0)
+    _write_padded(out["sample_tokens"], last_tokens, sample_padding, 0)
+    _write_padded(
+        out["sample_rows"], batch.rows[batch.sample_indices], sample_padding, limits.num_rows
+    )
+    _write_padded(out["new_positions"], kv_lens[batch.sample_indices], sample_padding, 0)
     return SentStep(
         host=words,
         num_decodes=num_decodes,
         num_prefills=num_prefills,
         num_tokens=num_tokens,
         num_samples=samples,
-        num_decode_pages=int(to["page_starts"][num_decodes]),
-        num_pages=int(to["page_starts"][size]),
+        num_decode_pages=int(out["page_starts"][num_decodes]),
+        num_pages=int(out["page_starts"][size]),
         kv_lens=torch.from_numpy(kv_lens),
-        suppressed_beyond=_fill_sampling(to, batch, sample_padding),
+        suppress_overflow=_fill_sampling(out, batch, sample_padding),
     )
 
 
-def _fill_writes(to: dict[str, Any], batch: ForwardBatch, room: int) -> None:
+def _fill_writes(out: dict[str, Any], batch: ForwardBatch, room: int) -> None:
     count = min(batch.page_ids.size, room)
-    to["num_writes"][0] = count
-    to["write_rows"][:count] = batch.page_rows[:count]
-    to["write_columns"][:count] = batch.page_columns[:count]
-    to["write_pages"][:count] = batch.page_ids[:count]
+    out["num_writes"][0] = count
+    out["write_rows"][:count] = batch.page_rows[:count]
+    out["write_columns"][:count] = batch.page_columns[:count]
+    out["write_pages"][:count] = batch.page_ids[:count]
 
 
-def _fill_sampling(to: dict[str, Any], batch: ForwardBatch, padding: int) -> bool:
-    """Write the parameters; whether there are more suppressed pairs than room for them."""
+def _fill_sampling(out: dict[str, Any], batch: ForwardBatch, padding: int) -> bool:
+    """Write the sampling parameters; returns whether the suppressed pairs did not fit."""
     columns = batch.sampling
-    _put(to["seeds"], columns.seeds, padding, 0)
-    _put(to["choices"], columns.choices, padding, 0)
-    _put(to["temperature"], columns.temperature, padding, 0.0)
-    _put(to["top_k"], columns.top_k, padding, 0)
-    _put(to["top_p"], columns.top_p, padding, 1.0)
-    _put(to["min_p"], columns.min_p, padding, 0.0)
+    _write_padded(out["seeds"], columns.seeds, padding, 0)
+    _write_padded(out["choices"], columns.choices, padding, 0)
+    _write_padded(out["temperature"], columns.temperature, padding, 0.0)
+    _write_padded(out["top_k"], columns.top_k, padding, 0)
+    _write_padded(out["top_p"], columns.top_p, padding, 1.0)
+    _write_padded(out["min_p"], columns.min_p, padding, 0.0)
     count = columns.suppress_ids.size
-    beyond = count > to["suppress_ids"].size
-    to["num_suppressed"][0] = 0 if beyond else count
+    beyond = count > out["suppress_ids"].size
+    out["num_suppressed"][0] = 0 if beyond else count
     if not beyond:
-        to["suppress_samples"][:count] = columns.suppress_samples
-        to["suppress_ids"][:count] = columns.suppress_ids
+        out["suppress_samples"][:count] = columns.suppress_samples
+        out["suppress_ids"][:count] = columns.suppress_ids
     return bool(beyond)
 
 
-def _put(to: Any, values: Any, padding: int, filler: float) -> None:
+def _write_padded(out: Any, values: Any, padding: int, filler: float) -> None:
     used = len(values)
-    to[:used] = values
-    to[used : used + padding] = filler
+    out[:used] = values
+    out[used : used + padding] = filler
 
 
-def _put_starts(to: Any, lengths: Any, padding: int) -> None:
-    """Where sequences of these lengths begin, and where the last ends; padding is 1 long."""
+def _write_starts(out: Any, lengths: Any, padding: int) -> None:
+    """Write where sequences of these lengths start and the last ends; padding has length 1."""
     used = len(lengths)
-    to[0] = 0
-    np.cumsum(lengths, out=to[1 : used + 1])
-    to[used + 1 : used + padding + 1] = to[used] + np.arange(1, padding + 1)
+    out[0] = 0
+    np.cumsum(lengths, out=out[1 : used + 1])
+    out[used + 1 : used + padding + 1] = out[used] + np.arange(1, padding + 1)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from minisrv.checkpoint.model_config import Fp8Config
 from minisrv.engine.fp8 import DTYPES as FP8_DTYPES
 from minisrv.engine.fp8 import SCALE_SUFFIXES, Fp8Matrix, read_matrix
-from minisrv.engine.parallel.shard import Cut
+from minisrv.engine.parallel.shard import Shard
 from minisrv.errors import ConfigError
 
 Progress = Callable[[str, float], None]
@@ -32,33 +32,35 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class Weights(Protocol):
-    """Where a model under construction takes its parameters from."""
+    """The source of a model's parameters while it is being built."""
 
     dtype: torch.dtype
     device: torch.device
-    num_bytes: int  # taken so far
-    has_cache_scales: bool  # for keys and values in FP8
-    keeps_fp8: bool  # matrices stay as they are stored
+    num_bytes: int  # loaded so far
+    has_cache_scales: bool  # the checkpoint has scales for an FP8 KV cache
+    keeps_fp8: bool  # FP8 matrices are not dequantized
 
-    def take(self, name: str, shape: Sequence[int], cut: Cut | None = None) -> torch.Tensor:
-        """The tensor `name` of `shape`, or a part of it, in `dtype` on `device`."""
+    def load_tensor(
+        self, name: str, shape: Sequence[int], shard: Shard | None = None
+    ) -> torch.Tensor:
+        """The tensor `name` of (full) `shape`, or one shard of it, in `dtype` on `device`."""
 
-    def take_matrix(
-        self, name: str, shape: Sequence[int], cut: Cut | None = None
+    def load_matrix(
+        self, name: str, shape: Sequence[int], shard: Shard | None = None
     ) -> torch.Tensor | Fp8Matrix:
-        """As `take`; a matrix in FP8 stays so where `keeps_fp8`."""
+        """As `load_tensor`, but an FP8 matrix stays FP8 if `keeps_fp8`."""
 
     def finish(self) -> None:
         """Called when the model is built."""
 
 
 class CheckpointWeights:
-    """The safetensors files of a directory, one or sharded with an index.
+    """The safetensors files of a directory: a single one, or several with an index.
 
-    `ignored` are names that may be in the files though the model does not ask for them. FP8 weights
-    are multiplied by their scales, or with `keep_fp8` given together with them; scales of
-    activations, which are found anew in each step where they are needed, are left. Raises
-    ConfigError for files that are missing or broken, a wrong shape, and names that do not agree.
+    `ignored` are names that may be in the files although the model does not load them. FP8 weights
+    are multiplied by their scales, or with `keep_fp8` returned together with them. Scales of
+    activations are skipped, because they are computed in each step where they are needed. Raises
+    ConfigError for missing or broken files, wrong shapes, and missing or unexpected names.
     """
 
     def __init__(
@@ -89,51 +91,56 @@ class CheckpointWeights:
         self._missing: list[str] = []
         self._progress = progress
 
-    def take(self, name: str, shape: Sequence[int], cut: Cut | None = None) -> torch.Tensor:
-        """See Weights. Only the part is read; a missing tensor is reported by `finish`."""
-        tensor = self._read(name, shape, cut)
+    def load_tensor(
+        self, name: str, shape: Sequence[int], shard: Shard | None = None
+    ) -> torch.Tensor:
+        """Reads only the shard from the file. A missing tensor is reported by `finish`."""
+        tensor = self._read(name, shape, shard)
         if isinstance(tensor, Fp8Matrix):
             tensor = tensor.dequantized()
         self.num_bytes += tensor.numel() * self.dtype.itemsize
         return tensor.to(device=self.device, dtype=self.dtype, copy=True)
 
-    def take_matrix(
-        self, name: str, shape: Sequence[int], cut: Cut | None = None
+    def load_matrix(
+        self, name: str, shape: Sequence[int], shard: Shard | None = None
     ) -> torch.Tensor | Fp8Matrix:
-        """See Weights."""
         if not self.keeps_fp8:
-            return self.take(name, shape, cut)
-        matrix = self._read(name, shape, cut)
+            return self.load_tensor(name, shape, shard)
+        matrix = self._read(name, shape, shard)
         if isinstance(matrix, torch.Tensor):
             self.num_bytes += matrix.numel() * self.dtype.itemsize
             return matrix.to(device=self.device, dtype=self.dtype, copy=True)
         self.num_bytes += matrix.num_bytes
         return matrix.to(self.device)
 
-    def _read(self, name: str, shape: Sequence[int], cut: Cut | None) -> torch.Tensor | Fp8Matrix:
+    def _read(
+        self, name: str, shape: Sequence[int], shard: Shard | None
+    ) -> torch.Tensor | Fp8Matrix:
         file = self._file_of.get(name)
         if file is None:
             self._missing.append(name)
-            return _part(torch.zeros(tuple(shape), dtype=self.dtype), cut)
+            return _copy_shard(torch.zeros(tuple(shape), dtype=self.dtype), shard)
         stored = tuple(file.get_slice(name).get_shape())
         if stored != tuple(shape):
             raise ConfigError(
-                f"the checkpoint's {name} has shape {list(stored)}; "
-                f"config.json makes it {list(shape)}"
+                f"the checkpoint's {name} has shape {list(stored)}, but config.json implies "
+                f"{list(shape)}"
             )
         tensor: torch.Tensor = (
-            file.get_tensor(name) if cut is None else file.get_slice(name)[_index(cut)]
+            file.get_tensor(name) if shard is None else file.get_slice(name)[_index(shard)]
         )
         if not tensor.is_floating_point():
-            raise ConfigError(f"the checkpoint's {name} holds {tensor.dtype}, no plain weights")
+            raise ConfigError(
+                f"the checkpoint's {name} has dtype {tensor.dtype}, which is not supported"
+            )
         self._left.discard(name)
         self._progress("load weights", 1 - len(self._left) / self._num_tensors)
         if tensor.dtype in FP8_DTYPES:
-            return self._fp8_matrix(name, tensor, stored, cut)
+            return self._fp8_matrix(name, tensor, stored, shard)
         return tensor
 
     def finish(self) -> None:
-        """Raise ConfigError unless the model took every tensor and found every one it needs."""
+        """Raise ConfigError unless the model found all its tensors and loaded all in the files."""
         problems = [
             f"{what} {_listing(names)}"
             for what, names in (("lacks", self._missing), ("has unexpected", sorted(self._left)))
@@ -144,12 +151,12 @@ class CheckpointWeights:
         self._file_of.clear()
 
     def _fp8_matrix(
-        self, name: str, weight: torch.Tensor, shape: tuple[int, ...], cut: Cut | None
+        self, name: str, weight: torch.Tensor, shape: tuple[int, ...], shard: Shard | None
     ) -> torch.Tensor | Fp8Matrix:
         if self._fp8 is None:
             raise ConfigError(
-                f"the checkpoint's {name} holds {weight.dtype}; config.json has no "
-                "quantization_config that says how"
+                f"the checkpoint's {name} has dtype {weight.dtype}, but config.json has no "
+                "quantization_config for it"
             )
         found = [name + suffix for suffix in SCALE_SUFFIXES if name + suffix in self._file_of]
         if not found:
@@ -157,55 +164,56 @@ class CheckpointWeights:
             return weight.float()
         self._left.discard(found[0])
         scale = self._file_of[found[0]].get_tensor(found[0])
-        return read_matrix(name, weight, scale, shape, cut, self._fp8)
+        return read_matrix(name, weight, scale, shape, shard, self._fp8)
 
     def _stored_dtype(self) -> torch.dtype:
-        """The type of the first tensor in one that can be computed in."""
+        """The dtype of the first tensor that has one of `_DTYPES`."""
         kinds = [file.get_slice(name).get_dtype() for name, file in self._file_of.items()]
         known = [_DTYPES[kind] for kind in kinds if kind in _DTYPES]
         if not known:
             raise ConfigError(
-                f"config.json has no dtype and the checkpoint holds {kinds[0]}; give --dtype"
+                f"config.json has no dtype and the checkpoint has {kinds[0]}; set --dtype"
             )
         return known[0]
 
 
 class DummyWeights:
-    """Random weights of any shape, the same ones each time, for benchmarks."""
+    """Random weights of any shape from a fixed seed, for benchmarks."""
 
     def __init__(self, *, dtype: torch.dtype | None, device: torch.device) -> None:
         self.dtype, self.device, self.num_bytes = dtype or torch.bfloat16, device, 0
         self.has_cache_scales = self.keeps_fp8 = False
         self._generator = torch.Generator(device).manual_seed(0)
 
-    def take(self, name: str, shape: Sequence[int], cut: Cut | None = None) -> torch.Tensor:
-        """Norms are ones, the rest normal with a standard deviation of 0.02."""
+    def load_tensor(
+        self, name: str, shape: Sequence[int], shard: Shard | None = None
+    ) -> torch.Tensor:
+        """Ones for norms; for the others a normal distribution with standard deviation 0.02."""
         tensor = torch.empty(tuple(shape), dtype=self.dtype, device=self.device)
         if name.endswith("norm.weight"):
             tensor.fill_(1.0)
         else:
             tensor.normal_(0, 0.02, generator=self._generator)
-        part = _part(tensor, cut)
+        part = _copy_shard(tensor, shard)
         self.num_bytes += part.numel() * self.dtype.itemsize
         return part
 
-    def take_matrix(
-        self, name: str, shape: Sequence[int], cut: Cut | None = None
+    def load_matrix(
+        self, name: str, shape: Sequence[int], shard: Shard | None = None
     ) -> torch.Tensor | Fp8Matrix:
-        """See Weights."""
-        return self.take(name, shape, cut)
+        return self.load_tensor(name, shape, shard)
 
     def finish(self) -> None:
         """Nothing to check."""
 
 
-def _index(cut: Cut) -> tuple[slice, ...]:
-    return (*[slice(None)] * cut.dim, slice(cut.start, cut.start + cut.length))
+def _index(shard: Shard) -> tuple[slice, ...]:
+    return (*[slice(None)] * shard.dim, slice(shard.start, shard.start + shard.length))
 
 
-def _part(tensor: torch.Tensor, cut: Cut | None) -> torch.Tensor:
-    """The part in memory of its own, so that the rest can be freed."""
-    return tensor if cut is None else tensor[_index(cut)].clone()
+def _copy_shard(tensor: torch.Tensor, shard: Shard | None) -> torch.Tensor:
+    """A copy of the shard, so that the full tensor can be freed."""
+    return tensor if shard is None else tensor[_index(shard)].clone()
 
 
 def _open_files(directory: Path) -> list[Any]:
@@ -217,7 +225,7 @@ def _open_files(directory: Path) -> list[Any]:
         try:
             files.append(safe_open(path, framework="pt", device="cpu"))
         except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path} is not a whole safetensors file: {error}") from None
+            raise ConfigError(f"{path} is not a valid safetensors file: {error}") from None
     return files
 
 
@@ -228,20 +236,20 @@ def _file_names(directory: Path) -> list[str]:
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{index} cannot be read as a safetensors index: {error!r}") from None
+        raise ConfigError(f"{index} is not a valid safetensors index: {error!r}") from None
     for name in names or [None]:
         if not isinstance(name, str) or Path(name).name != name:
             raise ConfigError(
-                f"{index} cannot be read as a safetensors index: it names {name!r}, "
-                "which is no file in the checkpoint's directory"
+                f"{index} is not a valid safetensors index: it lists {name!r}, which is not the "
+                "name of a file in the same directory"
             )
     return sorted(names)
 
 
 def _no_weights(directory: Path, path: Path) -> str:
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
-        return f"{directory} has weights in .bin or .pt files alone; minisrv reads safetensors"
-    return f"{path} does not exist; minisrv reads weights from safetensors files"
+        return f"{directory} has weights only as .bin or .pt files; minisrv needs safetensors files"
+    return f"{path} does not exist; minisrv needs weights in safetensors files"
 
 
 def _listing(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Who owns which page: leases of running requests, the radix tree, the free list, quarantine."""
+"""Tracks who owns each page: a running request's lease, the radix tree, or the free pool."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from minisrv.kvcache.radix_tree import Node, RadixTree
 from minisrv.wire.arrays import Int32Array
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Lease:
     """A running request's row of the page table.
 
-    `pages[c]` holds positions c * page_size on. The first `num_shared` pages are the tree's and
-    read-only, pinned at `node`; the others are this lease's alone. It shares with leases of the
-    same `salt`.
+    `pages[c]` holds positions c * page_size and up. The first `num_shared` pages belong to the
+    tree, are read-only and pinned at `node`; the others belong only to this lease. Pages are shared
+    only between leases with the same `salt`.
     """
 
     row: int
@@ -27,12 +27,15 @@ class Lease:
     num_shared: int = 0
     last_step: int = 0
 
+    def __repr__(self) -> str:
+        return f"Lease(row {self.row}, {len(self.pages)} pages, {self.num_shared} of them shared)"
+
 
 class KVCacheManager:
-    """Gives rows and pages to requests and takes them back.
+    """Allocates rows and pages to requests.
 
-    All token ids are int32 arrays that begin at position 0. `take_page_writes` gives the changes
-    of the page table.
+    All token ids are int32 arrays that start at position 0. Changes of the page table are collected
+    until `take_page_writes`.
     """
 
     def __init__(self, num_pages: int, num_rows: int, page_size: int, *, radix_cache: bool) -> None:
@@ -45,24 +48,24 @@ class KVCacheManager:
 
     @property
     def num_available(self) -> int:
-        """Pages that can be taken, free or after eviction."""
+        """Pages that are free or can be evicted."""
         return self.pages.num_free + self.tree.num_evictable
 
     @property
     def num_returning(self) -> int:
-        """Pages that become free when the steps in flight settle."""
+        """Pages that become free once the steps in flight have settled."""
         return self.pages.num_quarantined
 
     def pages_for(self, num_tokens: int) -> int:
-        """Pages that hold so many tokens."""
+        """Pages needed for `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
 
-    def open(self, salt: bytes = b"") -> Lease:
-        """A lease without pages; the caller has seen that `rows.num_free` is not 0."""
-        return Lease(row=self.rows.take(1)[0], node=self.tree.root, salt=salt)
+    def open_lease(self, salt: bytes = b"") -> Lease:
+        """A new lease without pages; the caller has checked that a row is free."""
+        return Lease(row=self.rows.allocate(1)[0], node=self.tree.root, salt=salt)
 
     def peek(self, token_ids: Int32Array, step: int, salt: bytes = b"") -> tuple[int, int, bool]:
-        """What a new lease would find: (pages, those of them evictable now, pending)."""
+        """What a new lease would match: (pages, those of them now evictable, Match.pending)."""
         if not self.radix_cache:
             return 0, 0, False
         limit = (len(token_ids) - 1) // self.page_size
@@ -76,10 +79,10 @@ class KVCacheManager:
     def extend_match(
         self, lease: Lease, token_ids: Int32Array, computed: int, step: int
     ) -> int | None:
-        """Put cached pages into the lease in place of what it has not computed.
+        """Replace pages that the lease has not computed yet by cached ones.
 
-        At least one token stays to be computed. Returns the number of tokens that are in the cache
-        now, at least `computed`; None when the next pages are being written by this very step.
+        At least one token is left to compute. Returns how many tokens are now in the cache, at
+        least `computed`; or None if the next pages are being written by step `step` itself.
         """
         if not self.radix_cache:
             return computed
@@ -102,20 +105,20 @@ class KVCacheManager:
         return end * self.page_size
 
     def grow(self, lease: Lease, num_tokens: int) -> int:
-        """Take pages, evicting if need be, for up to `num_tokens`; returns how many tokens fit."""
+        """Allocate pages for `num_tokens`, evicting if necessary; returns how many tokens fit."""
         missing = self.pages_for(num_tokens) - len(lease.pages)
         if missing > 0:
             self.evict(missing - self.pages.num_free)
-            taken = self.pages.take(min(missing, self.pages.num_free))
+            taken = self.pages.allocate(min(missing, self.pages.num_free))
             for column, page in enumerate(taken, len(lease.pages)):
                 self._page_writes[lease.row, column] = page
             lease.pages += taken
         return min(num_tokens, len(lease.pages) * self.page_size)
 
     def share(self, lease: Lease, token_ids: Int32Array, computed: int, step: int) -> None:
-        """Give the tree the pages that `step` (or one before) fills: those below `computed`.
+        """Move full pages below `computed`, which `step` or an earlier one fills, into the tree.
 
-        Pages that the tree has already, filled by somebody else, stay the lease's own.
+        If the tree already has such pages, from another request, the lease keeps its own.
         """
         start, end = lease.num_shared, computed // self.page_size
         if not self.radix_cache or end <= start:
@@ -128,8 +131,8 @@ class KVCacheManager:
         self.tree.unpin(lease.node, lease.last_step)
         lease.node, lease.num_shared = node, end
 
-    def close(self, lease: Lease, token_ids: Int32Array, computed: int) -> None:
-        """End a lease: its full pages below `computed` go to the tree, the others back."""
+    def close_lease(self, lease: Lease, token_ids: Int32Array, computed: int) -> None:
+        """End a lease: full pages below `computed` go into the tree, the others are released."""
         start = lease.num_shared
         end = max(start, computed // self.page_size) if self.radix_cache else start
         known = end - start
@@ -142,12 +145,12 @@ class KVCacheManager:
         unused = lease.pages[start : start + known] + lease.pages[end:]
         self.pages.release(unused, lease.last_step)
         self.rows.release([lease.row], lease.last_step)
-        for column in range(len(lease.pages)):  # the row's next owner has its own
+        for column in range(len(lease.pages)):  # the row's next owner writes its own
             self._page_writes.pop((lease.row, column), None)
         lease.pages, lease.num_shared, lease.node = [], 0, self.tree.root
 
     def evict(self, count: int) -> None:
-        """Drop up to `count` unpinned pages from the tree, least recently used first."""
+        """Evict up to `count` unpinned pages from the tree, least recently used first."""
         for pages, last_step in self.tree.evict(count):
             self.pages.release(pages, last_step)
 
@@ -157,7 +160,7 @@ class KVCacheManager:
         self.rows.settle(step)
 
     def take_page_writes(self) -> dict[tuple[int, int], int]:
-        """The changes of the page table since the last call: (row, column) -> page."""
+        """Changes of the page table since the last call: (row, column) -> page."""
         writes, self._page_writes = self._page_writes, {}
         return writes
 
@@ -167,18 +170,24 @@ class KVCacheManager:
         owned = Counter(self.pages.idle_ids())
         owned.update(page for node in self.tree.nodes() for page in node.pages)
         owned.update(page for lease in leases for page in lease.pages[lease.num_shared :])
-        assert owned == Counter(range(self.pages.size)), f"pages lost or shared: {_odd(owned)}"
+        assert owned == Counter(range(self.pages.size)), (
+            f"pages lost or owned twice: {_miscounted(owned)}"
+        )
         rows = Counter(self.rows.idle_ids()) + Counter(lease.row for lease in leases)
-        assert rows == Counter(range(self.rows.size)), f"rows lost or shared: {_odd(rows)}"
+        assert rows == Counter(range(self.rows.size)), (
+            f"rows lost or owned twice: {_miscounted(rows)}"
+        )
         pins: Counter[int] = Counter()
         for lease in leases:
             path = list(self.tree.path(lease.node))
             pins.update(map(id, path))
             shared = [page for node in reversed(path) for page in node.pages]
-            assert shared == lease.pages[: lease.num_shared], "a lease and its path differ"
+            assert shared == lease.pages[: lease.num_shared], (
+                "a lease's pages differ from those of its path"
+            )
         for node in self.tree.nodes():
-            assert node.refs == pins[id(node)], f"{node.refs} pins, {pins[id(node)]} holders"
+            assert node.refs == pins[id(node)], f"{node!r} has {pins[id(node)]} holders"
 
 
-def _odd(owners: Counter[int]) -> dict[int, int]:
+def _miscounted(owners: Counter[int]) -> dict[int, int]:
     return {i: count for i, count in owners.items() if count != 1}

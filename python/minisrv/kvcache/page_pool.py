@@ -1,4 +1,4 @@
-"""Numbered slots (pages, rows) that come back only when the steps that use them have settled."""
+"""Pools of ids (pages, rows), which are reused only after the steps that use them have settled."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 
 class IdPool:
-    """The ids 0..size-1, each one free, in quarantine, or out with a holder.
+    """The ids 0..size-1; each is free, quarantined, or held by a caller.
 
-    `release(ids, last_step)` puts ids that step `last_step` may still read or write into
-    quarantine until `settle(last_step)`: two-phase free.
+    Freeing has two phases: `release(ids, last_step)` quarantines ids that step `last_step` may
+    still read or write; `settle(last_step)` frees them.
     """
 
     def __init__(self, size: int) -> None:
@@ -20,14 +20,17 @@ class IdPool:
         self._quarantine: deque[tuple[int, list[int]]] = deque()
         self.num_quarantined = 0
 
+    def __repr__(self) -> str:
+        return f"IdPool({self.num_free} free, {self.num_quarantined} quarantined of {self.size})"
+
     @property
     def num_free(self) -> int:
-        """Ids that `take` can give now."""
+        """Ids that `allocate` can return now."""
         return len(self._free)
 
-    def take(self, count: int) -> list[int]:
-        """`count` free ids; the caller has seen that there are enough."""
-        assert count <= len(self._free), "more ids taken than are free"
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` free ids; the caller has checked that there are enough."""
+        assert count <= len(self._free), "more ids allocated than are free"
         if count == 0:
             return []
         taken = self._free[-count:][::-1]
@@ -35,7 +38,7 @@ class IdPool:
         return taken
 
     def release(self, ids: Iterable[int], last_step: int) -> None:
-        """Give ids back; they are free once `last_step` has settled."""
+        """Return ids; they become free once `last_step` has settled."""
         if last_step <= self.settled_step:
             self._free.extend(ids)
             return
@@ -44,7 +47,7 @@ class IdPool:
         self.num_quarantined += len(held)
 
     def settle(self, step: int) -> None:
-        """All steps up to `step` are done: what waited for them is free."""
+        """All steps up to `step` are done; free the ids that were waiting for them."""
         self.settled_step = step
         still = deque[tuple[int, list[int]]]()
         for last_step, ids in self._quarantine:
@@ -56,5 +59,5 @@ class IdPool:
         self._quarantine = still
 
     def idle_ids(self) -> list[int]:
-        """All ids that nobody holds, free and in quarantine, for `check`."""
+        """All ids that no caller holds: free and quarantined. For consistency checks."""
         return self._free + [i for _, ids in self._quarantine for i in ids]

@@ -1,10 +1,10 @@
-"""A radix tree of cached prompts: paths of token ids, cut into pages, to the pages of their KV.
+"""A radix tree of cached prefixes, from token ids (in units of pages) to KV cache pages.
 
 The idea is SGLang's RadixAttention (Zheng et al., 2024, arXiv:2312.07104), here with whole pages as
-the alphabet: an edge is a run of pages, children differ in their first page, keys are compared as
-real token ids. The first page of a path has a salt in its key, so that paths of different salts
-have no node in common. A node's `refs` counts the leases pinned at it or below it; a node with refs
-0 may be evicted, least recently used leaf first.
+the alphabet: an edge is a run of pages, siblings differ in their first page, and keys contain the
+actual token ids, not a hash. The key of the first page includes a salt, so that paths with
+different salts share no node. A node's `refs` counts the leases pinned at it or below it; nodes
+with refs 0 may be evicted, least recently used leaf first.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from minisrv.wire.arrays import Int32Array
 
 
 class Node:
-    """An edge with the node at its end. `tokens` has page_size ids for each of `pages`.
+    """A node and the edge that leads to it. `tokens` has page_size ids for each of `pages`.
 
-    `key` is the node's among the children of its parent.
+    `key` indexes this node in `parent.children`.
     """
 
     __slots__ = (
@@ -54,13 +54,19 @@ class Node:
         self.last_step = fill_step  # the last step that may use them
         self.last_used = 0
 
+    def __repr__(self) -> str:
+        return (
+            f"Node(pages {self.pages}, {self.refs} refs, {len(self.children)} children, "
+            f"filled by step {self.fill_step}, last step {self.last_step})"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The longest cached prefix: the pages after those already held, ending at or inside `node`.
+    """The longest cached prefix: the pages after the start of the search, ending at or in `node`.
 
-    `inside` is how many pages of `node` belong to it. `pending` says that the next pages exist,
-    but are written by the step that is being built, so nobody may read them yet.
+    The match includes the first `inside` pages of `node`. `pending`: the next pages exist, but are
+    written by the step that is being built, so they cannot be read yet.
     """
 
     node: Node
@@ -70,7 +76,7 @@ class Match:
 
 
 class RadixTree:
-    """See the module. Page counts are numbers of whole pages; `tokens` start at the root."""
+    """`tokens` arguments start at the root; `start` and `limit` count pages."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
@@ -79,7 +85,7 @@ class RadixTree:
         self.num_evictable = 0
         self.num_pages = 0
         self._clock = 0
-        self._pushes = 0
+        self._heap_order = 0
         self._heap: list[tuple[int, int, Node]] = []
 
     def match(
@@ -119,8 +125,8 @@ class RadixTree:
     ) -> tuple[Node, int]:
         """Add `pages` for the tokens after page `start`, where `node` ends.
 
-        Returns the node at their end and how many of them the tree already had (with other page
-        ids: those of the caller stay the caller's). `step` is the last step that writes the pages.
+        Returns the node at their end, and how many of the pages the tree already had under other
+        ids; the caller keeps those. `step` is the last step that writes the pages.
         """
         end = start + len(pages)
         found = self.match(node, tokens, start, end, -1, salt)
@@ -142,7 +148,7 @@ class RadixTree:
         return child, known
 
     def pin(self, node: Node) -> None:
-        """Keep the path to `node` from eviction."""
+        """Protect the path to `node` from eviction."""
         for part in self.path(node):
             if part.refs == 0:
                 self.num_evictable -= len(part.pages)
@@ -160,7 +166,7 @@ class RadixTree:
             self._touch(part)
 
     def end_of(self, match: Match) -> Node:
-        """The node that ends where the match ends; splits an edge when it ends inside."""
+        """The node that ends where the match ends; splits an edge if necessary."""
         return self._end_at(match.node, match.inside)
 
     def evict(self, count: int) -> Iterator[tuple[list[int], int]]:
@@ -171,18 +177,18 @@ class RadixTree:
                 continue
             keep = max(0, len(node.pages) - count)
             pages = node.pages[keep:]
-            self._cut(node, keep)
+            self._truncate(node, keep)
             count -= len(pages)
             yield pages, node.last_step
 
     def path(self, node: Node) -> Iterator[Node]:
-        """The node and its parents, without the root."""
+        """The node and its ancestors, without the root."""
         while node.parent is not None:
             yield node
             node = node.parent
 
     def nodes(self) -> Iterator[Node]:
-        """All nodes but the root."""
+        """All nodes except the root."""
         stack = list(self.root.children.values())
         while stack:
             node = stack.pop()
@@ -190,7 +196,7 @@ class RadixTree:
             yield node
 
     def check(self) -> None:
-        """Assert the shape of the tree and its counters; refs are checked by their holders."""
+        """Assert the tree's invariants and counters; KVCacheManager.check compares refs."""
         nodes = list(self.nodes())
         assert self.num_pages == sum(len(node.pages) for node in nodes)
         assert self.num_evictable == sum(len(node.pages) for node in nodes if not node.refs)
@@ -198,17 +204,22 @@ class RadixTree:
             assert node.pages, "a node without pages"
             assert len(node.tokens) == len(node.pages) * self.page_size, "a partial page in a node"
             assert node.parent is not None
-            assert node.parent.children.get(node.key) is node, "a wrong child key"
-            assert node.key.endswith(self._key(node.tokens, 0, b"")), "a key of other tokens"
+            assert node.parent.children.get(node.key) is node, "a node is not under its key"
+            assert node.key.endswith(self._key(node.tokens, 0, b"")), (
+                "a key differs from its tokens"
+            )
             assert node.parent is self.root or len(node.key) == 4 * self.page_size
             assert node.parent is self.root or node.parent.refs >= node.refs
         waiting = {id(node) for used, _, node in self._heap if node.last_used == used}
         for node in nodes:
-            assert node.refs or node.children or id(node) in waiting, "a leaf that eviction misses"
+            assert node.refs or node.children or id(node) in waiting, (
+                "a leaf that cannot be evicted"
+            )
 
     def _key(self, tokens: Int32Array, page: int, salt: bytes) -> bytes:
-        """The ids of a page, behind the salt if it is the first: all ids take the same room, so
-        that no salt can be taken for ids."""
+        """The ids of a page as bytes, preceded by the salt for the first page. All pages have the
+        same length, so a salt cannot be mistaken for ids.
+        """
         ids = tokens[page * self.page_size : (page + 1) * self.page_size].tobytes()
         return ids if page else salt + ids
 
@@ -223,7 +234,7 @@ class RadixTree:
         return node if inside == len(node.pages) else self._split(node, inside)
 
     def _split(self, node: Node, at: int) -> Node:
-        """Put a node before `node` that takes its first `at` pages; holders of `node` keep it."""
+        """Move the first `at` pages of `node` to a new parent; pins on `node` stay valid."""
         assert node.parent is not None
         assert 0 < at < len(node.pages)
         cut = at * self.page_size
@@ -235,33 +246,33 @@ class RadixTree:
         node.parent, node.tokens, node.pages = upper, node.tokens[cut:], node.pages[at:]
         return upper
 
-    def _cut(self, node: Node, keep: int) -> None:
-        """Drop the pages of a leaf from `keep` on, and the leaf with its last page."""
+    def _truncate(self, node: Node, keep: int) -> None:
+        """Keep the first `keep` pages of a leaf; remove the leaf if none is left."""
         removed = len(node.pages) - keep
         self.num_pages -= removed
         self.num_evictable -= removed
         if keep:
             node.pages = node.pages[:keep]
             node.tokens = node.tokens[: keep * self.page_size]
-            self._offer(node)
+            self._add_to_heap(node)
             return
         parent = node.parent
         assert parent is not None
         del parent.children[node.key]
         node.pages = []
         if parent is not self.root:
-            self._offer(parent)
+            self._add_to_heap(parent)
 
     def _touch(self, node: Node) -> None:
         self._clock += 1
         node.last_used = self._clock
-        self._offer(node)
+        self._add_to_heap(node)
 
-    def _offer(self, node: Node) -> None:
-        """Make a leaf a candidate for eviction."""
+    def _add_to_heap(self, node: Node) -> None:
+        """Add the node to the eviction heap if it is a leaf. Stale entries are skipped later."""
         if not node.children:
-            self._pushes += 1
-            heapq.heappush(self._heap, (node.last_used, self._pushes, node))
+            self._heap_order += 1
+            heapq.heappush(self._heap, (node.last_used, self._heap_order, node))
             if len(self._heap) > 2 * self.num_pages + 64:
                 self._heap = [e for e in self._heap if e[2].pages and e[2].last_used == e[0]]
                 heapq.heapify(self._heap)

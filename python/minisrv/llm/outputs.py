@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from minisrv.errors import InvalidRequestError, MinisrvError
-from minisrv.frontend.registry.events import Event, gather_reply
+from minisrv.wire.events import Event, gather_reply
 from minisrv.wire.logprobs import TokenLogprob
 from minisrv.wire.messages import DetokenizeMsg, Failure, GenerateMsg, UserReply
 

@@ -1,4 +1,4 @@
-"""A step as flat arrays: what the scheduler decided, in the engine's terms."""
+"""Turns a step's plan into the flat arrays that the engine takes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from functools import partial
 
 import numpy as np
 
-from minisrv.engine.forward_batch import (
-    ForwardBatch,
-    GrammarMasks,
-    SamplingColumns,
-)
+from minisrv.engine.forward_batch import ForwardBatch, GrammarMasks, SamplingColumns
 from minisrv.scheduler.logprobs import build_logprobs
 from minisrv.scheduler.penalties import build_penalties
 from minisrv.scheduler.request import Request
-from minisrv.scheduler.step import Step
+from minisrv.scheduler.step_plan import StepPlan
 from minisrv.wire.arrays import Int32Array
 
 FillMasks = Callable[[list[Request]], Int32Array]
@@ -24,7 +20,7 @@ _NO_TOKENS = np.empty(0, np.int32)
 
 
 class BatchBuilder:
-    """Keeps the sampling parameters of each row in columns, so that a step only gathers them."""
+    """Keeps the sampling parameters of each row in columns, from which a step gathers its own."""
 
     def __init__(self, num_rows: int) -> None:
         self._temperature = np.zeros(num_rows, np.float32)
@@ -38,29 +34,29 @@ class BatchBuilder:
         self._has_penalties = np.zeros(num_rows, np.bool_)
         self._has_logprobs = np.zeros(num_rows, np.bool_)
 
-    def build(self, step: Step, fill_masks: FillMasks) -> ForwardBatch:
-        """The batch of a step; called once for each, in order.
+    def build_batch(self, plan: StepPlan, fill_masks: FillMasks) -> ForwardBatch:
+        """The batch of a plan. Call once for each plan, in order.
 
-        fill_masks: gives the masks of requests when the engine asks for them.
+        fill_masks: called back when the engine needs the grammar masks of these requests.
         """
-        decodes, prefills = step.decodes, step.prefills
+        decodes, prefills = plan.decodes, plan.prefills
         requests = decodes + [chunk.request for chunk in prefills]
         rows = np.array([r.lease.row for r in requests if r.lease], np.int32)
         for request, row in zip(requests[len(decodes) :], rows[len(decodes) :], strict=True):
             self._set_row(int(row), request)
         prompts = [c.request.prefill_ids[c.start : c.start + c.length] for c in prefills]
-        starts = [r.computed - 1 for r in decodes] + [chunk.start for chunk in prefills]
+        starts = [r.num_computed - 1 for r in decodes] + [chunk.start for chunk in prefills]
         query_lens = np.ones(len(requests), np.int32)
         query_lens[len(decodes) :] = [chunk.length for chunk in prefills]
-        sample_indices = np.arange(len(decodes) + len(step.sampling_prefills), dtype=np.int32)
-        sample_indices[len(decodes) :] = [len(decodes) + i for i in step.sampling_prefills]
+        sample_indices = np.arange(len(decodes) + len(plan.sampling_prefills), dtype=np.int32)
+        sample_indices[len(decodes) :] = [len(decodes) + i for i in plan.sampling_prefills]
         sample_rows = rows[sample_indices]
         has_penalties = self._has_penalties[sample_rows].any()
-        has_logprobs = step.scored or self._has_logprobs[sample_rows].any()
-        scored, logprobs = build_logprobs(step) if has_logprobs else (_NO_TOKENS, None)
-        places = np.array(list(step.page_writes), np.int32).reshape(-1, 2)
+        has_logprobs = plan.scored or self._has_logprobs[sample_rows].any()
+        scored, logprobs = build_logprobs(plan) if has_logprobs else (_NO_TOKENS, None)
+        places = np.array(list(plan.page_writes), np.int32).reshape(-1, 2)
         return ForwardBatch(
-            step_id=step.step_id,
+            step_id=plan.step_id,
             num_decodes=len(decodes),
             rows=rows,
             query_lens=query_lens,
@@ -68,11 +64,11 @@ class BatchBuilder:
             prefill_ids=np.concatenate(prompts) if prompts else np.empty(0, np.int32),
             page_rows=np.ascontiguousarray(places[:, 0]),
             page_columns=np.ascontiguousarray(places[:, 1]),
-            page_ids=np.array(list(step.page_writes.values()), np.int32),
+            page_ids=np.array(list(plan.page_writes.values()), np.int32),
             sample_indices=sample_indices,
-            sampling=self._columns(step, sample_rows, fill_masks),
-            penalties=build_penalties(step, sample_rows) if has_penalties else None,
-            scored_tokens=scored,
+            sampling=self._columns(plan, sample_rows, fill_masks),
+            penalties=build_penalties(plan, sample_rows) if has_penalties else None,
+            prompt_logprob_tokens=scored,
             logprobs=logprobs,
         )
 
@@ -90,12 +86,12 @@ class BatchBuilder:
         self._has_penalties[row] = sampling.adjusts_logits
         self._has_logprobs[row] = sampling.logprobs is not None
 
-    def _columns(self, step: Step, rows: Int32Array, fill_masks: FillMasks) -> SamplingColumns:
+    def _columns(self, plan: StepPlan, rows: Int32Array, fill_masks: FillMasks) -> SamplingColumns:
         suppressed = []
         if self._min_tokens[rows].any():
             suppressed = [
                 (sample, token_id)
-                for sample, request in enumerate(step.samples)
+                for sample, request in enumerate(plan.samples)
                 if request.matcher is None  # its mask leaves them out
                 for token_id in request.suppressed_ids
             ]
@@ -109,15 +105,15 @@ class BatchBuilder:
             choices=self._choices[rows],
             suppress_samples=np.ascontiguousarray(pairs[:, 0]),
             suppress_ids=np.ascontiguousarray(pairs[:, 1]),
-            grammar=self._grammar_masks(step, rows, fill_masks),
+            grammar=self._grammar_masks(plan, rows, fill_masks),
         )
 
     def _grammar_masks(
-        self, step: Step, rows: Int32Array, fill_masks: FillMasks
+        self, plan: StepPlan, rows: Int32Array, fill_masks: FillMasks
     ) -> GrammarMasks | None:
         constrained = np.flatnonzero(self._constrained[rows])
         if not constrained.size:
             return None
-        requests = step.samples
+        requests = plan.samples
         fill = partial(fill_masks, [requests[sample] for sample in constrained])
         return GrammarMasks(constrained.astype(np.int32), fill)

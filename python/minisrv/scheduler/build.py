@@ -88,7 +88,7 @@ def _warm_up(loop: SchedulerLoop) -> None:
     if length < 1:
         return
     prompt = np.zeros(length, np.int32)
-    loop.scheduler.add(GenerateMsg(uid=-1, prompt_ids=prompt, sampling=WARM_UP))
+    loop.scheduler.add_request(GenerateMsg(uid=-1, prompt_ids=prompt, sampling=WARM_UP), 0.0)
     while loop.busy:
         loop.advance()
     loop.scheduler.take_replies()

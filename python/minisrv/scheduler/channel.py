@@ -20,8 +20,6 @@ from minisrv.wire.sockets import Inbox, Outbox
 
 
 class Channel(Protocol):
-    """The loop's side of the link."""
-
     def receive(self, wait: bool) -> list[Message]:
         """All messages that have arrived, oldest first; with `wait`, block until there is one.
 
@@ -46,21 +44,17 @@ class ZmqChannel:
         self._frontend = Outbox(run_dir, "frontend", epoch)
 
     def receive(self, wait: bool) -> list[Message]:
-        """See Channel."""
         if wait:
             self._inbox.wait(self.WAIT_S)
         return self._inbox.drain()
 
     def send(self, message: DetokenizeMsg) -> None:
-        """See Channel."""
         self._outbox.send(message)
 
     def send_to_frontend(self, message: AnswerMsg | StatsMsg) -> None:
-        """See Channel."""
         self._frontend.send(message)
 
     def close(self) -> None:
-        """Close all sockets."""
         self._inbox.close()
         self._outbox.close()
         self._frontend.close()
@@ -84,9 +78,7 @@ class LocalChannel:
         return messages
 
     def send(self, message: DetokenizeMsg) -> None:
-        """See Channel."""
         self.outbox.append(message)
 
     def send_to_frontend(self, message: AnswerMsg | StatsMsg) -> None:
-        """See Channel."""
         self.sent_to_frontend.append(message)

@@ -35,7 +35,7 @@ class Grammars:
             if isinstance(outcome, Matcher):
                 self._scheduler.set_matcher(uid, outcome)
             else:
-                self._scheduler.fail(uid, outcome)
+                self._scheduler.fail_request(uid, outcome)
 
     def wait(self, timeout_s: float) -> None:
         """Block until a grammar is compiled, at most `timeout_s`."""

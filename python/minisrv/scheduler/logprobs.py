@@ -8,13 +8,13 @@ import numpy as np
 
 from minisrv.engine.forward_batch import LogprobColumns, Logprobs
 from minisrv.scheduler.request import Request, Status
-from minisrv.scheduler.step import Chunk, Step
+from minisrv.scheduler.step_plan import Chunk, StepPlan
 from minisrv.wire.arrays import Int32Array
 from minisrv.wire.logprobs import TokenLogprobs
 
 
-def build_logprobs(step: Step) -> tuple[Int32Array, LogprobColumns | None]:
-    """The batch's `scored_tokens` and `logprobs`: (none, None) when nobody asks."""
+def build_logprobs(step: StepPlan) -> tuple[Int32Array, LogprobColumns | None]:
+    """The batch's `prompt_logprob_tokens` and `logprobs`: (none, None) when nobody asks."""
     samples = _asking(step)
     chunks = step.scored
     asking = [request for _, request in samples] + [chunk.request for chunk in chunks]
@@ -30,7 +30,7 @@ def build_logprobs(step: Step) -> tuple[Int32Array, LogprobColumns | None]:
 
 
 def take_logprobs(
-    step: Step, token_ids: Sequence[int], logprobs: Logprobs
+    step: StepPlan, token_ids: Sequence[int], logprobs: Logprobs
 ) -> Iterator[TokenLogprobs]:
     """Those of the step's tokens, to be sent; those of prompts are kept until the first token.
 
@@ -55,7 +55,7 @@ def take_logprobs(
         first += length
 
 
-def _asking(step: Step) -> list[tuple[int, Request]]:
+def _asking(step: StepPlan) -> list[tuple[int, Request]]:
     return [(i, r) for i, r in enumerate(step.samples) if r.sampling.logprobs is not None]
 
 
@@ -64,7 +64,7 @@ def _end(chunk: Chunk) -> int:
     return min(chunk.start + chunk.length, len(chunk.request.prompt_ids) - 1)
 
 
-def _scored_tokens(step: Step) -> Int32Array:
+def _scored_tokens(step: StepPlan) -> Int32Array:
     places = [np.empty(0, np.int32)]
     first = len(step.decodes)
     scored = {id(chunk) for chunk in step.scored}

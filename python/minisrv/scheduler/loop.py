@@ -1,7 +1,9 @@
-"""The loop that turns messages into steps and steps into messages, one step ahead if asked."""
+"""The loop of the scheduler process: receive, schedule, launch, settle, send."""
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minisrv.engine.forward_batch import ForwardEngine, ForwardOutput
+from minisrv.engine.forward_batch import ForwardEngine
 from minisrv.errors import InvalidRequestError
 from minisrv.scheduler.batch_builder import BatchBuilder
 from minisrv.scheduler.channel import LocalChannel, ZmqChannel
@@ -18,7 +20,7 @@ from minisrv.scheduler.replies import Replies
 from minisrv.scheduler.request import Request
 from minisrv.scheduler.scheduler import Scheduler
 from minisrv.scheduler.stats import LoopStats
-from minisrv.scheduler.step import Step
+from minisrv.scheduler.step_plan import StepPlan
 from minisrv.structured_output.compiler import GrammarCompiler
 from minisrv.wire.arrays import Int32Array
 from minisrv.wire.messages import (
@@ -31,14 +33,25 @@ from minisrv.wire.messages import (
 )
 
 COMPILE_POLL_S = 0.005
+CHECK_VARIABLE = "MINISRV_CHECK"
+
+logger = logging.getLogger("minisrv.scheduler")
 
 
 class SchedulerLoop:
-    """Receive, schedule, launch, settle.
+    """Keeps `overlap_depth` steps in flight while it prepares the next.
 
-    `overlap_depth` steps stay in flight while the next is prepared: 0 where the engine computes in
-    `launch`, 1 where it runs on a device. A step with a grammar's masks settles the one before
-    when its own forward is on its way; the masks are filled while the device computes.
+    That is 0 where the engine computes in `launch`, and 1 where it runs on a device:
+
+        host     launch n | settle n-1 | receive, schedule, launch n+1 | settle n | ...
+        device            | step n .............................. | step n+1 .......
+
+    The one place where control runs backwards is a step with grammar masks. The masks depend on
+    the tokens of step n-1, which need not be known to begin the forward pass of step n. So the
+    engine calls `_fill_masks` from inside `launch`, after the forward pass is queued and before
+    sampling is: it settles step n-1 and fills the masks while the device computes.
+
+    With MINISRV_CHECK=1 the scheduler's and the cache's invariants are asserted in every turn.
     """
 
     def __init__(
@@ -56,80 +69,87 @@ class SchedulerLoop:
         self._grammars = None if compiler is None else Grammars(scheduler, compiler)
         self.stats = LoopStats()
         self._builder = BatchBuilder(scheduler.cache.rows.size)
-        self._in_flight: deque[tuple[Step, Any]] = deque()
+        self._in_flight: deque[tuple[StepPlan, Any]] = deque()
+        self._now = 0.0
+        self._checks = os.environ.get(CHECK_VARIABLE) == "1"
+        if self._checks:
+            logger.warning("%s=1: invariants are checked after every step", CHECK_VARIABLE)
 
     @property
     def busy(self) -> bool:
-        """Whether a request is open or a step in flight."""
+        """Whether a request is open or a step is in flight."""
         return bool(self.scheduler.num_open or self._in_flight)
 
-    def run(self, check: Callable[[], None]) -> None:
-        """Turn until `check`, called between turns, raises."""
+    def run(self, check_engine: Callable[[], None]) -> None:
+        """Turn until `check_engine`, called between turns, raises."""
         while True:
-            check()
+            check_engine()
             self.turn()
 
     def turn(self) -> None:
-        """One round: blocks for messages only when there is nothing to do."""
+        """One round. Blocks for messages only when there is nothing to do."""
         self._receive(wait=not self.busy)
         if self._grammars is not None:
             self._grammars.deliver()
         self.advance()
         self._send(self.scheduler.take_replies())
-        if self.stats.due(self.scheduler.now, self.busy):
-            self.channel.send_to_frontend(self.stats.message(self.scheduler))
+        if self.stats.due(self._now, self.busy):
+            self.channel.send_to_frontend(self.stats.make_message(self.scheduler))
 
     def advance(self) -> None:
-        """Launch the next step, and settle what must be settled."""
-        self.scheduler.now = time.monotonic()
-        step = self.scheduler.schedule()
-        if step is not None:
-            self.stats.count_step(step)
-            batch = self._builder.build(step, self._fill_masks)
-            self._in_flight.append((step, self.engine.launch(batch)))
+        """Launch the next step, and settle the steps before it down to `overlap_depth`."""
+        self._now = time.monotonic()
+        plan = self.scheduler.schedule(self._now)
+        if plan is not None:
+            self.stats.count_launch(plan)
+            batch = self._builder.build_batch(plan, self._fill_masks)
+            self._in_flight.append((plan, self.engine.launch(batch)))
         elif not self._in_flight and self.scheduler.num_open:
-            assert self.scheduler.num_compiling, "requests are open, but no step can be made"
+            assert self.scheduler.num_compiling, "requests are open, but no step can be planned"
             assert self._grammars is not None
             self._grammars.wait(COMPILE_POLL_S)
-        self._settle(self.overlap_depth if step is not None else 0)
+        self._settle_until(self.overlap_depth if plan is not None else 0)
+        if self._checks:
+            self.scheduler.check()
 
-    def _settle(self, depth: int) -> None:
+    def _settle_until(self, depth: int) -> None:
         """Settle steps, oldest first, until `depth` are in flight."""
         while len(self._in_flight) > depth:
-            settled, handle = self._in_flight.popleft()
-            self._settle_step(settled, self.engine.wait(handle))
-
-    def _settle_step(self, step: Step, output: ForwardOutput) -> None:
-        now = self.scheduler.now = time.monotonic()
-        num_first = self.stats.first_tokens(step, now) if step.sampling_prefills else 0
-        count = self.scheduler.settle(step, output.token_ids.tolist(), output.logprobs)
-        self.stats.count_tokens(count, num_first, now)
+            plan, handle = self._in_flight.popleft()
+            output = self.engine.wait(handle)
+            self._now = time.monotonic()
+            outcome = self.scheduler.settle(
+                plan, output.token_ids.tolist(), self._now, output.logprobs
+            )
+            self.stats.count_tokens(outcome, self._now)
 
     def _fill_masks(self, requests: list[Request]) -> Int32Array:
-        """The masks of the step that is being launched, which is not in flight yet."""
-        self._settle(0)
+        """The masks of the step that is being launched; it is not in `_in_flight` yet."""
+        self._settle_until(0)
         assert self._grammars is not None
         return self._grammars.masks(requests)
 
     def _receive(self, wait: bool) -> None:
         messages = self.channel.receive(wait)
         if messages:
-            self.scheduler.now = time.monotonic()
+            self._now = time.monotonic()
         for message in messages:
             if isinstance(message, GenerateMsg):
-                self.scheduler.add(message)
+                self.scheduler.add_request(message, self._now)
                 if message.sampling.grammar is not None:
                     self._request_grammar(message)
             elif isinstance(message, AbortMsg):
-                self.scheduler.abort(message.uids)
+                self.scheduler.abort_requests(message.uids, self._now)
             elif isinstance(message, FlushMsg):
-                self.channel.send_to_frontend(self._flush(message))
+                self.channel.send_to_frontend(self._flush_cache(message))
 
-    def _flush(self, message: FlushMsg) -> AnswerMsg:
-        """Empty the cache, unless requests are open: these would keep parts of it."""
+    def _flush_cache(self, message: FlushMsg) -> AnswerMsg:
+        """Empty the cache. Refused while requests are open, which hold parts of it."""
         cache = self.scheduler.cache
         if num_open := self.scheduler.num_open:
-            error = InvalidRequestError(f"{num_open} requests are open; the cache is flushed idle")
+            error = InvalidRequestError(
+                f"the cache can be flushed only while no request is open; {num_open} are open"
+            )
             return AnswerMsg(query=message.query, failure=Failure.from_error(0, error))
         num_pages = cache.tree.num_evictable
         cache.evict(num_pages)
@@ -141,13 +161,13 @@ class SchedulerLoop:
             return
         error = InvalidRequestError("this model has no structured output")
         for uid in range(message.uid, message.uid + message.sampling.n):
-            self.scheduler.fail(uid, error)
+            self.scheduler.fail_request(uid, error)
 
     def _send(self, replies: Replies) -> None:
         if not replies:
             return
         if replies.starts:
-            self.stats.count_starts(replies)
+            self.stats.count_prompts(replies)
         self.channel.send(
             DetokenizeMsg(
                 uids=np.array(replies.uids, np.int64),
@@ -156,7 +176,7 @@ class SchedulerLoop:
                 starts=tuple(replies.starts),
                 failures=tuple(replies.failures),
                 progress=tuple(replies.progress),
-                at=self.scheduler.now,
+                at=self._now,
                 logprobs=tuple(replies.logprobs),
             )
         )

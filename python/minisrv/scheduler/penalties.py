@@ -1,4 +1,4 @@
-"""The rare sampling parameters of a step: penalties and biases."""
+"""The sampling parameters that few requests set: penalties and logit biases."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import numpy as np
 
 from minisrv.engine.forward_batch import Penalties
 from minisrv.scheduler.request import Request
-from minisrv.scheduler.step import Step
+from minisrv.scheduler.step_plan import StepPlan
 from minisrv.wire.arrays import Int32Array
 
 
-def build_penalties(step: Step, rows: Int32Array) -> Penalties:
-    """The penalties of a step; `rows` are those of its samples.
+def build_penalties(plan: StepPlan, rows: Int32Array) -> Penalties:
+    """The penalties of a step; `rows` are the page table rows of its samples.
 
-    A request brings its tokens with the chunk that ends its prompt, the first step that samples.
-    After a preemption that chunk holds the output as well; none of it is in flight then.
+    The engine counts a request's tokens by row. They are sent with the chunk that ends its prompt,
+    the first step that samples; after a preemption that includes the output, all of it settled.
     """
-    samples = step.samples
-    penalised = [
+    samples = plan.samples
+    penalized = [
         (i, request) for i, request in enumerate(samples) if request.sampling.penalizes_tokens
     ]
-    begun = [(i, request) for i, request in penalised if i >= len(step.decodes)]
+    begun = [(i, request) for i, request in penalized if i >= len(plan.decodes)]
     biased = [
         (i, bias) for i, request in enumerate(samples) for bias in request.sampling.logit_bias
     ]
-    chosen = [i for i, _ in penalised]
-    params = [request.sampling for _, request in penalised]
+    chosen = [i for i, _ in penalized]
+    params = [request.sampling for _, request in penalized]
     return Penalties(
         samples=_ints(chosen),
         rows=rows[chosen],

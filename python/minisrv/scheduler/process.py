@@ -15,7 +15,6 @@ from minisrv.supervision.records import ChildReady
 
 
 def main() -> None:
-    """Be the scheduler process."""
     run_child("scheduler", _serve)
 
 

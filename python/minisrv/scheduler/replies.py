@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from minisrv.scheduler.request import Request, Status
-from minisrv.scheduler.step import Chunk
+from minisrv.scheduler.step_plan import Chunk
 from minisrv.wire.logprobs import TokenLogprobs
 from minisrv.wire.messages import Failure, Finish, PrefillProgress, Start
 
@@ -25,7 +25,7 @@ class Replies:
     def add_token(self, request: Request, token_id: int, finish: Finish, now: float) -> None:
         """Add a token, or with ABORT an end without one."""
         if not request.started:
-            self.starts.append(request.start(now, aborted=finish is Finish.ABORT))
+            self.starts.append(request.make_start(now, aborted=finish is Finish.ABORT))
         self.uids.append(request.uid)
         self.token_ids.append(token_id)
         self.finishes.append(finish)

@@ -1,4 +1,24 @@
-"""One choice of one request inside the scheduler, and when it ends."""
+"""One choice of one request inside the scheduler: its status, its tokens, and when it ends.
+
+The status says what a request holds:
+
+    WAITING   Nothing but its place in the queue, by arrival. It waits for its grammar, for a row,
+              or for the pages of its prompt.
+    RUNNING   A lease: a row of the page table, and pages. Each step computes a chunk of its
+              prompt or samples its next token.
+    FINISHED  Nothing. Its one final reply has been made; tokens of steps still in flight are
+              dropped when they arrive.
+
+                 admitted                ended, aborted or failed
+        WAITING ----------> RUNNING ---------------------------------> FINISHED
+           |  ^                |                                          ^
+           |  +----------------+                                          |
+           |      preempted                 aborted or failed             |
+           +--------------------------------------------------------------+
+
+A preempted request keeps its output and its place in the order of arrival. When it is admitted
+again it prefills its prompt and its output, as far as the cache does not hold them, and continues.
+"""
 
 from __future__ import annotations
 
@@ -15,128 +35,151 @@ from minisrv.wire.arrays import Int32Array
 from minisrv.wire.logprobs import TokenLogprobs
 from minisrv.wire.messages import Finish, ShownPrompt, Start
 
+_CONTINUES = Finish.NONE  # for each token: looking up an enum member takes 0.1 us
+
 
 class Status(Enum):
-    """WAITING has no row; RUNNING has one; FINISHED is final."""
-
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
 
 
-@dataclass(slots=True, eq=False)
+_MAY_BECOME = {
+    Status.WAITING: {Status.RUNNING, Status.FINISHED},
+    Status.RUNNING: {Status.WAITING, Status.FINISHED},
+    Status.FINISHED: frozenset[Status](),
+}
+
+
+@dataclass(slots=True, eq=False, kw_only=True, repr=False)
 class Request:
-    """A request's tokens, how far they are computed, and what is still to come.
+    """The fields of each group are described above it; times are on the scheduler's clock."""
 
-    `arrival` orders requests for ever, also after a preemption. `prefill_ids` are the tokens that
-    must be in the cache before the next one can be sampled: the prompt, and after a preemption
-    the output so far. `computed` counts the positions computed or in a launched step; `pending`
-    the sampled tokens that have not come back; `last_step` is the last step that it was in.
-    `matcher` follows the output; a request with a grammar waits until it has one.
-    `prompt_logprobs` are those of its second token first, as far as they are computed.
-    `arrived_at`, `admitted_at` (the first time) and `preempted_at` are on the scheduler's clock.
-    """
-
+    # Identity. `uid` is the message's uid plus `choice`, `arrival` the place in the order of all.
     uid: int
-    arrival: int
     choice: int
-    seed: int
+    arrival: int
+    arrived_at: float
+
+    # What to compute. It shares cached pages with requests of the same `salt` only.
     prompt_ids: Int32Array
     sampling: SamplingParams
+    seed: int
     max_tokens: int
     eos_ids: frozenset[int]
-    parts: int = 0
-    shown_prompt: ShownPrompt | None = None
-    show_progress: bool = False
-    salt: bytes = b""
+    salt: bytes
+
+    # What its replies are to hold besides tokens.
+    parts: int
+    shown_prompt: ShownPrompt | None
+    show_progress: bool
+
+    # Its place in the scheduler. `bypassed` counts the younger requests admitted before it.
+    status: Status = field(default=Status.WAITING, init=False)
+    lease: Lease | None = field(default=None, init=False)
+    bypassed: int = field(default=0, init=False)
+    admitted_at: float | None = field(default=None, init=False)  # the first time
+    preempted_at: float | None = field(default=None, init=False)  # the last time
+
+    # How far it is. `prefill_ids` must be in the cache before the next token can be sampled: the
+    # prompt, and after a preemption the output so far. `num_computed` counts the positions that
+    # are computed or in a step in flight; `num_in_flight` the sampled tokens not yet settled.
     prefill_ids: Int32Array = field(init=False)
-    output_ids: list[int] = field(default_factory=list)
-    status: Status = Status.WAITING
-    lease: Lease | None = None
-    computed: int = 0
-    pending: int = 0
-    cached_tokens: int = 0
-    started: bool = False
-    preempted: bool = False
-    bypassed: int = 0
-    last_step: int = 0
-    matcher: Matcher | None = None
-    prompt_logprobs: Logprobs | None = None
-    arrived_at: float = 0.0
-    admitted_at: float | None = None
-    preempted_at: float = 0.0
-    _ends: frozenset[int] = field(init=False)
+    num_computed: int = field(default=0, init=False)
+    num_in_flight: int = field(default=0, init=False)
+
+    # What it has produced. `matcher` follows the output of a request with a grammar. `started`:
+    # its `Start` is made. `prompt_logprobs` begin with the second token, as far as computed.
+    output_ids: list[int] = field(default_factory=list, init=False)
+    matcher: Matcher | None = field(default=None, init=False)
+    started: bool = field(default=False, init=False)
+    cached_tokens: int = field(default=0, init=False)  # prompt tokens found in the cache
+    prompt_logprobs: Logprobs | None = field(default=None, init=False)
+    _end_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.prefill_ids = self.prompt_ids
         eos = frozenset[int]() if self.sampling.ignore_eos else self.eos_ids
-        self._ends = eos.union(self.sampling.stop_token_ids)
+        self._end_ids = eos.union(self.sampling.stop_token_ids)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Request {self.uid} {self.status.value}, arrival {self.arrival}, "
+            f"prompt {len(self.prompt_ids)}, output {len(self.output_ids)}/{self.max_tokens}, "
+            f"computed {self.num_computed}, in flight {self.num_in_flight}, "
+            f"pages {self.lease.pages if self.lease else []}>"
+        )
+
+    def become(self, status: Status) -> None:
+        """Change the status. A change that the table above does not allow is a bug."""
+        allowed = _MAY_BECOME[self.status]
+        assert status in allowed, f"{self!r} cannot become {status.value}"
+        self.status = status
 
     @property
     def num_tokens(self) -> int:
-        """Tokens known: prompt and output."""
+        """Prompt and output tokens; not those in flight."""
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
     def prefilling(self) -> bool:
-        """Whether tokens are missing in the cache before the next can be sampled."""
-        return self.computed < len(self.prefill_ids)
+        """Whether part of `prefill_ids` is still to be scheduled."""
+        return self.num_computed < len(self.prefill_ids)
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether all of its prompt must be computed, cached or not, for its log-probabilities."""
+        """Whether its whole prompt must be computed for its logprobs, even if it is cached."""
         return self.sampling.prompt_logprobs is not None and not self.started
 
     @property
     def compiling(self) -> bool:
-        """Whether it waits for its grammar."""
+        """Whether its grammar is still being compiled."""
         return self.sampling.grammar is not None and self.matcher is None
 
     @property
     def suppressed_ids(self) -> tuple[int, ...]:
-        """Ids that may not be sampled next, since the output is shorter than min_tokens."""
-        if len(self.output_ids) + self.pending > self.sampling.min_tokens:
+        """Ids that must not be sampled next: those that would end it before min_tokens."""
+        if len(self.output_ids) + self.num_in_flight > self.sampling.min_tokens:
             return ()
         eos = () if self.sampling.ignore_eos else tuple(sorted(self.eos_ids))
         return eos + self.sampling.stop_token_ids
 
     def all_ids(self) -> Int32Array:
-        """Prompt and output in one array."""
         return np.concatenate([self.prompt_ids, np.asarray(self.output_ids, np.int32)])
 
-    def append(self, token_id: int) -> Finish:
-        """Take a sampled token; says whether it ends the request, ABORT if its grammar fails.
+    def append_token(self, token_id: int) -> Finish:
+        """Take a sampled token. Returns how it ends the request: ABORT if its grammar fails.
 
-        A request that wants no token takes none, and ends.
+        A request with max_tokens 0 drops the token and ends.
         """
         if not self.max_tokens:
             return Finish.LENGTH
         output = self.output_ids
         output.append(token_id)
         if self.matcher is not None:
-            return self._follow(self.matcher, token_id)
-        if token_id in self._ends and len(output) > self.sampling.min_tokens:
+            return self._advance_matcher(self.matcher, token_id)
+        if token_id in self._end_ids and len(output) > self.sampling.min_tokens:
             is_eos = token_id in self.eos_ids and not self.sampling.ignore_eos
             return Finish.STOP if is_eos else Finish.STOP_TOKEN
-        return Finish.LENGTH if len(output) >= self.max_tokens else Finish.NONE
+        return Finish.LENGTH if len(output) >= self.max_tokens else _CONTINUES
 
-    def _follow(self, matcher: Matcher, token_id: int) -> Finish:
-        """As `append`, for a text with a grammar: the grammar says when end-of-text may come."""
+    def _advance_matcher(self, matcher: Matcher, token_id: int) -> Finish:
+        """With a grammar, an EOS token always ends the text: it is allowed only where it may."""
         matcher.advance(token_id)
         if matcher.error is not None:
             return Finish.ABORT
         if token_id in self.eos_ids:
             return Finish.STOP
-        if token_id in self._ends and len(self.output_ids) > self.sampling.min_tokens:
+        if token_id in self._end_ids and len(self.output_ids) > self.sampling.min_tokens:
             return Finish.STOP_TOKEN
         if matcher.ended:
             return Finish.COMPLETE
-        return Finish.LENGTH if len(self.output_ids) >= self.max_tokens else Finish.NONE
+        return Finish.LENGTH if len(self.output_ids) >= self.max_tokens else _CONTINUES
 
-    def start(self, now: float, *, aborted: bool) -> Start:
-        """What the detokenizer and the frontend need to know of this request.
+    def make_start(self, now: float, *, aborted: bool) -> Start:
+        """The message about this request that precedes its first token.
 
-        aborted: nobody reads its prompt, whose log-probabilities may be computed in part.
+        aborted: leave out the prompt; its logprobs may be incomplete.
         """
         self.started = True
         admitted_at = now if self.admitted_at is None else self.admitted_at

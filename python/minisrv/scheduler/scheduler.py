@@ -1,13 +1,18 @@
-"""What each step computes, for whom, with which pages: pure policy, without I/O, clock or torch.
+"""What each step computes, for which requests, in which pages. Pure: no I/O, clock or torch.
 
-One step takes the next token of every request that decodes, then prompt chunks under a token
-budget (chunked prefill as in Sarathi-Serve, Agrawal et al., 2024, arXiv:2403.02310). Pages are
-taken when they are needed. When none is left: evict from the radix tree, wait for pages that a
-step in flight still uses, or preempt the newest request, which continues later.
+- Decode first. A step takes the next token of every request that decodes, then prefill chunks up to
+  a token budget (chunked prefill as in Sarathi-Serve, Agrawal et al., 2024, arXiv:2403.02310).
+- The budget goes to the oldest prompt first, which leaves up to a quarter of it to the next one, so
+  that a short prompt does not wait for the end of a long one.
+- A waiting request is admitted when its whole prompt has pages. One that does not fit is bypassed
+  by at most MAX_BYPASSES younger ones; then all wait for it.
+- Pages are taken on demand. When none is free: evict from the radix tree, or wait for pages that a
+  step in flight still uses, or preempt the newest request, which continues later.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable, Iterable, Iterator
 
 from minisrv.engine.forward_batch import Logprobs
@@ -16,21 +21,22 @@ from minisrv.kvcache.manager import KVCacheManager
 from minisrv.scheduler.logprobs import take_logprobs
 from minisrv.scheduler.replies import Replies
 from minisrv.scheduler.request import Request, Status
-from minisrv.scheduler.step import Chunk, Step
+from minisrv.scheduler.step_plan import Chunk, StepOutcome, StepPlan
 from minisrv.scheduler.waiting_queue import WaitingQueue
 from minisrv.structured_output.matcher import Matcher
 from minisrv.wire.messages import Failure, Finish, GenerateMsg
 
 MAX_BYPASSES = 64
 
+_FINISHED = Status.FINISHED  # for each token: looking up an enum member takes 0.1 us
+
 
 class Scheduler:
-    """Owner of all requests between `add` and their one final reply.
+    """Owner of all requests from `add_request` to their one final reply.
 
-    The caller alternates `schedule` and `settle` in step order, with at most two steps between;
-    `take_replies` gives what has come of add, abort and settle. `new_seed` gives the seed of a
-    request that names none. `now` is the time on the caller's clock, in seconds; the caller sets
-    it.
+    The caller alternates `schedule` and `settle` in step order, with at most two steps in flight.
+    `take_replies` returns what the calls before it have brought about. `new_seed` returns the seed
+    of a request that has none. `now` is in seconds on the caller's clock.
     """
 
     def __init__(
@@ -48,14 +54,12 @@ class Scheduler:
         self.running: list[Request] = []
         self.waiting = WaitingQueue()
         self.num_preemptions = 0
-        self.now = 0.0
         self._eos_ids = frozenset(eos_ids)
         self._new_seed = new_seed
         self._requests: dict[int, Request] = {}
         self._replies = Replies()
         self._arrivals = 0
         self._step_id = 0
-        self._preempted = False
 
     @property
     def num_compiling(self) -> int:
@@ -67,8 +71,8 @@ class Scheduler:
         """Requests without their final reply."""
         return len(self._requests)
 
-    def add(self, message: GenerateMsg) -> None:
-        """Queue the choices of a request, or refuse it with a failure for each."""
+    def add_request(self, message: GenerateMsg, now: float) -> None:
+        """Queue each choice of a request, or reply to each with a failure."""
         try:
             max_tokens = self._output_limit(message)
         except MinisrvError as error:
@@ -81,93 +85,83 @@ class Scheduler:
             self._arrivals += 1
             request = Request(
                 uid=message.uid + choice,
-                arrival=self._arrivals,
                 choice=choice,
-                seed=seed,
+                arrival=self._arrivals,
+                arrived_at=now,
                 prompt_ids=message.prompt_ids,
                 sampling=message.sampling,
+                seed=seed,
                 max_tokens=max_tokens,
                 eos_ids=self._eos_ids,
+                salt=message.cache_salt.encode(),
                 parts=message.parts,
                 shown_prompt=message.shown_prompt,
                 show_progress=message.show_progress and not choice,
-                salt=message.cache_salt.encode(),
-                arrived_at=self.now,
             )
             self._requests[request.uid] = request
-            self.waiting.add(request)
+            self.waiting.enqueue(request)
 
-    def abort(self, uids: Iterable[int]) -> None:
-        """End requests in any state; their computed pages stay in the cache."""
+    def abort_requests(self, uids: Iterable[int], now: float) -> None:
+        """End those of the requests that are open; their computed pages stay in the cache."""
         for uid in uids:
             request = self._requests.get(uid)
             if request is not None:
-                self._finish(request, -1, Finish.ABORT)
+                self._finish_request(request, -1, Finish.ABORT, now)
 
     def set_matcher(self, uid: int, matcher: Matcher) -> None:
-        """Let a request go on whose grammar is compiled, if it is still there."""
+        """Let a request that waits for its grammar be admitted, if it is still open."""
         if uid in self._requests:
             self._requests[uid].matcher = matcher
 
-    def fail(self, uid: int, error: MinisrvError) -> None:
-        """End a request, if it is still there, with a failure."""
+    def fail_request(self, uid: int, error: MinisrvError) -> None:
+        """End a request with a failure, if it is still open."""
         if request := self._requests.get(uid):
-            self._remove(request)
+            self._retire(request)
             self._replies.failures.append(Failure.from_error(uid, error))
 
-    def schedule(self) -> Step | None:
-        """The next step, or None when nothing can be computed now."""
-        step = Step(self._step_id + 1)
-        self._preempted = False
-        prefilling = self._schedule_decodes(step)
-        self._schedule_prefills(step, prefilling)
-        if not step.decodes and not step.prefills:
+    def schedule(self, now: float) -> StepPlan | None:
+        """Plan the next step; None when nothing can be computed now."""
+        plan = StepPlan(self._step_id + 1, now)
+        prefilling = self._schedule_decodes(plan)
+        self._schedule_prefills(plan, prefilling)
+        if not plan.decodes and not plan.prefills:
             return None
-        self._step_id = step.step_id
-        for index, chunk in enumerate(step.prefills):
+        self._step_id = plan.step_id
+        for index, chunk in enumerate(plan.prefills):
             if not chunk.request.prefilling:
-                chunk.request.pending += 1
-                step.sampling_prefills.append(index)
-        step.scored = [chunk for chunk in step.prefills if chunk.request.scores_prompt]
-        step.watched = [chunk for chunk in step.prefills if chunk.request.show_progress]
-        step.page_writes = self.cache.take_page_writes()
-        return step
+                chunk.request.num_in_flight += 1
+                plan.sampling_prefills.append(index)
+        plan.scored = [chunk for chunk in plan.prefills if chunk.request.scores_prompt]
+        plan.watched = [chunk for chunk in plan.prefills if chunk.request.show_progress]
+        plan.page_writes = self.cache.take_page_writes()
+        return plan
 
-    def settle(self, step: Step, token_ids: list[int], logprobs: Logprobs | None = None) -> int:
-        """Take the tokens of a step that is done; `token_ids` in the order of `step.samples`.
-
-        Returns how many of them count: those of requests that had not ended.
-        """
-        self.cache.settle(step.step_id)
-        replies, finished = self._replies, Status.FINISHED
-        replies.add_progress(step.watched, self.now)
+    def settle(
+        self, plan: StepPlan, token_ids: list[int], now: float, logprobs: Logprobs | None = None
+    ) -> StepOutcome:
+        """Take the tokens of a step that is done; `token_ids` in the order of `plan.samples`."""
+        self.cache.settle(plan.step_id)
+        self._replies.add_progress(plan.watched, now)
         if logprobs is not None:
-            replies.logprobs += take_logprobs(step, token_ids, logprobs)
-        told = len(replies.uids)
-        add_uid, add_token = replies.uids.append, replies.token_ids.append
-        add_finish = replies.finishes.append
-        for request, token_id in zip(step.samples, token_ids, strict=True):
-            request.pending -= 1
-            if request.status is finished:
-                continue
-            finish = request.append(token_id)
-            if finish:
-                self._end(request, token_id, finish)
-            elif not request.started:
-                replies.add_token(request, token_id, finish, self.now)
-            else:
-                add_uid(request.uid)
-                add_token(token_id)
-                add_finish(finish)
-        return len(replies.uids) - told - replies.token_ids[told:].count(-1)
+            self._replies.logprobs += take_logprobs(plan, token_ids, logprobs)
+        prompts, num_decodes = plan.ending_prompts, len(plan.decodes)
+        resumed_after_s = [
+            now - request.preempted_at
+            for request in prompts
+            if request.preempted_at is not None and request.started
+            if request.status is not _FINISHED
+        ]
+        num_decoded = self._take_tokens(plan.decodes, token_ids[:num_decodes], now)
+        num_others = self._take_tokens(prompts, token_ids[num_decodes:], now)
+        return StepOutcome(num_decoded + num_others, num_decoded, resumed_after_s)
 
     def take_replies(self) -> Replies:
-        """What has come since the last call."""
+        """Return the replies made since the last call."""
         replies, self._replies = self._replies, Replies()
         return replies
 
     def check(self) -> None:
-        """Assert that requests, leases and pages agree; for tests, after each step."""
+        """Assert that requests, leases and pages agree. May be called between any two calls."""
         running = {id(request) for request in self.running}
         waiting = {id(request) for request in self.waiting}
         assert running.isdisjoint(waiting)
@@ -176,7 +170,7 @@ class Scheduler:
         for request in self.running:
             assert request.status is Status.RUNNING
             assert request.lease is not None
-            assert len(request.lease.pages) >= self.cache.pages_for(request.computed)
+            assert len(request.lease.pages) >= self.cache.pages_for(request.num_computed)
             leases.append(request.lease)
         for request in self.waiting:
             assert request.status is Status.WAITING
@@ -185,7 +179,7 @@ class Scheduler:
         self.cache.check(leases)
 
     def _output_limit(self, message: GenerateMsg) -> int:
-        """max_tokens of a request. Raises InvalidRequestError when it is over the context."""
+        """The request's max_tokens. Raises InvalidRequestError when it exceeds the context."""
         prompt = len(message.prompt_ids)
         asked = message.sampling.max_tokens
         output = 1 if asked is None else asked
@@ -195,84 +189,88 @@ class Scheduler:
             raise InvalidRequestError("the prompt has no tokens", param="prompt")
         raise ContextLengthError(Lengths(prompt, output, self.max_seq_len), "messages")
 
-    def _schedule_decodes(self, step: Step) -> list[Request]:
-        """Take the next token of all that decode; it counts as computed, for steps run in order.
+    def _schedule_decodes(self, plan: StepPlan) -> list[Request]:
+        """Schedule the next token of every request that decodes; return those that prefill.
 
-        Returns the requests that prefill. The one loop over everybody: it is kept lean.
+        The position counts as computed from now on, since steps run in order. The only loop over
+        all running requests in each step, hence kept lean.
         """
-        step_id, page_size = step.step_id, self.cache.page_size
-        decodes, prefilling = step.decodes, list[Request]()
+        step_id, page_size = plan.step_id, self.cache.page_size
+        decodes, prefilling = plan.decodes, list[Request]()
         for request in self.running[:]:
-            lease, position = request.lease, request.computed
-            if lease is None:  # preempted for one before it
+            lease, position = request.lease, request.num_computed
+            if lease is None:  # an older one has just preempted it
                 continue
             if position < len(request.prefill_ids):
                 prefilling.append(request)
                 continue
-            if len(request.output_ids) + request.pending >= request.max_tokens:
+            if len(request.output_ids) + request.num_in_flight >= request.max_tokens:
                 continue
             full = position >= len(lease.pages) * page_size
-            if full and self._reserve(request, position + 1, step_id) <= position:
+            if full and self._reserve_pages(plan, request, position + 1) <= position:
                 continue
-            request.computed = position + 1
-            request.pending += 1
-            request.last_step = lease.last_step = step_id
+            request.num_computed = position + 1
+            request.num_in_flight += 1
+            lease.last_step = step_id
             decodes.append(request)
         return prefilling
 
-    def _schedule_prefills(self, step: Step, prefilling: list[Request]) -> None:
-        """Fill the budget, oldest first; the oldest leaves a quarter of it to the next."""
+    def _schedule_prefills(self, plan: StepPlan, prefilling: list[Request]) -> None:
+        """Spend the budget, oldest first; the oldest leaves a quarter of it to the next."""
         budget = self.max_prefill_tokens
-        candidates = self._prefill_candidates(step.step_id, prefilling)
+        candidates = self._prefill_candidates(plan, prefilling)
         first = next(candidates, None)
         if first is None:
             return
-        reserve = min(budget // 4, self._others_need(first))
-        budget -= self._schedule_chunk(step, first, budget - reserve)
+        reserve = min(budget // 4, self._next_prompt_need(first))
+        budget -= self._schedule_chunk(plan, first, budget - reserve)
         while budget > 0 and (request := next(candidates, None)) is not None:
-            budget -= self._schedule_chunk(step, request, budget)
-        if budget > 0 and step.prefills and step.prefills[0].request is first:
-            self._extend_chunk(step, step.prefills[0], budget)
+            budget -= self._schedule_chunk(plan, request, budget)
+        if budget > 0 and plan.prefills and plan.prefills[0].request is first:
+            self._extend_first_chunk(plan, budget)
 
-    def _prefill_candidates(self, step_id: int, prefilling: list[Request]) -> Iterator[Request]:
-        """Requests that may prefill now, each with a lease and what the cache has for it.
+    def _prefill_candidates(self, plan: StepPlan, prefilling: list[Request]) -> Iterator[Request]:
+        """Requests that may prefill now, with their cached pages: running, then newly admitted.
 
-        Nobody is admitted in a step that had to preempt. A waiter that has no room is passed by at
-        most MAX_BYPASSES younger ones.
+        A step that had to preempt admits nobody.
         """
         for request in prefilling:
-            if request.status is Status.RUNNING and self._match(request, step_id):
+            if request.lease is not None and self._take_cached_pages(plan, request):
                 yield request
-        passed: list[Request] = []
+        bypassed: list[Request] = []
         for request in self.waiting:
-            full = not self.cache.rows.num_free or len(passed) >= MAX_BYPASSES
-            if full or self._preempted:
+            full = not self.cache.rows.num_free or len(bypassed) >= MAX_BYPASSES
+            if full or plan.has_preempted:
                 return
             if request.compiling:
                 continue
-            if request.pending == 0 and self._admit(request, step_id):
-                for older in passed:
+            if request.num_in_flight == 0 and self._try_admit(plan, request):
+                for older in bypassed:
                     older.bypassed += 1
                 yield request
                 continue
-            passed.append(request)
+            bypassed.append(request)
             if request.bypassed >= MAX_BYPASSES:
                 return
 
-    def _others_need(self, first: Request) -> int:
-        """Tokens that requests after `first` want to prefill, as far as it matters."""
+    def _next_prompt_need(self, first: Request) -> int:
+        """Tokens that the next request after `first` has to prefill: a running one or a waiter."""
         for request in self.running:
             if request is not first and request.prefilling:
-                return len(request.prefill_ids) - request.computed
+                return len(request.prefill_ids) - request.num_computed
         head = next(iter(self.waiting), None)
         return 0 if head is None else len(head.prefill_ids)
 
-    def _admit(self, request: Request, step_id: int) -> bool:
-        """Give a waiting request a row and its cached pages, if its prompt has room."""
+    def _try_admit(self, plan: StepPlan, request: Request) -> bool:
+        """Give a waiting request a row and its cached pages, if its whole prompt has room.
+
+        Room is what is left when all running prompts are complete and each request that runs has
+        taken one page more.
+        """
         ids = request.all_ids() if request.output_ids else request.prompt_ids
         cached, evictable, pending = 0, 0, False
         if not request.scores_prompt:
-            cached, evictable, pending = self.cache.peek(ids, step_id, request.salt)
+            cached, evictable, pending = self.cache.peek(ids, plan.step_id, request.salt)
         promised = sum(
             self.cache.pages_for(len(r.prefill_ids)) - len(r.lease.pages)
             for r in self.running
@@ -281,113 +279,129 @@ class Scheduler:
         need = self.cache.pages_for(len(ids)) - cached + promised + len(self.running)
         if pending or need > self.cache.num_available - evictable:
             return False
-        self.waiting.remove(request)
-        request.prefill_ids, request.computed = ids, 0
-        request.lease = self.cache.open(request.salt)
-        request.status = Status.RUNNING
+        self.waiting.withdraw(request)
+        request.become(Status.RUNNING)
+        request.lease = self.cache.open_lease(request.salt)
+        request.prefill_ids, request.num_computed = ids, 0
         request.bypassed = 0
         if request.admitted_at is None:
-            request.admitted_at = self.now
-        at = next((i for i, r in enumerate(self.running) if r.arrival > request.arrival), None)
-        self.running.insert(len(self.running) if at is None else at, request)
-        return self._match(request, step_id)
+            request.admitted_at = plan.scheduled_at
+        insort(self.running, request, key=lambda r: r.arrival)
+        return self._take_cached_pages(plan, request)
 
-    def _match(self, request: Request, step_id: int) -> bool:
-        """Take what the cache has; False when the rest is being computed in this very step."""
+    def _take_cached_pages(self, plan: StepPlan, request: Request) -> bool:
+        """Take what the cache holds; False when this very step computes the request's next page."""
         assert request.lease is not None
         if request.scores_prompt:
             return True
-        before = request.computed
-        computed = self.cache.extend_match(
-            request.lease, request.prefill_ids, request.computed, step_id
-        )
+        before = request.num_computed
+        computed = self.cache.extend_match(request.lease, request.prefill_ids, before, plan.step_id)
         if computed is None:
             return False
-        request.computed = computed
-        if not request.preempted:
+        request.num_computed = computed
+        if request.preempted_at is None:
             request.cached_tokens += computed - before
         return True
 
-    def _schedule_chunk(self, step: Step, request: Request, budget: int) -> int:
-        """Add up to `budget` prompt tokens of a request; returns how many."""
-        start = request.computed
+    def _schedule_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
+        """Add a chunk of up to `budget` tokens of a prompt; returns its length."""
+        start = request.num_computed
         end = min(len(request.prefill_ids), start + budget)
         if end <= start:
             return 0
-        length = self._reserve(request, end, step.step_id) - start
+        length = self._reserve_pages(plan, request, end) - start
         if length <= 0:
             return 0
         chunk = Chunk(request, start, 0)
-        step.prefills.append(chunk)
-        self._lengthen(step, chunk, length)
+        plan.prefills.append(chunk)
+        self._grow_chunk(plan, chunk, length)
         return length
 
-    def _extend_chunk(self, step: Step, chunk: Chunk, budget: int) -> None:
+    def _extend_first_chunk(self, plan: StepPlan, budget: int) -> None:
         """Give the first chunk what the others left of the budget."""
-        end = chunk.start + chunk.length
-        request = chunk.request
+        chunk = plan.prefills[0]
+        request, end = chunk.request, chunk.start + chunk.length
         assert request.lease is not None
         fits = self.cache.grow(request.lease, min(len(request.prefill_ids), end + budget))
-        self._lengthen(step, chunk, max(0, fits - end))
+        self._grow_chunk(plan, chunk, max(0, fits - end))
 
-    def _lengthen(self, step: Step, chunk: Chunk, length: int) -> None:
+    def _grow_chunk(self, plan: StepPlan, chunk: Chunk, length: int) -> None:
         request = chunk.request
         assert request.lease is not None
         chunk.length += length
-        request.computed += length
-        request.last_step = request.lease.last_step = step.step_id
-        self.cache.share(request.lease, request.prefill_ids, request.computed, step.step_id)
+        request.num_computed += length
+        request.lease.last_step = plan.step_id
+        self.cache.share(request.lease, request.prefill_ids, request.num_computed, plan.step_id)
 
-    def _reserve(self, request: Request, num_tokens: int, step_id: int) -> int:
-        """Pages for up to `num_tokens`; returns how many fit.
+    def _reserve_pages(self, plan: StepPlan, request: Request, num_tokens: int) -> int:
+        """Take pages for up to `num_tokens`; returns how many tokens fit.
 
-        Preempts newer requests, but none that is in this step already.
+        Preempts newer requests, newest first, but none that this step computes already.
         """
         assert request.lease is not None
         while True:
             fits = self.cache.grow(request.lease, num_tokens)
-            if fits > request.computed or self.cache.num_returning:
+            if fits > request.num_computed or self.cache.num_returning:
                 return fits
             victim = self.running[-1]
-            if victim.arrival <= request.arrival or victim.last_step == step_id:
+            assert victim.lease is not None
+            if victim.arrival <= request.arrival or victim.lease.last_step == plan.step_id:
                 return fits
-            self._preempt(victim)
+            self._preempt(victim, plan.scheduled_at)
+            plan.has_preempted = True
 
-    def _preempt(self, request: Request) -> None:
-        """Take a running request's pages; it waits at its old place with the same text."""
-        self._release(request)
-        request.status = Status.WAITING
-        self.waiting.add(request)
-        request.preempted = self._preempted = True
-        request.preempted_at = self.now
+    def _preempt(self, request: Request, now: float) -> None:
+        """Take back a request's lease; it keeps its output and its place by arrival."""
+        self._close_lease(request)
+        request.become(Status.WAITING)
+        self.waiting.enqueue(request)
+        request.preempted_at = now
         self.num_preemptions += 1
 
-    def _end(self, request: Request, token_id: int, finish: Finish) -> None:
+    def _take_tokens(self, requests: list[Request], token_ids: list[int], now: float) -> int:
+        """Append to each request its token, and reply; returns how many tokens count."""
+        replies, num_dropped = self._replies, 0
+        for request, token_id in zip(requests, token_ids, strict=True):
+            request.num_in_flight -= 1
+            if request.status is _FINISHED:
+                num_dropped += 1
+                continue
+            finish = request.append_token(token_id)
+            if finish:
+                num_dropped += not self._finish_at_token(request, token_id, finish, now)
+            else:
+                replies.add_token(request, token_id, finish, now)
+        return len(token_ids) - num_dropped
+
+    def _finish_at_token(self, request: Request, token_id: int, finish: Finish, now: float) -> bool:
+        """End a request with its last token; returns whether the token counts."""
         if finish is not Finish.ABORT:
-            self._finish(request, token_id if request.max_tokens else -1, finish)
-            return
+            wanted = request.max_tokens > 0
+            self._finish_request(request, token_id if wanted else -1, finish, now)
+            return wanted
         assert request.matcher is not None
         assert request.matcher.error is not None
         assert request.sampling.grammar is not None
         param = request.sampling.grammar.param
         error = InvalidRequestError(request.matcher.error, param=param, code="grammar_too_complex")
-        self.fail(request.uid, error)
+        self.fail_request(request.uid, error)
+        return False
 
-    def _finish(self, request: Request, token_id: int, finish: Finish) -> None:
-        self._remove(request)
-        self._replies.add_token(request, token_id, finish, self.now)
+    def _finish_request(self, request: Request, token_id: int, finish: Finish, now: float) -> None:
+        self._retire(request)
+        self._replies.add_token(request, token_id, finish, now)
 
-    def _remove(self, request: Request) -> None:
+    def _retire(self, request: Request) -> None:
         if request.status is Status.WAITING:
-            self.waiting.remove(request)
+            self.waiting.withdraw(request)
         else:
-            self._release(request)
-        request.status = Status.FINISHED
+            self._close_lease(request)
+        request.become(Status.FINISHED)
         del self._requests[request.uid]
 
-    def _release(self, request: Request) -> None:
+    def _close_lease(self, request: Request) -> None:
         assert request.lease is not None
-        known = min(request.computed, request.num_tokens)
-        self.cache.close(request.lease, request.all_ids(), known)
+        known = min(request.num_computed, request.num_tokens)
+        self.cache.close_lease(request.lease, request.all_ids(), known)
         request.lease = None
         self.running.remove(request)

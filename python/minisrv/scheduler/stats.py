@@ -1,10 +1,10 @@
-"""What the loop counts of its steps, for the frontend's metrics. Nothing here is done per token."""
+"""The loop's counters for the frontend's metrics, updated per step, never per token."""
 
 from __future__ import annotations
 
 from minisrv.scheduler.replies import Replies
 from minisrv.scheduler.scheduler import Scheduler
-from minisrv.scheduler.step import Step
+from minisrv.scheduler.step_plan import StepOutcome, StepPlan
 from minisrv.wire.histogram import SECONDS, TOKENS, HistogramCounter
 from minisrv.wire.messages import Finish, StatsMsg
 
@@ -12,10 +12,10 @@ PERIOD_S = 0.5
 
 
 class LoopStats:
-    """Counts since the start, and when they are due to be sent.
+    """Counts since the start, and when to send them.
 
-    A decode's time since its last token is that since the last step was settled: all that decode
-    are in every step, but for one that waits for a page, whose wait counts as one step.
+    The inter-token latency of a decode is the time since the step before was settled: every
+    request that decodes is in every step. One that had to wait for a page counts as one step.
     """
 
     def __init__(self) -> None:
@@ -29,29 +29,23 @@ class LoopStats:
         self._due_at = 0.0
         self._was_busy = False
 
-    def count_step(self, step: Step) -> None:
-        """A step is launched."""
+    def count_launch(self, plan: StepPlan) -> None:
+        """Count a step that is launched, and its tokens."""
         self._steps += 1
-        chunks = sum(chunk.length for chunk in step.prefills)
-        self._step_tokens.add(len(step.decodes) + chunks)
+        chunks = sum(chunk.length for chunk in plan.prefills)
+        self._step_tokens.add(len(plan.decodes) + chunks)
 
-    def first_tokens(self, step: Step, now: float) -> int:
-        """Before a step is settled: its tokens that follow none, or none for a while."""
-        ending = [step.prefills[i].request for i in step.sampling_prefills]
-        for request in ending:
-            if request.started:
-                self._inter_token.add(now - request.preempted_at)
-        return sum(request.max_tokens > 0 for request in ending)
-
-    def count_tokens(self, num_tokens: int, num_first: int, now: float) -> None:
-        """A step is settled with `num_tokens`."""
-        self._output_tokens += num_tokens
-        if num_tokens > num_first:
-            self._inter_token.add(now - self._settled_at, num_tokens - num_first)
+    def count_tokens(self, outcome: StepOutcome, now: float) -> None:
+        """Count the tokens of a step that is settled; a request's first has no latency."""
+        self._output_tokens += outcome.num_tokens
+        for seconds in outcome.resumed_after_s:
+            self._inter_token.add(seconds)
+        if outcome.num_decoded:
+            self._inter_token.add(now - self._settled_at, outcome.num_decoded)
         self._settled_at = now
 
-    def count_starts(self, replies: Replies) -> None:
-        """Some requests have had their first token, or were aborted before it."""
+    def count_prompts(self, replies: Replies) -> None:
+        """Count the prompts of requests that got their first token, not of those aborted before."""
         ended = zip(replies.uids, replies.finishes, strict=True)
         aborted = {uid for uid, finish in ended if finish is Finish.ABORT}
         for start in replies.starts:
@@ -60,7 +54,7 @@ class LoopStats:
                 self._cached_tokens += start.cached_tokens
 
     def due(self, now: float, busy: bool) -> bool:
-        """Whether to send: a period has passed, or the loop has just become idle."""
+        """Whether to send now: a period has passed, or the loop has just become idle."""
         idle_now = self._was_busy and not busy
         self._was_busy = busy
         if now < self._due_at and not idle_now:
@@ -68,8 +62,7 @@ class LoopStats:
         self._due_at = now + PERIOD_S
         return True
 
-    def message(self, scheduler: Scheduler) -> StatsMsg:
-        """The figures now."""
+    def make_message(self, scheduler: Scheduler) -> StatsMsg:
         cache = scheduler.cache
         return StatsMsg(
             running=len(scheduler.running),

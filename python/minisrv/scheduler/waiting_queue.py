@@ -1,4 +1,4 @@
-"""Requests without a row, oldest first; a preempted one returns to its old place."""
+"""The requests that wait, oldest first; a preempted one returns to its old place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from minisrv.scheduler.request import Request
 
 
 class WaitingQueue:
-    """Sorted by arrival. Iteration goes over a copy, so that the queue may change meanwhile."""
+    """Sorted by arrival. Iterates over a copy, so that the loop may change the queue."""
 
     def __init__(self) -> None:
         self._arrivals: list[int] = []
@@ -21,14 +21,12 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Request]:
         return iter(self._requests[:])
 
-    def add(self, request: Request) -> None:
-        """Put a request at its place by arrival."""
+    def enqueue(self, request: Request) -> None:
         index = bisect_left(self._arrivals, request.arrival)
         self._arrivals.insert(index, request.arrival)
         self._requests.insert(index, request)
 
-    def remove(self, request: Request) -> None:
-        """Take a request out."""
+    def withdraw(self, request: Request) -> None:
         index = bisect_left(self._arrivals, request.arrival)
-        assert self._requests[index] is request, "a request that is not waiting was removed"
+        assert self._requests[index] is request, f"{request!r} is not in the waiting queue"
         del self._arrivals[index], self._requests[index]

@@ -1,4 +1,4 @@
-"""Refuses a grammar that cannot be compiled, with a sentence that says where it is wrong."""
+"""Checks grammars before they reach the scheduler; an error says where a schema is wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minisrv.structured_output.vocabulary import Vocabulary
 
 _REMEMBERED = 256
 _MAX_PROBES = 200
-_MAX_MULTIPLE = 100_000  # compiles in 0.7 s
+_MAX_MULTIPLE = 100_000  # takes 0.7 s to compile
 _MAX_SHOWN_CHARS = 300
 _OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 _OF_SCHEMA = ("items", "additionalProperties", "additionalItems", "unevaluatedProperties", "not")
@@ -23,9 +23,9 @@ _OF_LIST = ("prefixItems", "items", "anyOf", "oneOf", "allOf")
 
 
 class GrammarChecker:
-    """Remembers the last good grammars, so that a repeated one costs nothing.
+    """Remembers recent valid grammars, so that checking them again is free.
 
-    vocabulary: or the failure that says why this model has none.
+    vocabulary: or the error that explains why structured output is unavailable for this model.
     """
 
     def __init__(self, vocabulary: Vocabulary | MinisrvError) -> None:
@@ -33,7 +33,7 @@ class GrammarChecker:
         self._good: OrderedDict[tuple[str, str, str], None] = OrderedDict()
 
     def check(self, grammar: Grammar) -> None:
-        """Raise InvalidRequestError unless the grammar compiles within the limits."""
+        """Raise InvalidRequestError unless llguidance accepts the grammar within our limits."""
         key = (grammar.kind, grammar.text, grammar.before)
         if key in self._good:
             self._good.move_to_end(key)
@@ -63,24 +63,24 @@ class GrammarChecker:
 
 
 def _check_multiples(grammar: Grammar) -> None:
-    """Refuse what llguidance's own limits let pass: it makes a state of each remainder."""
+    """Limit multipleOf: llguidance makes a state per remainder without counting these."""
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), grammar.text)
     for number in re.findall(r'multipleOf"\s*:\s*([0-9.eE+-]+)', text):
         try:
             value = Decimal(number)
-        except InvalidOperation:  # not JSON: refused with better words later
+        except InvalidOperation:  # not JSON: find_error reports that with a better message
             continue
         digits = int("".join(map(str, value.as_tuple().digits)))
         if digits > _MAX_MULTIPLE or value > _MAX_MULTIPLE:
             raise InvalidRequestError(
                 f"{grammar.param} has a multipleOf of {number[:40]}; the limit is {_MAX_MULTIPLE}, "
-                "not counting the point",
+                "not counting the decimal point",
                 param=grammar.param,
             )
 
 
 def _locate(schema: Any, error: str, vocabulary: Vocabulary) -> list[str]:
-    """The path to the innermost part of a schema that alone gives the same error."""
+    """The path to the innermost subschema that by itself gives the same error."""
     path: list[str] = []
     probes = 0
     shared = {
@@ -92,15 +92,15 @@ def _locate(schema: Any, error: str, vocabulary: Vocabulary) -> list[str]:
     while probes < _MAX_PROBES and (part := next(parts, None)) is not None:
         probes += 1
         names, value = part
-        alone = {**shared, **value} if isinstance(value, dict) else value
-        if vocabulary.find_error(json_source(alone)) == error:
+        isolated = {**shared, **value} if isinstance(value, dict) else value
+        if vocabulary.find_error(json_source(isolated)) == error:
             path += [name.replace("~", "~0").replace("/", "~1") for name in names]
             parts = _parts(value)
     return path
 
 
 def _parts(schema: Any) -> Iterator[tuple[tuple[str, str] | tuple[str], Any]]:
-    """The schemas directly inside one, each with the names that lead to it."""
+    """The direct subschemas of a schema, each with the keys that lead to it."""
     if not isinstance(schema, dict):
         return
     for name, value in schema.items():
@@ -113,10 +113,10 @@ def _parts(schema: Any) -> Iterator[tuple[tuple[str, str] | tuple[str], Any]]:
 
 
 def _shortened(error: str) -> str:
-    """llguidance's words; of a drawing under a pattern only what it says."""
-    drawing = re.search(r"regex parse error:\n(.*)\n( *)\^+\nerror: (.*)", error)
-    if drawing is not None:
-        place = len(drawing[2]) - 4
-        return f"regex, at character {place}: {drawing[3]}"
+    """llguidance's message on one line; a diagram of a regex is replaced by the position."""
+    diagram = re.search(r"regex parse error:\n(.*)\n( *)\^+\nerror: (.*)", error)
+    if diagram is not None:
+        place = len(diagram[2]) - 4
+        return f"regex, at character {place}: {diagram[3]}"
     text = " ".join(line.strip() for line in error.splitlines() if line.strip(" ^"))
     return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."

@@ -1,4 +1,4 @@
-"""Grammars compiled on threads of their own, the last ones kept, while the engine goes on."""
+"""Compiles grammars in background threads, with a cache, while the engine keeps running."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_CACHE_BYTES = 128 * 2**20
 TIMEOUT_S = 20.0
 _NUM_THREADS = 2
 
-# What a compiled grammar takes, measured: llguidance does not say.
+# Measured memory of a compiled grammar; llguidance does not report it.
 _BYTES_EACH = 256 * 2**10
 _BYTES_PER_BYTE = 100
 
@@ -31,7 +31,7 @@ _Key = tuple[str, str, str]
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """A grammar being compiled, and who waits for it since when."""
+    """A grammar that is being compiled since `since`, and the tickets that wait for it."""
 
     grammar: Grammar
     future: Future[Matcher]
@@ -40,10 +40,10 @@ class _Job:
 
 
 class GrammarCompiler:
-    """`request` gives a matcher at once, or later with the ticket from `take_done`.
+    """`request` returns a matcher at once, or `take_done` returns it later with the ticket.
 
-    Grammars are kept, the last used longest, while they are estimated at no more than
-    `max_cache_bytes`. All calls come from one thread.
+    Compiled grammars are cached up to an estimated `max_cache_bytes`; the least recently used are
+    dropped first. All methods must be called from one thread.
     """
 
     def __init__(
@@ -60,15 +60,15 @@ class GrammarCompiler:
         self._clock = clock
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="grammar")
         self._jobs: dict[_Key, _Job] = {}
-        self._kept: OrderedDict[_Key, Matcher] = OrderedDict()
+        self._cache: OrderedDict[_Key, Matcher] = OrderedDict()
         self.cache_bytes = 0
 
     def request(self, grammar: Grammar, ticket: int) -> Matcher | None:
-        """A new matcher if the grammar is kept; else None, and it is being compiled."""
+        """A new matcher if the grammar is cached; otherwise starts to compile it, returns None."""
         key = (grammar.kind, grammar.text, grammar.before)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key].copy()
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key].copy()
         if key not in self._jobs:
             future = self._threads.submit(_compile, self._vocabulary, grammar)
             self._jobs[key] = _Job(grammar, future, self._clock())
@@ -76,7 +76,7 @@ class GrammarCompiler:
         return None
 
     def take_done(self) -> list[tuple[int, Outcome]]:
-        """What has come of grammars since the last call, each ticket once."""
+        """Matchers and errors since the last call; each ticket appears once."""
         outcomes: list[tuple[int, Outcome]] = []
         for key, job in list(self._jobs.items()):
             if job.future.done():
@@ -85,7 +85,7 @@ class GrammarCompiler:
             elif job.tickets and self._clock() - job.since > self._timeout_s:
                 error = InvalidRequestError(
                     f"{job.grammar.param} was not compiled within {self._timeout_s:g} s; "
-                    "a smaller one may be",
+                    "use a smaller grammar",
                     param=job.grammar.param,
                 )
                 outcomes += [(ticket, error) for ticket in job.tickets]
@@ -93,28 +93,28 @@ class GrammarCompiler:
         return outcomes
 
     def wait(self, timeout_s: float) -> None:
-        """Block until something is done, at most `timeout_s`."""
+        """Block until a compilation finishes, at most `timeout_s`."""
         wait([job.future for job in self._jobs.values()], timeout_s, "FIRST_COMPLETED")
 
     def close(self) -> None:
-        """Let the threads end; what they are at is dropped."""
+        """Stop the threads once their current work is done; its result is dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _outcomes(self, key: _Key, job: _Job) -> list[tuple[int, Outcome]]:
         error = job.future.exception()
         if error is not None:
-            failure = error if isinstance(error, MinisrvError) else _unforeseen(error)
+            failure = error if isinstance(error, MinisrvError) else _unexpected(error)
             failure.param = job.grammar.param
             return [(ticket, failure) for ticket in job.tickets]
         matcher = job.future.result()
-        self._keep(key, matcher)
+        self._add_to_cache(key, matcher)
         return [(ticket, matcher.copy()) for ticket in job.tickets]
 
-    def _keep(self, key: _Key, matcher: Matcher) -> None:
-        self._kept[key] = matcher
+    def _add_to_cache(self, key: _Key, matcher: Matcher) -> None:
+        self._cache[key] = matcher
         self.cache_bytes += _estimate(key)
         while self.cache_bytes > self._max_cache_bytes:
-            oldest, _ = self._kept.popitem(last=False)
+            oldest, _ = self._cache.popitem(last=False)
             self.cache_bytes -= _estimate(oldest)
 
 
@@ -122,8 +122,8 @@ def _compile(vocabulary: Vocabulary, grammar: Grammar) -> Matcher:
     return vocabulary.compile(to_source(grammar))
 
 
-def _unforeseen(error: BaseException) -> MinisrvError:
-    logger.error("a grammar cannot be compiled", exc_info=error)
+def _unexpected(error: BaseException) -> MinisrvError:
+    logger.error("unexpected error while compiling a grammar", exc_info=error)
     return MinisrvError("the grammar could not be compiled")
 
 

@@ -1,4 +1,4 @@
-"""Where one text stands in its grammar: which tokens may come next, and whether it has ended."""
+"""The state of one text in its grammar: which tokens may come next, and whether it is complete."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from minisrv.wire.arrays import Int32Array
 
 
 class Matcher:
-    """The state of one text, after all tokens given to `advance`.
+    """The state after all tokens given to `advance`.
 
-    error: set for good once the grammar has become too complex to go on, or a token did not fit.
+    error: set permanently once the grammar became too complex to continue, or a token did not fit.
     """
 
     def __init__(self, inner: LLMatcher) -> None:
@@ -21,28 +21,27 @@ class Matcher:
         self.error: str | None = None
 
     def copy(self) -> Matcher:
-        """One more state, which goes its own way; what has been compiled is shared."""
+        """An independent copy of the state; the compiled grammar is shared."""
         return Matcher(self._inner.deep_copy())
 
     @property
     def ended(self) -> bool:
-        """Whether no token but the end of text may come."""
+        """Whether only an end-of-text token may come next."""
         return self.error is None and self._inner.is_stopped()
 
     @property
     def accepts(self) -> bool:
-        """Whether the text so far may be the whole."""
+        """Whether the text so far is complete."""
         return self.error is None and self._inner.is_accepting()
 
     def advance(self, token_id: int) -> None:
-        """Take the next token."""
         if self.error is None and not self._inner.consume_token(token_id):
             self._fail()
 
     def fill(self, words: Int32Array, banned: Sequence[int] = ()) -> None:
-        """Write the tokens that may come: bit i of word w allows token 32 * w + i.
+        """Write the mask of tokens that may come next: bit i of word w allows token 32 * w + i.
 
-        The tokens `banned` may not, unless no other may. After an error all may.
+        Tokens in `banned` are excluded, unless no others are left. After an error all are allowed.
         """
         if self.error is None:
             self._inner.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
@@ -55,7 +54,7 @@ class Matcher:
 
     def _fail(self) -> None:
         lines = self._inner.get_error().splitlines() or [""]
-        self.error = f"the text cannot go on in its grammar: {lines[0][:200]}"
+        self.error = f"the text cannot be continued within its grammar: {lines[0][:200]}"
 
 
 def _ban(words: Int32Array, banned: Sequence[int]) -> None:

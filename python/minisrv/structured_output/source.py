@@ -1,4 +1,4 @@
-"""A Grammar in the language of llguidance, the engine of structured output."""
+"""Translates a Grammar into the input of llguidance, which constrains the output."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from minisrv.sampling_params import Grammar
 
 MAX_CHOICES = 10_000
 
-# Between two JSON tokens: nothing, a space, or a new line with its indent. Without a bound a model
-# may go on with blanks to the end of its budget.
+# Between JSON tokens: nothing, a space, or a newline with indentation. Without a bound a model may
+# generate whitespace until its token limit.
 JSON_OPTIONS: Any = {
     "whitespace_flexible": True,
     "whitespace_pattern": r"[ ]|\n[ \t]{0,24}",
@@ -24,13 +24,13 @@ JSON_OPTIONS: Any = {
 
 
 def to_source(grammar: Grammar) -> str:
-    """What llguidance compiles. Raises InvalidRequestError for what it cannot even read."""
+    """llguidance's source of a grammar. Raises InvalidRequestError if it cannot be parsed."""
     source = _text_source(grammar)
-    return _behind(source, grammar.before) if grammar.before else source
+    return _prepend_rule(source, grammar.before) if grammar.before else source
 
 
-def _behind(source: str, before: str) -> str:
-    """The grammar `source` as `@text` of a Lark grammar that begins with the rule `before`."""
+def _prepend_rule(source: str, before: str) -> str:
+    """A Lark grammar that starts with the rule `before`, which refers to `source` as `@text`."""
     text = {"lark_grammar": source}
     if source.startswith("{"):
         (text,) = json.loads(source)["grammars"]
@@ -48,7 +48,7 @@ def _text_source(grammar: Grammar) -> str:
             return LLMatcher.grammar_from_lark(_choice_lark(grammar))
         case "lark":
             return LLMatcher.grammar_from_lark(_lark(grammar))
-    raise InvalidRequestError(f"there is no grammar of kind {grammar.kind!r}", param=grammar.param)
+    raise InvalidRequestError(f"unknown kind of grammar: {grammar.kind!r}", param=grammar.param)
 
 
 def _json_source(grammar: Grammar) -> str:
@@ -62,7 +62,7 @@ def _json_source(grammar: Grammar) -> str:
 
 
 def read_schema(grammar: Grammar) -> Any:
-    """The schema of a json_schema grammar, an object. Raises InvalidRequestError."""
+    """The schema object of a json_schema grammar. Raises InvalidRequestError."""
     try:
         schema = json.loads(grammar.text)
     except RecursionError:
@@ -71,23 +71,23 @@ def read_schema(grammar: Grammar) -> Any:
         ) from None
     except ValueError as error:
         raise InvalidRequestError(
-            f"{grammar.param} is not JSON: {error}", param=grammar.param
+            f"{grammar.param} is not valid JSON: {error}", param=grammar.param
         ) from None
     if schema is False:
-        raise InvalidRequestError(f"{grammar.param} allows nothing", param=grammar.param)
+        raise InvalidRequestError(f"{grammar.param} allows no text", param=grammar.param)
     if schema is True:
         return {}
     if not isinstance(schema, dict):
         raise InvalidRequestError(
-            f"{grammar.param} must be a JSON schema, an object", param=grammar.param
+            f"{grammar.param} must be a JSON schema (an object)", param=grammar.param
         )
     return schema
 
 
 def json_source(schema: Any) -> str:
-    """The source of a schema; says nothing of whether it is a good one.
+    """llguidance's source of a schema, which is not validated.
 
-    Raises ValueError for one that is nested too deeply.
+    Raises ValueError if it is nested too deeply.
     """
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
 
@@ -100,17 +100,17 @@ def _choice_lark(grammar: Grammar) -> str:
     valid = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
     if not valid or not 1 <= len(choices) <= MAX_CHOICES:
         raise InvalidRequestError(
-            f"{grammar.param} must be an array of 1 to {MAX_CHOICES} strings, none of them empty",
+            f"{grammar.param} must be an array of 1 to {MAX_CHOICES} non-empty strings",
             param=grammar.param,
         )
-    # A terminal, in capitals, is one automaton; as many rules would cost a parser item each.
+    # A terminal (in capitals) becomes a single automaton; as rules, each would be a parser item.
     return "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, dict.fromkeys(choices)))
 
 
 def _lark(grammar: Grammar) -> str:
     try:
         return any_to_lark(grammar.text)
-    except Exception as error:  # the converter raises what comes
+    except Exception as error:  # the converter raises exceptions of many types
         raise InvalidRequestError(
-            f"{grammar.param} is no grammar: {error}", param=grammar.param
+            f"{grammar.param} is not a valid grammar: {error}", param=grammar.param
         ) from None

@@ -1,4 +1,4 @@
-"""The tokenizer as llguidance needs it: the bytes of each token, and which tokens end a text."""
+"""The vocabulary in llguidance's form: the bytes of each token, and the end-of-text tokens."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.structured_output.matcher import Matcher
 
-# llguidance counts its work in units of its own, so that a grammar passes on all machines or none.
-# States take 1 to 2 kB each. A step of its defaults takes 15 ms at worst.
+# llguidance counts its work in its own units, not in time, so that a grammar passes on every
+# machine or on none. A state takes 1 to 2 kB. With the default step limits, a mask takes 15 ms at
+# most.
 LIMITS = LLParserLimits(initial_lexer_fuel=500_000, max_lexer_states=50_000, verbose_errors=False)
 
 
 def open_vocabulary(
     tokenizer: HFTokenizer, vocab_size: int, eos_ids: Iterable[int]
 ) -> Vocabulary | MinisrvError:
-    """The vocabulary of a model, or why it can have none."""
+    """The vocabulary of a model, or the error that explains why it has none."""
     try:
         return Vocabulary(tokenizer, vocab_size, eos_ids)
     except MinisrvError as error:
@@ -26,10 +27,10 @@ def open_vocabulary(
 
 
 class Vocabulary:
-    """Compiles grammars for one model. Threads may share it; compiling does not hold the GIL.
+    """Compiles grammars for one model. Thread-safe; compiling releases the GIL.
 
-    vocab_size: ids that the model knows, with or without a token. eos_ids: tokens that end a text.
-    Raises MinisrvError for a tokenizer that llguidance cannot read, or without an end.
+    vocab_size: number of ids in the model, including ids without a token. eos_ids: tokens that end
+    a text. Raises MinisrvError if llguidance cannot read the tokenizer or there is no eos token.
     """
 
     def __init__(
@@ -42,16 +43,16 @@ class Vocabulary:
         size = max(vocab_size, tokenizer.vocab_size)
         ends = [token_id for token_id in eos_ids if token_id < size]
         if not ends:
-            raise MinisrvError("the model names no end-of-text token")
+            raise MinisrvError("the model defines no end-of-text token")
         try:
             self._tokens = LLTokenizer(tokenizer.to_json(), n_vocab=size, eos_token=ends)
-        except Exception as error:  # the library raises plain ValueError and its own
+        except Exception as error:  # the library raises ValueError and its own types
             raise MinisrvError(f"llguidance cannot use the tokenizer: {error}") from error
         self._limits = limits
         self.num_words = (size + 31) // 32
 
     def find_error(self, source: str) -> str | None:
-        """What is wrong with the source of a grammar; takes as long as to compile it."""
+        """The error in the source of a grammar, or None; takes as long as compiling it."""
         wrong, messages = LLMatcher.validate_grammar_with_warnings(
             source, self._tokens, limits=self._limits
         )
@@ -63,13 +64,13 @@ class Vocabulary:
         # The first mask builds the automata that all copies share.
         inner.compute_bitmask()
         if inner.is_error():
-            raise InvalidRequestError(f"the grammar cannot be compiled: {_reason(inner)}")
+            raise InvalidRequestError(f"cannot compile the grammar: {_reason(inner)}")
         return Matcher(inner)
 
 
 def _reason(inner: LLMatcher) -> str:
-    """Why there is no first token; for one case llguidance has but a word of its own."""
+    """Why no first token is possible; replaces one internal code of llguidance by a sentence."""
     error = inner.get_error().replace("<non-verbose/>", "").strip()
     if error == "NoExtensionBias":
-        return "no text fits it, as when a rule never ends"
+        return "no text matches it; a rule may be infinitely recursive"
     return error[:300]

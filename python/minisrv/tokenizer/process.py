@@ -28,7 +28,6 @@ from minisrv.wire.sockets import Inbox, Outbox
 
 
 def main() -> None:
-    """Be a tokenizer process."""
     run_child("tokenizer", _serve)
 
 

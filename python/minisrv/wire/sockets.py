@@ -10,9 +10,10 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -86,7 +87,6 @@ class Inbox:
                 messages.append(message)
 
     def close(self) -> None:
-        """Drop what has not been read."""
         self._socket.close()
 
 
@@ -103,7 +103,6 @@ class Outbox:
         self._socket.send(encode(message, self._epoch))
 
     def close(self) -> None:
-        """Drop what has not been sent."""
         self._socket.close()
 
 
@@ -125,6 +124,10 @@ class AsyncInbox:
             if message is not None:
                 return message
 
+    async def deliver_to(self, handle: Callable[[Any], None]) -> None:
+        """Call `handle` with each message, which is of the inbox's types, until cancelled."""
+        while True:
+            handle(await self.receive())
+
     def close(self) -> None:
-        """Drop what has not been read."""
         self._socket.close()

@@ -14,8 +14,8 @@ from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kernels.triton_moe import choose_tiles, run_experts
 from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.moe import GroupedExperts, SeparateExperts
-from minisrv.engine.parallel.communicator import NoPeers
-from minisrv.engine.parallel.shard import Partition
+from minisrv.engine.parallel.communicator import SingleRank
+from minisrv.engine.parallel.shard import Sharding
 from minisrv.engine.weights import CheckpointWeights
 from tests.support.checkpoints import make_checkpoint
 from tests.support.step_driver import StepDriver, open_engine
@@ -125,10 +125,10 @@ def test_the_parts_of_two_ranks_add_up_to_the_whole(tmp_path: Path, make: type) 
     chosen = torch.rand(7, config.moe.num_experts).topk(2, -1).indices
 
     def outputs(rank: int, size: int) -> torch.Tensor:
-        kernels, peers = TorchKernels(), NoPeers()
-        kernels.run_experts, peers.partition = run_experts, Partition(rank, size)
+        kernels, communicator = TorchKernels(), SingleRank()
+        kernels.run_experts, communicator.sharding = run_experts, Sharding(rank, size)
         weights = CheckpointWeights(directory, dtype=None, device=torch.device("cpu"))
-        build = BuildContext(config, weights, None, kernels, peers, None)
+        build = BuildContext(config, weights, None, kernels, communicator, None)
         return make(build, "model.layers.0.mlp", config.moe)(x, scores, chosen)
 
     whole = outputs(0, 1)

@@ -1,4 +1,4 @@
-"""What the layers need of an attention backend."""
+"""The interface between the layers and an attention backend."""
 
 # Shapes: T tokens in the step, H query heads, K key-value heads, D head size.
 
@@ -17,7 +17,7 @@ class LayerAttention(Protocol):
     """Causal attention over paged keys and values, as the layers of a planned step call it."""
 
     def cache_slots(self, layer_id: int) -> CacheSlots:
-        """Where the step's keys and values of a layer must be stored before `forward`."""
+        """Where the layer must store the step's keys and values before it calls `forward`."""
 
     def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer_id: int) -> Tensor:
         """Attend to the cache and the step's own keys and values: a contiguous [T, H, D]."""
@@ -27,4 +27,4 @@ class AttentionBackend(LayerAttention, Protocol):
     """Attention that is planned from the page table on the host."""
 
     def plan(self, batch: ForwardBatch, page_table: PageTable) -> None:
-        """Prepare what the layers of one step share; the batch's page writes are in the table."""
+        """Prepare what all layers of a step share. The batch's page writes are already applied."""

@@ -1,8 +1,8 @@
-"""Attention on CPU by compiled operators that read the pages where they are.
+"""Attention on a CPU by compiled operators that read the pages in place.
 
-What several decoding sequences share at their beginning is attended to once for all of them, then
-each one's own rest, and both are merged by the sums of exponentials (Juravsky et al., Hydragen,
-2024). Prefill chunks are computed one after the other.
+A prefix that several decoding sequences share is attended to once for all of them, then each
+sequence's own suffix, and the two are merged by their sums of exponentials (Juravsky et al.,
+Hydragen, 2024). Prefill chunks are computed one after the other.
 """
 
 # Shapes: T tokens in the step, B decodes, H query heads, K key-value heads, D head size.
@@ -22,26 +22,26 @@ from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.page_table import PageTable, token_positions
 from minisrv.wire.arrays import Int32Array, Int64Array
 
-_LEAST_TOKENS_SAVED = 512  # by sharing; below, the second pass and the merge cost more
+_LEAST_TOKENS_SAVED = 512  # below that, the second pass and the merge cost more than they save
 
 
 @dataclass(frozen=True, slots=True)
 class _DecodeGroup:
-    tokens: Tensor | None  # [B] indices into the step's decodes; None is all of them
+    tokens: Tensor | None  # [B] indices into the step's decodes; None if all of them
     rows: Tensor
     kv_lens: Tensor
-    shared_len: int  # positions at the beginning that are the same for all of the group
+    shared_len: int  # length of the prefix that is the same for the whole group
 
 
 @dataclass(frozen=True, slots=True)
 class _PrefillChunk:
-    tokens: slice  # of the step
+    tokens: slice  # of the step's tokens
     row: int
     start: int  # position of the first token
 
 
 class CpuAttention:
-    """See AttentionBackend."""
+    """An AttentionBackend on the kernels of cpu.cpp."""
 
     def __init__(self, pool: KVPool, kernels: CpuKernels) -> None:
         self._pool, self._kernels = pool, kernels
@@ -52,7 +52,6 @@ class CpuAttention:
         self._slots_T = torch.empty(0)
 
     def plan(self, batch: ForwardBatch, page_table: PageTable) -> None:
-        """See AttentionBackend."""
         self._page_table = torch.from_numpy(page_table.pages)
         self._slots_T = torch.from_numpy(page_table.slots(batch, token_positions(batch)))
         n = self._num_decodes = batch.num_decodes
@@ -70,11 +69,9 @@ class CpuAttention:
         ]
 
     def cache_slots(self, layer_id: int) -> CacheSlots:
-        """See AttentionBackend."""
         return CacheSlots(self._slots_T, *self._pool.slots[layer_id])
 
     def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer_id: int) -> Tensor:
-        """See AttentionBackend."""
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         pages = self._pool.pages[layer_id]
         for group in self._groups:
@@ -120,9 +117,10 @@ def _decode_groups(
 def _clusters(
     rows: Int32Array, kv_lens: Int32Array, page_table: PageTable
 ) -> list[tuple[Int64Array, int]]:
-    """Groups of decodes, each with the positions that its members share, 0 where it does not pay.
+    """Groups of decodes (indices), each with the length of their shared prefix.
 
-    The last token of each sequence is never shared, so its own part is never empty.
+    0 if sharing does not pay off. The last token of a sequence is never shared, so no suffix is
+    empty.
     """
     pages, page_size = page_table.pages, page_table.page_size
     single = np.ones(rows.size, bool)

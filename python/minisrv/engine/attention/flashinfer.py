@@ -1,9 +1,9 @@
 """Attention on a GPU by FlashInfer's FA2 kernels (Ye et al., FlashInfer, 2025).
 
-Decodes and prefill chunks are two calls a layer, each planned once a step: in one call the tile
-would be chosen for the average query, and decodes would ride tiles made for chunks. Both use the
-same kernel module, the prefill one with the query heads of a key head packed into rows: it has no
-forbidden group sizes, and only one module is compiled.
+Decodes and prefill chunks are two calls per layer, each planned once per step: a single call would
+choose its tile size for the average query, and decodes would use tiles made for chunks. Both calls
+use the prefill kernel, which packs the query heads of a key head into rows: it supports all group
+sizes, and only one module has to be compiled.
 """
 
 # Shapes: T tokens in the step, H query heads, K key-value heads, D head size, B sequences.
@@ -23,14 +23,11 @@ from minisrv.engine.step_buffer import SentStep, StepTensors
 
 _WORKSPACE_BYTES = 128 * 2**20
 _PLANS_IN_FLIGHT = 3
-# The last arguments of FlashInfer's plan: no fixed size of a split, splitting allowed, no other
-# kernel beside it, queries of one token.
-_SPLIT_AS_IT_SUITS = (-1, False, 0, 0)
 
 
 class FlashInferAttention:
-    """See LayerAttention; steps are planned from their words on the host, and from a page list on
-    the device that need not be filled before `forward`. Raises ImportError without flashinfer.
+    """A DeviceAttention, planned from a step's words on the host and a page list on the device,
+    which need not be filled before `forward`. Raises ImportError if flashinfer is not installed.
     """
 
     def __init__(self, pool: KVPool, num_heads: int) -> None:
@@ -55,11 +52,9 @@ class FlashInferAttention:
         self._tensors: StepTensors | None = None
 
     def read_from(self, tensors: StepTensors) -> None:
-        """Where the steps' words, slots and page lists lie."""
         self._tensors = tensors
 
     def plan(self, step: SentStep) -> None:
-        """Prepare what the layers of a step share."""
         n = self._num_decodes = step.num_decodes
         self._num_tokens = step.num_tokens
         self._decode = self._eager_decode
@@ -70,11 +65,11 @@ class FlashInferAttention:
             self._plan_prefills(step)
 
     def plan_for_graph(self, step: SentStep) -> None:
-        """The same for a step of decodes alone whose forward a CUDA graph holds, or will hold.
+        """For a decode-only step whose forward is in a CUDA graph or being recorded.
 
-        Only the first plan of a size goes through FlashInfer's own `plan`, which also sets up what
-        `forward` passes on: that is frozen in the graph. The later ones call what it calls, which
-        writes the split of the work to where the graph reads it.
+        Only the first plan of a size uses the wrapper's `plan`, which also sets the arguments that
+        `forward` passes to the kernel; the graph keeps those. Later plans call only the function
+        behind it, which writes the split of the work to where the graph reads it.
         """
         n = self._num_decodes = step.num_decodes
         self._num_tokens = step.num_tokens
@@ -84,32 +79,16 @@ class FlashInferAttention:
             wrapper = self._graph_decodes[n] = self._make_graph_wrapper(n)
             self._plan_decodes(wrapper, step)
         else:
-            num_heads, num_kv_heads, head_dim, page_size = self._heads
             with self._decode_ring.lent_to(wrapper):
-                wrapper._plan_info = wrapper._cached_module.plan(
-                    wrapper._float_workspace_buffer,
-                    wrapper._int_workspace_buffer,
-                    wrapper._pin_memory_int_workspace_buffer,
-                    torch.arange(n + 1, dtype=torch.int32),
-                    step.host["page_starts"][: n + 1],
-                    step.kv_lens,
-                    *(n, n, num_heads, num_kv_heads, page_size),
-                    True,  # in a CUDA graph
-                    *(head_dim, head_dim),
-                    False,  # not causal: there is one query
-                    -1,  # no window
-                    *_SPLIT_AS_IT_SUITS,
-                )
+                self._replan(wrapper, step)
         self._decode = wrapper
 
     def cache_slots(self, layer_id: int) -> CacheSlots:
-        """See LayerAttention."""
         assert self._tensors is not None
         slots_T = self._tensors.slots_T[: self._num_tokens]
         return CacheSlots(slots_T, *self._pool.slots[layer_id])
 
     def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer_id: int) -> Tensor:
-        """See LayerAttention."""
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         pages, n = self._pool.pages[layer_id], self._num_decodes
         if n:
@@ -121,7 +100,7 @@ class FlashInferAttention:
     def _plan_decodes(self, wrapper: Any, step: SentStep) -> None:
         assert self._tensors is not None
         n = step.num_decodes
-        # In a graph the list stays where it is; passed on, it would be copied to itself.
+        # A graph reads the page list in place; if it were passed, it would be copied onto itself.
         num_pages = step.num_decode_pages if wrapper is self._eager_decode else 0
         with self._decode_ring.lent_to(wrapper):
             wrapper.plan(
@@ -131,6 +110,33 @@ class FlashInferAttention:
                 *self._heads,
                 **self._types,
             )
+
+    def _replan(self, wrapper: Any, step: SentStep) -> None:
+        """Call the private function behind `wrapper.plan`. It takes only positional arguments."""
+        n = step.num_decodes
+        num_heads, num_kv_heads, head_dim, page_size = self._heads
+        wrapper._plan_info = wrapper._cached_module.plan(
+            wrapper._float_workspace_buffer,
+            wrapper._int_workspace_buffer,
+            wrapper._pin_memory_int_workspace_buffer,
+            torch.arange(n + 1, dtype=torch.int32),  # qo_indptr: one query per sequence
+            step.host["page_starts"][: n + 1],  # kv_indptr
+            step.kv_lens,  # kv_lens
+            n,  # total_num_rows: queries
+            n,  # batch_size
+            num_heads,  # num_qo_heads
+            num_kv_heads,  # num_kv_heads
+            page_size,  # page_size
+            True,  # enable_cuda_graph
+            head_dim,  # head_dim_qk
+            head_dim,  # head_dim_vo
+            False,  # causal: not needed with one query
+            -1,  # window_left: no window
+            -1,  # fixed_split_size: none
+            False,  # disable_split_kv
+            0,  # num_colocated_ctas
+            0,  # uniform_q_len: only for several queries per sequence
+        )
 
     def _plan_prefills(self, step: SentStep) -> None:
         assert self._tensors is not None
@@ -147,7 +153,7 @@ class FlashInferAttention:
             )
 
     def _make_graph_wrapper(self, size: int) -> Any:
-        """One a size, as FlashInfer wants it; they run one after the other and share memory."""
+        """FlashInfer needs one wrapper per size; they run one at a time and share their memory."""
         assert self._tensors is not None
         words = self._tensors.words
         wrapper = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
@@ -165,10 +171,11 @@ class FlashInferAttention:
 
 
 class _PinnedRing:
-    """Host buffers that plans are written to in turn.
+    """A ring of host buffers for plans.
 
-    A plan is copied to the device when the stream gets there. FlashInfer has one buffer, which the
-    next plan would overwrite before that; here each waits for the copy of the plan three before.
+    A plan is copied to the device only when the stream reaches the copy. FlashInfer has a single
+    buffer, which the next plan might overwrite before that. Here a buffer is reused once its copy,
+    three plans ago, has finished.
     """
 
     def __init__(self, wrapper: Any) -> None:
@@ -182,7 +189,7 @@ class _PinnedRing:
 
     @contextmanager
     def lent_to(self, wrapper: Any) -> Iterator[None]:
-        """Have the plan that `wrapper` makes within written to the next buffer."""
+        """Within the context, plans of `wrapper` are written to the next buffer."""
         copied = self._copied[self._next]
         if copied is not None:
             copied.synchronize()

@@ -2,8 +2,8 @@
 
 Decodes are computed together: the pages of each sequence are gathered, padded to the longest and
 masked. The query heads that share a key head are rows of one product, which on a CPU is several
-times faster than to repeat keys and values. Sequences of very different lengths go in groups, so
-that padding at most doubles the work. Prefill chunks are computed one after the other.
+times faster than repeating keys and values. Sequences of very different lengths go into separate
+groups, so that padding at most doubles the work. Prefill chunks are computed one after the other.
 """
 
 # Shapes: T tokens in the step, B sequences, H query heads, K key-value heads, G = H / K, D head
@@ -29,35 +29,35 @@ _GROUP_SLACK_PAGES = 8
 
 @dataclass(frozen=True, slots=True)
 class _Gather:
-    """Pages to read, and where to: buffers that the layers of a step use in turn.
+    """Pages to read, and the buffers to copy them to, which all layers of a step reuse.
 
-    To allocate them for each layer would cost more in page faults than the copy itself.
+    Allocating buffers for each layer would cost more in page faults than the copy itself.
     """
 
-    pages: Tensor  # [B * pages a sequence]
+    pages: Tensor  # [B * pages per sequence]
     num_sequences: int
-    keys: Tensor  # [B * pages a sequence, page size, K, D]
+    keys: Tensor  # [B * pages per sequence, page size, K, D]
     values: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class _DecodeGroup:
-    tokens: Tensor | None  # [B] indices into the step's tokens; None is all of them
+    tokens: Tensor | None  # [B] indices into the step's tokens; None if all of them
     cached: _Gather
-    mask: Tensor | None  # [B, 1, 1, C] added to the scores
+    mask: Tensor | None  # [B, 1, 1, C] added to the attention scores
 
 
 @dataclass(frozen=True, slots=True)
 class _PrefillChunk:
     first: int
-    end: int  # tokens of the step: first to end
-    cached: _Gather | None  # None where the chunk begins its sequence
+    end: int  # the step's tokens first .. end - 1
+    cached: _Gather | None  # None if the chunk starts its sequence
     kv_len: int
-    mask: Tensor | None  # [end - first, kv_len] added to the scores
+    mask: Tensor | None  # [end - first, kv_len] added to the attention scores
 
 
 class TorchNativeAttention:
-    """See AttentionBackend."""
+    """An AttentionBackend for any device."""
 
     def __init__(self, pool: KVPool) -> None:
         self._pool, self._dtype, self._device = pool, pool.dtype, pool.device
@@ -67,7 +67,6 @@ class TorchNativeAttention:
         self._slots_T = torch.empty(0)
 
     def plan(self, batch: ForwardBatch, page_table: PageTable) -> None:
-        """See AttentionBackend."""
         self._slots_T = self._to_device(page_table.slots(batch, token_positions(batch)))
         kv_lens = batch.start_positions + batch.query_lens
         n = self._num_decodes = batch.num_decodes
@@ -79,7 +78,6 @@ class TorchNativeAttention:
         ]
 
     def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer_id: int) -> Tensor:
-        """See AttentionBackend."""
         n = self._num_decodes
         if not self._prefills:
             return self._decode(q_THD, layer_id)
@@ -92,7 +90,6 @@ class TorchNativeAttention:
         return out_THD
 
     def cache_slots(self, layer_id: int) -> CacheSlots:
-        """See AttentionBackend."""
         return CacheSlots(self._slots_T, *self._pool.slots[layer_id])
 
     def _plan_decodes(self, rows: Int32Array, kv_lens: Int32Array, page_table: PageTable) -> None:
@@ -136,7 +133,7 @@ class TorchNativeAttention:
         return out_1HTD[0].transpose(0, 1)
 
     def _read(self, gather: _Gather, layer_id: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of whole pages, each [B, K, C, D], good until the next read."""
+        """Keys and values of whole pages, each [B, K, C, D], valid until the next read."""
         keys, values = self._pool.pages[layer_id]
         torch.index_select(keys, 0, gather.pages, out=gather.keys)
         torch.index_select(values, 0, gather.pages, out=gather.values)
@@ -163,7 +160,7 @@ class TorchNativeAttention:
     ) -> _DecodeGroup:
         chosen = slice(None) if group is None else group
         lens = kv_lens[chosen]
-        pages = page_table.pages_of(rows[chosen], lens)
+        pages = page_table.padded_pages(rows[chosen], lens)
         mask = self._mask(lens, pages.shape[1] * page_table.page_size)
         return _DecodeGroup(
             tokens=None if group is None else self._to_device(group),
@@ -175,18 +172,18 @@ class TorchNativeAttention:
         self, index: int, end: int, batch: ForwardBatch, kv_len: int, page_table: PageTable
     ) -> _PrefillChunk:
         length = int(batch.query_lens[index])
-        # What is cached in FP8 is read back even where it is at hand: a prompt gives the same text
-        # whether its beginning was in the cache or not.
+        # With an FP8 cache even the chunk's own keys and values are read back from it, so that a
+        # prompt gives the same text whether or not its prefix was cached.
         if length == kv_len and self._pool.stored_dtype is self._dtype:
             return _PrefillChunk(end - length, end, None, kv_len, None)
-        pages = page_table.pages_of(batch.rows[index : index + 1], np.array([kv_len], np.int32))
+        pages = page_table.padded_pages(batch.rows[index : index + 1], np.array([kv_len], np.int32))
         visible = np.arange(kv_len - length + 1, kv_len + 1, dtype=np.int32)
         return _PrefillChunk(
             end - length, end, self._gather(pages), kv_len, self._mask(visible, kv_len)
         )
 
     def _mask(self, visible: Int32Array, length: int) -> Tensor:
-        """0 for the first `visible[i]` of `length` places, minus infinity after, [any, length]."""
+        """Row i: 0 at the first `visible[i]` positions, minus infinity after; [any, length]."""
         hidden = np.arange(length, dtype=np.int32) >= visible[:, None]
         zeros = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
         return zeros.masked_fill_(self._to_device(hidden), -torch.inf)
@@ -196,7 +193,7 @@ class TorchNativeAttention:
 
 
 def _groups_of_like_length(kv_lens: Int32Array, page_size: int) -> list[Int32Array]:
-    """Indices into `kv_lens` in groups whose longest is at most about twice the shortest."""
+    """Indices into `kv_lens`, in groups whose longest is at most about twice the shortest."""
     if not kv_lens.size:
         return []
     slack = _GROUP_SLACK_PAGES * page_size

@@ -1,4 +1,4 @@
-"""Compile a C++ file for this very machine, once, and load it."""
+"""Compiles a C++ file for this machine, caches the library and loads it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,14 @@ logger = logging.getLogger("minisrv.engine")
 
 
 def load_library(source: Path) -> ctypes.CDLL | None:
-    """The functions of `source`, or None with one warning where they cannot be compiled.
+    """The functions of `source`; or None, with a warning, if they cannot be compiled.
 
-    The compiler is $CXX or the first of c++, g++ and clang++. The result is kept in
-    $XDG_CACHE_HOME/minisrv, named by source, compiler and processor.
+    The compiler is $CXX or the first of c++, g++ and clang++. The library is cached in
+    $XDG_CACHE_HOME/minisrv, under a name that depends on source, compiler and processor.
     """
     compiler = _find_compiler()
     if compiler is None:
-        logger.warning(
-            "no C++ compiler found; the plain torch operators are used, which are slower"
-        )
+        logger.warning("no C++ compiler found; using the plain torch operators, which are slower")
         return None
     library = _cache_folder() / f"{source.stem}-{_fingerprint(source, compiler)}.so"
     try:
@@ -37,8 +35,7 @@ def load_library(source: Path) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         logger.warning(
-            "%s could not be compiled with %s; the plain torch operators are used, which are "
-            "slower: %s",
+            "could not compile %s with %s; using the plain torch operators, which are slower: %s",
             source.name,
             compiler,
             reason.strip()[:500],
@@ -52,7 +49,7 @@ def _find_compiler() -> str | None:
 
 
 def _cache_folder() -> Path:
-    """The user's cache, or a fresh folder where that cannot be written."""
+    """In the user's cache; a temporary folder if that is not writable."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base / "minisrv"
     try:
@@ -74,7 +71,7 @@ def _fingerprint(source: Path, compiler: str) -> str:
 
 
 def _compile(compiler: str, source: Path, library: Path) -> None:
-    """Write under another name first: several processes may do the same at once."""
+    """Written under a temporary name first, because several processes may compile at once."""
     handle, partial = tempfile.mkstemp(dir=library.parent, suffix=".so")
     os.close(handle)
     try:

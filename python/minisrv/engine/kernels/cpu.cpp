@@ -1,8 +1,8 @@
-// The small operators of a step on a CPU, each one pass over memory where torch needs several.
-// `cpu.py` compiles this file for the machine it runs on and says what each function is given.
+// The small operators of a step on a CPU; each makes one pass over memory where torch makes several.
+// `cpu.py` compiles this file for the machine it runs on and documents the arguments.
 //
 // Element types are float and bf16; all arithmetic is in float. Shapes: T tokens, B decodes, H query
-// heads, K key-value heads, G = H / K, D head size, P tokens a page.
+// heads, K key-value heads, G = H / K, D head size, P tokens per page.
 
 #include <algorithm>
 #include <cmath>
@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr long kParallelWork = 32768;  // elements; below, waking the other threads costs more
+constexpr long kParallelWork = 32768;  // elements; with fewer, waking threads costs more than it saves
 
 struct bf16 {
   uint16_t bits;
@@ -47,7 +47,7 @@ inline void convert(float& to, float value) { to = value; }
 inline void convert(float& to, bf16 value) { to = load(value); }
 inline void convert(bf16& to, bf16 value) { to = value; }
 
-// 16 floats; the compiler splits them where the machine's registers are smaller.
+// 16 floats; the compiler splits them if the machine's registers are smaller.
 typedef float Lanes __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
@@ -81,7 +81,7 @@ inline float sum_lanes(Lanes v) {
   return (v[0] + v[1]) + (v[2] + v[3]);
 }
 
-// exp(x) for x <= 0: 2^n * p(r), with p the Taylor polynomial on |r| <= ln 2 / 2. Error 2e-7.
+// exp(x) for x <= 0, as 2^n * p(r) with the Taylor polynomial p on |r| <= ln 2 / 2. Error 2e-7.
 inline float exp_negative(float x) {
   x = std::max(x, -87.0f);
   const float n = std::nearbyint(x * 1.44269504f);
@@ -148,7 +148,7 @@ void silu_and_mul(const T* gate_up, T* out, long rows, long size, int threads) {
   }
 }
 
-// Norm (where there is a weight) and rotate one head: its first half against its second.
+// Normalise one head (if there is a weight), then rotate its first half against its second.
 template <class T>
 void norm_and_rotate(T* head, const T* weight, const T* cos, const T* sin, long size, float eps) {
   const long half = size / 2;
@@ -190,7 +190,7 @@ void norm_rotate_store(T* qkv, const T* q_weight, const T* k_weight, const T* co
   }
 }
 
-// Lane t of the result is the sum of the lanes of v[t]: neighbours are added in four rounds.
+// Lane t of the result is the sum of the lanes of v[t], added pairwise in four rounds.
 inline Lanes sum_each(Lanes v[kLanes]) {
 #define ROUND(step, low, high)                                                     \
   for (long i = 0; i < kLanes; i += 2 * step) {                                    \
@@ -211,7 +211,7 @@ inline Lanes sum_each(Lanes v[kLanes]) {
   return v[0];
 }
 
-// Where the cache of one layer lies: keys and values [pages, P, K, D].
+// The cache of one layer: keys and values [pages, P, K, D].
 template <class T>
 struct Cache {
   const T* keys;
@@ -219,7 +219,8 @@ struct Cache {
   long page_bits, kv_heads;  // P = 2^page_bits
 };
 
-// 16 rows of one key head from position `first` on, as floats; rows from `end` on repeat the last.
+// 16 rows of one key head, positions `first` and up, as floats. Rows at `end` and beyond repeat the
+// last one.
 template <class T, int CHUNKS>
 void read_tile(const T* base, const Cache<T>& cache, const int32_t* pages, long kv_head, long first,
                long end, Lanes tile[kLanes][CHUNKS]) {
@@ -240,7 +241,7 @@ void read_tile(const T* base, const Cache<T>& cache, const int32_t* pages, long 
   }
 }
 
-// scores[r][t] = q[r] . tile[t], for a few rows: the sixteen products of a row are summed at once.
+// scores[r][t] = q[r] . tile[t], for a few rows: the 16 products of a row are reduced together.
 template <int CHUNKS>
 void score_few(const float* q, long rows, const Lanes tile[kLanes][CHUNKS], float scale,
                float* scores, long row_size) {
@@ -255,7 +256,8 @@ void score_few(const float* q, long rows, const Lanes tile[kLanes][CHUNKS], floa
   }
 }
 
-// The same for many rows: the tile is turned, so that a lane is a key, and four rows go together.
+// The same for many rows: the tile is transposed, so that a lane is a key, and four rows are
+// computed together.
 template <int CHUNKS>
 void score_many(const float* q, long rows, const Lanes tile[kLanes][CHUNKS], float scale,
                 float* scores, long row_size) {
@@ -275,7 +277,7 @@ void score_many(const float* q, long rows, const Lanes tile[kLanes][CHUNKS], flo
 }
 
 // Softmax in place over the first `length` of `row_size` scores; the others become 0. Returns the
-// logarithm of the sum of the exponentials.
+// logarithm of the sum of exponentials.
 inline float softmax(float* row, long length, long row_size) {
   float top = row[0], sum = 0;
 #pragma omp simd reduction(max : top)
@@ -289,7 +291,7 @@ inline float softmax(float* row, long length, long row_size) {
   return top + std::log(sum);
 }
 
-// out += the rows of the tile, each times its weight.
+// out += the weighted sum of the rows of the tile.
 template <int CHUNKS>
 void add_values(const float* weights, const Lanes tile[kLanes][CHUNKS], float* out) {
   Lanes even[CHUNKS] = {}, odd[CHUNKS];
@@ -302,10 +304,10 @@ void add_values(const float* weights, const Lanes tile[kLanes][CHUNKS], float* o
   for (long c = 0; c < CHUNKS; ++c) store_lanes(out + c * kLanes, even[c] + odd[c]);
 }
 
-// Query rows that read the same key head of the same pages, over positions begin .. end. Row r sees
-// those before first_end + r / group: the G rows of a query position see one more than those of the
-// position before. q and out: [rows, D]; lse: [rows]; scores: room for `rows` times the positions
-// rounded up to 16.
+// Attention of query rows that share a key head and pages, over positions begin .. end. Row r sees
+// positions below first_end + r / group: the G rows of a query position see one position more than
+// those of the previous one. q and out: [rows, D]; lse: [rows]; scores: space for [rows, number of
+// positions rounded up to 16].
 template <class T, int CHUNKS>
 void attend(const float* q, const Cache<T>& cache, const int32_t* pages, long kv_head, long rows,
             long group, long begin, long first_end, long end, float scale, float* scores,
@@ -334,7 +336,7 @@ void attend(const float* q, const Cache<T>& cache, const int32_t* pages, long kv
   }
 }
 
-// Where 16 positions from `first` on lie; from `end` on the last one is repeated.
+// The slots of 16 positions, `first` and up; at `end` and beyond, that of the last one.
 template <class T>
 void find_slots(const T* base, const Cache<T>& cache, long slot_size, const int32_t* pages,
                 long first, long end, const T* slots[kLanes]) {
@@ -349,7 +351,7 @@ void find_slots(const T* base, const Cache<T>& cache, long slot_size, const int3
                                 : slot_of(std::min(first + t, end - 1));
 }
 
-// products[t] = q . slots[t], not yet summed over the lanes.
+// products[t] = q . slots[t], not yet reduced over lanes.
 template <int CHUNKS, class T>
 void multiply(const float* q, const T* const slots[kLanes], long offset, Lanes products[kLanes]) {
   for (long t = 0; t < kLanes; ++t) {
@@ -361,7 +363,7 @@ void multiply(const float* q, const T* const slots[kLanes], long offset, Lanes p
 }
 
 #ifdef __AVX512BF16__
-// The same in one instruction for 32 elements: products are exact, sums are in float.
+// The same with one instruction per 32 elements: products are exact, sums are in float.
 template <int CHUNKS>
 void multiply(const bf16* q, const bf16* const slots[kLanes], long offset,
               Lanes products[kLanes]) {
@@ -381,10 +383,10 @@ template <class T, int CHUNKS>
 using Query = float;
 #endif
 
-// One new token: G query rows for each of the key heads first_head .. first_head + num, over the
-// positions begin .. end. The heads of a slot lie side by side, so pages are read in the order of
-// memory, once, with the next one asked for ahead. q and out: [num, G, D]; lse: [num, G]; scores:
-// room for num * G times the positions rounded up to 16.
+// Attention of one new token over positions begin .. end: G query rows for each of the key heads
+// first_head .. first_head + num. The heads of a slot are adjacent, so pages are read once, in memory
+// order, with prefetching. q and out: [num, G, D]; lse: [num, G]; scores: space for [num * G, number
+// of positions rounded up to 16].
 template <class T, int CHUNKS>
 void attend_to_own(const Query<T, CHUNKS>* q, const Cache<T>& cache, const int32_t* pages,
                    long first_head, long num, long group, long begin, long end, float scale,
@@ -425,7 +427,7 @@ void attend_to_own(const Query<T, CHUNKS>* q, const Cache<T>& cache, const int32
   });
 }
 
-// Merge attention over more positions into `out` and `lse`: weights are the sums of exponentials.
+// Merge attention over further positions into `out` and `lse`, weighted by sums of exponentials.
 inline void merge(const float* more_out, const float* more_lse, long rows, long size, float* out,
                   float* lse) {
   for (long r = 0; r < rows; ++r) {
@@ -443,8 +445,9 @@ void read_queries(const T* q, long q_stride, long count, long width, float* to) 
     for (long d = 0; d < width; ++d) to[i * width + d] = load(q[i * q_stride + d]);
 }
 
-// What decodes share: q [B, H, D] with `q_stride` elements from one token to the next; the first `shared` positions, whole pages, are the same for all sequences:
-// they are read once for 32 query rows. sums: [B, H, D]; lse: [B, H].
+// Attention of decodes over their shared prefix: the first `shared` positions, which are whole pages.
+// These are read once per 32 query rows. q: [B, H, D] with a stride of `q_stride` elements between
+// tokens; sums: [B, H, D]; lse: [B, H].
 template <class T, int CHUNKS>
 void attend_to_shared(const T* q, long q_stride, const Cache<T>& cache, const int32_t* pages,
                       long shared, long batch, long heads, float scale, int threads, float* sums,
@@ -475,9 +478,9 @@ void attend_to_shared(const T* q, long q_stride, const Cache<T>& cache, const in
   }
 }
 
-// Attention of one new token a sequence over its pages: q [B, H, D] with `q_stride` elements from one
-// token to the next; page_table rows of `columns` pages. The first `shared` positions, whole pages,
-// are the same for all sequences.
+// Attention of one new token per sequence over its pages. q: [B, H, D] with a stride of `q_stride`
+// elements between tokens; page_table: rows of `columns` pages. The first `shared` positions, which
+// are whole pages, are the same for all sequences.
 template <class T, int CHUNKS>
 void decode_attention(const T* q, long q_stride, const Cache<T>& cache, const int32_t* page_table,
                       long columns, const int32_t* rows, const int32_t* kv_lens, long shared,
@@ -490,7 +493,7 @@ void decode_attention(const T* q, long q_stride, const Cache<T>& cache, const in
     attend_to_shared<T, CHUNKS>(q, q_stride, cache, page_table + rows[0] * columns, shared, batch,
                                 heads, scale, threads, shared_sums.data(), shared_lse.data());
   const long longest = *std::max_element(kv_lens, kv_lens + batch) - shared + kLanes;
-  // One thread takes all heads of a sequence, if there is enough to do for the others.
+  // A task is all heads of a sequence if that gives enough tasks, otherwise a single head.
   const long num = batch >= 2 * threads ? kv_heads : 1, parts = kv_heads / num;
 #pragma omp parallel num_threads(threads) if (batch * longest * heads * size > kParallelWork)
   {
@@ -514,9 +517,9 @@ void decode_attention(const T* q, long q_stride, const Cache<T>& cache, const in
   }
 }
 
-// Causal attention of a prompt chunk: `tokens` positions from `start` on, whose keys and values are
-// in the pages already. q [tokens, H, D] with `q_stride` elements from one token to the next. Blocks
-// of queries go over the positions in segments, so that the scores stay in the second cache.
+// Causal attention of a prefill chunk: `tokens` positions, `start` and up, whose keys and values are
+// already in the pages. q: [tokens, H, D] with a stride of `q_stride` elements between tokens. Blocks
+// of queries process the positions in segments, so that the scores stay in the L2 cache.
 template <class T, int CHUNKS>
 void prefill_attention(const T* q, long q_stride, const Cache<T>& cache, const int32_t* pages,
                        long start, long tokens, T* out, long heads, float scale, int threads) {
@@ -531,14 +534,14 @@ void prefill_attention(const T* q, long q_stride, const Cache<T>& cache, const i
     std::vector<float> more_sums(most * size), more_lse(most);
 #pragma omp for schedule(dynamic)
     for (long task = 0; task < blocks * kv_heads; ++task) {
-      // The last blocks see the most: they are the first to be taken.
+      // The last blocks see the most positions, so they are scheduled first.
       const long first = (blocks - 1 - task / kv_heads) * block, kv_head = task % kv_heads;
       const long count = std::min(block, tokens - first), first_head = kv_head * group * size;
       const long all_see = start + first + 1, end = start + first + count;
       read_queries(q + first * q_stride + first_head, q_stride, count, group * size,
                    queries.data());
       for (long begin = 0; begin < end;) {
-        const bool is_last = begin + segment >= all_see;  // so that every row sees some of it
+        const bool is_last = begin + segment >= all_see;  // so that every row sees part of it
         const long cut = is_last ? end : begin + segment;
         attend<T, CHUNKS>(queries.data(), cache, pages, kv_head, count * group, group, begin,
                           is_last ? all_see : cut, cut, scale, scores.data(),
@@ -586,11 +589,11 @@ void prefill_attention_of_size(const T* q, long q_stride, const T* keys, const T
                 threads)
 }
 
-// What the compiler can put into vectors: floats, or the bits of bf16.
+// A type that the compiler can vectorise: floats, or the bits of bf16.
 inline float* plain(float* x) { return x; }
 inline uint16_t* plain(bf16* x) { return &x->bits; }
 
-// -inf wherever a sample's mask has a zero: bit i of word w is token 32 w + i.
+// Set logits to -inf where the mask of a sample has a zero: bit i of word w is token 32 w + i.
 template <class T>
 void mask_logits(T* logits, const int32_t* samples, const uint32_t* masks, long rows, long words,
                  long size, int threads) {
@@ -610,7 +613,7 @@ void mask_logits(T* logits, const int32_t* samples, const uint32_t* masks, long 
   }
 }
 
-// The first of the greatest, as index. Of a row with a NaN: the first NaN.
+// Index of the first maximum of each row; of the first NaN if there is one.
 template <class T>
 void argmax(const T* x, int64_t* out, long rows, long size, int threads) {
   constexpr long block = 256;

@@ -1,7 +1,7 @@
 """The operators in C++ (`cpu.cpp`), compiled at the first start on a machine.
 
-Most of a small model's decode step is the cost of calling operators, not their work: these do in
-one call what takes torch up to seven.
+A small model's decode step is dominated by the overhead of calling operators. One call of these
+replaces up to seven torch calls.
 """
 
 # Shapes: as in base.py; B decodes of one token, N pages of P tokens.
@@ -48,7 +48,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
 
 
 def load_cpu_kernels(dtype: torch.dtype) -> CpuKernels | None:
-    """The compiled operators for `dtype`, or None where there are none (compiler.py says why)."""
+    """The compiled operators for `dtype`, or None if there are none (compiler.py logs why)."""
     if dtype not in DTYPES:
         return None
     library = load_library(_SOURCE)
@@ -56,7 +56,7 @@ def load_cpu_kernels(dtype: torch.dtype) -> CpuKernels | None:
 
 
 class CpuKernels:
-    """See Kernels; and attention over the cache's pages."""
+    """Kernels, and attention over the pages of the cache."""
 
     sample: SampleRows | None = None
     run_experts: RunExperts | None = None
@@ -76,7 +76,6 @@ class CpuKernels:
     def add_rms_norm_(
         self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
     ) -> Tensor:
-        """See Kernels."""
         assert x_TC.is_contiguous()
         assert delta_TC is None or delta_TC.is_contiguous()
         out_TC = torch.empty_like(x_TC)
@@ -86,7 +85,6 @@ class CpuKernels:
         return out_TC
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """See Kernels."""
         assert gate_up.is_contiguous()
         num_tokens, size = gate_up.shape
         out_TF = gate_up.new_empty(num_tokens, size // 2)
@@ -102,7 +100,6 @@ class CpuKernels:
         rope_rows: RopeRows,
         cache: CacheSlots,
     ) -> None:
-        """See Kernels."""
         assert qkv_TAD.is_contiguous()
         num_tokens, num_all_heads, head_dim = qkv_TAD.shape
         cos, sin = rope_rows
@@ -124,7 +121,6 @@ class CpuKernels:
         )
 
     def mask_logits_(self, logits_SV: Tensor, samples_G: Tensor, masks_GW: Tensor) -> None:
-        """See Kernels."""
         assert logits_SV.is_contiguous()
         assert masks_GW.is_contiguous()
         num_masks, num_words = masks_GW.shape
@@ -133,7 +129,6 @@ class CpuKernels:
         self._mask_logits(*pointers, num_masks, num_words, logits_SV.shape[1], self._num_threads)
 
     def argmax(self, logits_SV: Tensor) -> Tensor:
-        """See Kernels."""
         assert logits_SV.is_contiguous()
         out_S = torch.empty(logits_SV.shape[0], dtype=torch.int64)
         self._argmax(logits_SV.data_ptr(), out_S.data_ptr(), *logits_SV.shape, self._num_threads)
@@ -149,11 +144,11 @@ class CpuKernels:
         shared_len: int,
         out_BHD: Tensor,
     ) -> None:
-        """Attention of one token a sequence over its cached positions, into `out_BHD`.
+        """Attention of one token per sequence over its cached positions, into `out_BHD`.
 
-        pages: keys and values [N, P, K, D]. page_table int32 [any, any]: a row of pages for each
-        index in `rows_B` (int32). kv_lens_B: int32, at least 1. shared_len: positions at the
-        beginning that lie on the same pages for all, a multiple of P and less than any kv_len.
+        pages: keys and values [N, P, K, D]. page_table: int32, the pages of each row; `rows_B`
+        (int32) are the rows of the sequences. kv_lens_B: int32, at least 1. shared_len: length of
+        a prefix on the same pages for all; a multiple of P, less than every kv_len.
         """
         keys, values = pages
         size, num_heads, head_dim = q_BHD.shape
@@ -188,9 +183,10 @@ class CpuKernels:
         start: int,
         out_THD: Tensor,
     ) -> None:
-        """Causal attention of a chunk, the positions of a sequence from `start` on, into `out_THD`.
+        """Causal attention of a chunk, positions `start` and up of a sequence, into `out_THD`.
 
-        The chunk's own keys and values are in the pages, too. page_row int32: the sequence's pages.
+        The pages must already contain the chunk's keys and values. page_row: int32, the sequence's
+        pages.
         """
         keys, values = pages
         num_tokens, num_heads, head_dim = q_THD.shape

@@ -1,4 +1,4 @@
-"""The operators on a GPU: FlashInfer's where it has them, Triton's for the rest."""
+"""The operators on a GPU: FlashInfer's where it has them, otherwise Triton kernels."""
 
 # Shapes: as in base.py.
 
@@ -24,7 +24,7 @@ from minisrv.wire.arrays import Int64Array
 
 
 class CudaKernels:
-    """See Kernels. Raises ImportError where flashinfer or triton is not installed."""
+    """Kernels for a GPU. Raises ImportError if flashinfer or triton is not installed."""
 
     def __init__(self) -> None:
         import flashinfer
@@ -36,7 +36,6 @@ class CudaKernels:
     def add_rms_norm_(
         self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
     ) -> Tensor:
-        """See Kernels."""
         if delta_TC is None:
             normed: Tensor = self._flashinfer.rmsnorm(x_TC, w_C, eps)
             return normed
@@ -44,7 +43,6 @@ class CudaKernels:
         return delta_TC
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """See Kernels."""
         out: Tensor = self._flashinfer.silu_and_mul(gate_up)
         return out
 
@@ -56,15 +54,12 @@ class CudaKernels:
         rope_rows: RopeRows,
         cache: CacheSlots,
     ) -> None:
-        """See Kernels."""
         norm_rotate_store(qkv_TAD, num_heads, norm, rope_rows, cache)
 
     def mask_logits_(self, logits_SV: Tensor, samples_G: Tensor, masks_GW: Tensor) -> None:
-        """See Kernels."""
         mask_logits_(logits_SV, samples_G, masks_GW)
 
     def argmax(self, logits_SV: Tensor) -> Tensor:
-        """See Kernels."""
         return torch.argmax(logits_SV, -1)
 
 

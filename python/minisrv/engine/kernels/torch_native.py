@@ -1,4 +1,4 @@
-"""The operators in plain torch: for any device, and the reference for the others."""
+"""The operators in plain torch, for any device; the reference for the others."""
 
 # Shapes: as in base.py.
 
@@ -18,7 +18,7 @@ from minisrv.engine.kernels.base import (
 
 
 class TorchKernels:
-    """See Kernels."""
+    """Kernels for any device."""
 
     sample: SampleRows | None = None
     run_experts: RunExperts | None = None
@@ -26,13 +26,11 @@ class TorchKernels:
     def add_rms_norm_(
         self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
     ) -> Tensor:
-        """See Kernels."""
         if delta_TC is not None:
             x_TC += delta_TC
         return F.rms_norm(x_TC, w_C.shape, w_C, eps)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """See Kernels."""
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
@@ -44,7 +42,6 @@ class TorchKernels:
         rope_rows: RopeRows,
         cache: CacheSlots,
     ) -> None:
-        """See Kernels."""
         num_kv_heads = (qkv_TAD.shape[1] - num_heads) // 2
         q_THD, k_TKD, v_TKD = qkv_TAD.split_with_sizes([num_heads, num_kv_heads, num_kv_heads], 1)
         if norm is not None:
@@ -58,11 +55,9 @@ class TorchKernels:
         _store_(cache.values_NKD, cache.slots_T, v_TKD)
 
     def mask_logits_(self, logits_SV: Tensor, samples_G: Tensor, masks_GW: Tensor) -> None:
-        """See Kernels."""
         mask_logits_(logits_SV, samples_G, masks_GW)
 
     def argmax(self, logits_SV: Tensor) -> Tensor:
-        """See Kernels."""
         return logits_SV.max(-1).indices
 
 
@@ -72,12 +67,11 @@ def _store_(cache_NKD: Tensor, slots_T: Tensor, x_TKD: Tensor) -> None:
         return
     limit = torch.finfo(cache_NKD.dtype).max
     stored_TKD = x_TKD.clamp(-limit, limit).to(cache_NKD.dtype)
-    # torch has no index_copy_ of FP8.
+    # torch has no index_copy_ for FP8.
     cache_NKD.view(torch.uint8).index_copy_(0, slots_T, stored_TKD.view(torch.uint8))
 
 
 def mask_logits_(logits_SV: Tensor, samples_G: Tensor, masks_GW: Tensor) -> None:
-    """See Kernels."""
     places = torch.arange(32, dtype=torch.int32, device=masks_GW.device)
     refused = ((masks_GW.unsqueeze(-1) >> places) & 1 == 0).flatten(1)
     masked = logits_SV.index_select(0, samples_G)

@@ -1,4 +1,4 @@
-"""What a step's words leave to the device: page table, input ids, positions, slots, page lists."""
+"""Expands a step's words on the device: page table, input ids, positions, slots, page lists."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _expand(
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program a sequence, over its tokens and then over its pages."""
+    """One program per sequence: loops over its tokens, then over its pages."""
     sequence = tl.program_id(0)
     row = tl.load(rows + sequence).to(tl.int64)
     start = tl.load(start_positions + sequence)
@@ -52,7 +52,7 @@ def _expand(
         inside = at < end
         position = start + at - first
         page = tl.load(table + position // PAGE_SIZE, inside, 0).to(tl.int64)
-        # A decode is a token, so the tokens of prompts begin where the decodes end.
+        # A decode is one token, so prefill tokens start at index `decodes`.
         given = tl.load(prefill_ids + at - decodes, inside & (at >= decodes), 0)
         tl.store(ids + at, tl.where(is_decode, last, given.to(tl.int64)), inside)
         tl.store(positions + at, position.to(tl.int64), inside)
@@ -68,9 +68,9 @@ def _expand(
 
 
 def expand(tensors: StepTensors, limits: StepLimits, num_sequences: int) -> None:
-    """Apply the page writes of the words in `tensors`, then fill all that is computed from them.
+    """Apply the page writes in the words of `tensors`, then fill everything derived from the words.
 
-    No shape depends on the data and nothing is read back, so that a CUDA graph can hold it.
+    No shape depends on the data and nothing is read back, so it can be part of a CUDA graph.
     """
     words = tensors.words
     width = tensors.page_table.shape[1]

@@ -1,10 +1,10 @@
-"""Top-k, top-p and min-p of one row by search: no sort, a few passes over what may be kept.
+"""Top-k, top-p and min-p of one row by search, without a sort: a few passes over the candidates.
 
-Top-k and top-p each keep the tokens above some logit, and of those that equal it the first few. The
-logit is found among the ordered integers of its type (`ordered_key`): a pass counts the tokens, and
-sums their weights, at and above three pivots, and goes on between two of them. The first pivots lie
-a few temperatures below the best logit, where the answer mostly is. Blocks whose best is below the
-lowest pivot are not read.
+Top-k and top-p each keep all tokens above some logit, and the first few of those equal to it. That
+logit is found by search over the ordered integers of its dtype (`ordered_key`): each pass counts
+the tokens, and sums their weights, at and above three pivots, and continues between two of them.
+The first pivots are a few temperatures below the best logit, where the answer usually is. Blocks
+whose best logit is below the lowest pivot are not read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ALL = tl.constexpr(2**30)
 
 @triton.jit
 def _weigh(row, key_1, key_2, key_3, BLOCK: tl.constexpr, SPARE_BITS: tl.constexpr):
-    """Number and weight of the tokens at and above each of three ascending keys."""
+    """Count and weight of the tokens at and above each of three ascending keys."""
     logits, best, vocab_size, num_blocks, top, scale = row
     count_1 = tl.zeros([BLOCK], tl.int32)
     count_2, count_3 = count_1, count_1
@@ -77,9 +77,10 @@ def _search(
     BLOCK: tl.constexpr,
     SPARE_BITS: tl.constexpr,
 ):
-    """The greatest key in low .. end at and above which there are `wanted` tokens, or mass.
+    """The greatest key in low .. end such that the tokens at and above it reach `wanted`.
 
-    There are at `low`, and not at `end`. Also number and mass of the tokens above that key.
+    `wanted` is a count or a mass; it is reached at `low` and not at `end`. Also returns count and
+    mass of the tokens above that key.
     """
     top = row[4]
     count_above, mass_above = 0, 0.0
@@ -104,7 +105,7 @@ def _search(
 
 @triton.jit
 def _weight(key, top, scale, SPARE_BITS: tl.constexpr):
-    """Of the tokens with this key. The spare bits of a negative number's key are ones."""
+    """The weight of a token with this key. In keys of negative numbers the spare bits are ones."""
     whole = key.to(tl.int32) << SPARE_BITS
     whole = tl.where(whole < 0, whole | ((1 << SPARE_BITS) - 1), whole)
     return tl.exp((key_to_float(whole) - top) * scale)
@@ -121,7 +122,7 @@ def _best_kept(
     BLOCK: tl.constexpr,
     SPARE_BITS: tl.constexpr,
 ):
-    """The packed best score of the kept: above `least`, or the first few of it, and min-p."""
+    """The packed best score of tokens above `least`, and the first few equal to it, after min-p."""
     logits, best, vocab_size, num_blocks, top, scale = row
     winner = tl.full([], -(2**63), tl.int64)
     seen = 0
@@ -158,12 +159,12 @@ def draw_filtered(
 ):
     """The packed best score among the tokens of a row that its filters keep.
 
-    row: its logits, the packed greatest logit of each block, the size of the vocabulary, the number
-    of blocks, the greatest logit, finite, whose key is `top_key`, and 1 / temperature. The weight
-    of a token is its probability over the best token's; `total` is the sum of all.
+    row: the logits, the packed maximum of each block, vocabulary size, number of blocks, the
+    maximum logit (finite, with key `top_key`), and 1 / temperature. The weight of a token is its
+    probability divided by that of the best token; `total` is the sum of all weights.
     """
     top, scale = row[4], row[5]
-    # Kept are the keys above `least`, and the first `num_equal` tokens of that key itself.
+    # Kept are all keys above `least`, and the first `num_equal` tokens with that key.
     least = (tl.full([], MINUS_INF_KEY, tl.int32) >> SPARE_BITS).to(tl.int64)
     num_equal = tl.full([], _ALL, tl.int32)
     end = (top_key >> SPARE_BITS).to(tl.int64) + 1
@@ -175,7 +176,7 @@ def draw_filtered(
         wanted = top_p * total
         key, _, mass = _search(row, temperature, least, end, wanted, False, BLOCK, SPARE_BITS)
         weight = _weight(key, top, scale, SPARE_BITS)
-        # The j-th of the equal tokens is kept where the mass before it is less than is wanted.
+        # The j-th of the equal tokens is kept if the mass before it is less than `wanted`.
         share = tl.where(weight > 0, (wanted - mass) / tl.maximum(weight, 1e-37), 1e9)
         enough = tl.maximum(tl.ceil(tl.minimum(share, 1e9)).to(tl.int32), 1)
         num_equal = tl.where(key == least, tl.minimum(num_equal, enough), enough)

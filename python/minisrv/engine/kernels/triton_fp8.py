@@ -1,4 +1,4 @@
-"""Activations rounded to FP8, and products with matrices that have scales of groups of columns."""
+"""Rounds activations to FP8, and multiplies matrices that have a scale per group of columns."""
 
 # Shapes: T tokens in the step, I inputs, O outputs, G groups of inputs.
 
@@ -23,7 +23,7 @@ def _quantize(
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program a token and group."""
+    """One program per token and group."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, BLOCK)
     columns = part * GROUP + at
@@ -50,8 +50,9 @@ def _grouped_product(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ) -> None:
-    """One program a tile of the output. BLOCK_I divides GROUP, so a tile of inputs has one scale
-    for each of its rows, by which its product is multiplied in float32."""
+    """One program per tile of the output. BLOCK_I divides GROUP, so within a tile of inputs each
+    row has one scale, which is applied to the product in float32.
+    """
     num_groups: tl.constexpr = (INPUTS + GROUP - 1) // GROUP
     outputs = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
     tokens = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -79,7 +80,6 @@ def _grouped_product(
 
 
 def quantize(x_TI: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """See fp8.quantize."""
     assert x_TI.is_contiguous()
     num_tokens, inputs = x_TI.shape
     num_groups = triton.cdiv(inputs, group)
@@ -103,9 +103,9 @@ def quantize(x_TI: Tensor, group: int) -> tuple[Tensor, Tensor]:
 def grouped_product(
     values_TI: Tensor, scales_TG: Tensor, matrix: Fp8Matrix, dtype: torch.dtype
 ) -> Tensor:
-    """What `quantize` gave, times the transposed matrix, in `dtype`; both have the same groups.
+    """The result of `quantize` times the transposed matrix, in `dtype`; both have the same groups.
 
-    The group is a power of two from 32 on.
+    The size of a group is a power of two, at least 32.
     """
     num_tokens, inputs = values_TI.shape
     num_outputs = matrix.values_OI.shape[0]
@@ -132,7 +132,7 @@ def grouped_product(
 
 
 def tile(num_tokens: int) -> tuple[int, int, int]:
-    """Tokens and outputs of a program, and its warps: few tokens need many programs to be fast."""
+    """Tokens and outputs per program, and its warps. With few tokens, more programs are faster."""
     if num_tokens <= 16:
         return 16, 32, 4
     if num_tokens <= 64:

@@ -1,13 +1,14 @@
 """All experts of a sparse layer at once: two grouped products, in launches of fixed shape.
 
-A pair is a token and one of its experts. Each expert's pairs get slots of their own, padded to
-whole tiles, so that a tile of a product has one expert. Where tiles lie depends on the routing;
-their greatest number does not, and programs beyond the last tile end at once: nothing is read back,
-and a CUDA graph can hold it. Within an expert pairs lie in any order, which changes no result: each
-row is computed by itself, and a token's experts are added in the order of its router.
+A pair is a token and one of its experts. Each expert's pairs get their own slots, padded to whole
+tiles, so that a tile belongs to one expert. The position of tiles depends on the routing, but their
+maximum number does not, and programs beyond the last tile exit at once: nothing is read back, so
+the launches can be part of a CUDA graph. The order of pairs within an expert is arbitrary and does
+not affect the result: each row is computed independently, and a token's experts are summed in the
+router's order.
 """
 
-# Shapes: T tokens, C hidden size, E experts, N experts a token, P = T N pairs, F features of an
+# Shapes: T tokens, C hidden size, E experts, N experts per token, P = T N pairs, F features of an
 # expert on this rank, G = 2 F, L slots.
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from minisrv.engine.kernels.base import ExpertWeights
 
-# Of a program of the two kernels that place pairs: with 128 experts, 64 registers a thread.
+# Per program in the two kernels that place pairs: with 128 experts, 64 registers per thread.
 _PAIRS = 64
 
 
@@ -34,10 +35,10 @@ class _Tile:
     stages: int
 
 
-# The number of pairs varies from step to step: no variant of a kernel for some of them.
+# The number of pairs varies from step to step; do not compile variants for some of the values.
 @triton.jit(do_not_specialize=["num_pairs"])
 def _count(experts, counts, ranks, num_pairs, BLOCK: tl.constexpr) -> None:
-    """How many pairs each expert has, and which of them each pair is."""
+    """Count the pairs of each expert, and number them within their expert."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < num_pairs
     expert = tl.load(experts + pair, inside, 0)
@@ -58,9 +59,8 @@ def _place(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program a block of pairs, and of tiles: the pair of each slot, the expert of each tile.
-
-    Both are written plus one: 0 is a slot or tile that nobody has.
+    """One program per block of pairs and of tiles: writes the pair of each slot, the expert of
+    each tile. Both are stored plus one; 0 means that the slot or tile is unused.
     """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     every = tl.arange(0, EXPERTS)
@@ -90,7 +90,7 @@ def _gate_up(
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """silu(x @ gate.T) * (x @ up.T) of a tile's tokens, to the slots of the tile."""
+    """silu(x @ gate.T) * (x @ up.T) for the tokens of a tile, written to the slots of the tile."""
     tile = tl.program_id(0)
     expert = tl.load(tile_experts + tile).to(tl.int64) - 1
     if expert >= 0:
@@ -135,7 +135,7 @@ def _down(
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """hidden @ down.T times the pair's score, to the row of the pair."""
+    """hidden @ down.T times the score of each pair, written to the row of the pair."""
     tile = tl.program_id(0)
     expert = tl.load(tile_experts + tile).to(tl.int64) - 1
     if expert >= 0:
@@ -164,13 +164,13 @@ def _down(
 def choose_tiles(num_pairs: int, num_experts: int, bytes_each: int) -> tuple[_Tile, _Tile]:
     """Tiles of the first product, which has two accumulators, and of the second.
 
-    Few pairs an expert, as in decode: the time is that of reading the weights. The 16 rows that a
-    tensor-core instruction takes at least waste the fewest slots; narrow tiles make programs for
-    all 132 SMs from the 8 experts of a single token; three loads of 16 KiB of weights ahead, in up
-    to three programs an SM, are more than latency times bandwidth (about 40 KB an SM).
-    Many pairs, as in prefill: 64 rows are one warpgroup of Hopper's wgmma, 128 rows two, which read
-    each weight for twice as many tokens; accumulators are at most 128 registers a thread. With
-    float32 numbers a stage has half as many, so that the stages fit into shared memory.
+    Few pairs per expert, as in decode: the time is that of reading the weights. 16 rows, the
+    minimum of a tensor-core instruction, waste the fewest slots; narrow tiles give all 132 SMs a
+    program even for the 8 experts of a single token; three prefetched loads of 16 KiB of weights,
+    in up to three programs per SM, exceed latency times bandwidth (about 40 KB per SM).
+    Many pairs, as in prefill: 64 rows are one warpgroup of Hopper's wgmma; 128 rows are two, which
+    read each weight for twice as many tokens. Accumulators take at most 128 registers per thread.
+    With float32 a stage has half as many elements, so that the stages fit into shared memory.
     """
     average, inner = num_pairs / num_experts, 128 // bytes_each
     if average <= 16:
@@ -181,9 +181,9 @@ def choose_tiles(num_pairs: int, num_experts: int, bytes_each: int) -> tuple[_Ti
 
 
 def _place_pairs(experts_TN: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
-    """For each slot its pair, for each tile its expert; both plus one."""
+    """The pair of each slot and the expert of each tile, both plus one."""
     num_pairs, device = experts_TN.numel(), experts_TN.device
-    # Each pair alone in a tile, or each expert with one row in its last tile.
+    # Worst cases: every pair alone in a tile, or every expert with one row in its last tile.
     most = min(num_pairs, (num_pairs + num_experts * (rows - 1)) // rows)
     sizes = (num_experts, num_pairs, most * rows, most)
     parts = torch.zeros(sum(sizes), dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""Gumbel noise from a row's key and a token's id, and floats as integers of the same order."""
+"""Gumbel noise as a function of row key and token id; order-preserving integer keys of floats."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _mix_64(value):
 
 @triton.jit
 def row_keys(seed, choice, position):
-    """Two 32-bit keys and a fraction in (0, 1): what the noise of a row depends on."""
+    """Two 32-bit keys and a fraction in (0, 1), which determine the noise of a row."""
     state = _mix_64(seed.to(tl.uint64))
     state = _mix_64(state ^ choice.to(tl.uint64))
     state = _mix_64(state ^ position.to(tl.uint64))
@@ -41,11 +41,11 @@ def _mix_32(value):
 def gumbel(token, low, high, fraction):
     """-log(-log(1 - u)), with u uniform in (0, 1).
 
-    Unlikely tokens win by a small u, which must be finer than the 2^-24 of a float32 near 1, or
-    than 2^-32: u is (hash + fraction) * 2^-32. The hash is a bijection of the ids, so that no two
-    tokens of a row share a cell, and the row's fraction places them within it. -log(1 - u) is a
-    series where 1 - u would round. At the other end u is rounded to 2^-24 and stays below 1: that
-    moves the probability of a token by less than 2^-24.
+    Unlikely tokens win by a small u, whose resolution must be finer than 2^-24 (float32 near 1) and
+    2^-32: u is (hash + fraction) * 2^-32. The hash is a bijection of token ids, so no two tokens of
+    a row share a cell of width 2^-32; the row's fraction is the position within the cell. Where
+    1 - u would round, -log(1 - u) is computed as a series. At the other end u is rounded to 2^-24
+    and kept below 1, which changes the probability of a token by less than 2^-24.
     """
     hashed = _mix_32(_mix_32(token.to(tl.uint32) ^ low) ^ high)
     u = (hashed.to(tl.float32) + fraction) * (2.0**-32)
@@ -56,7 +56,7 @@ def gumbel(token, low, high, fraction):
 
 @triton.jit
 def ordered_key(x):
-    """float32 as int32 of the same order; zeros are equal, and a NaN is above all."""
+    """float32 to int32, preserving order; both zeros are equal, and NaN is above everything."""
     bits = x.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     key = tl.where(x == 0.0, 0, key)
@@ -71,6 +71,6 @@ def key_to_float(key):
 
 @triton.jit
 def pack(key, token, valid):
-    """int64, the greatest of which has the greatest key and of these the lowest token."""
+    """int64 whose maximum has the greatest key and, among equal keys, the lowest token."""
     packed = (key.to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
     return tl.where(valid, packed, -(2**63))

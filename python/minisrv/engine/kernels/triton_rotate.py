@@ -1,4 +1,4 @@
-"""Norm and rotation of queries and keys, and the cache write, as one Triton kernel."""
+"""Norm and rotation of queries and keys, and the write to the cache, in one Triton kernel."""
 
 # Shapes: T tokens in the step, H query heads, K key-value heads, A = H + 2 K, D head size.
 
@@ -30,9 +30,8 @@ def _norm_rotate_store(
     NORM: tl.constexpr,
     LIMIT: tl.constexpr,
 ) -> None:
-    """One program a token and head. Halves are loaded apart: each rotates against the other.
-
-    LIMIT: the largest number that the cache holds, None where it holds all that come.
+    """One program per token and head. The halves are loaded separately, because each is rotated
+    against the other. LIMIT: the largest number of the cache's dtype; None if no clamp is needed.
     """
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     size: tl.constexpr = 2 * HALF
@@ -82,7 +81,7 @@ def norm_rotate_store(
     rope_rows: RopeRows,
     cache: CacheSlots,
 ) -> None:
-    """See Kernels.norm_rotate_store_. All tensors are contiguous, the weights of one type."""
+    """See Kernels.norm_rotate_store_. All tensors are contiguous; the weights have one dtype."""
     assert qkv_TAD.is_contiguous()
     cache_dtype = cache.keys_NKD.dtype
     num_tokens, num_all_heads, head_dim = qkv_TAD.shape

@@ -1,20 +1,21 @@
-"""Logits to tokens on the device, in three launches of fixed shape, without softmax or sort.
+"""Samples tokens on the device, in three launches of fixed shape, without softmax or sort.
 
-A token is drawn by the Gumbel-max rule: the greatest of logit + temperature * noise, where greedy
-rows have no noise. The noise of a row comes from its (seed, choice, position), the same 64 bits as
-in sampling/uniform.py, hashed with the token's id (triton_noise.py): neither neighbours nor the
-size of the batch move it.
+Sampling uses the Gumbel-max rule: the token with the greatest logit + temperature * noise; greedy
+rows have no noise. The noise of a row is derived from its (seed, choice, position), with the same
+64 bits as in sampling/uniform.py, hashed with the token id (triton_noise.py). It depends neither on
+other rows nor on the size of the batch.
 
-The first kernel writes -inf over suppressed tokens. The second reads the logits once, a block a
-program, and leaves the best score of each block; for a row with a filter, which has no noise yet,
-the block's greatest logit and its mass. The third takes the best block of a row. Where the row has
-a filter it first searches for the least logit that top-k and top-p keep (triton_filter.py).
+The first kernel writes -inf over suppressed tokens. The second reads the logits once, one block per
+program, and stores the best score of each block; or, for a row with a filter, where noise is added
+later, the maximum logit of the block and its mass. The third picks the best block of each row; if
+the row has a filter, it first searches for the least logit that top-k and top-p keep
+(triton_filter.py).
 
-Differences from sampling/sampler.py: the tokens drawn are others, as the rule is another. Sums are
-float32, so the last token that top-p keeps may be one more or one less where the mass before it is
-within about 1e-6 of top_p. min-p compares in float32, too. As there, of equal logits the lower ids
-are kept. A row with a NaN gives the first NaN, and one with +inf the first of these, where the
-sampler's draw means nothing. A row of -inf alone gives token 0.
+Differences from sampling/sampler.py: the sampled tokens differ, because the rule does. Sums are in
+float32, so top-p may keep one token more or fewer if the mass before it is within about 1e-6 of
+top_p; min-p also compares in float32. As there, of equal logits lower ids are kept first. A row
+with NaN returns its first NaN, and one with +inf the first of these; in sampler.py the result is
+undefined. A row that is all -inf returns token 0.
 """
 
 # Shapes: S samples, V vocabulary, N blocks of a row.
@@ -38,12 +39,13 @@ from minisrv.engine.kernels.triton_noise import (
 )
 from minisrv.engine.sampling.device_columns import DeviceColumns
 
-# 38 blocks a row for a vocabulary of 152k: four rows give each of 132 SMs a program, and one row
-# is a few microseconds anyway. The block is also what the search of a filter can skip. It must not
-# depend on the batch: masses are summed block by block, and a row must not feel its neighbours.
+# 38 blocks per row for a vocabulary of 152k: four rows give each of 132 SMs a program, and one row
+# takes only a few microseconds. A block is also the unit that the search of a filter can skip. Its
+# size must not depend on the batch: masses are summed block by block, and a row's result must not
+# depend on other rows.
 _BLOCK = 4096
 _SUPPRESS_BLOCK = 256
-# Bits of a float32 that the type never sets: the search does not try them.
+# Low bits of a float32 that the dtype never sets; the search skips them.
 _SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 
@@ -79,7 +81,7 @@ def _score_blocks(
     NUM_BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program a row and block: its best score, or its greatest logit and its mass."""
+    """One program per row and block: its best score, or its maximum logit and its mass."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
     inside = at < vocab_size
@@ -102,7 +104,7 @@ def _score_blocks(
 
 
 @triton.jit
-def _take_best(
+def _pick_best(
     logits,
     temperatures,
     top_ks,
@@ -121,7 +123,7 @@ def _take_best(
     BLOCKS: tl.constexpr,
     SPARE_BITS: tl.constexpr,
 ) -> None:
-    """One program a row: the best of its blocks, or a draw from what its filters keep."""
+    """One program per row: the best of its blocks, or a sample of what its filters keep."""
     row = tl.program_id(0).to(tl.int64)
     blocks = tl.arange(0, BLOCKS)
     there = blocks < NUM_BLOCKS
@@ -161,9 +163,9 @@ def _take_best(
 
 
 def sample_on_device(logits_SV: Tensor, columns: DeviceColumns, out_S: Tensor) -> Tensor:
-    """Draw a token for each row into `out_S` (int64 or int32) and return it.
+    """Sample a token per row into `out_S` (int64 or int32); returns `out_S`.
 
-    Nothing is read back and no shape depends on the data, so that a CUDA graph can hold it. Logits
+    Nothing is read back and no shape depends on the data, so it can be part of a CUDA graph. Logits
     are bfloat16, float16 or float32, contiguous within a row; suppressed ones are overwritten.
     """
     assert logits_SV.stride(1) == 1
@@ -192,12 +194,12 @@ def sample_on_device(logits_SV: Tensor, columns: DeviceColumns, out_S: Tensor) -
         columns.positions_S,
     )
     sizes = (vocab_size, row_stride, num_blocks)
-    # 16 logits a thread in the first, two 16-byte loads in flight; in the second a row has one
-    # program, so 16 warps hide the latency of its loads.
+    # The first has 16 logits per thread, two 16-byte loads in flight. The second has one program
+    # per row, so 16 warps are needed to hide the latency of its loads.
     _score_blocks[(size, num_blocks)](
         logits_SV, *parameters, best, masses, *sizes, BLOCK=_BLOCK, num_warps=8
     )
-    _take_best[(size,)](
+    _pick_best[(size,)](
         logits_SV,
         *parameters,
         best,

@@ -1,4 +1,4 @@
-"""Self-attention: projections here, keys and values in the backend's pages."""
+"""Self-attention: the projections; the attention itself is done by a backend."""
 
 # Shapes: T tokens in the step, C hidden size, H query heads, K key-value heads, D head size.
 
@@ -8,47 +8,46 @@ from torch import Tensor
 
 from minisrv.engine.kernels.base import QKNormWeights, RopeRows
 from minisrv.engine.layers.build_context import BuildContext
-from minisrv.engine.layers.linear import Projection, load_linear, load_partial_linear
-from minisrv.engine.parallel.shard import in_rows
+from minisrv.engine.layers.linear import Projection, load_linear, load_row_parallel_linear
+from minisrv.engine.parallel.shard import rows_of_heads
 
 
 class SelfAttention:
-    """x_TC -> the output projection of causal attention over the cached context."""
+    """x_TC -> a new tensor [T, C]: causal attention over the cached context, projected."""
 
     def __init__(
         self, build: BuildContext, name: str, layer_id: int, *, qk_norm: bool = False
     ) -> None:
         config, weights = build.config, build.weights
         self._layer_id, self._kernels, self._backend = layer_id, build.kernels, build.backend
-        self._peers, partition = build.peers, build.peers.partition
+        self._communicator, sharding = build.communicator, build.communicator.sharding
         head_dim = self._head_dim = config.head_dim
-        q_heads, kv_heads = partition.query_heads(config), partition.kv_heads(config)
+        q_heads, kv_heads = sharding.query_heads(config), sharding.kv_heads(config)
         self._heads = [q_heads.length, kv_heads.length, kv_heads.length]
         q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
         projections = [
-            Projection(f"{name}.q_proj", q_size, in_rows(q_heads, head_dim)),
-            Projection(f"{name}.k_proj", kv_size, in_rows(kv_heads, head_dim)),
-            Projection(f"{name}.v_proj", kv_size, in_rows(kv_heads, head_dim)),
+            Projection(f"{name}.q_proj", q_size, rows_of_heads(q_heads, head_dim)),
+            Projection(f"{name}.k_proj", kv_size, rows_of_heads(kv_heads, head_dim)),
+            Projection(f"{name}.v_proj", kv_size, rows_of_heads(kv_heads, head_dim)),
         ]
         self._qkv = load_linear(weights, projections, config.hidden_size, config.qkv_bias)
-        self._out = load_partial_linear(
-            weights, f"{name}.o_proj", q_size, config.hidden_size, config.o_bias, partition
+        self._out = load_row_parallel_linear(
+            weights, f"{name}.o_proj", q_size, config.hidden_size, config.o_bias, sharding
         )
         self._norm = _load_qk_norm(build, name) if qk_norm else None
 
     def __call__(self, x_TC: Tensor, rope_rows: RopeRows) -> Tensor:
-        """A new tensor [T, C]."""
         num_tokens = x_TC.shape[0]
         qkv_TAD = self._qkv(x_TC).view(num_tokens, -1, self._head_dim)
         cache = self._backend.cache_slots(self._layer_id)
         self._kernels.norm_rotate_store_(qkv_TAD, self._heads[0], self._norm, rope_rows, cache)
         q_THD, k_TKD, v_TKD = qkv_TAD.split_with_sizes(self._heads, 1)
         out_THD = self._backend.forward(q_THD, k_TKD, v_TKD, self._layer_id)
-        return self._peers.sum_(self._out(out_THD.view(num_tokens, -1)))
+        return self._communicator.all_reduce(self._out(out_THD.view(num_tokens, -1)))
 
 
 def _load_qk_norm(build: BuildContext, name: str) -> QKNormWeights:
     shape = (build.config.head_dim,)
-    q_D = build.weights.take(f"{name}.q_norm.weight", shape)
-    k_D = build.weights.take(f"{name}.k_norm.weight", shape)
+    q_D = build.weights.load_tensor(f"{name}.q_norm.weight", shape)
+    k_D = build.weights.load_tensor(f"{name}.k_norm.weight", shape)
     return QKNormWeights(q_D, k_D, build.config.norm_eps)

@@ -1,4 +1,4 @@
-"""What the layers of a model under construction are made from."""
+"""What the layers of a model are built from."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from minisrv.engine.weights import Weights
 
 @dataclass(frozen=True, slots=True)
 class BuildContext:
-    """The checkpoint, and the implementations that suit the device."""
+    """The checkpoint, and the implementations chosen for the device."""
 
     config: ModelConfig
     weights: Weights
     rope: RotaryEmbedding
     kernels: Kernels
-    peers: Communicator
+    communicator: Communicator
     backend: LayerAttention

@@ -1,4 +1,4 @@
-"""The decoder that all our models share: embedding, residual blocks, norm, head."""
+"""The decoder that all models share: embedding, residual blocks, norm, head."""
 
 # Shapes: T tokens in the step, S tokens that sample, C hidden size, V vocabulary.
 
@@ -16,9 +16,9 @@ from minisrv.engine.layers.norm import RMSNorm
 
 
 class Block:
-    """One layer: attention, then feed-forward, each normed before and added to its input.
+    """One layer: attention, then feed-forward, each with a norm before it and a residual addition.
 
-    The last addition is left to the next layer's norm, which does both at once.
+    The last addition is done by the next layer's norm, which fuses the two.
     """
 
     def __init__(
@@ -33,22 +33,26 @@ class Block:
         self._attention, self._feed_forward = attention, feed_forward
 
     def __call__(self, x_TC: Tensor, delta_TC: Tensor | None, rope_rows: RopeRows) -> Tensor:
-        """What is to be added to `x_TC`, to which `delta_TC` and the attention are added here."""
+        """Add `delta_TC` and the attention to `x_TC` in place; return the delta still to add."""
         attention_TC = self._attention(self._input_norm(x_TC, delta_TC), rope_rows)
         return self._feed_forward(self._post_norm(x_TC, attention_TC))
 
 
 class Decoder:
-    """Token ids to hidden states, and those of the tokens that sample to logits.
+    """Token ids to hidden states, and hidden states of the tokens that sample to logits.
 
-    `block(build, name, layer_id)` makes one layer: there the models differ.
+    `block(build, name, layer_id)` creates one layer, which is where models differ.
     """
 
     def __init__(
         self, build: BuildContext, block: Callable[[BuildContext, str, int], Block]
     ) -> None:
         config = build.config
-        self._rope, self._vocab_size, self._peers = build.rope, config.vocab_size, build.peers
+        self._rope, self._vocab_size, self._communicator = (
+            build.rope,
+            config.vocab_size,
+            build.communicator,
+        )
         self._embedding, self._head = load_embedding_and_head(build)
         self._blocks = [block(build, f"model.layers.{i}", i) for i in range(config.num_layers)]
         self._norm = RMSNorm(build, "model.norm")
@@ -63,11 +67,11 @@ class Decoder:
         return x_TC if delta_TC is None else x_TC.add_(delta_TC)
 
     def logits(self, x_TC: Tensor, sample_tokens_S: Tensor) -> Tensor:
-        """Logits [S, V] in the model's dtype of the tokens at indices `sample_tokens_S`.
+        """Logits [S, V] in the model's dtype, of the tokens at indices `sample_tokens_S`.
 
-        On a rank above 0 they are its share of the vocabulary alone.
+        Ranks above 0 return only their shard of the vocabulary.
         """
         if not sample_tokens_S.numel():
             return x_TC.new_empty(0, self._vocab_size)
         logits = self._head(self._norm(x_TC.index_select(0, sample_tokens_S)))
-        return self._peers.gather_vocab(logits, self._vocab_size)
+        return self._communicator.gather_logits(logits, self._vocab_size)

@@ -15,28 +15,27 @@ HEAD_NAME = "lm_head.weight"
 
 
 class Embedding:
-    """The rows of a table, of which this rank has those from `start` on."""
+    """ids_T -> a new tensor [T, C]. `weight_VC` is this rank's shard: the rows from `start` on."""
 
-    def __init__(self, weight_VC: Tensor, start: int, peers: Communicator) -> None:
-        self._weight, self._start, self._peers = weight_VC, start, peers
+    def __init__(self, weight_VC: Tensor, start: int, communicator: Communicator) -> None:
+        self._weight, self._start, self._communicator = weight_VC, start, communicator
 
     def __call__(self, ids_T: Tensor) -> Tensor:
-        """A new tensor [T, C]."""
-        if self._peers.partition.size == 1:
+        if self._communicator.sharding.size == 1:
             return self._weight.index_select(0, ids_T)
         num_rows = self._weight.shape[0]
         rows_T = ids_T - self._start
         elsewhere_T = (rows_T < 0) | (rows_T >= num_rows)
         x_TC = self._weight.index_select(0, rows_T.clamp_(0, num_rows - 1))
-        return self._peers.sum_(x_TC.masked_fill_(elsewhere_T.unsqueeze(1), 0.0))
+        return self._communicator.all_reduce(x_TC.masked_fill_(elsewhere_T.unsqueeze(1), 0.0))
 
 
 def load_embedding_and_head(build: BuildContext) -> tuple[Embedding, Linear]:
-    """Both ends of the model; when they are tied, one matrix serves as both."""
-    config, weights, peers = build.config, build.weights, build.peers
-    shape, cut = (config.vocab_size, config.hidden_size), None
-    if peers.partition.size > 1:
-        cut = peers.partition.vocab(config.vocab_size)
-    table = weights.take(EMBEDDING_NAME, shape, cut)
-    head = table if config.tie_word_embeddings else weights.take(HEAD_NAME, shape, cut)
-    return Embedding(table, cut.start if cut else 0, peers), Linear(head)
+    """Both ends of the model; if they are tied, they share one matrix."""
+    config, weights, communicator = build.config, build.weights, build.communicator
+    shape, shard = (config.vocab_size, config.hidden_size), None
+    if communicator.sharding.size > 1:
+        shard = communicator.sharding.vocab(config.vocab_size)
+    table = weights.load_tensor(EMBEDDING_NAME, shape, shard)
+    head = table if config.tie_word_embeddings else weights.load_tensor(HEAD_NAME, shape, shard)
+    return Embedding(table, shard.start if shard else 0, communicator), Linear(head)

@@ -1,7 +1,8 @@
-"""Products with FP8 matrices as they are stored, the input rounded to FP8 in each step.
+"""Products with FP8 matrices; the input is rounded to FP8 in each step.
 
-One scale for each row of both is torch's own product. For scales of groups of columns there is a
-Triton kernel: it takes any number of tokens and matrices that were cut or joined within a block.
+If both sides have one scale per row, torch's own product is used. For scales per group of columns
+there is a Triton kernel, which supports any number of tokens, and matrices that were sharded or
+joined inside a block.
 """
 
 # Shapes: T tokens in the step, I inputs, O outputs, G groups of inputs.
@@ -13,12 +14,12 @@ from torch import Tensor
 
 from minisrv.engine.fp8 import Fp8Matrix, quantize
 
-_LEAST_GROUP = 32  # the inputs that one FP8 instruction multiplies
-_ALIGNMENT = 16  # of both sides of a matrix, for torch's product
+_LEAST_GROUP = 32  # inputs per FP8 instruction
+_ALIGNMENT = 16  # of both dimensions of a matrix, required by torch's product
 
 
 def can_multiply(matrix: Fp8Matrix) -> bool:
-    """Whether there is a product for numbers and scales like these."""
+    """Whether there is a kernel for the dtype, shape and groups of this matrix."""
     outputs, inputs = matrix.values_OI.shape
     if matrix.values_OI.dtype is not torch.float8_e4m3fn:
         return False
@@ -28,7 +29,7 @@ def can_multiply(matrix: Fp8Matrix) -> bool:
 
 
 class Fp8Linear:
-    """x_TI -> x_TI @ matrix.T + bias_O, with a scale for each row or group of x_TI."""
+    """x_TI -> a new x_TI @ matrix.T + bias_O, in the dtype of x_TI."""
 
     def __init__(self, matrix: Fp8Matrix, bias_O: Tensor | None = None) -> None:
         assert can_multiply(matrix)
@@ -41,7 +42,6 @@ class Fp8Linear:
             self._quantize, self._grouped_product = triton_fp8.quantize, triton_fp8.grouped_product
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        """A new tensor [T, O] in the type of `x_TI`."""
         matrix = self._matrix
         values_TI, scales_TG = self._quantize(x_TI, matrix.group)
         if self._by_rows:

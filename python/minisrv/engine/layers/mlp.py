@@ -7,41 +7,39 @@ from __future__ import annotations
 from torch import Tensor
 
 from minisrv.engine.layers.build_context import BuildContext
-from minisrv.engine.layers.linear import Projection, load_linear, load_partial_linear
+from minisrv.engine.layers.linear import Projection, load_linear, load_row_parallel_linear
 
 
 class PartialMLP:
-    """down(silu(gate(x)) * up(x)) over this rank's features, a part of the sum over the ranks."""
+    """x_TC -> down(silu(gate(x)) * up(x)) over this rank's features, before all_reduce."""
 
     def __init__(
         self, build: BuildContext, name: str, intermediate_size: int, bias: bool = False
     ) -> None:
         hidden_size, weights = build.config.hidden_size, build.weights
-        partition = build.peers.partition
+        sharding = build.communicator.sharding
         self._silu_and_mul = build.kernels.silu_and_mul
-        cut = partition.even(intermediate_size, 0)
+        shard = sharding.even_shard(intermediate_size, 0)
         projections = [
-            Projection(f"{name}.{part}_proj", intermediate_size, cut) for part in ("gate", "up")
+            Projection(f"{name}.{part}_proj", intermediate_size, shard) for part in ("gate", "up")
         ]
         self._gate_up = load_linear(weights, projections, hidden_size, bias)
-        self._down = load_partial_linear(
-            weights, f"{name}.down_proj", intermediate_size, hidden_size, bias, partition
+        self._down = load_row_parallel_linear(
+            weights, f"{name}.down_proj", intermediate_size, hidden_size, bias, sharding
         )
 
     def __call__(self, x_TC: Tensor) -> Tensor:
-        """A new tensor [T, C]."""
         return self._down(self._silu_and_mul(self._gate_up(x_TC)))
 
 
 class GatedMLP:
-    """x_TC -> down(silu(gate(x)) * up(x))."""
+    """x_TC -> a new tensor [T, C]: down(silu(gate(x)) * up(x))."""
 
     def __init__(
         self, build: BuildContext, name: str, intermediate_size: int, bias: bool = False
     ) -> None:
         self._partial = PartialMLP(build, name, intermediate_size, bias)
-        self._peers = build.peers
+        self._communicator = build.communicator
 
     def __call__(self, x_TC: Tensor) -> Tensor:
-        """A new tensor [T, C]."""
-        return self._peers.sum_(self._partial(x_TC))
+        return self._communicator.all_reduce(self._partial(x_TC))

@@ -1,7 +1,7 @@
-"""The sparse feed-forward layer: each token goes through the experts that its router picks."""
+"""The sparse feed-forward layer: a router selects the experts for each token."""
 
-# Shapes: T tokens in the step, C hidden size, E experts, N experts a token, F features of an expert
-# on this rank, G = 2 F.
+# Shapes: T tokens in the step, C hidden size, E experts, N experts per token, F features of an
+# expert on this rank, G = 2 F.
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_TC, scores_TN, experts
 
 
 class SparseMoe:
-    """x_TC -> the weighted sum of N experts' outputs."""
+    """x_TC -> a new tensor [T, C]: the weighted sum of N experts' outputs."""
 
     def __init__(self, build: BuildContext, name: str, moe: MoeConfig) -> None:
-        self._moe, self._peers = moe, build.peers
+        self._moe, self._communicator = moe, build.communicator
         self._router = load_linear(
             build.weights, [Projection(f"{name}.gate", moe.num_experts)], build.config.hidden_size
         )
@@ -34,9 +34,8 @@ class SparseMoe:
         self._experts: Experts = make(build, name, moe)
 
     def __call__(self, x_TC: Tensor) -> Tensor:
-        """A new tensor [T, C]."""
         scores_TN, experts_TN = self._route(x_TC)
-        return self._peers.sum_(self._experts(x_TC, scores_TN, experts_TN))
+        return self._communicator.all_reduce(self._experts(x_TC, scores_TN, experts_TN))
 
     def _route(self, x_TC: Tensor) -> tuple[Tensor, Tensor]:
         probs_TE = self._router(x_TC).softmax(-1, dtype=torch.float32)
@@ -47,7 +46,7 @@ class SparseMoe:
 
 
 class SeparateExperts:
-    """One expert's tokens at a time, this rank's part of the sum over the ranks."""
+    """Computes one expert at a time, over this rank's features, before all_reduce."""
 
     def __init__(self, build: BuildContext, name: str, moe: MoeConfig) -> None:
         self._num_experts = moe.num_experts
@@ -57,8 +56,7 @@ class SeparateExperts:
         ]
 
     def __call__(self, x_TC: Tensor, scores_TN: Tensor, experts_TN: Tensor) -> Tensor:
-        """A new tensor [T, C]."""
-        # Pairs of token and expert in the order of the experts: each expert has a slice of them.
+        # (token, expert) pairs sorted by expert, so that each expert has a contiguous slice.
         order = experts_TN.flatten().argsort(stable=True)
         tokens = order // experts_TN.shape[1]
         counts = torch.bincount(experts_TN.flatten(), minlength=self._num_experts).tolist()
@@ -73,22 +71,21 @@ class SeparateExperts:
 
 
 class GroupedExperts:
-    """All experts in the device's own kernels, their weights stacked; otherwise the same."""
+    """As SeparateExperts, but all experts in one kernel of the device, with stacked weights."""
 
     def __init__(self, build: BuildContext, name: str, moe: MoeConfig) -> None:
         assert build.kernels.run_experts is not None
         self._run, self._weights = build.kernels.run_experts, _load_stacked(build, name, moe)
 
     def __call__(self, x_TC: Tensor, scores_TN: Tensor, experts_TN: Tensor) -> Tensor:
-        """A new tensor [T, C]."""
         return self._run(x_TC.contiguous(), self._weights, scores_TN, experts_TN)
 
 
 def _load_stacked(build: BuildContext, name: str, moe: MoeConfig) -> ExpertWeights:
-    """One expert after the other into its place, so that no second copy of all is held."""
-    weights, partition = build.weights, build.peers.partition
+    """Loads each expert into its place, so that there is never a second copy of all weights."""
+    weights, sharding = build.weights, build.communicator.sharding
     hidden_size, features = build.config.hidden_size, moe.intermediate_size
-    rows, columns = partition.even(features, 0), partition.even(features, 1)
+    rows, columns = sharding.even_shard(features, 0), sharding.even_shard(features, 1)
     size = rows.length
     empty = partial(torch.empty, dtype=weights.dtype, device=weights.device)
     gate_up_EGC = empty(moe.num_experts, 2 * size, hidden_size)
@@ -96,8 +93,10 @@ def _load_stacked(build: BuildContext, name: str, moe: MoeConfig) -> ExpertWeigh
     for i in range(moe.num_experts):
         expert = f"{name}.experts.{i}"
         for half, part in enumerate(("gate", "up")):
-            taken = weights.take(f"{expert}.{part}_proj.weight", (features, hidden_size), rows)
+            taken = weights.load_tensor(
+                f"{expert}.{part}_proj.weight", (features, hidden_size), rows
+            )
             gate_up_EGC[i, half * size : (half + 1) * size] = taken
-        taken = weights.take(f"{expert}.down_proj.weight", (hidden_size, features), columns)
+        taken = weights.load_tensor(f"{expert}.down_proj.weight", (hidden_size, features), columns)
         down_ECF[i] = taken
     return ExpertWeights(gate_up_EGC, down_ECF)

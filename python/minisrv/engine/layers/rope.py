@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., 2021) and its scalings to longer contexts."""
+"""Rotary position embedding (Su et al., 2021) and its scaling to longer contexts."""
 
 # Shapes: T tokens in the step, H heads, D head size, P positions.
 
@@ -13,10 +13,10 @@ from minisrv.checkpoint.model_config import RopeConfig
 
 
 class RotaryEmbedding:
-    """Cosines and sines of all positions, gathered once a step and shared by the layers.
+    """Cosines and sines of all positions, gathered once per step and shared by the layers.
 
-    The first half of a head rotates against the second. The table holds the sines of the first half
-    negated, so that rotating is `x * cos + roll(x, D / 2) * sin`.
+    The first half of a head is rotated against the second. The sines of the first half are stored
+    negated, so that the rotation is `x * cos + roll(x, D / 2) * sin`.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """What YaRN scales cosines and sines by, so that the attention keeps its temperature; else 1.
+    """YaRN's factor for cosines and sines, which preserves the attention's temperature; else 1.
 
     Peng et al., 2023, equation 22; mscale and mscale_all_dim are DeepSeek's extension of it.
     """
@@ -75,7 +75,7 @@ def attention_factor(rope: RopeConfig) -> float:
 
 
 def _llama3(rope: RopeConfig, plain: Tensor) -> Tensor:
-    """Llama 3.1: long waves are stretched, short ones kept, those between are interpolated."""
+    """Llama 3.1: long wavelengths are stretched, short ones kept, those between interpolated."""
     turns = rope.original_max_position * plain / (2 * math.pi)
     smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     smooth = smooth.clamp(0, 1)

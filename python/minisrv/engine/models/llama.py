@@ -9,7 +9,7 @@ from minisrv.engine.layers.mlp import GatedMLP
 
 
 def llama_block(build: BuildContext, name: str, layer_id: int) -> Block:
-    """Attention and a gated feed-forward layer, with the biases that the config asks for."""
+    """Attention and a gated feed-forward layer, with biases if the config has them."""
     config = build.config
     attention = SelfAttention(build, f"{name}.self_attn", layer_id)
     mlp = GatedMLP(build, f"{name}.mlp", config.intermediate_size, config.mlp_bias)

@@ -1,4 +1,4 @@
-"""Qwen3 and Qwen3-MoE: query and key heads are normed; in MoE some layers are sparse."""
+"""Qwen3 and Qwen3-MoE: query and key heads are normalised; MoE models have sparse layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minisrv.engine.layers.moe import SparseMoe
 
 
 def qwen3_block(build: BuildContext, name: str, layer_id: int) -> Block:
-    """Attention with normed heads and a feed-forward layer, dense or sparse."""
+    """Attention with normalised heads, and a dense or sparse feed-forward layer."""
     attention = SelfAttention(build, f"{name}.self_attn", layer_id, qk_norm=True)
     return Block(build, name, attention, _feed_forward(build, f"{name}.mlp", layer_id))
 

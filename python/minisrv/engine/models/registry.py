@@ -1,4 +1,4 @@
-"""Architecture names as checkpoints write them, and what one layer of each is made of."""
+"""Architecture names as in config.json, and the function that builds a layer of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from minisrv.engine.layers.decoder import Block
 from minisrv.engine.models.llama import llama_block
 from minisrv.engine.models.qwen3 import qwen3_block
 
-# Qwen2 is the plain decoder with a bias on queries, keys and values: `qkv_bias` says so.
+# Qwen2 is the plain decoder with `qkv_bias`.
 BLOCKS: dict[str, Callable[[BuildContext, str, int], Block]] = {
     "LlamaForCausalLM": llama_block,
     "MistralForCausalLM": llama_block,

@@ -1,8 +1,8 @@
-"""What the ranks of a model say to one another: sums, gathered logits, the tokens of rank 0.
+"""Collective operations between the ranks of a model.
 
-Process groups of torch.distributed, gloo on CPUs and NCCL on GPUs, that meet at a file and use the
-loopback interface alone. They are objects of ours, not torch's global group, so that a program may
-hold several models.
+The process groups are torch.distributed's: gloo on CPUs, NCCL on GPUs. Ranks rendezvous through a
+file and use only the loopback interface. We do not use torch's global group, so that one program
+can hold several models.
 """
 
 # Shapes: T tokens, C hidden size, S samples, V vocabulary.
@@ -18,90 +18,83 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from minisrv.engine.parallel.shard import Partition
+from minisrv.engine.parallel.shard import Sharding
 
-dist: Any = torch.distributed  # what is used of it has no types
+dist: Any = torch.distributed  # the parts used here have no type hints
 TIMEOUT = timedelta(seconds=300)
 
 
 class Communicator(Protocol):
-    """Collective operations: every rank calls the same ones in the same order."""
+    """Every rank must call the same operations in the same order."""
 
-    partition: Partition
+    sharding: Sharding
 
-    def sum_(self, x_TC: Tensor) -> Tensor:
-        """`x_TC` itself, now the sum over the ranks."""
+    def all_reduce(self, x_TC: Tensor) -> Tensor:
+        """Sum `x_TC` over the ranks, in place; returns it."""
 
-    def gather_vocab(self, logits: Tensor, vocab_size: int) -> Tensor:
-        """The logits [S, V] of all ranks' shares on rank 0; elsewhere what was given."""
+    def gather_logits(self, logits: Tensor, vocab_size: int) -> Tensor:
+        """On rank 0 the full logits [S, V] from all shards; on other ranks the input itself."""
 
-    def from_rank_0_(self, x: Tensor) -> Tensor:
-        """`x` itself, now with what rank 0 has in it."""
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Overwrite `x` with rank 0's values, in place; returns it."""
 
-    def minimum(self, value: int) -> int:
-        """The least of the ranks' values."""
+    def all_reduce_min(self, value: int) -> int:
+        """The smallest of the ranks' values."""
 
 
-class NoPeers:
-    """See Communicator: one rank alone."""
+class SingleRank:
+    """The Communicator of a model on a single rank: every operation is the identity."""
 
-    partition = Partition()
+    sharding = Sharding()
 
-    def sum_(self, x_TC: Tensor) -> Tensor:
-        """See Communicator."""
+    def all_reduce(self, x_TC: Tensor) -> Tensor:
         return x_TC
 
-    def gather_vocab(self, logits: Tensor, vocab_size: int) -> Tensor:
-        """See Communicator."""
+    def gather_logits(self, logits: Tensor, vocab_size: int) -> Tensor:
         return logits
 
-    def from_rank_0_(self, x: Tensor) -> Tensor:
-        """See Communicator."""
+    def broadcast(self, x: Tensor) -> Tensor:
         return x
 
-    def minimum(self, value: int) -> int:
-        """See Communicator."""
+    def all_reduce_min(self, value: int) -> int:
         return value
 
 
-class Peers:
-    """See Communicator: a process group. Constructing it waits for all ranks."""
+class TPGroup:
+    """A Communicator over a process group. Constructing it waits for all ranks."""
 
-    def __init__(self, partition: Partition, run_dir: Path, device: torch.device) -> None:
-        self.partition, self._device = partition, device
-        store = dist.FileStore(str(run_dir / "ranks"), partition.size)
+    def __init__(self, sharding: Sharding, run_dir: Path, device: torch.device) -> None:
+        self.sharding, self._device = sharding, device
+        store = dist.FileStore(str(run_dir / "ranks"), sharding.size)
         store.set_timeout(TIMEOUT)
         make = _nccl_group if device.type == "cuda" else _gloo_group
-        self._group: Any = make(store, partition)
+        self._group: Any = make(store, sharding)
 
-    def sum_(self, x_TC: Tensor) -> Tensor:
-        """See Communicator."""
+    def all_reduce(self, x_TC: Tensor) -> Tensor:
         self._group.allreduce([x_TC]).wait()
         return x_TC
 
-    def gather_vocab(self, logits: Tensor, vocab_size: int) -> Tensor:
-        """See Communicator. Shares are padded to the largest for the way."""
-        size = self.partition.size
+    def gather_logits(self, logits: Tensor, vocab_size: int) -> Tensor:
+        # Shards differ by one entry at most; they travel padded to the largest.
+        size = self.sharding.size
         padded = torch.nn.functional.pad(logits, (0, -(-vocab_size // size) - logits.shape[1]))
         options = dist.GatherOptions()
         options.rootRank = 0
-        if self.partition.rank:
+        if self.sharding.rank:
             self._group.gather([], [padded], options).wait()
             return logits
-        shares = [torch.empty_like(padded) for _ in range(size)]
-        self._group.gather([shares], [padded], options).wait()
-        lengths = [Partition(rank, size).vocab(vocab_size).length for rank in range(size)]
-        return torch.cat([s[:, :n] for s, n in zip(shares, lengths, strict=True)], 1)
+        shards = [torch.empty_like(padded) for _ in range(size)]
+        self._group.gather([shards], [padded], options).wait()
+        lengths = [Sharding(rank, size).vocab(vocab_size).length for rank in range(size)]
+        return torch.cat([s[:, :n] for s, n in zip(shards, lengths, strict=True)], 1)
 
-    def from_rank_0_(self, x: Tensor) -> Tensor:
-        """See Communicator."""
+    def broadcast(self, x: Tensor) -> Tensor:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         self._group.broadcast([x], options).wait()
         return x
 
-    def minimum(self, value: int) -> int:
-        """See Communicator."""
+    def all_reduce_min(self, value: int) -> int:
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MIN
         values = torch.tensor([value], device=self._device)
@@ -109,15 +102,15 @@ class Peers:
         return int(values.item())
 
 
-def _gloo_group(store: Any, partition: Partition) -> Any:
+def _gloo_group(store: Any, sharding: Sharding) -> Any:
     options = dist.ProcessGroupGloo._Options()
     options._timeout = TIMEOUT
     options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-    return dist.ProcessGroupGloo(store, partition.rank, partition.size, options)
+    return dist.ProcessGroupGloo(store, sharding.rank, sharding.size, options)
 
 
-def _nccl_group(store: Any, partition: Partition) -> Any:
+def _nccl_group(store: Any, sharding: Sharding) -> Any:
     os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = TIMEOUT
-    return dist.ProcessGroupNCCL(store, partition.rank, partition.size, options)
+    return dist.ProcessGroupNCCL(store, sharding.rank, sharding.size, options)

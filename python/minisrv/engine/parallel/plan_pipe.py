@@ -1,4 +1,4 @@
-"""The step plan on its way from rank 0 to another rank: frames of msgpack on a pipe."""
+"""How rank 0 sends each ForwardBatch to another rank: length-prefixed msgpack frames on a pipe."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _LENGTH = struct.Struct("<I")
 
 
 def encode_plan(batch: ForwardBatch) -> bytes:
-    """A frame with its length before it."""
+    """A frame: the length of its body, then the body. Penalties and logprobs stay on rank 0."""
     body: bytes = msgpack.packb([_packed(batch), _packed(batch.sampling)])
     return _LENGTH.pack(len(body)) + body
 
 
 def read_plans(pipe: BinaryIO) -> Iterator[ForwardBatch]:
-    """The batches written to the pipe, until it ends."""
+    """The batches from the pipe, until it is closed."""
     while head := pipe.read(_LENGTH.size):
         batch, sampling = msgpack.unpackb(pipe.read(_LENGTH.unpack(head)[0]))
         yield ForwardBatch(**_unpacked(batch), sampling=SamplingColumns(**_unpacked(sampling)))

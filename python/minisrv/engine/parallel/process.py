@@ -1,4 +1,4 @@
-"""The process of a rank above 0: it has its part of the model and computes what rank 0 plans."""
+"""The process of a rank above 0, which computes the steps that rank 0 sends it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ from minisrv.supervision.records import ChildReady
 
 
 def main() -> None:
-    """Be a rank."""
     run_child("rank", _follow)
 
 
 def _follow(child: Child) -> None:
     from minisrv.checkpoint.model_config import load_model_config
-    from minisrv.engine.engine import Engine
+    from minisrv.engine.parallel.communicator import TPGroup
     from minisrv.engine.parallel.plan_pipe import read_plans
     from minisrv.engine.parallel.ranks import JOINING
+    from minisrv.engine.parallel.shard import Sharding
+    from minisrv.engine.rank_engine import RankEngine, choose_device
 
-    model_dir, boot = Path(child.boot.model_dir), child.boot
-    model_config = load_model_config(model_dir, child.config.max_seq_len)
+    config, boot = child.config, child.boot
+    model_dir = Path(boot.model_dir)
+    model_config = load_model_config(model_dir, config.max_seq_len)
+    device = choose_device(config, boot.index)
     child.report_progress(JOINING, 0.0)
-    engine = Engine.follower(child.config, model_dir, model_config, boot.index, Path(boot.run_dir))
+    group = TPGroup(Sharding(boot.index, config.tp), Path(boot.run_dir), device)
+    engine = RankEngine(config, model_dir, model_config, group, device)
     child.report(ChildReady())
     with open(boot.fds["plan"], "rb") as pipe:
         for batch in read_plans(pipe):
-            engine.follow(batch)
+            engine.runner.compute(batch)

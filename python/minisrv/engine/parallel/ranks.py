@@ -1,4 +1,4 @@
-"""Rank 0's side of the other ranks: their processes, the plans they follow, their end."""
+"""Rank 0's view of the other ranks: starts them, sends them steps, notices when one dies."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _DEATH_SHOWS_S = 2.0
 
 
 class Ranks:
-    """The processes of ranks 1 .. tp - 1, children of this one, which end with it.
+    """The processes of ranks 1 .. tp - 1, which are children of this process and end with it.
 
-    run_dir: a private directory to meet in; without it they make one. A thread of its own starts
-    and watches them: the kernel ties a child to the thread that started it, and the thread that
-    makes an engine may end before the engine does.
+    run_dir: a private directory for the rendezvous; by default a temporary one. A separate thread
+    starts and watches the ranks: the kernel ends a child when the thread that started it exits,
+    and the thread that creates an engine may exit before the engine does.
     """
 
     def __init__(self, config: ServerConfig, model_dir: Path, run_dir: Path | None = None) -> None:
@@ -43,7 +43,7 @@ class Ranks:
         self._thread.start()
 
     def wait_until_joining(self) -> None:
-        """Block until every rank is about to join the group. Raises what ended one."""
+        """Block until every rank is about to join the group. Raises the error of one that died."""
         with self._changed:
             joined = self._changed.wait_for(
                 lambda: self._error or len(self._joining) == self._config.tp - 1,
@@ -51,25 +51,25 @@ class Ranks:
             )
         self.check()
         if not joined:
-            raise EngineDeadError("the ranks did not start within --start-timeout-s")
+            raise EngineDeadError("not all ranks started within --start-timeout-s")
 
-    def send(self, batch: ForwardBatch) -> None:
-        """Have all ranks compute a step. Raises EngineDeadError when one has died."""
+    def send_plan(self, batch: ForwardBatch) -> None:
+        """Have all ranks compute a step. Raises EngineDeadError if one has died."""
         frame = encode_plan(batch)
-        with self.explained():
+        with self.explaining_failures():
             for pipe in self._pipes:
                 view = memoryview(frame)
                 while view:
                     view = view[os.write(pipe, view) :]
 
     def check(self) -> None:
-        """Raise what ended a rank, if one has ended."""
+        """Raise the error of the first rank that died, if any."""
         if self._error is not None:
             raise self._error
 
     @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
-        """In place of an error of the group, raise the death that caused it, if there was one."""
+    def explaining_failures(self) -> Iterator[None]:
+        """Replace an error of a collective operation by that of the rank whose death caused it."""
         try:
             yield
         except (RuntimeError, OSError):
@@ -79,13 +79,13 @@ class Ranks:
             raise
 
     def close(self) -> None:
-        """End all ranks; what is sent to them from now on fails."""
+        """End all ranks; `send_plan` fails from now on."""
         if self._thread.is_alive():
             os.write(self._woken, b"e")
             self._thread.join()
         while self._pipes:
             os.close(self._pipes.pop())
-        self._error = self._error or EngineDeadError("the ranks of this model have been ended")
+        self._error = self._error or EngineDeadError("the ranks of this model have been stopped")
 
     def _watch(self) -> None:
         given = self._given_dir
@@ -94,7 +94,7 @@ class Ranks:
                 self._start()
                 self._read_reports()
             except OSError as error:
-                self._tell(error=EngineDeadError(f"the ranks cannot be started: {error}"))
+                self._notify(error=EngineDeadError(f"cannot start the ranks: {error}"))
             finally:
                 for child in self._children:
                     child.kill()
@@ -123,18 +123,18 @@ class Ranks:
                 for key, _ in selector.select():
                     if key.data is None:
                         return
-                    self._note(key.data)
+                    self._note_reports(key.data)
                     if key.data.ended:
-                        self._tell(error=key.data.error())
+                        self._notify(error=key.data.error())
                         return
 
-    def _note(self, child: ChildProcess) -> None:
+    def _note_reports(self, child: ChildProcess) -> None:
         for report in child.read_reports():
             if isinstance(report, StartProgress) and report.phase == JOINING:
                 self._joining.add(child.name)
-                self._tell()
+                self._notify()
 
-    def _tell(self, error: MinisrvError | None = None) -> None:
+    def _notify(self, error: MinisrvError | None = None) -> None:
         with self._changed:
             self._error = self._error or error
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""Which part of the model a tensor-parallel rank holds (Shoeybi et al., Megatron-LM, 2019)."""
+"""Which shard of each weight a tensor-parallel rank holds (Shoeybi et al., Megatron-LM, 2019)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from minisrv.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Shard:
     """The entries start .. start + length along dimension `dim` of a tensor."""
 
     dim: int
@@ -18,46 +18,46 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Partition:
-    """Rank `rank` of `size`: its share of heads, features and vocabulary."""
+class Sharding:
+    """Rank `rank` of `size`: which heads, features and vocabulary entries it holds."""
 
     rank: int = 0
     size: int = 1
 
-    def even(self, total: int, dim: int) -> Cut:
-        """An equal share; `check_divisible` has made sure that there is one."""
+    def even_shard(self, total: int, dim: int) -> Shard:
+        """One of `size` equal shards; `check_divisible` has ensured that `total` divides."""
         length = total // self.size
-        return Cut(dim, self.rank * length, length)
+        return Shard(dim, self.rank * length, length)
 
-    def vocab(self, vocab_size: int) -> Cut:
-        """A share of the vocabulary: sizes differ by at most one."""
+    def vocab(self, vocab_size: int) -> Shard:
+        """A shard of the vocabulary; sizes differ by at most one."""
         start = self.rank * vocab_size // self.size
-        return Cut(0, start, (self.rank + 1) * vocab_size // self.size - start)
+        return Shard(0, start, (self.rank + 1) * vocab_size // self.size - start)
 
-    def query_heads(self, config: ModelConfig) -> Cut:
+    def query_heads(self, config: ModelConfig) -> Shard:
         """The query heads of this rank."""
-        return self.even(config.num_heads, 0)
+        return self.even_shard(config.num_heads, 0)
 
-    def kv_heads(self, config: ModelConfig) -> Cut:
-        """Its key-value heads: one that several ranks share where there are fewer than ranks."""
+    def kv_heads(self, config: ModelConfig) -> Shard:
+        """The key-value heads of this rank. With fewer heads than ranks, several share one."""
         num_heads = config.num_kv_heads
         if num_heads >= self.size:
-            return self.even(num_heads, 0)
-        return Cut(0, self.rank * num_heads // self.size, 1)
+            return self.even_shard(num_heads, 0)
+        return Shard(0, self.rank * num_heads // self.size, 1)
 
 
-def in_rows(heads: Cut, head_dim: int) -> Cut:
-    """A cut of heads as one of the rows that they have in a projection."""
-    return Cut(heads.dim, heads.start * head_dim, heads.length * head_dim)
+def rows_of_heads(heads: Shard, head_dim: int) -> Shard:
+    """The rows of a projection that belong to a shard of heads."""
+    return Shard(heads.dim, heads.start * head_dim, heads.length * head_dim)
 
 
 def check_divisible(config: ModelConfig, tp: int) -> None:
-    """Raise ConfigError unless the model can be split over `tp` ranks, with the sizes that can."""
+    """Raise ConfigError, listing the sizes that work, if the model cannot be split `tp` ways."""
     problem = _obstacle(config, tp)
     if problem is None:
         return
     possible = [str(n) for n in range(1, config.num_heads + 1) if _obstacle(config, n) is None]
-    raise ConfigError(f"--tp is {tp}; {problem}; this model runs with --tp {', '.join(possible)}")
+    raise ConfigError(f"--tp is {tp}; {problem}; this model supports --tp {', '.join(possible)}")
 
 
 def _obstacle(config: ModelConfig, tp: int) -> str | None:

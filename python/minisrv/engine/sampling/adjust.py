@@ -1,9 +1,9 @@
-"""Penalties and biases: what a request adds to its logits before it draws.
+"""Penalties and logit biases, applied to a request's logits before sampling.
 
 The order: repetition penalty on the raw logits, then presence and frequency penalties, then the
-bias. Repetition looks at prompt and output (Keskar et al., 2019, arXiv:1909.05858); presence and
-frequency look at the output alone, by OpenAI's formula. The counts live on the device by row and
-take each drawn token there, so that a step need not wait for the tokens of the step before.
+bias. Repetition considers prompt and output (Keskar et al., 2019, arXiv:1909.05858); presence and
+frequency consider only the output, by OpenAI's formula. Token counts are kept on the device, per
+row, and updated there, so that a step need not wait for the tokens of the previous step.
 """
 
 # Shapes: S samples, V vocabulary.
@@ -16,26 +16,26 @@ import torch
 from torch import Tensor
 
 from minisrv.engine.forward_batch import Penalties
-from minisrv.engine.upload import upload
+from minisrv.engine.transfer import upload
 
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """What one row has seen: tokens of prompt or output, and how often each was put out."""
+    """Of one row: which tokens occur in prompt or output, and how often each was output."""
 
     seen_V: Tensor  # bool
     output_V: Tensor  # float32
 
 
 class LogitAdjuster:
-    """Keeps the counts of the rows that have penalties; only steps with penalties come here."""
+    """Keeps token counts for rows with penalties; steps without penalties do not call it."""
 
     def __init__(self) -> None:
         self._counts: dict[int, _Counts] = {}
 
     def adjust_(self, logits_SV: Tensor, penalties: Penalties) -> None:
-        """Change the logits of a step in place, before its tokens are drawn."""
-        self._begin(penalties, logits_SV.shape[-1], logits_SV.device)
+        """Apply penalties and biases to the logits of a step, in place, before sampling."""
+        self._start_counts(penalties, logits_SV.shape[-1], logits_SV.device)
         for i, (sample, row) in enumerate(_pairs(penalties)):
             logits_V = logits_SV[sample].float()
             counts = self._counts[row]
@@ -54,16 +54,16 @@ class LogitAdjuster:
             )
             logits_SV[at] += upload(penalties.bias_values, device).to(logits_SV.dtype)
 
-    def take(self, token_ids_S: Tensor, penalties: Penalties) -> None:
-        """Count the tokens that the step has drawn, where they are."""
+    def count_tokens(self, token_ids_S: Tensor, penalties: Penalties) -> None:
+        """Add the sampled tokens to the counts, on the device."""
         for sample, row in _pairs(penalties):
             token_id = token_ids_S[sample : sample + 1].long()
             counts = self._counts[row]
             counts.seen_V.index_fill_(0, token_id, True)
             counts.output_V.index_add_(0, token_id, torch.ones_like(token_id, dtype=torch.float32))
 
-    def _begin(self, penalties: Penalties, vocab_size: int, device: torch.device) -> None:
-        """Start the counts of rows that sample for the first time, with the tokens they bring."""
+    def _start_counts(self, penalties: Penalties, vocab_size: int, device: torch.device) -> None:
+        """Count the prompt (and output so far) of rows that sample for the first time."""
         end = 0
         begun = zip(
             penalties.begin_rows.tolist(),

@@ -1,6 +1,6 @@
-"""The sampling parameters of a step in the device's memory, in shapes that need not change."""
+"""The sampling parameters of a step in device memory, in fixed shapes."""
 
-# Shapes: S samples, padding included; P pairs that fit into the list of suppressed tokens.
+# Shapes: S samples including padding; P capacity of the list of suppressed (sample, token) pairs.
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minisrv.engine.forward_batch import SamplingColumns
+from minisrv.engine.transfer import upload
 from minisrv.wire.arrays import Int64Array
 
 
@@ -18,8 +19,8 @@ from minisrv.wire.arrays import Int64Array
 class DeviceColumns:
     """SamplingColumns on the device, contiguous, with the position of each new token.
 
-    A row of padding has temperature 0; its token means nothing. Of the suppressed pairs the first
-    `num_suppressed` count, whatever lies behind them.
+    Padding rows have temperature 0, and their tokens are ignored. Only the first `num_suppressed`
+    of the suppressed pairs are valid.
     """
 
     temperature_S: Tensor  # float32
@@ -37,7 +38,7 @@ class DeviceColumns:
     def from_host(
         cls, columns: SamplingColumns, positions_S: Int64Array, device: torch.device
     ) -> DeviceColumns:
-        """A step's columns, copied without waiting for the device."""
+        """Copies a step's columns without waiting for the device."""
         arrays = (
             columns.temperature,
             columns.top_k,
@@ -50,9 +51,4 @@ class DeviceColumns:
             columns.suppress_ids,
             np.array([columns.suppress_ids.size], np.int32),
         )
-        return cls(*(_to(array, device) for array in arrays))
-
-
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+        return cls(*(upload(np.ascontiguousarray(array), device) for array in arrays))

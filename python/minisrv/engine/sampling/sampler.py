@@ -1,9 +1,9 @@
-"""Logits to tokens: one implementation, a column a parameter.
+"""Samples tokens from logits; each sampling parameter is a column with one entry per row.
 
-The order is that of OpenAI-like servers: temperature, then top-k, then top-p over what top-k left,
-then min-p relative to the best token. Each row is computed by itself, in float64 and in the order
-of the vocabulary, so that neither its neighbours nor their filters move its draw. On CUDA the
-Triton kernels do the same by another rule (kernels/triton_sample.py says what differs).
+The order is that of OpenAI-like servers: temperature, then top-k, then top-p over what top-k keeps,
+then min-p relative to the most likely token. Each row is computed independently, in float64 and in
+vocabulary order, so that other rows of the batch cannot change its token. On a GPU Triton kernels
+do the same by another method (see kernels/triton_sample.py for the differences).
 """
 
 # Shapes: S samples, F samples with a filter, V vocabulary.
@@ -23,25 +23,28 @@ from minisrv.wire.arrays import Int64Array
 def sample(
     logits_SV: Tensor, columns: SamplingColumns, positions_S: Int64Array, kernels: Kernels
 ) -> Tensor:
-    """Token ids [S], int64, on the device of the logits, whose forbidden entries are overwritten.
+    """Token ids [S], int64, on the device of the logits. Overwrites masked logits with -inf.
 
     positions_S: the position that each new token will have.
     """
     device = logits_SV.device
     if columns.grammar is not None:
         samples_G, masks_GW = columns.grammar.samples, columns.grammar.fill()
-        kernels.mask_logits_(logits_SV, _to(samples_G, device), _to(masks_GW, device))
+        kernels.mask_logits_(logits_SV, _to_device(samples_G, device), _to_device(masks_GW, device))
     if kernels.sample is not None:
         return kernels.sample(logits_SV, columns, positions_S)
     if columns.suppress_ids.size:
-        samples, ids = _to(columns.suppress_samples, device), _to(columns.suppress_ids, device)
+        samples, ids = (
+            _to_device(columns.suppress_samples, device),
+            _to_device(columns.suppress_ids, device),
+        )
         logits_SV[samples.long(), ids.long()] = -torch.inf
     best_S = kernels.argmax(logits_SV)
     drawing = np.flatnonzero(columns.temperature > 0)
     if not drawing.size:
         return best_S
     every = drawing.size == best_S.numel()
-    rows = _to(drawing, device)
+    rows = _to_device(drawing, device)
     logits = logits_SV if every else logits_SV.index_select(0, rows)
     probs = _probabilities(logits, columns, drawing)
     drawn = _draw(
@@ -51,30 +54,32 @@ def sample(
 
 
 def _probabilities(logits_SV: Tensor, columns: SamplingColumns, drawing: Int64Array) -> Tensor:
-    """float64 probabilities after temperature and filters, not normalised again, [S, V]."""
+    """float64 probabilities [S, V] after temperature and filters, not renormalised."""
     device = logits_SV.device
-    temperature = _to(columns.temperature[drawing], device).double().unsqueeze(1)
+    temperature = _to_device(columns.temperature[drawing], device).double().unsqueeze(1)
     probs_SV = (logits_SV.double() / temperature).softmax(-1)
     top_k, top_p, min_p = (
         column[drawing] for column in (columns.top_k, columns.top_p, columns.min_p)
     )
     ranked = np.flatnonzero((top_k > 0) | (top_p < 1))
     if ranked.size:
-        rows = _to(ranked, device)
+        rows = _to_device(ranked, device)
         kept = _top_k_top_p(
-            probs_SV.index_select(0, rows), _to(top_k[ranked], device), _to(top_p[ranked], device)
+            probs_SV.index_select(0, rows),
+            _to_device(top_k[ranked], device),
+            _to_device(top_p[ranked], device),
         )
         probs_SV.index_copy_(0, rows, kept)
     if (min_p > 0).any():
-        floor = probs_SV.amax(-1, keepdim=True) * _to(min_p, device).double().unsqueeze(1)
+        floor = probs_SV.amax(-1, keepdim=True) * _to_device(min_p, device).double().unsqueeze(1)
         probs_SV = probs_SV.masked_fill(probs_SV < floor, 0.0)
     return probs_SV
 
 
 def _top_k_top_p(probs_FV: Tensor, top_k_F: Tensor, top_p_F: Tensor) -> Tensor:
-    """Zero all but the k likeliest tokens, then all beyond the fewest that hold top_p of the rest.
+    """Keep the k most likely tokens, and of these the fewest whose mass reaches top_p; zero others.
 
-    Of equal tokens the one with the lower id is kept.
+    Among equally likely tokens, lower ids are kept first.
     """
     size = probs_FV.shape[-1]
     ranked, order = probs_FV.sort(stable=True, dim=-1, descending=True)
@@ -83,18 +88,18 @@ def _top_k_top_p(probs_FV: Tensor, top_k_F: Tensor, top_p_F: Tensor) -> Tensor:
     mass = ranked.cumsum(-1)
     before = mass - ranked
     wanted = mass[:, -1:] * top_p_F.double().unsqueeze(1)
-    # The column is float32, where 1 is exact: it keeps all, whatever the sum rounds to.
+    # top_p is float32, where 1 is exact: it keeps all tokens regardless of rounding in the sum.
     ranked.masked_fill_((before >= wanted) & (top_p_F < 1).unsqueeze(1), 0.0)
     return torch.zeros_like(probs_FV).scatter_(1, order, ranked)
 
 
 def _draw(probs_SV: Tensor, uniforms_S: np.ndarray) -> Tensor:
-    """The token at which the running sum passes the uniform share of the whole, [S]."""
+    """Inverse-CDF sampling: the tokens [S] at which the running sum exceeds uniform * total."""
     running = probs_SV.cumsum(-1)
-    target = running[:, -1:] * _to(uniforms_S, probs_SV.device).unsqueeze(1)
+    target = running[:, -1:] * _to_device(uniforms_S, probs_SV.device).unsqueeze(1)
     drawn = torch.searchsorted(running, target, right=True).squeeze(1)
-    return drawn.clamp_(max=probs_SV.shape[-1] - 1)  # beyond it only where the logits are NaN
+    return drawn.clamp_(max=probs_SV.shape[-1] - 1)  # only NaN logits lead beyond it
 
 
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(array).to(device)

@@ -1,4 +1,4 @@
-"""One uniform number for each sample, from (seed, choice, position) alone."""
+"""One uniform number per sample, a function only of (seed, choice, position)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ Float64Array = npt.NDArray[np.float64]
 
 
 def uniforms(seeds: Int64Array, choices: Int32Array, positions: Int64Array) -> Float64Array:
-    """Independent draws in [0, 1) with 52 random bits, [S]: no state, no neighbour, no order.
+    """Independent numbers in [0, 1), [S], by SplitMix64's finaliser (Steele, Lea and Flood, 2014).
 
-    52 bits, because then a draw times any sum is less than the sum in float64.
-
-    SplitMix64's finaliser (Steele, Lea and Flood, 2014) over the three numbers in turn.
+    They have 52 random bits, so that in float64 a number times a sum is always less than the sum.
     """
     with np.errstate(over="ignore"):
         state = _mix(seeds.view(np.uint64))

@@ -21,17 +21,16 @@ from minisrv.frontend.fields.table import Field, read_fields, supported
 from minisrv.frontend.generation.pieces import Piece, finish_of
 from minisrv.frontend.generation.renderer import Choice, Renderer
 from minisrv.frontend.generation.request import (
-    ReplyOptions,
     TextRequest,
+    read_common,
     read_sampling,
     read_token_ids,
-    served_name,
 )
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
 from minisrv.frontend.http.sse import sse
-from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.model_info import ModelInfo
+from minisrv.wire.events import Event
 
 PARAMETERS: dict[str, Field] = {
     "max_tokens": supported(INTEGER, "Maximum output tokens, at least 1. Default: 128."),
@@ -73,7 +72,7 @@ def native_names(fields: Mapping[str, Any]) -> FieldNames:
 
 def read_native(fields: Mapping[str, Any], model: ModelInfo) -> TextRequest:
     """Read a request. Raises InvalidRequestError."""
-    name = served_name(fields.get("model"), model)
+    common = read_common(fields, model)
     if ("text" in fields) == ("input_ids" in fields):
         raise InvalidRequestError("send either text or input_ids", param="text")
     given, unknown = read_fields(fields.get("sampling_params", {}), PARAMETERS)
@@ -87,11 +86,9 @@ def read_native(fields: Mapping[str, Any], model: ModelInfo) -> TextRequest:
     max_tokens = given.get("max_new_tokens", given.get("max_tokens", DEFAULT_MAX_TOKENS))
     text = fields.get("text")
     return TextRequest(
-        model=name,
         prompts=(read_token_ids(fields["input_ids"], model, "prompt") if text is None else text,),
         sampling=read_sampling(given, model, max_tokens=max_tokens, return_token_ids=True),
-        cache_salt=fields.get("cache_salt", ""),
-        reply=ReplyOptions(stream=fields.get("stream", False)),
+        **common,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from minisrv.checkpoint.chat_format import ChatFormat
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.fields.schema import describe
+from minisrv.frontend.fields.schema import check_value, describe, object_of
 from minisrv.frontend.tool_calls.formats import CallReading
 
 MAX_TOOLS = 128
@@ -77,8 +77,15 @@ def read_tools(
     )
 
 
-def plain_choice(choice: str) -> ToolChoice:
-    """The choice that a string names. Raises InvalidRequestError."""
+def read_choice(choice: str | dict[str, Any], *, nested: bool) -> ToolChoice:
+    """The choice that a string or an object names. Raises InvalidRequestError.
+
+    nested: an object names its function under `function`, as in chat completions.
+    """
+    if isinstance(choice, dict):
+        check_is_function(choice, "tool_choice")
+        check_value(choice, object_of(["function" if nested else "name"]), "tool_choice")
+        return NamedTool(choice["function"]["name"] if nested else choice["name"])
     match choice:
         case "none" | "auto" | "required":
             return choice

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from minisrv.frontend.generation.pieces import Finish, Piece, Reasoning, Text
-from minisrv.frontend.registry.events import Event
 from minisrv.frontend.tool_calls.formats import CallReading
+from minisrv.wire.events import Event
 from minisrv.wire.messages import Finish as FinishCode
 
 

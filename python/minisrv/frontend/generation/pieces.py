@@ -10,18 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from minisrv.frontend.tool_calls.pieces import Text, ToolCallArguments, ToolCallStart
-
-__all__ = [
-    "Finish",
-    "FinishReason",
-    "Piece",
-    "Reasoning",
-    "Text",
-    "ToolCallArguments",
-    "ToolCallStart",
-    "finish_of",
-]
+from minisrv.frontend.tool_calls.pieces import Text as Text
+from minisrv.frontend.tool_calls.pieces import ToolCallArguments as ToolCallArguments
+from minisrv.frontend.tool_calls.pieces import ToolCallStart as ToolCallStart
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 

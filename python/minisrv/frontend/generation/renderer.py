@@ -13,7 +13,7 @@ from minisrv.frontend.generation.request import GenerationRequest
 from minisrv.frontend.generation.usage import Usage
 from minisrv.frontend.http.error_format import error_body
 from minisrv.frontend.http.sse import DONE, PING, sse
-from minisrv.frontend.registry.events import Event
+from minisrv.wire.events import Event
 
 Choice = tuple[Event, list[Piece]]
 

@@ -202,6 +202,18 @@ def read_sampling(
     return sampling.with_defaults(model.defaults)
 
 
+def read_common(fields: Mapping[str, Any], model: ModelInfo, **reply: bool) -> dict[str, Any]:
+    """What every API reads in the same way: the `model`, `cache_salt` and `reply` of a request.
+
+    reply: further ReplyOptions. Raises ModelNotFoundError.
+    """
+    return {
+        "model": served_name(fields.get("model"), model),
+        "cache_salt": fields.get("cache_salt", ""),
+        "reply": ReplyOptions(stream=fields.get("stream", False), **reply),
+    }
+
+
 def read_token_ids(ids: list[int], model: ModelInfo, path: str) -> Int32Array:
     """A prompt of token ids: at least one, all in the vocabulary. Raises InvalidRequestError."""
     if not ids:

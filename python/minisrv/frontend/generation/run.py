@@ -24,9 +24,9 @@ from minisrv.frontend.generation.request import GenerationRequest
 from minisrv.frontend.generation.timings import RequestTimings
 from minisrv.frontend.http.context import CLIENT_GONE, context_of
 from minisrv.frontend.http.sse import json_bytes
-from minisrv.frontend.registry.events import Event, failure_error
 from minisrv.frontend.registry.open_request import RequestAborted
 from minisrv.frontend.registry.registry import RequestRegistry
+from minisrv.wire.events import Event, failure_error
 
 logger = logging.getLogger("minisrv.frontend")
 

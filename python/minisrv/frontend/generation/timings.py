@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from minisrv.frontend.registry.events import Event
+from minisrv.wire.events import Event
 from minisrv.wire.messages import Start
 
 

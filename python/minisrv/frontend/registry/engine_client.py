@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from pathlib import Path
 from types import TracebackType
 
 from minisrv.errors import EngineDeadError
 from minisrv.frontend.registry.registry import RequestRegistry
-from minisrv.frontend.registry.status_line import StatusLine
-from minisrv.wire.messages import (
-    FRONTEND_INBOX,
-    AbortMsg,
-    AnswerMsg,
-    Query,
-    StatsMsg,
-    TokenizeMsg,
-    UserReply,
-)
+from minisrv.wire.messages import FRONTEND_INBOX, AbortMsg, Query, TokenizeMsg
 from minisrv.wire.sockets import AsyncInbox, Outbox
 
 logger = logging.getLogger("minisrv.frontend")
 
 
 class EngineClient:
-    """Joins a registry to the processes behind; make it inside the event loop that runs it."""
+    """Connects a registry to the other processes; create it inside the event loop that runs it."""
 
     def __init__(
         self, run_dir: Path, registry: RequestRegistry, num_tokenizers: int, epoch: int
@@ -34,7 +24,6 @@ class EngineClient:
         self._registry = registry
         self._inbox = AsyncInbox(run_dir, "frontend", FRONTEND_INBOX, epoch)
         self._outboxes = [Outbox(run_dir, f"tokenizer-{i}", epoch) for i in range(num_tokenizers)]
-        self._status_line = StatusLine()
         self._receiving: asyncio.Task[None] | None = None
         registry.connect(self._send)
 
@@ -60,12 +49,7 @@ class EngineClient:
 
     async def _receive(self) -> None:
         try:
-            while True:
-                message = await self._inbox.receive()
-                assert isinstance(message, UserReply | AnswerMsg | StatsMsg)
-                self._registry.receive(message)
-                if isinstance(message, StatsMsg):
-                    self._status_line.log_if_due(message, time.monotonic())
+            await self._inbox.deliver_to(self._registry.receive)
         except Exception as error:
             logger.exception("replies cannot be read")
             self._registry.fail_all(EngineDeadError(f"replies cannot be read: {error}"))

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from minisrv.errors import MinisrvError
-from minisrv.frontend.registry.events import Event
+from minisrv.wire.events import Event
 
 
 class RequestAborted(Exception):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from minisrv.errors import MinisrvError
-from minisrv.frontend.registry.events import failure_error
+from minisrv.wire.events import failure_error
 from minisrv.wire.messages import AnswerMsg, Query
 
 TIMEOUT_S = 30.0
@@ -53,7 +53,6 @@ class Queries:
             future.set_result(answer.value)
 
     def fail_all(self, error: MinisrvError) -> None:
-        """Fail every open question with `error`."""
         for future in self._open.values():
             if not future.done():
                 future.set_exception(error)

@@ -15,11 +15,12 @@ from typing import Any
 
 from minisrv.config import ServerConfig
 from minisrv.errors import MinisrvError, NotReadyError, OverloadedError
-from minisrv.frontend.registry.events import Event, failure_error, gather_reply
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.open_request import OpenRequest, RequestAborted
 from minisrv.frontend.registry.queries import Queries
 from minisrv.frontend.registry.server_state import Dead, Serving, Starting, State
+from minisrv.frontend.registry.status_line import StatusLine
+from minisrv.wire.events import Event, failure_error, gather_reply
 from minisrv.wire.messages import (
     AbortMsg,
     AnswerMsg,
@@ -44,6 +45,7 @@ class RequestRegistry:
         self.phases: dict[str, float] = {}
         self.stats: StatsMsg | None = None
         self._queries = Queries()
+        self._status_line = StatusLine()
         self._max_open = config.max_open_requests
         self._num_tokenizers = config.num_tokenizers
         self._next_uid = 1
@@ -129,13 +131,14 @@ class RequestRegistry:
         return await self._queries.ask(make, lambda query: send(index, query))
 
     def receive(self, message: UserReply | AnswerMsg | StatsMsg) -> None:
-        """Take a message from behind."""
+        """Handle a message from the other processes."""
         if isinstance(message, UserReply):
             self.deliver(message)
         elif isinstance(message, AnswerMsg):
             self._queries.deliver(message)
         else:
             self.stats = message
+            self._status_line.log_if_due(message, time.monotonic())
 
     def deliver(self, reply: UserReply) -> None:
         """Give every column of `reply` to its request; what belongs to no open uid is dropped."""

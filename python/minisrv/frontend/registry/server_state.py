@@ -18,8 +18,6 @@ class Starting:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """Requests are served."""
-
     model: ModelInfo
 
 

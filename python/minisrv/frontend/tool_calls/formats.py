@@ -28,7 +28,6 @@ class CallReading:
     parallel: bool = True
 
     def make_parser(self) -> CallParser:
-        """A parser for one reply."""
         parser_type = PARSERS[self.tool_format]
         make_id = partial(make_call_id, self.tool_format)
         return parser_type(frozenset(self.names), make_id, parallel=self.parallel)

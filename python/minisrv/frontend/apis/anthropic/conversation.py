@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
@@ -100,17 +101,12 @@ class _Conversation:
 
     def _read_user(self, role: str, blocks: list[Block], path: str) -> None:
         """Results are messages of their own; the text between two of them is one message."""
-        text: list[str] = []
-        for i, block in enumerate(blocks):
-            if block["type"] == "text":
-                text.append(block["text"])
+        for kind, group in groupby(enumerate(blocks), key=lambda item: item[1]["type"]):
+            if kind == "text":
+                self.add({"role": role, "content": _join([b for _, b in group], "text")})
                 continue
-            if text:
-                self.add({"role": role, "content": "".join(text)})
-                text = []
-            self.add(self._result(block, f"{path}.{i}.content"))
-        if text:
-            self.add({"role": role, "content": "".join(text)})
+            for i, block in group:
+                self.add(self._result(block, f"{path}.{i}.content"))
 
     def _result(self, block: Block, path: str) -> ChatMessage:
         content = read_text(block.get("content") or "", _TEXT_BLOCKS, path)
@@ -122,22 +118,20 @@ class _Conversation:
         return message if name is None else {**message, "name": name}
 
     def _read_assistant(self, blocks: list[Block]) -> None:
-        """A redacted reasoning is not ours, and nothing that a template could show."""
-        message: ChatMessage = {"role": "assistant", "content": ""}
-        thinking: list[str] = []
-        calls: list[dict[str, Any]] = []
-        for block in blocks:
-            match block["type"]:
-                case "text":
-                    message["content"] += block["text"]
-                case "thinking":
-                    thinking.append(block["thinking"])
-                case "tool_use":
-                    self._names[block["id"]] = block["name"]
-                    function = {"name": block["name"], "arguments": block["input"]}
-                    calls.append({"id": block["id"], "type": "function", "function": function})
-        if reasoning := "".join(thinking):
+        """Redacted reasoning is not ours, and a template could not show it."""
+        message: ChatMessage = {"role": "assistant", "content": _join(blocks, "text")}
+        if reasoning := _join(blocks, "thinking"):
             message["reasoning_content"] = reasoning
-        if calls:
+        if calls := [_call(block) for block in blocks if block["type"] == "tool_use"]:
             message["tool_calls"] = calls
+            self._names |= {call["id"]: call["function"]["name"] for call in calls}
         self.add(message)
+
+
+def _join(blocks: list[Block], kind: str) -> str:
+    return "".join(block[kind] for block in blocks if block["type"] == kind)
+
+
+def _call(block: Block) -> dict[str, Any]:
+    function = {"name": block["name"], "arguments": block["input"]}
+    return {"id": block["id"], "type": "function", "function": function}

@@ -5,21 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from minisrv.errors import MinisrvError
+from minisrv.frontend.fields.schema import STRING, object_of, one_of
 from minisrv.frontend.http.error_format import ErrorFormat
 
-ERROR_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "required": ["type", "error", "request_id"],
-    "properties": {
-        "type": {"type": "string", "enum": ["error"]},
-        "error": {
-            "type": "object",
-            "required": ["type", "message"],
-            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
-        },
-        "request_id": {"type": "string"},
-    },
-}
+ERROR_SCHEMA = object_of(
+    ["type", "error", "request_id"],
+    type=one_of("error"),
+    error=object_of(["type", "message"], type=STRING, message=STRING),
+    request_id=STRING,
+)
 
 _TYPES = {
     401: "authentication_error",
@@ -39,7 +33,6 @@ class AnthropicErrorFormat(ErrorFormat):
     id_header = "Request-Id"
 
     def body(self, error: MinisrvError, request_id: str) -> dict[str, Any]:
-        """The body of a response, or the data of a stream's last event."""
         status = error.http_status
         kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
         fields: dict[str, Any] = {"type": kind, "message": _message(error)}

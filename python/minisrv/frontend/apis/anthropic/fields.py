@@ -86,11 +86,9 @@ MESSAGES_FIELDS: dict[str, Field] = {
     "max_tokens": supported(INTEGER, "Maximum output tokens, at least 1; required."),
     "stop_sequences": supported(STRINGS, "Strings before which the text ends."),
     **dict.fromkeys(("metadata", "service_tier", "billing_policy"), ignored()),
-    "compaction": rejected(),
-    "container": rejected(),
+    **dict.fromkeys(
+        ("compaction", "container", "fallback_credit_token", "inference_geo", "thread"), rejected()
+    ),
     "diagnostics": rejected({}, {"previous_message_id": None}),
-    "fallback_credit_token": rejected(),
     "fallbacks": rejected([]),
-    "inference_geo": rejected(),
-    "thread": rejected(),
 }

@@ -8,13 +8,13 @@ from typing import Any
 from minisrv.errors import InvalidRequestError
 from minisrv.frontend.apis.anthropic.conversation import chat_messages
 from minisrv.frontend.fields.names import FieldNames
-from minisrv.frontend.fields.schema import describe
+from minisrv.frontend.fields.schema import check_value, describe, object_of
 from minisrv.frontend.fields.template import read_template_kwargs, reasoning_variables
 from minisrv.frontend.fields.tools import NamedTool, ToolChoice, ToolUse, read_tools
 from minisrv.frontend.generation.request import (
     ChatPrompt,
     ChatRequest,
-    ReplyOptions,
+    read_common,
     read_sampling,
     served_name,
 )
@@ -41,7 +41,7 @@ def read_message_request(fields: Fields, model: ModelInfo) -> ChatRequest:
     """Read a request for a message. Raises InvalidRequestError."""
     if "max_tokens" not in fields:
         raise InvalidRequestError("max_tokens is missing", param="max_tokens")
-    name = served_name(fields.get("model"), model)
+    common = read_common(fields, model)
     text_format = fields.get("output_config", {}).get("format")
     grammar = text_format and Grammar.json_schema(text_format["schema"], f"{_FORMAT}.schema")
     stop = {"stop": fields["stop_sequences"]} if "stop_sequences" in fields else {}
@@ -49,14 +49,12 @@ def read_message_request(fields: Fields, model: ModelInfo) -> ChatRequest:
     if fields.get("thinking", {}).get("budget_tokens") is not None:
         warnings = ("thinking.budget_tokens is not enforced; max_tokens limits reasoning and text",)
     return ChatRequest(
-        model=name,
         prompt=read_prompt(fields, model),
         sampling=read_sampling(
             fields, model, grammar=grammar, max_tokens=fields["max_tokens"], **stop
         ),
-        reply=ReplyOptions(stream=fields.get("stream", False)),
-        cache_salt=fields.get("cache_salt", ""),
         warnings=warnings,
+        **common,
     )
 
 
@@ -101,10 +99,8 @@ def _read_tools(fields: Fields, model: ModelInfo) -> ToolUse | None:
 def _read_choice(choice: dict[str, Any]) -> ToolChoice:
     if choice["type"] != "tool":
         return _CHOICES[choice["type"]]
-    name = choice.get("name")
-    if name is None:
-        raise InvalidRequestError("tool_choice.name is missing", param="tool_choice.name")
-    return NamedTool(name)
+    check_value(choice, object_of(["name"]), "tool_choice")
+    return NamedTool(choice["name"])
 
 
 def _function(tool: dict[str, Any], path: str) -> dict[str, Any]:
@@ -118,9 +114,8 @@ def _function(tool: dict[str, Any], path: str) -> dict[str, Any]:
         raise _unsupported(f"{path}.defer_loading", "all tools are shown to the model at once")
     if "direct" not in (tool.get("allowed_callers") or ["direct"]):
         raise _unsupported(f"{path}.allowed_callers", "only the model calls tools")
-    schema = tool.get("input_schema")
-    if schema is None:
-        raise InvalidRequestError(f"{path}.input_schema is missing", param=f"{path}.input_schema")
+    check_value(tool, object_of(["input_schema"]), path)
+    schema = tool["input_schema"]
     if tool.get("input_examples"):
         schema = {**schema, "examples": tool["input_examples"]}
     function = {"name": tool["name"], "description": tool.get("description"), "parameters": schema}

@@ -20,7 +20,7 @@ from minisrv.frontend.generation.usage import Usage
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
 from minisrv.frontend.http.sse import named_sse
-from minisrv.frontend.registry.events import Event
+from minisrv.wire.events import Event
 
 MESSAGES_PATH = "/v1/messages"
 MESSAGE_PREFIX = "msg_"

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.apis.openai.fields import Fields, read_common
-from minisrv.frontend.apis.openai.logprobs import chat_logprobs, read_chat_logprobs
+from minisrv.frontend.apis.openai.fields import Fields, read_generation
+from minisrv.frontend.apis.openai.logprobs import chat_logprobs
 from minisrv.frontend.apis.openai.messages import read_messages
 from minisrv.frontend.apis.openai.render import NO_OPTIONS, OpenAIRenderer
+from minisrv.frontend.fields.schema import check_value, object_of
 from minisrv.frontend.fields.template import (
     begins_new_turn,
     check_no_template,
@@ -17,14 +18,7 @@ from minisrv.frontend.fields.template import (
     read_template_kwargs,
     reasoning_variables,
 )
-from minisrv.frontend.fields.tools import (
-    NamedTool,
-    ToolChoice,
-    ToolUse,
-    check_is_function,
-    plain_choice,
-    read_tools,
-)
+from minisrv.frontend.fields.tools import ToolUse, check_is_function, read_choice, read_tools
 from minisrv.frontend.generation.pieces import (
     Finish,
     Piece,
@@ -40,8 +34,8 @@ from minisrv.frontend.generation.request import (
     TextRequest,
     read_token_ids,
 )
-from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.model_info import ModelInfo
+from minisrv.wire.events import Event
 from minisrv.wire.logprobs import SpelledLogprobs
 
 CHAT_PREFIX = "chatcmpl-"
@@ -50,8 +44,10 @@ CHAT_PREFIX = "chatcmpl-"
 def read_chat(fields: Fields, model: ModelInfo) -> ChatRequest | TextRequest:
     """Read a chat completion, whose prompt may be given as is. Raises InvalidRequestError."""
     max_tokens = fields.get("max_completion_tokens", fields.get("max_tokens"))
-    logprobs = read_chat_logprobs(fields)
-    common = read_common(fields, model, max_tokens=max_tokens, logprobs=logprobs)
+    logprobs = fields.get("top_logprobs", 0) if fields.get("logprobs") else None
+    if logprobs is None and fields.get("top_logprobs"):
+        raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    common = read_generation(fields, model, max_tokens=max_tokens, logprobs=logprobs)
     prompt = read_chat_prompt(fields, model)
     if "prompt" not in fields:
         effort = fields.get("reasoning_effort")
@@ -85,21 +81,9 @@ def _read_tools(fields: Fields, model: ModelInfo) -> ToolUse | None:
     tools = fields.get("tools", [])
     for i, tool in enumerate(tools):
         check_is_function(tool, f"tools.{i}")
-        if tool.get("function") is None:
-            path = f"tools.{i}.function"
-            raise InvalidRequestError(f"{path} is missing", param=path)
-    choice = _read_tool_choice(fields.get("tool_choice", "auto"))
+        check_value(tool, object_of(["function"]), f"tools.{i}")
+    choice = read_choice(fields.get("tool_choice", "auto"), nested=True)
     return read_tools(tools, choice, fields.get("parallel_tool_calls", True), model.chat_format)
-
-
-def _read_tool_choice(choice: str | dict[str, Any]) -> ToolChoice:
-    if isinstance(choice, str):
-        return plain_choice(choice)
-    check_is_function(choice, "tool_choice")
-    function = choice.get("function")
-    if function is None:
-        raise InvalidRequestError("tool_choice.function is missing", param="tool_choice.function")
-    return NamedTool(function["name"])
 
 
 class ChatRenderer(OpenAIRenderer):

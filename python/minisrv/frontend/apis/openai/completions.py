@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.apis.openai.fields import Fields, read_common
+from minisrv.frontend.apis.openai.fields import Fields, read_generation
 from minisrv.frontend.apis.openai.logprobs import echo_logprobs, moved_logprobs, text_logprobs
 from minisrv.frontend.apis.openai.render import NO_OPTIONS, OpenAIRenderer
 from minisrv.frontend.generation.pieces import Piece, finish_of
 from minisrv.frontend.generation.request import Prompt, TextRequest, read_token_ids
-from minisrv.frontend.registry.events import Event
 from minisrv.frontend.registry.model_info import ModelInfo
+from minisrv.wire.events import Event
 from minisrv.wire.logprobs import SpelledLogprobs
 
 COMPLETION_PREFIX = "cmpl-"
@@ -22,7 +22,7 @@ DEFAULT_MAX_TOKENS = 16
 def read_completion(fields: Fields, model: ModelInfo) -> TextRequest:
     """Read a completion. Raises InvalidRequestError."""
     echo, logprobs = fields.get("echo", False), fields.get("logprobs")
-    common = read_common(
+    common = read_generation(
         fields,
         model,
         max_tokens=fields.get("max_tokens", DEFAULT_MAX_TOKENS),

@@ -23,7 +23,7 @@ from minisrv.frontend.fields.schema import (
     one_of,
 )
 from minisrv.frontend.fields.table import Field, Treatment, rejected, supported
-from minisrv.frontend.generation.request import ReplyOptions, read_sampling, served_name
+from minisrv.frontend.generation.request import read_common, read_sampling
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.sampling_params import MAX_LOGPROBS
 
@@ -86,9 +86,7 @@ CHAT_FIELDS: dict[str, Field] = {
         BOOLEAN, "Continue the text of the last message instead of starting a turn."
     ),
     "modalities": rejected(["text"]),
-    "audio": rejected(),
-    "web_search_options": rejected(),
-    "moderation": rejected(),
+    **dict.fromkeys(("audio", "web_search_options", "moderation"), rejected()),
 }
 
 COMPLETION_FIELDS: dict[str, Field] = {
@@ -126,25 +124,22 @@ def field_names(fields: Fields) -> FieldNames:
     return FieldNames(alias_names(fields) | sent)
 
 
-def read_common(fields: Fields, model: ModelInfo, **own: Any) -> dict[str, Any]:
+def read_generation(fields: Fields, model: ModelInfo, **own: Any) -> dict[str, Any]:
     """The fields of a GenerationRequest. own: sampling parameters that the two read differently.
 
     Raises InvalidRequestError.
     """
-    name = served_name(fields.get("model"), model)
     merged = merge_aliases(fields)
-    sampling = read_sampling(merged, model, grammar=read_grammar(fields), **own)
-    stream = fields.get("stream", False)
-    if not stream:
-        for option in ("stream_options", "return_progress"):
-            if fields.get(option):
-                raise InvalidRequestError(f"{option} needs stream to be true", param=option)
-    reply = ReplyOptions(
-        stream=stream,
+    common = read_common(
+        fields,
+        model,
         progress=fields.get("return_progress", False),
         token_ids=merged.get("return_token_ids", False),
         prompt_text=fields.get("return_prompt", False),
         timings=fields.get("timings", False),
     )
-    cache_salt = fields.get("cache_salt", "")
-    return {"model": name, "sampling": sampling, "reply": reply, "cache_salt": cache_salt}
+    if not common["reply"].stream:
+        for option in ("stream_options", "return_progress"):
+            if fields.get(option):
+                raise InvalidRequestError(f"{option} needs stream to be true", param=option)
+    return {**common, "sampling": read_sampling(merged, model, grammar=read_grammar(fields), **own)}

@@ -1,21 +1,20 @@
-"""Log-probabilities in OpenAI's two shapes: of a chat completion, and of a completion."""
+"""Log probabilities in OpenAI's two shapes: of a chat completion, and of a completion."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from minisrv.errors import InvalidRequestError
 from minisrv.wire.logprobs import SpelledLogprobs
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """One token with its log-probability, NaN for a prompt's first, and the likeliest there."""
+    """One token with its log probability, NaN for a prompt's first, and the likeliest there."""
 
     spelling: bytes
     logprob: float
@@ -34,10 +33,10 @@ def chat_logprobs(logprobs: Sequence[SpelledLogprobs]) -> dict[str, Any]:
 
 
 def text_logprobs(logprobs: Sequence[SpelledLogprobs]) -> dict[str, Any]:
-    """`logprobs` of a completion's choice: four lists with an entry a token.
+    """`logprobs` of a completion's choice: four lists with one entry per token.
 
-    The likeliest tokens have the token that came among them. Of two tokens of the same spelling the
-    likelier one is told.
+    The likeliest tokens include the sampled one. Of two tokens with the same spelling, the likelier
+    one is shown.
     """
     places = list(_places(logprobs))
     return {
@@ -49,10 +48,10 @@ def text_logprobs(logprobs: Sequence[SpelledLogprobs]) -> dict[str, Any]:
 
 
 def echo_logprobs(logprobs: SpelledLogprobs, sent: str) -> SpelledLogprobs:
-    """The logprobs of a prompt that is shown as it was `sent`, with offsets in that.
+    """The logprobs of a prompt, with the offsets of its tokens in the text that was `sent`.
 
-    What was decoded may differ from it: special tokens are left out, and a tokenizer may change a
-    text. A token whose bytes do not come next in the text, as one that was put in, moves nothing.
+    That may differ from the decoded text: special tokens are left out, and a tokenizer may change a
+    text. A token whose bytes are not the next in the text, such as an added one, moves no offset.
     """
     text, at, num_chars = sent.encode(errors="replace"), 0, 0
     offsets = []
@@ -69,7 +68,7 @@ def echo_logprobs(logprobs: SpelledLogprobs, sent: str) -> SpelledLogprobs:
 
 
 def moved_logprobs(logprobs: Sequence[SpelledLogprobs], by: int) -> list[SpelledLogprobs]:
-    """The same with offsets that are `by` characters greater."""
+    """The same logprobs with all offsets moved by `by` characters."""
     return [replace(part, offsets=part.offsets + np.int32(by)) for part in logprobs]
 
 
@@ -84,16 +83,6 @@ def _places(logprobs: Sequence[SpelledLogprobs]) -> Iterator[_Place]:
         for i, (token, logprob, offset) in enumerate(columns):
             others = top[i * num_top : (i + 1) * num_top]
             yield _Place(part.spellings[token], logprob, offset, others)
-
-
-def read_chat_logprobs(fields: Mapping[str, Any]) -> int | None:
-    """How many of the likeliest tokens a chat request wants. Raises InvalidRequestError."""
-    if fields.get("logprobs", False):
-        top: int = fields.get("top_logprobs", 0)
-        return top
-    if fields.get("top_logprobs", 0):
-        raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
-    return None
 
 
 def _entry(spelling: bytes, logprob: float) -> dict[str, Any]:
@@ -111,5 +100,5 @@ def _top(place: _Place) -> dict[str, float] | None:
 
 
 def _text(spelling: bytes) -> str:
-    r"""The token as text; bytes that are no whole character are written as \xe2."""
+    r"""The token as text; bytes that are not a whole character are written as \xe2."""
     return spelling.decode(errors="backslashreplace")

@@ -13,7 +13,7 @@ from minisrv.frontend.generation.renderer import Choice, Renderer
 from minisrv.frontend.generation.request import GenerationRequest
 from minisrv.frontend.generation.usage import Usage
 from minisrv.frontend.http.sse import DONE, encode_json, sse
-from minisrv.frontend.registry.events import Event
+from minisrv.wire.events import Event
 from minisrv.wire.messages import PrefillProgress, ShownPrompt
 
 NO_OPTIONS: Mapping[str, bool | None] = {}

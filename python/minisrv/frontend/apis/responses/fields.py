@@ -75,13 +75,12 @@ RESPONSE_FIELDS: dict[str, Field] = {
     "previous_response_id": rejected(reason=_NO_STATE),
     "conversation": rejected(reason=_NO_STATE),
     "background": rejected(False, reason="it keeps no state"),
-    "background_options": rejected(),
+    **dict.fromkeys(
+        ("background_options", "max_tool_calls", "moderation", "image", "access_programs"),
+        rejected(),
+    ),
     "context_management": rejected([]),
-    "max_tool_calls": rejected(),
     "truncation": rejected("disabled", reason="no prompt is cut"),
     "prompt": rejected(reason="it stores no prompts"),
     "top_logprobs": rejected(0, reason="only chat completions return log probabilities"),
-    "moderation": rejected(),
-    "image": rejected(),
-    "access_programs": rejected(),
 }

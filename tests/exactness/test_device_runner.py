@@ -18,7 +18,7 @@ from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.wire.messages import AbortMsg, Finish, GenerateMsg
 from tests.support.checkpoints import make_checkpoint
-from tests.support.device_parts import use_device_step
+from tests.support.device_parts import use_device_runner
 from tests.support.oracle import (
     CHECKPOINTS,
     compare,
@@ -60,7 +60,7 @@ def test_tokens_equal_those_of_transformers(
     largest: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    repeat = use_device_step(monkeypatch)
+    repeat = use_device_runner(monkeypatch)
     model = load_reference(checkpoint)
     prompts = make_prompts(16, model.config.vocab_size, longest=150)
     loop = make_loop(
@@ -94,7 +94,7 @@ def test_penalties_change_the_text_as_they_do_where_the_host_is_in_charge(
         return [output.outputs[0].token_ids for output in outputs]
 
     on_host = tokens()
-    repeat = use_device_step(monkeypatch)
+    repeat = use_device_runner(monkeypatch)
     assert tokens() == on_host
     assert bool(repeat.replays) == bool(largest)
 
@@ -103,7 +103,7 @@ def test_penalties_change_the_text_as_they_do_where_the_host_is_in_charge(
 def test_short_memory_and_aborts_leave_the_text_of_the_others(
     checkpoint: Path, overlap_depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_device_step(monkeypatch)
+    use_device_runner(monkeypatch)
     model = load_reference(checkpoint)
     prompts = make_prompts(20, model.config.vocab_size, longest=60)
     expected = reference_tokens(model, prompts)

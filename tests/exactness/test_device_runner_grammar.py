@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("flashinfer")
 from minisrv import LLM, Grammar, SamplingParams
-from tests.support.device_parts import use_device_step
+from tests.support.device_parts import use_device_runner
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "num_pages": 400, "num_threads": 1}
 GRAMMARS = [
@@ -28,7 +28,7 @@ def test_constrained_and_free_texts_are_those_of_the_host_step(
     prompts = ["Hello", "What is 3 + 4?", "Go on"]
     with LLM("demo", **OPTIONS) as llm:
         expected = llm.generate(prompts, params, use_tqdm=False)
-    repeat = use_device_step(monkeypatch)
+    repeat = use_device_runner(monkeypatch)
     options = {**OPTIONS, "overlap_depth": overlap_depth, "cuda_graph_max_bs": largest}
     with LLM("demo", **options) as llm:
         assert llm.generate(prompts, params, use_tqdm=False) == expected

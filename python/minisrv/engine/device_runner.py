@@ -1,10 +1,10 @@
-"""One step on a GPU that keeps its own state: the host sends words and reads tokens, no more.
+"""Runs a step with its state on the GPU: the host only sends the step's words and reads its tokens.
 
-A step of decodes alone replays two CUDA graphs, forward and sampler, recorded for a number of batch
-sizes; between them there is room for work that only some steps need. It is padded to the next size
-with sequences that have a row and a page of their own. A step with prompts runs eagerly. All work
-is in one stream, so a step may be sent while the one before it runs: nothing that a step reads is
-overwritten before it has been read, and its tokens wait on the device for the next step.
+A decode-only step replays two CUDA graphs, forward and sampler, which are recorded for a fixed list
+of batch sizes; work that only some steps need runs between the two. The batch is padded to the next
+recorded size with dummy sequences that use a reserved row and page. A step with prefill chunks runs
+eagerly. All work is in one stream, so a step can be sent while the previous one runs: nothing that
+a step reads is overwritten before it has been read, and its tokens stay on the device for the next.
 """
 
 # Shapes: T tokens in the step, S sequences that sample, V vocabulary.
@@ -28,10 +28,10 @@ from minisrv.engine.layers.decoder import Decoder
 from minisrv.engine.parallel.communicator import Communicator
 from minisrv.engine.sampling.adjust import LogitAdjuster
 from minisrv.engine.sampling.device_columns import DeviceColumns
-from minisrv.engine.sampling.logprobs import StepScores, score_prompt
+from minisrv.engine.sampling.logprobs import StepLogprobs, add_prompt_in_slices
 from minisrv.engine.step_buffer import SentStep, StepBuffer, StepLimits, StepTensors
-from minisrv.engine.step_runner import StepHandle, to_pinned
-from minisrv.engine.upload import upload
+from minisrv.engine.step_runner import StepHandle
+from minisrv.engine.transfer import download, upload
 
 logger = logging.getLogger("minisrv.engine")
 
@@ -39,21 +39,21 @@ _RESULTS_IN_FLIGHT = 4
 
 
 class DeviceAttention(LayerAttention, Protocol):
-    """Attention that is planned from a step's words."""
+    """Attention that is planned from the words of a sent step."""
 
     def read_from(self, tensors: StepTensors) -> None:
-        """Where the steps' words, slots and page lists lie."""
+        """Set the tensors that hold the words, slots and page lists of every step."""
 
     def plan(self, step: SentStep) -> None:
-        """Prepare what the layers of a step share."""
+        """Prepare what all layers of a step share."""
 
     def plan_for_graph(self, step: SentStep) -> None:
-        """The same for a step of decodes whose forward a CUDA graph holds, or will hold."""
+        """As `plan`, for a decode-only step whose forward is in a CUDA graph or being recorded."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceKernels:
-    """What a step does between its layers: see triton_expand.expand and sample_on_device."""
+    """What a step runs before and after the layers; see `expand` and `sample_on_device`."""
 
     expand: Callable[[StepTensors, StepLimits, int], None]
     sample: Callable[[Tensor, DeviceColumns, Tensor], Tensor]
@@ -63,23 +63,23 @@ class DeviceKernels:
 class _Graphs:
     forward: Replay
     sampler: Replay
-    logits: list[Tensor]  # the one that `forward` writes
+    logits: list[Tensor]  # one tensor, which `forward` writes
 
 
-class DeviceStep:
-    """See Step. `spare_page` is a page of the cache that no sequence gets."""
+class DeviceRunner:
+    """A StepRunner whose page table, last tokens and sampling columns are on the GPU."""
 
     def __init__(
         self,
         model: Decoder,
         attention: DeviceAttention,
         kernels: DeviceKernels,
-        peers: Communicator,
+        communicator: Communicator,
         limits: StepLimits,
         device: torch.device,
     ) -> None:
         self._model, self._attention, self._kernels = model, attention, kernels
-        self._peers, self._limits, self._device = peers, limits, device
+        self._communicator, self._limits, self._device = communicator, limits, device
         self._tensors = StepTensors(limits, device, spare_page=0)
         self._buffer = StepBuffer(limits, self._tensors)
         attention.read_from(self._tensors)
@@ -91,18 +91,19 @@ class DeviceStep:
             torch.empty(limits.num_rows, dtype=torch.int32, pin_memory=pinned)
             for _ in range(_RESULTS_IN_FLIGHT)
         ]
-        self._turn = 0
+        self._next = 0
         self._adjuster = LogitAdjuster()
 
     def pad_with(self, spare_page: int) -> None:
-        """Which page of the cache belongs to padding."""
+        """Set the page that padding sequences read and write; no real sequence may own it."""
         self._tensors.page_table[self._limits.num_rows] = spare_page
 
     def record(
         self, sizes: list[int], recorder: Recorder, progress: Callable[[float], None]
     ) -> None:
-        """Record the graphs of decode steps of these sizes, ascending; the largest comes first,
-        for the others then find memory of its size.
+        """Record graphs for decode batches of `sizes`, which are ascending.
+
+        The largest is recorded first, so that the others reuse its memory.
         """
         with torch.inference_mode():
             for count, size in enumerate(reversed(sizes)):
@@ -111,13 +112,12 @@ class DeviceStep:
         self._sizes = np.array(sizes)
 
     def compute(self, batch: ForwardBatch) -> StepHandle:
-        """See Step."""
         with torch.inference_mode():
             size = self._graph_size(batch)
-            logits_SV, step, scores = self._replay(batch, size) if size else self._run(batch)
-            # The other ranks have a share of the vocabulary, and none of this is for them.
-            penalties = batch.penalties if self._peers.partition.rank == 0 else None
-            if self._peers.partition.rank == 0:
+            logits_SV, step, logprobs = self._replay(batch, size) if size else self._run(batch)
+            # Masks and penalties need the full vocabulary, which only rank 0 has.
+            penalties = batch.penalties if self._communicator.sharding.rank == 0 else None
+            if self._communicator.sharding.rank == 0:
                 self._mask(batch.sampling, logits_SV, step)
             if penalties is not None:
                 self._adjuster.adjust_(logits_SV, penalties)
@@ -126,16 +126,15 @@ class DeviceStep:
             elif step.num_samples:
                 self._sample(logits_SV, step.num_samples)
             if penalties is not None:
-                self._adjuster.take(self._tensors.tokens_S, penalties)
-            handle = self._to_host(step.num_samples, scores)
-        self._buffer.done()
+                self._adjuster.count_tokens(self._tensors.tokens_S, penalties)
+            handle = self._to_host(step.num_samples, logprobs)
+        self._buffer.mark_launched()
         return handle
 
     def logits(self, batch: ForwardBatch) -> Tensor:
-        """See Step."""
         with torch.inference_mode():
             logits_SV, _, _ = self._run(batch)
-        self._buffer.done()
+        self._buffer.mark_launched()
         return logits_SV
 
     def _graph_size(self, batch: ForwardBatch) -> int:
@@ -149,33 +148,37 @@ class DeviceStep:
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "a step of %d sequences is over --cuda-graph-max-bs: such steps run without a "
-                "CUDA graph, slower",
+                "a step with %d sequences exceeds --cuda-graph-max-bs; such steps run without a "
+                "CUDA graph, which is slower",
                 size,
             )
         return 0
 
-    def _replay(self, batch: ForwardBatch, size: int) -> tuple[Tensor, SentStep, StepScores | None]:
+    def _replay(
+        self, batch: ForwardBatch, size: int
+    ) -> tuple[Tensor, SentStep, StepLogprobs | None]:
         step = self._buffer.send(batch, padded_to=size)
         self._attention.plan_for_graph(step)
         self._graphs[size].forward()
         logits_SV = self._graphs[size].logits[0]
-        return logits_SV, step, _open_scores(batch, logits_SV)
+        return logits_SV, step, _begin_logprobs(batch, logits_SV)
 
-    def _run(self, batch: ForwardBatch) -> tuple[Tensor, SentStep, StepScores | None]:
+    def _run(self, batch: ForwardBatch) -> tuple[Tensor, SentStep, StepLogprobs | None]:
         step = self._buffer.send(batch)
         self._attention.plan(step)
         num_sequences = step.num_decodes + step.num_prefills
         x_TC = self._hidden(num_sequences, step.num_tokens)
         logits_SV = self._logits(x_TC, step.num_samples)
-        scores = _open_scores(batch, logits_SV)
-        if batch.scored_tokens.size:
-            tokens_Q = self._copied(batch.scored_tokens)
-            score_prompt(scores, tokens_Q, lambda tokens: self._model.logits(x_TC, tokens))
-        return logits_SV, step, scores
+        logprobs = _begin_logprobs(batch, logits_SV)
+        if batch.prompt_logprob_tokens.size:
+            tokens_Q = self._to_device(batch.prompt_logprob_tokens)
+            add_prompt_in_slices(
+                logprobs, tokens_Q, lambda tokens: self._model.logits(x_TC, tokens)
+            )
+        return logits_SV, step, logprobs
 
     def _hidden(self, num_sequences: int, num_tokens: int) -> Tensor:
-        """The model's last hidden states [T, C] of what the words say."""
+        """The last hidden states [T, C] of the step whose words are on the device."""
         tensors = self._tensors
         self._kernels.expand(tensors, self._limits, num_sequences)
         return self._model.forward(tensors.ids_T[:num_tokens], tensors.positions_T[:num_tokens])
@@ -184,28 +187,28 @@ class DeviceStep:
         return self._model.logits(x_TC, self._tensors.words["sample_tokens"][:num_samples])
 
     def _mask(self, columns: SamplingColumns, logits_SV: Tensor, step: SentStep) -> None:
-        """Forbid here what grammars do not allow, and what was too much for the words."""
+        """Apply grammar masks, and suppressed tokens when the list was too long for the words."""
         if columns.grammar is not None:
-            samples_G = self._copied(columns.grammar.samples)
-            mask_logits_(logits_SV, samples_G, self._copied(columns.grammar.fill()))
-        if step.suppressed_beyond:
+            samples_G = self._to_device(columns.grammar.samples)
+            mask_logits_(logits_SV, samples_G, self._to_device(columns.grammar.fill()))
+        if step.suppress_overflow:
             samples, ids = (
-                self._copied(array) for array in (columns.suppress_samples, columns.suppress_ids)
+                self._to_device(array) for array in (columns.suppress_samples, columns.suppress_ids)
             )
             logits_SV[samples.long(), ids.long()] = -torch.inf
 
     def _sample(self, logits_SV: Tensor, size: int) -> None:
-        """Draw the tokens of the first `size` samples, and keep them for the next step."""
+        """Sample `size` tokens and keep them on the device as input of the next step."""
         tensors = self._tensors
         tokens_S = tensors.tokens_S[:size]
-        if self._peers.partition.rank == 0:
+        if self._communicator.sharding.rank == 0:
             self._kernels.sample(logits_SV, tensors.columns(size), tokens_S)
-        self._peers.from_rank_0_(tokens_S)
+        self._communicator.broadcast(tokens_S)
         rows_S = tensors.words["sample_rows"][:size].long()
         tensors.last_token.index_copy_(0, rows_S, tokens_S.long())
 
     def _record(self, size: int, recorder: Recorder) -> _Graphs:
-        """Both graphs of a size, recorded on a step that is nothing but padding."""
+        """Both graphs of a size, recorded with a step that is all padding."""
         step = self._buffer.send(_NO_SEQUENCES, padded_to=size)
         self._attention.plan_for_graph(step)
         logits: list[Tensor] = []
@@ -216,50 +219,50 @@ class DeviceStep:
         replay = recorder.record(forward)
         replay()
         sampler = recorder.record(lambda: self._sample(logits[0], size))
-        self._buffer.done()
+        self._buffer.mark_launched()
         return _Graphs(replay, sampler, logits)
 
-    def _to_host(self, size: int, scores: StepScores | None) -> StepHandle:
-        host = self._results[self._turn][:size]
-        self._turn = (self._turn + 1) % _RESULTS_IN_FLIGHT
+    def _to_host(self, size: int, logprobs: StepLogprobs | None) -> StepHandle:
+        host = self._results[self._next][:size]
+        self._next = (self._next + 1) % _RESULTS_IN_FLIGHT
         tokens_S = self._tensors.tokens_S[:size]
         host.copy_(tokens_S, non_blocking=True)
-        host_scores = None if scores is None else scores.finish(tokens_S).map(to_pinned)
+        host_logprobs = None if logprobs is None else logprobs.finish(tokens_S).map(download)
         if self._device.type == "cpu":
-            return StepHandle(host, host_scores, None)
+            return StepHandle(host, host_logprobs, None)
         done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        return StepHandle(host, host_scores, done)
+        return StepHandle(host, host_logprobs, done)
 
-    def _copied(self, array: np.ndarray) -> Tensor:
+    def _to_device(self, array: np.ndarray) -> Tensor:
         return upload(array, self._device)
 
 
-def _open_scores(batch: ForwardBatch, logits_SV: Tensor) -> StepScores | None:
-    return None if batch.logprobs is None else StepScores(logits_SV, batch.logprobs)
+def _begin_logprobs(batch: ForwardBatch, logits_SV: Tensor) -> StepLogprobs | None:
+    return None if batch.logprobs is None else StepLogprobs(logits_SV, batch.logprobs)
 
 
-_NONE = np.empty(0, np.int32)
+_NO_INTS = np.empty(0, np.int32)
 _NO_FLOATS = np.empty(0, np.float32)
 _NO_SEQUENCES = ForwardBatch(
     step_id=0,
     num_decodes=0,
-    rows=_NONE,
-    query_lens=_NONE,
-    start_positions=_NONE,
-    prefill_ids=_NONE,
-    page_rows=_NONE,
-    page_columns=_NONE,
-    page_ids=_NONE,
-    sample_indices=_NONE,
+    rows=_NO_INTS,
+    query_lens=_NO_INTS,
+    start_positions=_NO_INTS,
+    prefill_ids=_NO_INTS,
+    page_rows=_NO_INTS,
+    page_columns=_NO_INTS,
+    page_ids=_NO_INTS,
+    sample_indices=_NO_INTS,
     sampling=SamplingColumns(
         temperature=_NO_FLOATS,
         top_p=_NO_FLOATS,
-        top_k=_NONE,
+        top_k=_NO_INTS,
         min_p=_NO_FLOATS,
         seeds=np.empty(0, np.int64),
-        choices=_NONE,
-        suppress_samples=_NONE,
-        suppress_ids=_NONE,
+        choices=_NO_INTS,
+        suppress_samples=_NO_INTS,
+        suppress_ids=_NO_INTS,
     ),
 )

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from minisrv.engine.device_step import DeviceKernels, DeviceStep
+from minisrv.engine.device_runner import DeviceKernels, DeviceRunner
 from minisrv.engine.forward_batch import ForwardBatch
-from minisrv.engine.parallel.communicator import NoPeers
-from minisrv.engine.parallel.shard import Partition
+from minisrv.engine.parallel.communicator import SingleRank
+from minisrv.engine.parallel.shard import Sharding
 from minisrv.engine.step_buffer import StepLimits
 from tests.support.device_parts import expand, sample_by_torch
 from tests.support.step_driver import sampling_columns
@@ -18,12 +18,12 @@ from tests.support.step_driver import sampling_columns
 SHARE = 5  # of a vocabulary of twice as many
 
 
-class SecondRank(NoPeers):
+class SecondRank(SingleRank):
     """Gets what rank 0 has drawn."""
 
-    partition = Partition(1, 2)
+    sharding = Sharding(1, 2)
 
-    def from_rank_0_(self, x: torch.Tensor) -> torch.Tensor:
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         return x.fill_(7)
 
 
@@ -47,7 +47,7 @@ def test_more_suppressed_tokens_than_fit_do_not_reach_its_logits() -> None:
     limits = StepLimits(num_rows=2, num_prefill_tokens=8, max_seq_len=16, page_size=4)
     step: Any = Share()
     kernels = DeviceKernels(expand, sample_by_torch)
-    rank = DeviceStep(step, step, kernels, SecondRank(), limits, torch.device("cpu"))
+    rank = DeviceRunner(step, step, kernels, SecondRank(), limits, torch.device("cpu"))
     one = np.ones(1, np.int32)
     pairs = [(0, i) for i in range(limits.num_suppressed + 1)]
     batch = ForwardBatch(

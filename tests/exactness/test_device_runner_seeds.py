@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("flashinfer")
 from minisrv.llm import LLM
 from tests.exactness.test_seeds import OPTIONS, Case, check_crowd, make_case
-from tests.support.device_parts import use_device_step
+from tests.support.device_parts import use_device_runner
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_seeded_texts_are_those_of_the_host_step(
     budget: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    repeat = use_device_step(monkeypatch)
+    repeat = use_device_runner(monkeypatch)
     options = {"page_size": 4, "num_pages": num_pages, "max_prefill_tokens": budget}
     options |= {"overlap_depth": overlap_depth, "cuda_graph_max_bs": largest}
     with LLM(case.model_dir, **OPTIONS, **options) as llm:

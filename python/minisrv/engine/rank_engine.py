@@ -1,0 +1,223 @@
+"""The engine of one rank: its shard of the weights, its KV cache, and what runs its steps."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from minisrv.checkpoint.model_config import ModelConfig
+from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig
+from minisrv.engine.attention.base import LayerAttention
+from minisrv.engine.attention.flashinfer import FlashInferAttention
+from minisrv.engine.backends import (
+    cache_dtype,
+    choose_backends,
+    device_kernels,
+    keeps_fp8,
+    new_recorder,
+)
+from minisrv.engine.cuda_memory import cuda_cache_bytes, largest_batch, measure_workspace
+from minisrv.engine.device_runner import DeviceRunner
+from minisrv.engine.host_runner import HostRunner
+from minisrv.engine.kernels.base import Kernels
+from minisrv.engine.kv_pool import KVPool
+from minisrv.engine.layers.build_context import BuildContext
+from minisrv.engine.layers.decoder import Decoder
+from minisrv.engine.layers.embedding import HEAD_NAME
+from minisrv.engine.layers.rope import RotaryEmbedding
+from minisrv.engine.memory import MemoryPlan, choose_num_pages, cpu_cache_bytes
+from minisrv.engine.model_size import graph_bytes, graph_sizes
+from minisrv.engine.models.registry import BLOCKS
+from minisrv.engine.page_table import PageTable
+from minisrv.engine.parallel.communicator import Communicator
+from minisrv.engine.step_buffer import StepLimits
+from minisrv.engine.weights import CheckpointWeights, DummyWeights, Progress, Weights
+from minisrv.errors import ConfigError
+
+_OVERLAP_DEPTH = {"cpu": 0, "cuda": 1}
+_RECORDING = "record graphs"
+
+
+class RankEngine:
+    """Builds this rank's shard of the model and sizes the KV cache; `runner` computes the steps.
+
+    All ranks must be built at the same time: they agree on the number of pages. Raises ConfigError
+    if the checkpoint or the memory does not suit the config.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        model_dir: Path,
+        model_config: ModelConfig,
+        communicator: Communicator,
+        device: torch.device,
+        progress: Progress = lambda stage, fraction: None,
+    ) -> None:
+        if device.type == "cpu":
+            cores = max(1, len(os.sched_getaffinity(0)) // config.tp)
+            torch.set_num_threads(config.num_threads or cores)
+        self.max_prefill_tokens = config.max_prefill_tokens or MAX_PREFILL_TOKENS[device.type]
+        depth = config.overlap_depth
+        self.overlap_depth = _OVERLAP_DEPTH[device.type] if depth is None else depth
+        weights = _open_weights(config, model_dir, model_config, device, progress)
+        self.placement = _describe_placement(config, model_config, weights)
+        self._communicator, sharding = communicator, communicator.sharding
+        self._pool = KVPool(
+            model_config,
+            sharding.kv_heads(model_config).length,
+            config.page_size,
+            weights.dtype,
+            device,
+            cache_dtype(config, weights),
+        )
+        num_heads = sharding.query_heads(model_config).length
+        kernels, attention = choose_backends(config, self._pool, num_heads)
+        model = _build_model(model_config, weights, kernels, communicator, attention)
+        num_rows, max_seq_len = config.max_running_requests, model_config.max_seq_len
+        self.runner: HostRunner | DeviceRunner
+        if isinstance(attention, FlashInferAttention):
+            limits = StepLimits(num_rows, self.max_prefill_tokens, max_seq_len, config.page_size)
+            device_runner = DeviceRunner(
+                model, attention, device_kernels(), communicator, limits, device
+            )
+            self.runner, sizes = device_runner, _sizes_to_record(config, model_config, kernels)
+        else:
+            table = PageTable(num_rows, max_seq_len, config.page_size)
+            self.runner = HostRunner(model, attention, kernels, communicator, table, device)
+            sizes = []
+        graphs = graph_bytes(model_config, sizes, weights.dtype.itemsize)
+        self.memory_plan = self._plan_memory(config, max_seq_len, weights.num_bytes, graphs)
+        self._allocate_cache(self.memory_plan.num_pages)
+        if sizes:
+            device_runner.record(sizes, new_recorder(), lambda done: progress(_RECORDING, done))
+            progress(_RECORDING, 1.0)
+
+    @property
+    def num_pages(self) -> int:
+        return self._pool.num_pages
+
+    def _allocate_cache(self, num_pages: int) -> None:
+        """A DeviceRunner gets one page more, for padding."""
+        if isinstance(self.runner, DeviceRunner):
+            self._pool.allocate(num_pages, spare=1)
+            self.runner.pad_with(num_pages)
+        else:
+            self._pool.allocate(num_pages)
+
+    def _plan_memory(
+        self, config: ServerConfig, max_seq_len: int, weight_bytes: int, graph_bytes: int
+    ) -> MemoryPlan:
+        workspace = 0
+        if self._pool.device.type == "cpu":
+            free_bytes, why = cpu_cache_bytes(config)
+        else:
+            workspace = self._measure_largest_step(config)
+            free_bytes, why = cuda_cache_bytes(config, workspace + graph_bytes)
+        page_bytes = self._pool.bytes_per_page
+        num_pages = choose_num_pages(
+            config, page_bytes=page_bytes, max_seq_len=max_seq_len, free_bytes=free_bytes, why=why
+        )
+        return MemoryPlan(
+            weights=weight_bytes,
+            workspace=workspace,
+            graphs=graph_bytes,
+            num_pages=self._communicator.all_reduce_min(num_pages),
+            page_bytes=page_bytes,
+            page_size=config.page_size,
+            max_seq_len=max_seq_len,
+        )
+
+    def _measure_largest_step(self, config: ServerConfig) -> int:
+        """Bytes that the largest step allocates. Leaves a small cache behind."""
+        batch = largest_batch(
+            min(config.max_running_requests, self.max_prefill_tokens),
+            self.max_prefill_tokens,
+            config.page_size,
+            with_logprobs=self._communicator.sharding.rank == 0,
+        )
+        self._allocate_cache(batch.page_ids.size)
+        return measure_workspace(lambda: self.runner.compute(batch))
+
+
+def choose_device(config: ServerConfig, rank: int) -> torch.device:
+    """The device of a rank, made torch's current one. Raises ConfigError if it does not exist."""
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ConfigError("--device is cuda, but torch finds no GPU; use --device cpu")
+    if config.device == "cpu" or not available:
+        return torch.device("cpu")
+    if config.tp > torch.cuda.device_count():
+        raise ConfigError(
+            f"--tp is {config.tp}, but torch finds only {torch.cuda.device_count()} GPUs"
+        )
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
+
+
+def _describe_placement(config: ServerConfig, model_config: ModelConfig, weights: Weights) -> str:
+    """Such as "bfloat16 on cuda, 2 ranks"."""
+    placement = f"{str(weights.dtype).removeprefix('torch.')} on {weights.device.type}"
+    if model_config.fp8 is not None:
+        placement += ", FP8 products" if weights.keeps_fp8 else ", dequantized from FP8"
+    return placement if config.tp == 1 else f"{placement}, {config.tp} ranks"
+
+
+def _sizes_to_record(
+    config: ServerConfig, model_config: ModelConfig, kernels: Kernels
+) -> list[int]:
+    """Batch sizes to record as CUDA graphs.
+
+    None with several ranks: if one dies, a replay in which the others wait for it cannot be
+    aborted. None if the experts are chosen by torch, which does that on the host.
+    """
+    experts_on_host = model_config.moe is not None and kernels.run_experts is None
+    if config.tp > 1 or experts_on_host:
+        return []
+    return graph_sizes(min(config.cuda_graph_max_bs, config.max_running_requests))
+
+
+def _open_weights(
+    config: ServerConfig,
+    model_dir: Path,
+    model_config: ModelConfig,
+    device: torch.device,
+    progress: Progress,
+) -> Weights:
+    name = model_config.dtype if config.dtype == "auto" else config.dtype
+    dtype = None if name is None else getattr(torch, name)
+    if config.load_format == "dummy":
+        return DummyWeights(dtype=dtype, device=device)
+    ignored = [HEAD_NAME] if model_config.tie_word_embeddings else []
+    return CheckpointWeights(
+        model_dir,
+        dtype=dtype,
+        device=device,
+        ignored=ignored,
+        fp8=model_config.fp8,
+        keep_fp8=keeps_fp8(config, device, dtype),
+        progress=progress,
+    )
+
+
+def _build_model(
+    model_config: ModelConfig,
+    weights: Weights,
+    kernels: Kernels,
+    communicator: Communicator,
+    attention: LayerAttention,
+) -> Decoder:
+    rope = RotaryEmbedding(
+        model_config.rope,
+        model_config.head_dim,
+        model_config.max_seq_len,
+        weights.dtype,
+        weights.device,
+    )
+    build = BuildContext(model_config, weights, rope, kernels, communicator, attention)
+    with torch.inference_mode():
+        model = Decoder(build, BLOCKS[model_config.architecture])
+    weights.finish()
+    return model
