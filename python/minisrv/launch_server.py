@@ -54,6 +54,8 @@ def serve(config: ServerConfig) -> None:
 
     supervisor = Supervisor(config, listener=listener, on_notice=console.show)
     with _signals_stop(supervisor):
+        # Whoever reads this line may send a signal at once.
+        console.announce()
         supervisor.run()
 
 
@@ -118,7 +120,12 @@ class Console:
         self._config = config
         self._started = time.monotonic()
         self._shown = ("", 0.0)
-        self._print(f"minisrv {version('minisrv')} listens on {self._url}, model {config.model}")
+
+    def announce(self) -> None:
+        """Print where the server listens."""
+        self._print(
+            f"minisrv {version('minisrv')} listens on {self._url}, model {self._config.model}"
+        )
 
     def show(self, notice: Notice) -> None:
         """Print a notice; progress only per quarter."""

@@ -77,7 +77,7 @@ def test_minisrv_tells_its_version_and_its_commands() -> None:
             ["--tp", "3"],
             "--tp is 3; the model's 4 attention heads cannot be split into 3 equal parts",
         ),
-        (["--device", "cpu", "--attention-backend", "flashinfer"], "flashinfer needs a GPU"),
+        (["--device", "cpu", "--attention-backend", "flashinfer"], "flashinfer requires a GPU"),
         (["--page-size", "3"], "--page-size is 3; it must be a power of two"),
         (["--dtype", "int3"], "invalid choice: 'int3'"),
         (["--model", "/no/such/model"], "/no/such/model: no such directory"),
