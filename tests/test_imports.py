@@ -58,10 +58,10 @@ PURE = [
     "detokenizer/incremental.py",
     "detokenizer/stop_strings.py",
     "detokenizer/reasoning.py",
-    "frontend/generation/choice_reader.py",
+    "frontend/generation/event_reader.py",
     "frontend/apis/responses/conversation.py",
     "frontend/apis/responses/output_items.py",
-    "frontend/generation/usage.py",
+    "frontend/generation/event_reader.py",
     "frontend/apis/anthropic/blocks.py",
     "frontend/tool_calls/parser.py",
 ]

@@ -132,7 +132,7 @@ def test_a_page_may_read_the_headers_of_every_answer(monkeypatch: pytest.MonkeyP
     def broken(*_: object) -> None:
         raise KeyError
 
-    monkeypatch.setattr("minisrv.frontend.generation.usage.Usage.count", broken)
+    monkeypatch.setattr("minisrv.frontend.generation.event_reader.Usage.count", broken)
     with serve(cors_origins="http://page.example") as server:
         origin = {"Origin": "http://page.example"}
         message = {"max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
@@ -225,7 +225,7 @@ def test_a_bug_is_a_500_that_names_the_request_and_nothing_else(
     def broken(*_: object) -> None:
         raise KeyError("a secret path")
 
-    monkeypatch.setattr("minisrv.frontend.generation.usage.Usage.count", broken)
+    monkeypatch.setattr("minisrv.frontend.generation.event_reader.Usage.count", broken)
     for stream in (False, True):
         response = server.chat(stream=stream)
         assert response.status_code == (200 if stream else 500)

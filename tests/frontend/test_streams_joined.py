@@ -19,7 +19,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from minisrv.config import ServerConfig
 from minisrv.frontend.apis.openai.chat import ChatRenderer
 from minisrv.frontend.app import create_app
-from minisrv.frontend.generation.choice_reader import ChoiceReader
+from minisrv.frontend.generation.event_reader import ChoiceReader
 from minisrv.frontend.generation.request import ChatPrompt, ChatRequest
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.sampling_params import SamplingParams

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from minisrv.errors import MinisrvError
-from minisrv.frontend.generation.choice_reader import ChoiceReader
+from minisrv.frontend.generation.event_reader import ChoiceReader, Usage
 from minisrv.frontend.generation.pieces import Piece
 from minisrv.frontend.generation.request import GenerationRequest
-from minisrv.frontend.generation.usage import Usage
 from minisrv.frontend.http.error_format import error_body
 from minisrv.frontend.http.sse import DONE, PING, sse
 from minisrv.wire.events import Event

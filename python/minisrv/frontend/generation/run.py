@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from minisrv import log
 from minisrv.errors import MinisrvError
-from minisrv.frontend.generation.choice_reader import ChoiceReader
+from minisrv.frontend.generation.event_reader import ChoiceReader
 from minisrv.frontend.generation.renderer import Renderer, whole_reply
 from minisrv.frontend.generation.request import GenerationRequest
 from minisrv.frontend.generation.timings import RequestTimings

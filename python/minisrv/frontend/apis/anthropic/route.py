@@ -14,9 +14,9 @@ from minisrv.frontend.apis.anthropic.errors import ERROR_SCHEMA, AnthropicErrorF
 from minisrv.frontend.apis.anthropic.fields import COUNT_FIELDS, MESSAGES_FIELDS
 from minisrv.frontend.apis.anthropic.reading import NAMES, read_message_request, read_prompt
 from minisrv.frontend.apis.service import Service
+from minisrv.frontend.generation.event_reader import Usage
 from minisrv.frontend.generation.pieces import Finish, Piece, finish_of
 from minisrv.frontend.generation.renderer import Choice, Renderer
-from minisrv.frontend.generation.usage import Usage
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
 from minisrv.frontend.http.sse import named_sse

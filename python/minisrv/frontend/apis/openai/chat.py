@@ -34,6 +34,7 @@ from minisrv.frontend.generation.request import (
     TextRequest,
     read_token_ids,
 )
+from minisrv.frontend.http.sse import encode_json
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.wire.events import Event
 from minisrv.wire.logprobs import SpelledLogprobs
@@ -139,18 +140,21 @@ class ChatRenderer(OpenAIRenderer):
         return message
 
     def chunk(self, event: Event, pieces: list[Piece]) -> bytes:
-        self._keep_prompt(event)
+        if event.start is not None:
+            self._keep_prompt(event)
         chunks = [] if self._opened else self._open_choices()
         if event.progress is not None:
             chunks.append(self._chunk(event.index, {}, progress=event.progress))
-        self._keep_token_ids(event)
+        if event.token_ids:
+            self._keep_token_ids(event)
         logprobs = event.logprobs
         if event.index in self._held_logprobs:
             logprobs = self._held_logprobs.pop(event.index) + logprobs
         for piece in pieces:
             if type(piece) is Text and not logprobs and self._plain_text:
                 self._not_empty.add(event.index)
-                chunks.append(self._text_chunk(event.index, piece.text))
+                before, after = self._frames[event.index]
+                chunks.append(before + encode_json(piece.text).encode() + after)
                 continue
             chunks.append(self._piece_chunk(event.index, piece, logprobs))
             logprobs = []

@@ -11,6 +11,7 @@ from minisrv.frontend.apis.openai.logprobs import echo_logprobs, moved_logprobs,
 from minisrv.frontend.apis.openai.render import NO_OPTIONS, OpenAIRenderer
 from minisrv.frontend.generation.pieces import Piece, finish_of
 from minisrv.frontend.generation.request import Prompt, TextRequest, read_token_ids
+from minisrv.frontend.http.sse import encode_json
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.wire.events import Event
 from minisrv.wire.logprobs import SpelledLogprobs
@@ -83,8 +84,10 @@ class CompletionRenderer(OpenAIRenderer):
         return {"text": text, "logprobs": text_logprobs(logprobs) if logprobs else None}
 
     def chunk(self, event: Event, pieces: list[Piece]) -> bytes:
-        self._keep_prompt(event)
-        self._keep_token_ids(event)
+        if event.start is not None:
+            self._keep_prompt(event)
+        if event.token_ids:
+            self._keep_token_ids(event)
         chunk = b""
         if event.progress is not None:
             chunk = self._chunk(event.index, "", progress=event.progress)
@@ -92,7 +95,8 @@ class CompletionRenderer(OpenAIRenderer):
         if logprobs:
             chunk += self._chunk(event.index, text, logprobs=text_logprobs(logprobs))
         elif text and self._plain_text:
-            chunk += self._text_chunk(event.index, text)
+            before, after = self._frames[event.index]
+            chunk += before + encode_json(text).encode() + after
         elif text:
             chunk += self._chunk(event.index, text)
         if finish := finish_of(pieces):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from minisrv.frontend.generation.event_reader import Usage
 from minisrv.frontend.generation.pieces import Finish, Piece, finish_of
 from minisrv.frontend.generation.renderer import Choice, Renderer
 from minisrv.frontend.generation.request import GenerationRequest
-from minisrv.frontend.generation.usage import Usage
 from minisrv.frontend.http.sse import DONE, encode_json, sse
 from minisrv.wire.events import Event
 from minisrv.wire.messages import PrefillProgress, ShownPrompt
@@ -53,7 +53,7 @@ class OpenAIRenderer(Renderer):
         # Whether chunks of text differ in their text only.
         shows_tokens = request.reply.token_ids or request.reply.prompt_text
         self._plain_text = not self._usage_in_chunks and not shows_tokens
-        self._frames: dict[int, tuple[bytes, bytes]] = {}
+        self._frames = _Frames(self._make_frame)
         self._prompts: dict[int, ShownPrompt] = {}
         self._token_ids: dict[int, list[int]] = defaultdict(list)
 
@@ -116,17 +116,8 @@ class OpenAIRenderer(Renderer):
         self._write_tokens(index, choice, chunk)
         return sse(self._with_usage(chunk))
 
-    def _text_chunk(self, index: int, text: str) -> bytes:
-        """A chunk of a request whose chunks of text are plain.
-
-        What stands around the text is encoded once per choice.
-        """
-        frame = self._frames.get(index)
-        if frame is None:
-            frame = self._frames[index] = self._make_frame(index)
-        return frame[0] + encode_json(text).encode() + frame[1]
-
     def _make_frame(self, index: int) -> tuple[bytes, bytes]:
+        """What stands before and after the JSON string in a plain chunk of text."""
         head = encode_json(self._reply(self.chunk_object)).removesuffix("]}")
         before, after = self.text_frame
         usage = ',"usage":null' if self._usage_at_end else ""
@@ -153,6 +144,17 @@ class OpenAIRenderer(Renderer):
                 place["prompt"] = prompt.text
         if self._request.reply.token_ids:
             choice["token_ids"] = self._token_ids.pop(index, [])
+
+
+class _Frames(dict[int, tuple[bytes, bytes]]):
+    """By choice; made once, since most chunks differ in their text only."""
+
+    def __init__(self, make: Callable[[int], tuple[bytes, bytes]]) -> None:
+        self._make = make
+
+    def __missing__(self, index: int) -> tuple[bytes, bytes]:
+        frame = self[index] = self._make(index)
+        return frame
 
 
 def _ending(finish: Finish | None) -> dict[str, Any]:

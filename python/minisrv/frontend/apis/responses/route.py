@@ -15,10 +15,10 @@ from minisrv.frontend.apis.responses.output_items import OutputItems, StreamEven
 from minisrv.frontend.apis.responses.reading import NAMES, read_response
 from minisrv.frontend.apis.service import Service
 from minisrv.frontend.fields.table import Field
+from minisrv.frontend.generation.event_reader import Usage
 from minisrv.frontend.generation.pieces import Piece, finish_of
 from minisrv.frontend.generation.renderer import Choice, Renderer
 from minisrv.frontend.generation.request import ChatRequest
-from minisrv.frontend.generation.usage import Usage
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
 from minisrv.frontend.http.sse import named_sse
