@@ -53,6 +53,7 @@ CHAT_CASES: list[tuple[dict[str, Any], str | None]] = [
     ),
     (message(content=[{"type": "refusal", "refusal": "no"}]), "messages.0.content.0.type"),
     (message(tool_calls=[{"id": "1"}]), "messages.0.tool_calls.0.function"),
+    (message(tool_calls=[{"id": "1", "function": {}}]), "messages.0.tool_calls.0.function"),
     (message(tool_calls=5), "messages.0.tool_calls"),
     (message(extra=2**63), "messages.0.extra"),
     (message(extra={"deep": [-(2**70)]}), "messages.0.extra.deep.0"),

@@ -31,7 +31,7 @@ Fields = Mapping[str, Any]
 
 ROLES = ("developer", "system", "user", "assistant", "tool", "function")
 
-_TOOL_CALL = object_of(["function"], function=object_of(["name"], name=STRING))
+_TOOL_CALL = object_of(["function"], function=OBJECT)
 _MESSAGE = object_of(
     ["role"],
     role=one_of(*ROLES),

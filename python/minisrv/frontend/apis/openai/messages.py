@@ -31,7 +31,10 @@ def _read_message(message: dict[str, Any], path: str) -> dict[str, Any]:
     if "reasoning" in read:
         read.setdefault("reasoning_content", read["reasoning"])
     if "tool_calls" in read:
-        read["tool_calls"] = [_read_call(call) for call in read["tool_calls"]]
+        read["tool_calls"] = [
+            _read_call(call["function"], call, f"{path}.tool_calls.{i}.function")
+            for i, call in enumerate(read["tool_calls"])
+        ]
     by_assistant = read["role"] == "assistant"
     if "content" in read:
         parts = _ASSISTANT_PARTS if by_assistant else _TEXT_PARTS
@@ -46,7 +49,8 @@ def _read_message(message: dict[str, Any], path: str) -> dict[str, Any]:
     return read
 
 
-def _read_call(call: dict[str, Any]) -> dict[str, Any]:
-    function = call["function"]
+def _read_call(function: dict[str, Any], call: dict[str, Any], path: str) -> dict[str, Any]:
+    if not isinstance(function.get("name"), str):
+        raise InvalidRequestError(f"{path} must be an object with a name", param=path)
     arguments = read_arguments(function.get("arguments"))
     return {**call, "function": {**function, "arguments": arguments}}
