@@ -115,7 +115,7 @@ class NotReadyError(MinisrvError):
 
 
 class OverloadedError(MinisrvError):
-    """A queue is full; the client may retry later."""
+    """The limit on open requests is reached; the client may retry later."""
 
     http_status = 503
     code = "server_overloaded"

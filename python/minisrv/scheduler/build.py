@@ -46,10 +46,10 @@ def build_loop(
 ) -> SchedulerLoop:
     """Load the model and make a loop that is ready to turn; `progress` gets (phase, fraction).
 
-    run_dir: where tensor-parallel ranks meet, if it shall not be a directory of their own.
+    run_dir: where tensor-parallel ranks meet; by default a directory of their own.
     vocabulary: for structured output; without it there is none.
     The context is the model's or --max-seq-len, and no more than the cache holds.
-    Raises ConfigError for a checkpoint, an option or a memory that does not do.
+    Raises ConfigError for an unusable checkpoint or option, or too little memory.
     """
     model_config = load_model_config(model_dir, config.max_seq_len)
     engine = Engine(config, model_dir, model_config, progress, run_dir)
