@@ -49,7 +49,7 @@ class Ack:
 
 
 class FrontendManager:
-    """Owns an engine's processes and speaks to them; belongs to one event loop after `start`."""
+    """Owns the processes of an engine; belongs to one event loop after `start`."""
 
     def __init__(self, config: ServerConfig | None = None, **options: Any) -> None:
         """`options` are fields of ServerConfig, in place of a `config`; the environment gives
@@ -100,7 +100,7 @@ class FrontendManager:
             self._started.set()
 
     async def aclose(self) -> None:
-        """End the processes; what is still open fails. Right in every state."""
+        """End the processes; open requests fail. Allowed in every state."""
         if self._thread is not None:
             await asyncio.to_thread(self._thread.stop)
         if self._client is not None:
@@ -108,7 +108,7 @@ class FrontendManager:
             await client.__aexit__(None, None, None)
 
     def close(self) -> None:
-        """End the processes, from code that is no coroutine."""
+        """End the processes, for code outside of a coroutine."""
         if self._thread is not None:
             self._thread.stop()
 

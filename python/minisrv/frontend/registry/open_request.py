@@ -44,11 +44,11 @@ class OpenRequest:
 
     @property
     def settled(self) -> bool:
-        """Nothing more will come that a reader of whole texts waits for."""
+        """Whether a reader of whole texts has nothing more to wait for."""
         return self.aborted or self.failed or not self.live
 
     def wake_reader(self) -> None:
-        """End the reader's wait, if there is now what it waits for."""
+        """Wake the reader if there is something for it."""
         if self.wants_deltas or self.settled:
             self.change()
 
@@ -59,13 +59,13 @@ class OpenRequest:
             self.waiter.set_result(None)
 
     async def wait(self) -> None:
-        """Until `change`. A bare future: this is awaited for every token of every stream."""
+        """Wait for `change`. A bare future, since every token of every stream awaits it."""
         if not self.changed:
             self.waiter = asyncio.get_running_loop().create_future()
             await self.waiter
 
     def end_silence(self, after_s: float) -> None:
-        """See to it that a wait ends at most `after_s` from now: one timer for many waits."""
+        """Wake the reader after `after_s` seconds at the latest; one timer serves many waits."""
 
         def end() -> None:
             self.silence = None
@@ -75,7 +75,7 @@ class OpenRequest:
             self.silence = asyncio.get_running_loop().call_later(after_s, end)
 
     def end_delivery(self) -> None:
-        """After a delivery: nobody reads an aborted request, a waiting reader gets its turn."""
+        """Wake the reader after a delivery; the events of an aborted request are dropped."""
         if self.aborted:
             self.pending.clear()
         else:

@@ -1,4 +1,4 @@
-"""Questions to the processes behind, each with one answer: what is no request for text."""
+"""Queries to the other processes, each with one answer; none of them generates text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMEOUT_S = 30.0
 
 
 class Queries:
-    """Open questions by number. All methods belong to one event loop."""
+    """The open queries by number. All methods belong to one event loop."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -43,7 +43,7 @@ class Queries:
             del self._open[number]
 
     def deliver(self, answer: AnswerMsg) -> None:
-        """Hand an answer to whoever asked; nobody waits any more for one that is late."""
+        """Pass an answer to the caller that waits for it; a late one is dropped."""
         future = self._open.get(answer.query)
         if future is None or future.done():
             return

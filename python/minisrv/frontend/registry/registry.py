@@ -59,7 +59,7 @@ class RequestRegistry:
         self._send = send
 
     def set_progress(self, phase: str, fraction: float) -> None:
-        """Show how far the start is."""
+        """Record the progress of the start."""
         if isinstance(self.state, Starting):
             self.state = Starting(phase, fraction)
             self.phases.setdefault(phase, time.monotonic())
@@ -84,7 +84,7 @@ class RequestRegistry:
 
     @property
     def num_open(self) -> int:
-        """Uids whose final has not come."""
+        """Uids without a final event."""
         return len(self._owners)
 
     def open(self, n: int = 1, request_id: str = "") -> int:
@@ -107,7 +107,7 @@ class RequestRegistry:
         return base
 
     def send(self, message: TokenizeMsg) -> None:
-        """Pass a message with open uids to the next tokenizer in turn."""
+        """Send a message with open uids to the next tokenizer in turn."""
         assert self._send is not None
         request = self._owners.get(message.uid)
         if request is None or request.aborted:
@@ -141,7 +141,7 @@ class RequestRegistry:
             self._status_line.log_if_due(message, time.monotonic())
 
     def deliver(self, reply: UserReply) -> None:
-        """Give every column of `reply` to its request; what belongs to no open uid is dropped."""
+        """Pass each part of `reply` to its request; parts of uids that are not open are dropped."""
         touched: dict[OpenRequest, None] = {}
         owner_of = self._owners.get
 
@@ -170,7 +170,7 @@ class RequestRegistry:
         self.deliver(failure_reply([Failure.from_error(uid, error) for uid in self._owners]))
 
     def is_open(self, base: int) -> bool:
-        """Whether `next_events` has something to wait for or to give."""
+        """Whether `next_events` has something to return or to wait for."""
         request = self._requests.get(base)
         if request is None:
             return False
@@ -237,7 +237,7 @@ class RequestRegistry:
         return len(matching)
 
     def _stop(self, request: OpenRequest) -> bool:
-        """Whether anything still ran, and was not stopped already."""
+        """Whether anything was still running."""
         if request.aborted:
             return False
         running = bool(request.live)
