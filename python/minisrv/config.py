@@ -158,7 +158,7 @@ class ServerConfig:
             raise ConfigError("--served-model-name is empty")
         read_chat_template_kwargs(self.chat_template_kwargs)
         for f in fields(self):
-            _check_choice(f.name, getattr(self, f.name))
+            _check_type(f.name, getattr(self, f.name))
         for name, low in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -206,7 +206,13 @@ class ServerConfig:
     ) -> ServerConfig:
         """Defaults, then MINISRV_* variables, then `overrides`, which add to `api_key`."""
         environ = os.environ if environ is None else environ
-        values = _environment_values(environ)
+        values: dict[str, Any] = {}
+        if MODEL_ENV in environ:
+            values["model"] = environ[MODEL_ENV]
+        for f in fields(cls):
+            variable = ENV_PREFIX + f.name.upper()
+            if variable in environ:
+                values[f.name] = _parse_variable(f.name, variable, environ[variable])
         if "api_key" in overrides:
             overrides["api_key"] = (*values.get("api_key", ()), *overrides["api_key"])
         return cls(**{**values, **overrides})
@@ -267,23 +273,20 @@ def read_chat_template_kwargs(text: str) -> dict[str, Any]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add one flag per field. A flag that is not given leaves no value in the namespace."""
     for f in fields(ServerConfig):
-        literal = _choices(f.name)
-        plain = f.default is None or isinstance(f.default, bool | tuple)
-        default = "" if plain else f"(default: {f.default})"
-        text = f"{f.metadata['help']} {default}".strip()
-        names = [flag(f.name), *f.metadata["aliases"]]
-        common: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
-        if _plain_type(f.name) is bool:
-            if f.default is True:
-                parser.add_argument(flag(f"no_{f.name}"), action="store_false", **common)
-            else:
-                parser.add_argument(*names, action="store_true", **common)
-        elif literal:
-            parser.add_argument(*names, choices=literal, **common)
-        elif _plain_type(f.name) is tuple:
-            parser.add_argument(*names, action="append", metavar="X", **common)
+        kind, text = _plain_type(f.name), f.metadata["help"]
+        if f.default is not None and kind not in (bool, tuple):
+            text += f" (default: {f.default})"
+        name = flag(f"no_{f.name}" if f.default is True else f.name)
+        if kind is bool:
+            how: dict[str, Any] = {"action": "store_false" if f.default else "store_true"}
+        elif choices := _choices(f.name):
+            how = {"choices": choices}
+        elif kind is tuple:
+            how = {"action": "append", "metavar": "X"}
         else:
-            parser.add_argument(*names, type=_plain_type(f.name), metavar="X", **common)
+            how = {"type": kind, "metavar": "X"}
+        names = [name, *f.metadata["aliases"]]
+        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=text, **how)
 
 
 def parse_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> ServerConfig:
@@ -299,17 +302,6 @@ def parse_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | No
         return ServerConfig.from_environment(**{k: v for k, v in given.items() if k in known})
     except ConfigError as error:
         parser.error(error.message)
-
-
-def _environment_values(environ: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    if MODEL_ENV in environ:
-        values["model"] = environ[MODEL_ENV]
-    for f in fields(ServerConfig):
-        variable = ENV_PREFIX + f.name.upper()
-        if variable in environ:
-            values[f.name] = _parse_variable(f.name, variable, environ[variable])
-    return values
 
 
 def _parse_variable(name: str, variable: str, text: str) -> Any:
@@ -338,15 +330,12 @@ def _choices(name: str) -> tuple[str, ...]:
     return get_args(_TYPES[name]) if get_origin(_TYPES[name]) is Literal else ()
 
 
-def _check_choice(name: str, value: Any) -> None:
-    choices = _choices(name)
+def _check_type(name: str, value: Any) -> None:
+    choices, kind = _choices(name), _plain_type(name)
     if choices and value not in choices:
         raise ConfigError(f"{flag(name)} is {value!r}; it must be one of {', '.join(choices)}")
-    kind = _plain_type(name)
-    number_ok = kind is float and isinstance(value, int) and not isinstance(value, bool)
-    if value is None:
-        if type(None) in get_args(_TYPES[name]):
-            return
-    elif number_ok or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
+    if value is None and type(None) in get_args(_TYPES[name]):
         return
-    raise ConfigError(f"{flag(name)} is {value!r}; it must be {_TYPE_NAMES[kind]}")
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{flag(name)} is {value!r}; it must be {_TYPE_NAMES[kind]}")

@@ -37,16 +37,11 @@ class MinisrvError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
-        if code is not None:
-            self.code = code
-        if status is not None:
-            self.http_status = status
+        self.code = code or self.code
+        self.http_status = status or self.http_status
 
     def rename_field(self, name: str) -> None:
-        """Call the field in question `name`, in `param` and at the beginning of the sentence.
-
-        A sentence that names its field begins with it, so nothing else in it can change.
-        """
+        """Call the field `name`, in `param` and where the message begins with the field."""
         if self.param is not None and self.message.startswith(self.param):
             self.message = name + self.message.removeprefix(self.param)
             self.args = (self.message,)
