@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from minisrv.checkpoint.hub import find_local_model
 from minisrv.checkpoint.tokenizer import needs_conversion
@@ -68,6 +69,8 @@ class Supervisor:
         self._wake_receiver.setblocking(False)
         self._wake_sender.setblocking(False)
         self._selector = selectors.DefaultSelector()
+        for resource in (self._selector, self._wake_receiver, self._wake_sender):
+            self._exit_stack.callback(resource.close)
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)
         self._children: list[ChildProcess] = []
         self._frontend: ChildProcess | None = None
@@ -100,7 +103,7 @@ class Supervisor:
             raise
         finally:
             self._end_children()
-            self._close()
+            self._exit_stack.close()
 
     def _start(self) -> None:
         local_model_dir = find_local_model(self._config.model)
@@ -108,15 +111,21 @@ class Supervisor:
             fds = {"listener": self._listener.fileno()}
             self._frontend = self._spawn("frontend", fds=fds)
             self._listener.close()
-        model_dir = local_model_dir or self._download()
+        # A download has no deadline.
+        model_dir = local_model_dir or Path(self._prepare("hub")["model_dir"])
         deadline = time.monotonic() + self._config.start_timeout_s
-        tokenizer_dir = self._convert_tokenizer(model_dir, deadline)
+        tokenizer_dir = model_dir
+        if needs_conversion(model_dir):
+            tokenizer_dir = self.run_dir / "tokenizer"
+            self._prepare("converter", model_dir, tokenizer_dir, deadline=deadline)
         workers = [
             self._spawn("scheduler", model_dir, tokenizer_dir),
             self._spawn("detokenizer", model_dir, tokenizer_dir),
         ]
-        for index in range(self._config.num_tokenizers):
-            workers.append(self._spawn("tokenizer", model_dir, tokenizer_dir, index=index))
+        workers += [
+            self._spawn("tokenizer", model_dir, tokenizer_dir, index=index)
+            for index in range(self._config.num_tokenizers)
+        ]
         self._watch_until_ready(workers, deadline)
         facts = {k: v for w in workers if w.ready for k, v in w.ready.facts.items()}
         notice = EngineReady(facts)
@@ -125,23 +134,12 @@ class Supervisor:
             self._watch_until_ready([self._frontend], deadline)
         self._on_notice(notice)
 
-    def _download(self) -> Path:
-        """Download the model in a child; there is no deadline."""
-        hub = self._spawn("hub")
-        self._watch_until_ready([hub], math.inf)
-        assert hub.ready is not None
-        self._retire(hub)
-        return Path(hub.ready.facts["model_dir"])
-
-    def _convert_tokenizer(self, model_dir: Path, deadline: float) -> Path:
-        """The directory with tokenizer.json: the model's, or one that a child writes."""
-        if not needs_conversion(model_dir):
-            return model_dir
-        directory = self.run_dir / "tokenizer"
-        converter = self._spawn("converter", model_dir, directory)
-        self._watch_until_ready([converter], deadline)
-        self._retire(converter)
-        return directory
+    def _prepare(self, kind: str, *paths: Path, deadline: float = math.inf) -> dict[str, Any]:
+        """Run a child that ends before the engine starts; return its facts."""
+        child = self._spawn(kind, *paths)
+        self._watch_until_ready([child], deadline)
+        self._retire(child)
+        return child.ready.facts if child.ready else {}
 
     def _spawn(
         self,
@@ -214,14 +212,12 @@ class Supervisor:
 
     def _read_reports(self, child: ChildProcess) -> None:
         for report in child.read_reports():
-            if isinstance(report, StartProgress) and self._is_worth_sending(report):
-                self._last_progress = report
-                self._notify(report)
-
-    def _is_worth_sending(self, progress: StartProgress) -> bool:
-        last = self._last_progress
-        grown = abs(progress.fraction - last.fraction) >= 0.01
-        return progress.phase != last.phase or grown or progress.fraction == 1.0
+            if isinstance(report, StartProgress):
+                last = self._last_progress
+                grown = abs(report.fraction - last.fraction) >= 0.01 or report.fraction == 1.0
+                if grown or report.phase != last.phase:
+                    self._last_progress = report
+                    self._notify(report)
 
     def _notify(self, notice: Notice) -> None:
         if self._frontend is not None:
@@ -247,12 +243,6 @@ class Supervisor:
             self._poll(deadline)
         if serving:
             self._retire(serving)
-
-    def _close(self) -> None:
-        self._wake_sender.close()
-        self._wake_receiver.close()
-        self._selector.close()
-        self._exit_stack.close()
 
 
 class SupervisorThread:
