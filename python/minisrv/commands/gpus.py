@@ -37,16 +37,14 @@ def find_gpu(name: str) -> GPU:
 
     Raises ConfigError for an unknown name.
     """
-    wanted = _plain(name)
-    for exact in (True, False):
-        for gpu in GPUS:
-            known = _plain(gpu.name)
-            if known == wanted or (not exact and known == wanted + "80gb"):
-                return gpu
-    raise ConfigError(
-        f"--gpu is {name!r}; known GPUs are {', '.join(gpu.name for gpu in GPUS)}; "
-        "for any other use --gpu-memory"
-    )
+    by_name = {_plain(gpu.name): gpu for gpu in GPUS}
+    gpu = by_name.get(_plain(name)) or by_name.get(_plain(name) + "80gb")
+    if gpu is None:
+        raise ConfigError(
+            f"--gpu is {name!r}; known GPUs are {', '.join(gpu.name for gpu in GPUS)}; "
+            "for any other use --gpu-memory"
+        )
+    return gpu
 
 
 def _plain(name: str) -> str:
