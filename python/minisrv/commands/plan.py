@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from minisrv.checkpoint.hub import CONFIG_FILES, resolve_model
@@ -150,7 +151,7 @@ def fits(deployment: Deployment) -> bool:
 
 def advise(deployment: Deployment) -> str:
     """The options that would make it fit, each with a value that suffices by itself."""
-    found = [remedy for remedy in _remedies(deployment) if remedy is not None]
+    found = list(_remedies(deployment))
     if not found:
         return "minisrv: it does not fit with any single option; use a GPU with more memory"
     plan, wanted = make_plan(deployment), deployment.config.num_pages
@@ -161,50 +162,44 @@ def advise(deployment: Deployment) -> str:
     return f"minisrv: it does not fit: {held}; run with {' or '.join(found)}"
 
 
-def _remedies(deployment: Deployment) -> Iterator[str | None]:
-    if deployment.config.num_pages is not None:
-        lowered = replace(deployment, config=replace(deployment.config, num_pages=None))
+def _remedies(deployment: Deployment) -> Iterator[str]:
+    config, num_tokens = deployment.config, make_plan(deployment).num_tokens
+    if config.num_pages is not None:
+        lowered = _changed(deployment, "num_pages", None)
         if fits(lowered):
             yield f"{flag('num_pages')} {make_plan(lowered).num_pages}"
             return
-    yield _first_that_fits(deployment, "tp", range(deployment.config.tp + 1, _MAX_RANKS + 1))
-    yield _shorter_context(deployment)
-    budget = _prefill_tokens(deployment.config)
-    yield _first_that_fits(deployment, "max_prefill_tokens", _halves(budget, _MIN_PREFILL))
-    running = deployment.config.max_running_requests
-    yield _first_that_fits(deployment, "max_running_requests", _halves(running, _MIN_REQUESTS))
-    if deployment.config.memory_fraction < _MAX_FRACTION:
-        yield _first_that_fits(deployment, "memory_fraction", [_MAX_FRACTION])
-    if deployment.dtype == "float32":
-        yield _first_that_fits(deployment, "dtype", ["bfloat16"])
+    candidates: dict[str, Sequence[Any]] = {
+        "tp": range(config.tp + 1, _MAX_RANKS + 1),
+        "max_seq_len": [num_tokens] if num_tokens >= _MIN_CONTEXT else [],
+        "max_prefill_tokens": _halves(_prefill_tokens(config), _MIN_PREFILL),
+        "max_running_requests": _halves(config.max_running_requests, _MIN_REQUESTS),
+        "memory_fraction": [_MAX_FRACTION] if config.memory_fraction < _MAX_FRACTION else [],
+        "dtype": ["bfloat16"] if deployment.dtype == "float32" else [],
+    }
+    for name, values in candidates.items():
+        fitting = (value for value in values if _is_remedy(deployment, name, value))
+        for value in islice(fitting, 1):
+            yield f"{flag(name)} {value}"
 
 
-def _first_that_fits(deployment: Deployment, name: str, values: Sequence[Any]) -> str | None:
-    for value in values:
-        changed = replace(deployment, config=replace(deployment.config, **{name: value}))
-        try:
-            check_divisible(changed.model, changed.config.tp)
-        except ConfigError:
-            continue
-        if fits(changed):
-            return f"{flag(name)} {value}"
-    return None
+def _is_remedy(deployment: Deployment, name: str, value: Any) -> bool:
+    changed = _changed(deployment, name, value)
+    try:
+        check_divisible(changed.model, changed.config.tp)
+    except ConfigError:
+        return False
+    return fits(changed)
 
 
-def _shorter_context(deployment: Deployment) -> str | None:
-    tokens = make_plan(deployment).num_tokens
-    if tokens < _MIN_CONTEXT:
-        return None
-    changed = replace(deployment, model=replace(deployment.model, max_seq_len=tokens))
-    return f"{flag('max_seq_len')} {tokens}" if fits(changed) else None
+def _changed(deployment: Deployment, name: str, value: Any) -> Deployment:
+    if name == "max_seq_len":
+        return replace(deployment, model=replace(deployment.model, max_seq_len=value))
+    return replace(deployment, config=replace(deployment.config, **{name: value}))
 
 
 def _halves(value: int, minimum: int) -> list[int]:
-    values = []
-    while value // 2 >= minimum:
-        value //= 2
-        values.append(value)
-    return values
+    return [value >> n for n in range(1, value.bit_length()) if value >> n >= minimum]
 
 
 def _prefill_tokens(config: ServerConfig) -> int:

@@ -34,8 +34,8 @@ END_GRACE_S = 3.5
 EPOCH = 1
 MODULES = {
     "frontend": "minisrv.frontend",
-    "hub": "minisrv.supervision.prepare_model",
-    "converter": "minisrv.supervision.prepare_tokenizer",
+    "hub": "minisrv.supervision.prepare",
+    "converter": "minisrv.supervision.prepare",
     "scheduler": "minisrv.scheduler",
     "detokenizer": "minisrv.detokenizer",
     "tokenizer": "minisrv.tokenizer",
