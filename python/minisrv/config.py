@@ -161,20 +161,19 @@ class ServerConfig:
             _check_type(f.name, getattr(self, f.name))
         for name, low in _AT_LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(f"{flag(name)} is {value}; it must be at least {low}")
-        if self.page_size & (self.page_size - 1):
-            raise ConfigError(f"--page-size is {self.page_size}; it must be a power of two")
-        if not 0 < self.memory_fraction <= 1:
-            raise ConfigError(f"--memory-fraction is {self.memory_fraction}; it must be in (0, 1]")
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"--port is {self.port}; it must be from 0 to 65535")
-        if self.overlap_depth not in (None, 0, 1):
-            raise ConfigError(f"--overlap-depth is {self.overlap_depth}; it must be 0 or 1")
+            self._require(name, value is None or value >= low, f"at least {low}")
+        self._require("page_size", self.page_size.bit_count() == 1, "a power of two")
+        self._require("memory_fraction", 0 < self.memory_fraction <= 1, "in (0, 1]")
+        self._require("port", 0 <= self.port <= 65535, "from 0 to 65535")
+        self._require("overlap_depth", self.overlap_depth in (None, 0, 1), "0 or 1")
         if self.kv_memory is not None:
             parse_size(self.kv_memory)
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ConfigError("--ssl-keyfile needs --ssl-certfile")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ConfigError(f"{flag(name)} is {getattr(self, name)}; it must be {rule}")
 
     @property
     def served_names(self) -> tuple[str, ...]:

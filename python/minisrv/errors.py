@@ -38,13 +38,15 @@ class MinisrvError(Exception):
         param: str | None = None,
         code: str | None = None,
         status: int | None = None,
+        error_type: str | None = None,
     ) -> None:
-        """`code` and `status` replace those of the class."""
+        """`code`, `status` and `error_type` replace those of the class."""
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code or self.code
         self.http_status = status or self.http_status
+        self.error_type = error_type or self.error_type
 
     def rename_field(self, name: str) -> None:
         """Call the field `name`, in `param` and where the message begins with the field."""
@@ -110,12 +112,7 @@ class EngineDeadError(MinisrvError, code="engine_dead"):
 class RequestFailedError(MinisrvError):
     """The engine refused or failed this request; carries the fields of its error."""
 
-    def __init__(
-        self, message: str, *, status: int, error_type: str, code: str | None, param: str | None
-    ) -> None:
-        super().__init__(message, param=param, status=status)
-        self.error_type = error_type
-        self.code = code
+    code: str | None = None
 
 
 class ConfigError(MinisrvError, ValueError):

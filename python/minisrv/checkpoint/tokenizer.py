@@ -30,6 +30,7 @@ class HFTokenizer:
     special_tokens: the named ones, such as {"eos_token": "</s>"}, as chat templates see them.
     special_ids: ids that decoding skips on request.
     chat_templates: template sources by name; the usual one is called "default". May be empty.
+    vocab_size: number of tokens, added ones included; the model may have fewer or more rows.
     """
 
     def __init__(
@@ -46,23 +47,11 @@ class HFTokenizer:
         self.special_ids = frozenset(
             id for id, token in backend.get_added_tokens_decoder().items() if token.special
         )
+        self.bos_token = self.special_tokens.get("bos_token")
+        self.eos_token = self.special_tokens.get("eos_token")
         self.bos_id = None if self.bos_token is None else self.token_id(self.bos_token)
         self.eos_id = None if self.eos_token is None else self.token_id(self.eos_token)
-
-    @property
-    def bos_token(self) -> str | None:
-        """The text of the token that begins a sequence."""
-        return self.special_tokens.get("bos_token")
-
-    @property
-    def eos_token(self) -> str | None:
-        """The text of the token that ends a sequence; the model may have others."""
-        return self.special_tokens.get("eos_token")
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens, added ones included; the model may have fewer or more rows."""
-        return self._backend.get_vocab_size()
+        self.vocab_size = backend.get_vocab_size()
 
     @property
     def decoder_state(self) -> dict[str, Any] | None:

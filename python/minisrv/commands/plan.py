@@ -8,6 +8,7 @@ fullest one.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,6 @@ from typing import Any
 
 from minisrv.checkpoint.hub import CONFIG_FILES, resolve_model
 from minisrv.checkpoint.model_config import ModelConfig, load_model_config
-from minisrv.commands.gpus import GPU, find_gpu
 from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig, flag, parse_command_line, parse_size
 from minisrv.engine.memory import MemoryPlan, format_size, useful_pages
 from minisrv.engine.model_size import (
@@ -38,6 +38,30 @@ CONTEXT_BYTES = 512 * 2**20  # taken by the driver and the libraries' kernels
 _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 _MAX_RANKS, _MIN_PREFILL, _MIN_REQUESTS, _MIN_CONTEXT = 8, 256, 8, 512
 _MAX_FRACTION = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class GPU:
+    """usable_gib: about what the driver leaves to programs. bandwidth: bytes/s (data sheet)."""
+
+    name: str
+    usable_gib: float
+    bandwidth: float
+
+
+GPUS = (
+    GPU("B200", 178.4, 8.0e12),
+    GPU("H200", 139.8, 4.8e12),
+    GPU("H100 80GB", 79.1, 3.35e12),
+    GPU("H100 PCIe", 79.1, 2.0e12),
+    GPU("A100 80GB", 79.1, 2.0e12),
+    GPU("A100 40GB", 39.4, 1.555e12),
+    GPU("L40S", 44.4, 0.864e12),
+    GPU("L4", 22.0, 0.3e12),
+    GPU("RTX 5090", 31.4, 1.79e12),
+    GPU("RTX 4090", 23.6, 1.008e12),
+    GPU("RTX 3090", 23.6, 0.936e12),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,3 +268,22 @@ def _graphs(deployment: Deployment) -> tuple[int, str]:
         f"estimate: {len(sizes)} sizes x {model.num_layers} layers x {format_size(layer_bytes)}, "
         f"{largest} tokens x {graph_width(model)} x {itemsize} B"
     )
+
+
+def find_gpu(name: str) -> GPU:
+    """The GPU called `name`, whatever its spacing and case; H100 and A100 mean the 80GB models.
+
+    Raises ConfigError for an unknown name.
+    """
+    by_name = {_plain(gpu.name): gpu for gpu in GPUS}
+    gpu = by_name.get(_plain(name)) or by_name.get(_plain(name) + "80gb")
+    if gpu is None:
+        raise ConfigError(
+            f"--gpu is {name!r}; known GPUs are {', '.join(gpu.name for gpu in GPUS)}; "
+            "for any other use --gpu-memory"
+        )
+    return gpu
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("nvidia")

@@ -118,13 +118,10 @@ class Supervisor:
         if needs_conversion(model_dir):
             tokenizer_dir = self.run_dir / "tokenizer"
             self._prepare("converter", model_dir, tokenizer_dir, deadline=deadline)
+        tokenizers = [("tokenizer", index) for index in range(self._config.num_tokenizers)]
         workers = [
-            self._spawn("scheduler", model_dir, tokenizer_dir),
-            self._spawn("detokenizer", model_dir, tokenizer_dir),
-        ]
-        workers += [
-            self._spawn("tokenizer", model_dir, tokenizer_dir, index=index)
-            for index in range(self._config.num_tokenizers)
+            self._spawn(kind, model_dir, tokenizer_dir, index=index)
+            for kind, index in [("scheduler", 0), ("detokenizer", 0), *tokenizers]
         ]
         self._watch_until_ready(workers, deadline)
         facts = {k: v for w in workers if w.ready for k, v in w.ready.facts.items()}
@@ -235,14 +232,13 @@ class Supervisor:
         for child in list(self._children):
             if child is not serving:
                 self._retire(child)
+        if serving is None:
+            return
         deadline = time.monotonic() + END_GRACE_S
         num_stops = self._num_stops
-        while serving and not serving.ended and self._num_stops == num_stops:
-            if time.monotonic() >= deadline:
-                break
+        while not serving.ended and self._num_stops == num_stops and time.monotonic() < deadline:
             self._poll(deadline)
-        if serving:
-            self._retire(serving)
+        self._retire(serving)
 
 
 class SupervisorThread:
