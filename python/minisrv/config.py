@@ -24,13 +24,15 @@ RESERVED_VARIABLES = (
 _SIZE_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
-def option(default: Any, help: str, *aliases: str, secret: bool = False) -> Any:
+def option(
+    default: Any, help: str, *aliases: str, at_least: float = 1, secret: bool = False
+) -> Any:
     """A field with the help of its flag. `aliases` are further names of the flag.
 
     A field that is True by default gets the flag `--no-<name>`; its help says what that one does.
-    secret: kept out of the repr and of `to_public_dict`.
+    at_least: the lowest value of a number. secret: kept out of the repr and of `to_public_dict`.
     """
-    metadata = {"help": help, "aliases": aliases, "secret": secret}
+    metadata = {"help": help, "aliases": aliases, "at_least": at_least, "secret": secret}
     return field(default=default, repr=not secret, metadata=metadata)
 
 
@@ -49,7 +51,7 @@ class ServerConfig:
         "(comma-separated in the environment; default: the value of --model)",
     )
     host: str = option("127.0.0.1", "address to listen on")
-    port: int = option(8000, "port to listen on; 0 picks a free port")
+    port: int = option(8000, "port to listen on; 0 picks a free port", at_least=0)
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
         "auto", "data type of weights and activations; auto uses the checkpoint's"
@@ -68,7 +70,7 @@ class ServerConfig:
     )
     num_threads: int | None = option(None, "CPU threads the engine uses (default: all cores)")
     max_seq_len: int | None = option(
-        None, "maximum prompt plus output tokens (default: the model's)"
+        None, "maximum prompt plus output tokens (default: the model's)", at_least=2
     )
     chat_template: str | None = option(None, "Jinja file that replaces the model's chat template")
 
@@ -100,7 +102,7 @@ class ServerConfig:
         None,
         "size of the KV cache on CPU, such as 2GiB (default: 25%% of free memory, at most 4GiB)",
     )
-    memory_fraction: float = option(0.9, "fraction of the GPU's memory to use")
+    memory_fraction: float = option(0.9, "fraction of the GPU's memory to use", at_least=0)
     radix_cache: bool = option(True, "do not keep or share cached prefixes between requests")
 
     max_running_requests: int = option(256, "maximum requests in one decode batch")
@@ -108,10 +110,12 @@ class ServerConfig:
         None, "maximum prompt tokens per step (default: 512 on CPU, 8192 on CUDA)"
     )
     overlap_depth: int | None = option(
-        None, "steps launched ahead of the one being settled, 0 or 1 (default: 0 on CPU, 1 on CUDA)"
+        None,
+        "steps launched ahead of the one being settled, 0 or 1 (default: 0 on CPU, 1 on CUDA)",
+        at_least=0,
     )
     cuda_graph_max_bs: int = option(
-        256, "largest decode batch to capture as a CUDA graph; 0 disables CUDA graphs"
+        256, "largest decode batch to capture as a CUDA graph; 0 disables CUDA graphs", at_least=0
     )
     max_open_requests: int = option(
         4096, "maximum unfinished requests; further ones are refused with 503"
@@ -141,7 +145,7 @@ class ServerConfig:
     cors_origins: str | None = option(
         None, "comma-separated origins that browsers may call from; * allows any"
     )
-    max_body_bytes: int = option(8 * 2**20, "maximum size of a request body")
+    max_body_bytes: int = option(8 * 2**20, "maximum size of a request body", at_least=1024)
     start_timeout_s: float = option(1800.0, "seconds the start may take, not counting downloads")
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "minimum level to log")
     log_format: Literal["text", "json"] = option("text", "json writes one object per line")
@@ -158,10 +162,10 @@ class ServerConfig:
             raise ConfigError("--served-model-name is empty")
         read_chat_template_kwargs(self.chat_template_kwargs)
         for f in fields(self):
-            _check_type(f.name, getattr(self, f.name))
-        for name, low in _AT_LEAST.items():
-            value = getattr(self, name)
-            self._require(name, value is None or value >= low, f"at least {low}")
+            value, low = getattr(self, f.name), f.metadata["at_least"]
+            _check_type(f.name, value)
+            if type(value) in (int, float):
+                self._require(f.name, value >= low, f"at least {low}")
         self._require("page_size", self.page_size.bit_count() == 1, "a power of two")
         self._require("memory_fraction", 0 < self.memory_fraction <= 1, "in (0, 1]")
         self._require("port", 0 <= self.port <= 65535, "from 0 to 65535")
@@ -217,20 +221,6 @@ class ServerConfig:
         return cls(**{**values, **overrides})
 
 
-_AT_LEAST = {
-    "tp": 1,
-    "num_threads": 1,
-    "max_seq_len": 2,
-    "page_size": 1,
-    "num_pages": 1,
-    "max_running_requests": 1,
-    "max_prefill_tokens": 1,
-    "cuda_graph_max_bs": 0,
-    "max_open_requests": 1,
-    "num_tokenizers": 1,
-    "max_body_bytes": 1024,
-    "start_timeout_s": 1,
-}
 _TYPES = get_type_hints(ServerConfig)
 _TYPE_NAMES = {
     bool: "true or false",

@@ -18,19 +18,9 @@ from typing import Any
 from minisrv.checkpoint.hub import CONFIG_FILES, resolve_model
 from minisrv.checkpoint.model_config import ModelConfig, load_model_config
 from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig, flag, parse_command_line, parse_size
+from minisrv.engine import model_size
 from minisrv.engine.memory import MemoryPlan, format_size, useful_pages
-from minisrv.engine.model_size import (
-    ATTENTION_WORKSPACE_BYTES,
-    GRAPH_NODE_BYTES,
-    GRAPH_NODES,
-    Parameters,
-    count_parameters,
-    graph_bytes,
-    graph_sizes,
-    graph_width,
-    kv_bytes_per_token,
-    widest_layer,
-)
+from minisrv.engine.model_size import Parameters, count_parameters, kv_bytes_per_token
 from minisrv.engine.parallel.shard import Partition, check_divisible
 from minisrv.errors import ConfigError, MinisrvError
 
@@ -245,12 +235,12 @@ def _workspace(deployment: Deployment) -> tuple[int, str]:
     model, config, itemsize = deployment.model, deployment.config, _ITEMSIZE[deployment.dtype]
     samples = config.max_running_requests
     tokens = _prefill_tokens(config) + samples
-    width = widest_layer(model, config.tp)
+    width = model_size.widest_layer(model, config.tp)
     rotary = 2 * model.max_seq_len * model.head_dim * itemsize
     sampling = samples * model.vocab_size * itemsize
-    total = ATTENTION_WORKSPACE_BYTES + rotary + tokens * width * itemsize + sampling
+    total = model_size.ATTENTION_WORKSPACE_BYTES + rotary + tokens * width * itemsize + sampling
     return total, (
-        f"estimate: attention {format_size(ATTENTION_WORKSPACE_BYTES)}, "
+        f"estimate: attention {format_size(model_size.ATTENTION_WORKSPACE_BYTES)}, "
         f"rotary table {format_size(rotary)}, {tokens} tokens x {width} x {itemsize} B, "
         f"{samples} samples x {model.vocab_size} x {itemsize} B"
     )
@@ -260,13 +250,13 @@ def _graphs(deployment: Deployment) -> tuple[int, str]:
     """Bytes of the CUDA graphs of decode steps, and the formula."""
     model, config, itemsize = deployment.model, deployment.config, _ITEMSIZE[deployment.dtype]
     largest = min(config.cuda_graph_max_bs, config.max_running_requests)
-    sizes = graph_sizes(largest) if config.tp == 1 else []
+    sizes = model_size.graph_sizes(largest) if config.tp == 1 else []
     if not sizes:
         return 0, "none"
-    layer_bytes = GRAPH_NODES * GRAPH_NODE_BYTES
-    return graph_bytes(model, sizes, itemsize), (
+    layer_bytes = model_size.GRAPH_NODES * model_size.GRAPH_NODE_BYTES
+    return model_size.graph_bytes(model, sizes, itemsize), (
         f"estimate: {len(sizes)} sizes x {model.num_layers} layers x {format_size(layer_bytes)}, "
-        f"{largest} tokens x {graph_width(model)} x {itemsize} B"
+        f"{largest} tokens x {model_size.graph_width(model)} x {itemsize} B"
     )
 
 

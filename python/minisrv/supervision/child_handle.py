@@ -41,17 +41,13 @@ class ChildProcess:
         self.watched_fds = [self.status_fd]
         if sys.platform == "linux":
             self.watched_fds.append(os.pidfd_open(self.pid))
-        record = Boot(**boot, status_fd=child_fd, parent_pid=os.getpid(), fds=fds)
-        self._write(records.encode_line(record))
+        self.notify(Boot(**boot, status_fd=child_fd, parent_pid=os.getpid(), fds=fds))
         os.set_blocking(self._stdin.fileno(), False)
 
-    def notify(self, notice: Notice) -> None:
-        """Send a notice; it is lost if the child is dead or its pipe is full."""
-        self._write(records.encode_line(notice))
-
-    def _write(self, line: bytes) -> None:
+    def notify(self, record: Boot | Notice) -> None:
+        """Send a record; it is lost if the child is dead or its pipe is full."""
         with contextlib.suppress(OSError):
-            self._stdin.write(line)
+            self._stdin.write(records.encode_line(record))
 
     @property
     def _stdin(self) -> IO[bytes]:
