@@ -245,7 +245,7 @@ def _refuse_keys(raw: Json) -> None:
     for key in _REFUSED_KEYS:
         if raw.get(key) is not None:
             raise UnsupportedModelError(f"config.json has {key}, which minisrv does not implement")
-    _check_supported("hidden_act", [raw.get("hidden_act")], ("silu", "swish"))
+    _check_supported("hidden_act", [str(raw.get("hidden_act", "silu"))], ("silu", "swish"))
     layer_types = raw.get("layer_types") or ()
     _check_supported("layer_types", layer_types, ("full_attention", "sliding_attention"))
 

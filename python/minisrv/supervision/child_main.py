@@ -40,7 +40,6 @@ class Child:
         self._handle: Callable[[Notice], object] = self._early.append
 
     def report(self, report: Report) -> None:
-        """Send a report to the supervisor."""
         os.write(self.boot.status_fd, records.encode_line(report))
 
     def report_progress(self, phase: str, fraction: float) -> None:
