@@ -217,7 +217,7 @@ def page(rows: dict[str, tuple[Run, Run]]) -> str:
         )
     reached = rows["frontend alone"][0].reached
     verdict = "met" if reached >= TARGET * IN_TIME else "missed"
-    lines += ["", f"Target: {TARGET:,} tokens per second through the frontend alone, {verdict}."]
+    lines += ["", f"Target: {TARGET:,} tokens per second through the frontend only, {verdict}."]
     return "\n".join(lines) + "\n"
 
 
