@@ -15,13 +15,12 @@ class RequestAborted(Exception):
 
 @dataclass(slots=True, eq=False, repr=False)
 class OpenRequest:
-    """What the registry keeps of a request.
+    """What the registry keeps of a request; one reader waits for its events.
 
     live: uids without a final. tokenizers: which one each sent uid went to.
-
-    changed: something waits for the reader. silence: the timer that ends a wait without anything.
-    unread: what had come for it when it was closed.
-    cancelled: why the reader, which still has to take it, gets nothing more.
+    changed: the reader has something to do. silence: the timer that ends its wait without events.
+    unread: the events that nobody had read when it was closed.
+    cancelled: the error that its reader gets instead of further events.
     """
 
     base: int
@@ -44,54 +43,48 @@ class OpenRequest:
 
     @property
     def settled(self) -> bool:
-        """Nothing more will come that a reader of whole texts waits for."""
+        """Whether a reader of whole texts has nothing more to wait for."""
         return self.aborted or self.failed or not self.live
 
     def wake_reader(self) -> None:
-        """End the reader's wait, if there is now what it waits for."""
-        if self.wants_deltas or self.settled:
-            self.change()
-
-    def change(self) -> None:
-        """End the reader's wait."""
         self.changed = True
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
     async def wait(self) -> None:
-        """Until `change`. A bare future: this is awaited for every token of every stream."""
+        """Until `wake_reader`. A bare future: this is awaited for every token of every stream."""
         if not self.changed:
             self.waiter = asyncio.get_running_loop().create_future()
             await self.waiter
 
     def end_silence(self, after_s: float) -> None:
-        """See to it that a wait ends at most `after_s` from now: one timer for many waits."""
+        """End a wait at most `after_s` from now: one timer serves many waits."""
 
         def end() -> None:
             self.silence = None
-            self.change()
+            self.wake_reader()
 
         if self.silence is None:
             self.silence = asyncio.get_running_loop().call_later(after_s, end)
 
     def end_delivery(self) -> None:
-        """After a delivery: nobody reads an aborted request, a waiting reader gets its turn."""
+        """Wake the reader if it now has what it waits for; nobody reads an aborted request."""
         if self.aborted:
             self.pending.clear()
-        else:
+        elif self.wants_deltas or self.settled:
             self.wake_reader()
 
     def close(self) -> None:
-        """Nobody will read it any more; a waiting reader is woken."""
+        """Nobody will read further events; a waiting reader is woken."""
         self.aborted = True
         self.unread = list(self.pending.values())
         self.pending.clear()
-        self.change()
+        self.wake_reader()
         if self.silence is not None:
             self.silence.cancel()
 
-    def take(self) -> list[Event]:
-        """What has arrived. Raises RequestAborted after `close`, or why it was cancelled."""
+    def take_events(self) -> list[Event]:
+        """The pending events. Raises RequestAborted after `close`, or the error of `cancelled`."""
         if self.aborted:
             raise self.cancelled or RequestAborted
         self.changed = False

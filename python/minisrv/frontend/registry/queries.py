@@ -1,4 +1,4 @@
-"""Questions to the processes behind, each with one answer: what is no request for text."""
+"""Queries to tokenizers and scheduler, each with one answer."""
 
 from __future__ import annotations
 
@@ -9,30 +9,28 @@ from typing import Any
 
 from minisrv.errors import MinisrvError
 from minisrv.wire.events import failure_error
-from minisrv.wire.messages import AnswerMsg, Query
+from minisrv.wire.messages import AnswerMsg
 
 TIMEOUT_S = 30.0
 
 
 class Queries:
-    """Open questions by number. All methods belong to one event loop."""
+    """Open queries by number. All methods belong to one event loop."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
         self._open: dict[int, asyncio.Future[dict[str, Any]]] = {}
 
-    async def ask(
-        self, make: Callable[[int], Query], send: Callable[[Query], None]
-    ) -> dict[str, Any]:
-        """The answer to `make(number)`, sent by `send`.
+    async def ask(self, send: Callable[[int], None]) -> dict[str, Any]:
+        """The answer to the query that `send(number)` sends.
 
-        Raises RequestFailedError when it is refused, MinisrvError when none comes.
+        Raises RequestFailedError for a refused query, MinisrvError after TIMEOUT_S.
         """
         number = next(self._numbers)
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._open[number] = future
         try:
-            send(make(number))
+            send(number)
             async with asyncio.timeout(TIMEOUT_S):
                 return await future
         except TimeoutError:
@@ -43,7 +41,7 @@ class Queries:
             del self._open[number]
 
     def deliver(self, answer: AnswerMsg) -> None:
-        """Hand an answer to whoever asked; nobody waits any more for one that is late."""
+        """Pass an answer to the caller of `ask`; a late one is dropped."""
         future = self._open.get(answer.query)
         if future is None or future.done():
             return
