@@ -163,7 +163,7 @@ class LLM:
         if self._closed:
             raise RuntimeError("this LLM is closed")
         sampling = request.sampling.with_defaults(self.sampling_defaults)
-        (made,) = self._tokenizer.handle(replace(request, uid=self._next_uid, sampling=sampling))
+        made = self._tokenizer.handle(replace(request, uid=self._next_uid, sampling=sampling))
         if isinstance(made, UserReply):
             raise error_of(made.failures[0])
         assert isinstance(made, GenerateMsg)
