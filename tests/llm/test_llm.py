@@ -74,7 +74,7 @@ def test_an_included_stop_string_is_the_end_of_the_text(llm: LLM) -> None:
 
 
 def test_a_biased_id_outside_the_vocabulary_is_refused(llm: LLM) -> None:
-    with pytest.raises(InvalidRequestError, match="logit_bias holds token id 100000"):
+    with pytest.raises(InvalidRequestError, match="logit_bias holds 100000"):
         llm.generate("abc", logit_bias=(TokenBias(100000, 1.0),))
 
 

@@ -14,7 +14,7 @@ from minisrv.wire.logprobs import TokenLogprobs
 
 
 def build_logprobs(step: StepPlan) -> tuple[Int32Array, LogprobColumns | None]:
-    """The batch's `prompt_logprob_tokens` and `logprobs`: (none, None) when nobody asks."""
+    """The batch's `prompt_logprob_tokens` and `logprobs`: empty and None if no request asks."""
     samples = _asking(step)
     chunks = step.scored
     asking = [request for _, request in samples] + [chunk.request for chunk in chunks]

@@ -218,8 +218,7 @@ class TokenizerWorker:
         wrong = array[(array < 0) | (array >= self._vocab_size)]
         if wrong.size:
             raise InvalidRequestError(
-                f"{param} holds token id {wrong[0]}; the model's ids go from 0 to "
-                f"{self._vocab_size - 1}",
+                f"{param} holds {wrong[0]}; token ids go from 0 to {self._vocab_size - 1}",
                 param=param,
             )
 
