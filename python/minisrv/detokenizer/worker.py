@@ -195,9 +195,11 @@ class DetokenizerWorker:
             self._add_row(request, reply, text, Finish.STOP, stop)
             if not finish:
                 self._stop(uid, reply)
-        elif text or finish or reasoning is not None or request.start is not None:
+        elif finish:
             stop_id = token_id if finish == Finish.STOP_TOKEN else None
             self._add_row(request, reply, text, finish, stop_id)
+        elif text or reasoning is not None or request.start is not None:
+            self._add_row(request, reply, text, finish, None)
 
     def _add_row(
         self,

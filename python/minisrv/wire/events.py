@@ -100,15 +100,14 @@ def gather_reply(
         if event := event_of(uid):
             event.deltas.append(text)
             event.output_tokens = output_tokens
-            if finish == Finish.ABORT:
-                error = MinisrvError(
-                    "the request was aborted by the server", code="request_aborted"
-                )
-                event.failure = Failure.from_error(uid, error)
+            if finish:
                 ended.append(event)
-            elif finish:
-                event.finish, event.stop_reason = Finish(finish), stop_reason
-                ended.append(event)
+                if finish == Finish.ABORT:
+                    message = "the request was aborted by the server"
+                    error = MinisrvError(message, code="request_aborted")
+                    event.failure = Failure.from_error(uid, error)
+                else:
+                    event.finish, event.stop_reason = Finish(finish), stop_reason
     for failure in reply.failures:
         if event := event_of(failure.uid):
             event.failure = failure
