@@ -24,13 +24,15 @@ RESERVED_VARIABLES = (
 _SIZE_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
-def option(default: Any, help: str, *aliases: str, secret: bool = False) -> Any:
+def option(
+    default: Any, help: str, *aliases: str, at_least: float = 1, secret: bool = False
+) -> Any:
     """A field with the help of its flag. `aliases` are further names of the flag.
 
     A field that is True by default gets the flag `--no-<name>`; its help says what that one does.
-    secret: kept out of the repr and of `to_public_dict`.
+    at_least: the lowest value of a number. secret: kept out of the repr and of `to_public_dict`.
     """
-    metadata = {"help": help, "aliases": aliases, "secret": secret}
+    metadata = {"help": help, "aliases": aliases, "at_least": at_least, "secret": secret}
     return field(default=default, repr=not secret, metadata=metadata)
 
 
@@ -49,7 +51,7 @@ class ServerConfig:
         "(comma-separated in the environment; default: the value of --model)",
     )
     host: str = option("127.0.0.1", "address to listen on")
-    port: int = option(8000, "port to listen on; 0 picks a free port")
+    port: int = option(8000, "port to listen on; 0 picks a free port", at_least=0)
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
         "auto", "data type of weights and activations; auto uses the checkpoint's"
@@ -68,7 +70,7 @@ class ServerConfig:
     )
     num_threads: int | None = option(None, "CPU threads the engine uses (default: all cores)")
     max_seq_len: int | None = option(
-        None, "maximum prompt plus output tokens (default: the model's)"
+        None, "maximum prompt plus output tokens (default: the model's)", at_least=2
     )
     chat_template: str | None = option(None, "Jinja file that replaces the model's chat template")
 
@@ -100,7 +102,7 @@ class ServerConfig:
         None,
         "size of the KV cache on CPU, such as 2GiB (default: 25%% of free memory, at most 4GiB)",
     )
-    memory_fraction: float = option(0.9, "fraction of the GPU's memory to use")
+    memory_fraction: float = option(0.9, "fraction of the GPU's memory to use", at_least=0)
     radix_cache: bool = option(True, "do not keep or share cached prefixes between requests")
 
     max_running_requests: int = option(256, "maximum requests in one decode batch")
@@ -108,10 +110,12 @@ class ServerConfig:
         None, "maximum prompt tokens per step (default: 512 on CPU, 8192 on CUDA)"
     )
     overlap_depth: int | None = option(
-        None, "steps launched ahead of the one being settled, 0 or 1 (default: 0 on CPU, 1 on CUDA)"
+        None,
+        "steps launched ahead of the one being settled, 0 or 1 (default: 0 on CPU, 1 on CUDA)",
+        at_least=0,
     )
     cuda_graph_max_bs: int = option(
-        256, "largest decode batch to capture as a CUDA graph; 0 disables CUDA graphs"
+        256, "largest decode batch to capture as a CUDA graph; 0 disables CUDA graphs", at_least=0
     )
     max_open_requests: int = option(
         4096, "maximum unfinished requests; further ones are refused with 503"
@@ -141,7 +145,7 @@ class ServerConfig:
     cors_origins: str | None = option(
         None, "comma-separated origins that browsers may call from; * allows any"
     )
-    max_body_bytes: int = option(8 * 2**20, "maximum size of a request body")
+    max_body_bytes: int = option(8 * 2**20, "maximum size of a request body", at_least=1024)
     start_timeout_s: float = option(1800.0, "seconds the start may take, not counting downloads")
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "minimum level to log")
     log_format: Literal["text", "json"] = option("text", "json writes one object per line")
@@ -158,23 +162,22 @@ class ServerConfig:
             raise ConfigError("--served-model-name is empty")
         read_chat_template_kwargs(self.chat_template_kwargs)
         for f in fields(self):
-            _check_choice(f.name, getattr(self, f.name))
-        for name, low in _AT_LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(f"{flag(name)} is {value}; it must be at least {low}")
-        if self.page_size & (self.page_size - 1):
-            raise ConfigError(f"--page-size is {self.page_size}; it must be a power of two")
-        if not 0 < self.memory_fraction <= 1:
-            raise ConfigError(f"--memory-fraction is {self.memory_fraction}; it must be in (0, 1]")
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"--port is {self.port}; it must be from 0 to 65535")
-        if self.overlap_depth not in (None, 0, 1):
-            raise ConfigError(f"--overlap-depth is {self.overlap_depth}; it must be 0 or 1")
+            value, low = getattr(self, f.name), f.metadata["at_least"]
+            _check_type(f.name, value)
+            if type(value) in (int, float):
+                self._require(f.name, value >= low, f"at least {low}")
+        self._require("page_size", self.page_size.bit_count() == 1, "a power of two")
+        self._require("memory_fraction", 0 < self.memory_fraction <= 1, "in (0, 1]")
+        self._require("port", 0 <= self.port <= 65535, "from 0 to 65535")
+        self._require("overlap_depth", self.overlap_depth in (None, 0, 1), "0 or 1")
         if self.kv_memory is not None:
             parse_size(self.kv_memory)
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ConfigError("--ssl-keyfile needs --ssl-certfile")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ConfigError(f"{flag(name)} is {getattr(self, name)}; it must be {rule}")
 
     @property
     def served_names(self) -> tuple[str, ...]:
@@ -206,26 +209,18 @@ class ServerConfig:
     ) -> ServerConfig:
         """Defaults, then MINISRV_* variables, then `overrides`, which add to `api_key`."""
         environ = os.environ if environ is None else environ
-        values = _environment_values(environ)
+        values: dict[str, Any] = {}
+        if MODEL_ENV in environ:
+            values["model"] = environ[MODEL_ENV]
+        for f in fields(cls):
+            variable = ENV_PREFIX + f.name.upper()
+            if variable in environ:
+                values[f.name] = _parse_variable(f.name, variable, environ[variable])
         if "api_key" in overrides:
             overrides["api_key"] = (*values.get("api_key", ()), *overrides["api_key"])
         return cls(**{**values, **overrides})
 
 
-_AT_LEAST = {
-    "tp": 1,
-    "num_threads": 1,
-    "max_seq_len": 2,
-    "page_size": 1,
-    "num_pages": 1,
-    "max_running_requests": 1,
-    "max_prefill_tokens": 1,
-    "cuda_graph_max_bs": 0,
-    "max_open_requests": 1,
-    "num_tokenizers": 1,
-    "max_body_bytes": 1024,
-    "start_timeout_s": 1,
-}
 _TYPES = get_type_hints(ServerConfig)
 _TYPE_NAMES = {
     bool: "true or false",
@@ -267,23 +262,20 @@ def read_chat_template_kwargs(text: str) -> dict[str, Any]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add one flag per field. A flag that is not given leaves no value in the namespace."""
     for f in fields(ServerConfig):
-        literal = _choices(f.name)
-        plain = f.default is None or isinstance(f.default, bool | tuple)
-        default = "" if plain else f"(default: {f.default})"
-        text = f"{f.metadata['help']} {default}".strip()
-        names = [flag(f.name), *f.metadata["aliases"]]
-        common: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
-        if _plain_type(f.name) is bool:
-            if f.default is True:
-                parser.add_argument(flag(f"no_{f.name}"), action="store_false", **common)
-            else:
-                parser.add_argument(*names, action="store_true", **common)
-        elif literal:
-            parser.add_argument(*names, choices=literal, **common)
-        elif _plain_type(f.name) is tuple:
-            parser.add_argument(*names, action="append", metavar="X", **common)
+        kind, text = _plain_type(f.name), f.metadata["help"]
+        if f.default is not None and kind not in (bool, tuple):
+            text += f" (default: {f.default})"
+        name = flag(f"no_{f.name}" if f.default is True else f.name)
+        if kind is bool:
+            how: dict[str, Any] = {"action": "store_false" if f.default else "store_true"}
+        elif choices := _choices(f.name):
+            how = {"choices": choices}
+        elif kind is tuple:
+            how = {"action": "append", "metavar": "X"}
         else:
-            parser.add_argument(*names, type=_plain_type(f.name), metavar="X", **common)
+            how = {"type": kind, "metavar": "X"}
+        names = [name, *f.metadata["aliases"]]
+        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=text, **how)
 
 
 def parse_command_line(
@@ -306,17 +298,6 @@ def parse_command_line(
     except ConfigError as error:
         parser.error(error.message)
     return config, options
-
-
-def _environment_values(environ: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    if MODEL_ENV in environ:
-        values["model"] = environ[MODEL_ENV]
-    for f in fields(ServerConfig):
-        variable = ENV_PREFIX + f.name.upper()
-        if variable in environ:
-            values[f.name] = _parse_variable(f.name, variable, environ[variable])
-    return values
 
 
 def _parse_variable(name: str, variable: str, text: str) -> Any:
@@ -345,15 +326,12 @@ def _choices(name: str) -> tuple[str, ...]:
     return get_args(_TYPES[name]) if get_origin(_TYPES[name]) is Literal else ()
 
 
-def _check_choice(name: str, value: Any) -> None:
-    choices = _choices(name)
+def _check_type(name: str, value: Any) -> None:
+    choices, kind = _choices(name), _plain_type(name)
     if choices and value not in choices:
         raise ConfigError(f"{flag(name)} is {value!r}; it must be one of {', '.join(choices)}")
-    kind = _plain_type(name)
-    number_ok = kind is float and isinstance(value, int) and not isinstance(value, bool)
-    if value is None:
-        if type(None) in get_args(_TYPES[name]):
-            return
-    elif number_ok or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
+    if value is None and type(None) in get_args(_TYPES[name]):
         return
-    raise ConfigError(f"{flag(name)} is {value!r}; it must be {_TYPE_NAMES[kind]}")
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{flag(name)} is {value!r}; it must be {_TYPE_NAMES[kind]}")

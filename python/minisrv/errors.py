@@ -25,6 +25,12 @@ class MinisrvError(Exception):
     code: str | None = "internal_error"
     lengths: Lengths | None = None
 
+    def __init_subclass__(cls, status: int | None = None, code: str | None = None) -> None:
+        """`status` and `code` are those of the class; None leaves them as they are."""
+        super().__init_subclass__()
+        cls.http_status = status or cls.http_status
+        cls.code = code or cls.code
+
     def __init__(
         self,
         message: str,
@@ -32,39 +38,33 @@ class MinisrvError(Exception):
         param: str | None = None,
         code: str | None = None,
         status: int | None = None,
+        error_type: str | None = None,
     ) -> None:
-        """`code` and `status` replace those of the class."""
+        """`code`, `status` and `error_type` replace those of the class."""
         super().__init__(message)
         self.message = message
         self.param = param
-        if code is not None:
-            self.code = code
-        if status is not None:
-            self.http_status = status
+        self.code = code or self.code
+        self.http_status = status or self.http_status
+        self.error_type = error_type or self.error_type
 
     def rename_field(self, name: str) -> None:
-        """Call the field in question `name`, in `param` and at the beginning of the sentence.
-
-        A sentence that names its field begins with it, so nothing else in it can change.
-        """
+        """Call the field `name`, in `param` and where the message begins with the field."""
         if self.param is not None and self.message.startswith(self.param):
             self.message = name + self.message.removeprefix(self.param)
             self.args = (self.message,)
         self.param = name
 
 
-class InvalidRequestError(MinisrvError, ValueError):
+class InvalidRequestError(MinisrvError, ValueError, status=400):
     """The request is invalid; the message says what, how much, the limit, and the way out."""
 
-    http_status = 400
     error_type = "invalid_request_error"
     code: str | None = None
 
 
-class ContextLengthError(InvalidRequestError):
+class ContextLengthError(InvalidRequestError, code="context_length_exceeded"):
     """Prompt and output together exceed the context."""
-
-    code = "context_length_exceeded"
 
     def __init__(self, lengths: Lengths, part: str, *, param: str | None = None) -> None:
         """part: what the message calls the prompt."""
@@ -78,65 +78,41 @@ class ContextLengthError(InvalidRequestError):
         self.lengths = lengths
 
 
-class UnauthorizedError(InvalidRequestError):
+class UnauthorizedError(InvalidRequestError, status=401, code="invalid_api_key"):
     """The request has no API key or an unknown one."""
 
-    http_status = 401
-    code = "invalid_api_key"
 
-
-class ForbiddenError(MinisrvError):
+class ForbiddenError(MinisrvError, status=403):
     """The route needs the admin key."""
 
-    http_status = 403
     error_type = "permission_error"
     code: str | None = None
 
 
-class ModelNotFoundError(InvalidRequestError):
+class ModelNotFoundError(InvalidRequestError, status=404, code="model_not_found"):
     """The request names a model that is not served."""
 
-    http_status = 404
-    code = "model_not_found"
 
-
-class RequestTooLargeError(InvalidRequestError):
+class RequestTooLargeError(InvalidRequestError, status=413, code="request_too_large"):
     """The body or the prompt exceeds a size limit."""
 
-    http_status = 413
-    code = "request_too_large"
 
-
-class NotReadyError(MinisrvError):
+class NotReadyError(MinisrvError, status=503, code="server_starting"):
     """The server is starting or stopping; the client may retry later."""
 
-    http_status = 503
-    code = "server_starting"
 
-
-class OverloadedError(MinisrvError):
+class OverloadedError(MinisrvError, status=503, code="server_overloaded"):
     """The limit on open requests is reached; the client may retry later."""
 
-    http_status = 503
-    code = "server_overloaded"
 
-
-class EngineDeadError(MinisrvError):
+class EngineDeadError(MinisrvError, code="engine_dead"):
     """A process of the engine has died; no open request can be finished."""
-
-    http_status = 500
-    code = "engine_dead"
 
 
 class RequestFailedError(MinisrvError):
     """The engine refused or failed this request; carries the fields of its error."""
 
-    def __init__(
-        self, message: str, *, status: int, error_type: str, code: str | None, param: str | None
-    ) -> None:
-        super().__init__(message, param=param, status=status)
-        self.error_type = error_type
-        self.code = code
+    code: str | None = None
 
 
 class ConfigError(MinisrvError, ValueError):

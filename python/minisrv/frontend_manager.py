@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Generator
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 from minisrv.config import ServerConfig
@@ -30,7 +29,7 @@ from minisrv.wire.messages import Start, TokenizeMsg
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ack:
-    """What came for one choice since its last ack.
+    """The output of one choice since its last ack.
 
     incremental_output: text; all of a uid's join to its full text. output_tokens: so far.
     finish_reason: stop or length, in the last ack of a uid. stop_reason: the stop string or stop
@@ -48,11 +47,13 @@ class Ack:
 
 
 class FrontendManager:
-    """Owns an engine's processes and speaks to them; belongs to one event loop after `start`."""
+    """Owns the processes of an engine; belongs to one event loop after `start`."""
 
     def __init__(self, config: ServerConfig | None = None, **options: Any) -> None:
-        """`options` are fields of ServerConfig, in place of a `config`; the environment gives
-        the others. Raises ConfigError."""
+        """`options` replace a `config`: fields of ServerConfig; the environment sets the others.
+
+        Raises ConfigError.
+        """
         if config is not None and options:
             raise TypeError("give a config or options, not both")
         self.config = config or ServerConfig.from_environment(**options)
@@ -76,7 +77,7 @@ class FrontendManager:
             raise self._thread.error or EngineDeadError("the engine was closed during its start")
 
     async def launch(self) -> None:
-        """Start the processes, once; `registry.state` shows how far they are."""
+        """Start the processes, once; `registry.state` reports their progress."""
         if self._thread is not None:
             return
         loop = asyncio.get_running_loop()
@@ -99,7 +100,7 @@ class FrontendManager:
             self._started.set()
 
     async def aclose(self) -> None:
-        """End the processes; what is still open fails. Right in every state."""
+        """End the processes; open requests fail. Allowed in every state."""
         if self._thread is not None:
             await asyncio.to_thread(self._thread.stop)
         if self._client is not None:
@@ -107,7 +108,7 @@ class FrontendManager:
             await client.__aexit__(None, None, None)
 
     def close(self) -> None:
-        """End the processes, from code that is no coroutine."""
+        """End the processes, from code outside the event loop."""
         if self._thread is not None:
             self._thread.stop()
 
@@ -119,12 +120,7 @@ class FrontendManager:
             raise
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
     def new_user(self, n: int = 1) -> int:
@@ -155,7 +151,9 @@ class FrontendManager:
         if prompt is not None and not isinstance(prompt, str):
             prompt = token_array(prompt)
         self.registry.send(replace(message, prompt=prompt, sampling=sampling))
-        return _Sent()
+        sent = asyncio.get_running_loop().create_future()
+        sent.set_result(None)
+        return sent
 
     async def wait_for_ack(self, uid: int) -> AsyncGenerator[Ack, None]:
         """Acks until each choice of `uid` has finished, or until `abort`; leaving early aborts.
@@ -184,13 +182,6 @@ class FrontendManager:
         """Stop all choices of `uid` and free what they hold. Returns whether anything still ran."""
         self._num_choices.pop(uid, None)
         return self.registry.abort(uid)
-
-
-class _Sent:
-    """An awaitable that is done."""
-
-    def __await__(self) -> Generator[None, None, None]:
-        yield from ()
 
 
 def _ack(event: Event, start: Start) -> Ack:

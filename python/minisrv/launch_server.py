@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from minisrv import log
 from minisrv.config import ServerConfig, parse_command_line
 from minisrv.errors import ConfigError, MinisrvError
+from minisrv.supervision.records import EngineReady, Notice, StartProgress
 
 if TYPE_CHECKING:
-    from minisrv.supervision.records import Notice
     from minisrv.supervision.supervisor import Supervisor
 
 BACKLOG = 2048
@@ -46,7 +46,10 @@ def serve(config: ServerConfig) -> None:
     """
     log.setup("supervisor", config.log_level, config.log_format)
     check_certificate(config)
-    check_keys(config)
+    if config.api_key or config.api_key_file or config.admin_key is not None:
+        from minisrv.frontend.http.access import Keys
+
+        Keys.of(config)  # raises ConfigError for a key that the frontend could not use
     listener = listen(config.host, config.port)
     console = Console(config, listener.getsockname()[1])
     # Imported late, so that --help and a port in use are reported at once.
@@ -86,14 +89,6 @@ def check_certificate(config: ServerConfig) -> None:
         raise ConfigError(f"the certificate in {files} cannot be used: {error.strerror}") from error
 
 
-def check_keys(config: ServerConfig) -> None:
-    """Raise ConfigError for an unusable API key, before the frontend process finds it."""
-    if config.api_key or config.api_key_file or config.admin_key is not None:
-        from minisrv.frontend.http.access import Keys
-
-        Keys.of(config)
-
-
 @contextlib.contextmanager
 def _signals_stop(supervisor: Supervisor) -> Iterator[None]:
     """Have SIGINT, SIGTERM and SIGHUP (a closed terminal) stop the supervisor, even in a wait."""
@@ -129,8 +124,6 @@ class Console:
 
     def show(self, notice: Notice) -> None:
         """Print a notice; progress only per quarter."""
-        from minisrv.supervision.records import EngineReady, StartProgress
-
         match notice:
             case StartProgress(phase, fraction):
                 shown_phase, shown_fraction = self._shown
@@ -153,17 +146,17 @@ class Console:
 def banner(config: ServerConfig, url: str, facts: dict[str, Any], seconds: float) -> str:
     """The summary printed when the server is ready."""
     defaults = {k: v for k, v in facts["sampling_defaults"].items() if v is not None}
+    sampling = ", ".join(f"{k} {v}" for k, v in defaults.items())
     lines = [
         f"ready after {seconds:.1f} s",
         f"  URL       {url}/v1",
         f"  model     {config.served_name}, {facts['placement']}",
         f"  context   {facts['max_seq_len']} tokens",
         "  memory    " + facts["memory_plan"].replace("\n", "\n" + " " * 12),
-        "  sampling  "
-        + (", ".join(f"{k} {v}" for k, v in defaults.items()) or "OpenAI's defaults"),
+        f"  sampling  {sampling} (generation_config.json)"
+        if sampling
+        else "  sampling  OpenAI's defaults",
     ]
-    if defaults:
-        lines[-1] += " (generation_config.json)"
     if facts["unapplied_defaults"]:
         lines.append(f"  not used  {', '.join(facts['unapplied_defaults'])}")
     return "\n".join(lines)

@@ -15,7 +15,8 @@ from typing import Any
 def setup(process: str, level: str = "info", format: str = "text") -> None:
     """Write minisrv's log records to stderr, each with the name of the process."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormatter(process) if format == "json" else _text(process))
+    text = logging.Formatter(f"%(asctime)s {process:<11} %(levelname)-7s %(message)s", "%H:%M:%S")
+    handler.setFormatter(_JsonFormatter(process) if format == "json" else text)
     logger = logging.getLogger("minisrv")
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
@@ -26,10 +27,6 @@ def event(logger: logging.Logger, level: int, name: str, values: dict[str, Any])
     """Log an event. Values must be safe to print: no text from a client unless it is escaped."""
     text = "".join(f" {key}={value}" for key, value in values.items())
     logger.log(level, "%s%s", name, text, extra={"event": name, "values": values})
-
-
-def _text(process: str) -> logging.Formatter:
-    return logging.Formatter(f"%(asctime)s {process:<11} %(levelname)-7s %(message)s", "%H:%M:%S")
 
 
 class _JsonFormatter(logging.Formatter):

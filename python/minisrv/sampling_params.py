@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from minisrv.errors import InvalidRequestError
 
@@ -19,6 +19,24 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_BIASES = 1024
 MAX_GRAMMAR_BYTES = 2**17
 MAX_LOGPROBS = 20
+_MAX_INT = 2**31 - 1
+# The range of each number; "(" excludes the lower end. max_tokens is checked with other fields.
+_NUMBERS = {
+    "temperature": ("[", 0, 2),
+    "top_p": ("(", 0, 1),
+    "min_p": ("[", 0, 1),
+    "presence_penalty": ("[", -2, 2),
+    "frequency_penalty": ("[", -2, 2),
+    "repetition_penalty": ("(", 0, 2),
+}
+_INTEGERS = {
+    "top_k": (-1, _MAX_INT),
+    "seed": (-(2**63), 2**63 - 1),
+    "n": (1, MAX_CHOICES),
+    "min_tokens": (0, _MAX_INT),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +57,7 @@ class Grammar:
 
     def __post_init__(self) -> None:
         num_bytes = len(self.text.encode(errors="replace"))
-        if num_bytes > MAX_GRAMMAR_BYTES:
-            raise InvalidRequestError(
-                f"{self.param} has {num_bytes} bytes; the limit is {MAX_GRAMMAR_BYTES}",
-                param=self.param,
-            )
+        _check_count(self.param, num_bytes, "bytes", MAX_GRAMMAR_BYTES)
 
     @classmethod
     def json_schema(cls, schema: str | bool | Mapping[str, Any], param: str = "grammar") -> Grammar:
@@ -133,25 +147,17 @@ class SamplingParams:
             if isinstance(value, str):
                 value = (value,)
             object.__setattr__(self, name, tuple(value or ()))  # nobody has seen this object yet
-        _check_number("temperature", self.temperature, 0.0, 2.0)
-        _check_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _check_number("min_p", self.min_p, 0.0, 1.0)
-        _check_integer("top_k", self.top_k, -1, 2**31 - 1)
-        _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
-        _check_integer("n", self.n, 1, MAX_CHOICES)
+        for name, (bracket, low, high) in _NUMBERS.items():
+            value = getattr(self, name)
+            inside = value is None or (_is_number(value) and low <= value <= high)
+            if not inside or (bracket == "(" and value == low):
+                _refuse(name, f"is {value!r}; it must be in {bracket}{low}, {high}]")
+        for name, (least, most) in _INTEGERS.items():
+            _check_integer(name, getattr(self, name), least, most)
         without_output = self.echo or self.prompt_logprobs is not None
-        _check_integer("max_tokens", self.max_tokens, 0 if without_output else 1, 2**31 - 1)
-        _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        _check_integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
-        _check_integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        _check_integer("max_tokens", self.max_tokens, 0 if without_output else 1, _MAX_INT)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise InvalidRequestError(
-                f"min_tokens is {self.min_tokens}, more than the limit, {self.max_tokens}",
-                param="min_tokens",
-            )
-        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.0, 2.0, open_low=True)
+            _refuse("min_tokens", f"is {self.min_tokens}, more than the limit, {self.max_tokens}")
         object.__setattr__(self, "logit_bias", _checked_biases(self.logit_bias))
         self._check_stops()
 
@@ -172,26 +178,18 @@ class SamplingParams:
         return max(self.logprobs or 0, self.prompt_logprobs or 0)
 
     def _check_stops(self) -> None:
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequestError(
-                f"stop has {len(self.stop)} strings; the limit is {MAX_STOP_STRINGS}", param="stop"
-            )
+        _check_count("stop", len(self.stop), "strings", MAX_STOP_STRINGS)
         for text in self.stop:
             if not isinstance(text, str) or not text:
-                raise InvalidRequestError("stop must contain only non-empty strings", param="stop")
+                _refuse("stop", "must contain only non-empty strings")
             if len(text) > MAX_STOP_CHARS:
                 raise InvalidRequestError(
                     f"a stop string has {len(text)} characters; the limit is {MAX_STOP_CHARS}",
                     param="stop",
                 )
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequestError(
-                f"stop_token_ids has {len(self.stop_token_ids)} ids; "
-                f"the limit is {MAX_STOP_TOKEN_IDS}",
-                param="stop_token_ids",
-            )
+        _check_count("stop_token_ids", len(self.stop_token_ids), "ids", MAX_STOP_TOKEN_IDS)
         for token_id in self.stop_token_ids:
-            _check_integer("stop_token_ids", token_id, 0, 2**31 - 1)
+            _check_integer("stop_token_ids", token_id, 0, _MAX_INT)
 
     def with_defaults(self, defaults: SamplingParams) -> SamplingParams:
         """Replace each None by `defaults`, or where that is None too by OpenAI's default."""
@@ -209,36 +207,36 @@ def _first(*values: _T | None) -> _T:
     return next(value for value in values if value is not None)
 
 
-def _check_number(
-    name: str, value: float | None, low: float, high: float, open_low: bool = False
-) -> None:
+def _refuse(param: str, problem: str) -> NoReturn:
+    raise InvalidRequestError(f"{param} {problem}", param=param)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_count(param: str, count: int, what: str, limit: int) -> None:
+    if count > limit:
+        _refuse(param, f"has {count} {what}; the limit is {limit}")
+
+
+def _check_integer(param: str, value: int | None, low: int, high: int) -> None:
     if value is None:
         return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and math.isfinite(value) and low <= value <= high and not (open_low and value == low):
-        return
-    bracket = "(" if open_low else "["
-    raise InvalidRequestError(
-        f"{name} is {value!r}; it must be in {bracket}{low:g}, {high:g}]", param=name
-    )
+    if not isinstance(value, int) or isinstance(value, bool):
+        _refuse(param, f"is {value!r}; it must be an integer")
+    if not low <= value <= high:
+        _refuse(param, f"is {value}; it must be from {low} to {high}")
 
 
 def _checked_biases(biases: tuple[TokenBias, ...]) -> tuple[TokenBias, ...]:
-    if len(biases) > MAX_BIASES:
-        raise InvalidRequestError(
-            f"logit_bias has {len(biases)} tokens; the limit is {MAX_BIASES}", param="logit_bias"
-        )
+    _check_count("logit_bias", len(biases), "tokens", MAX_BIASES)
     for bias in biases:
-        _check_integer("logit_bias", bias.token_id, 0, 2**31 - 1)
-        _check_bias(f"logit_bias.{bias.token_id}", bias.value)
+        _check_integer("logit_bias", bias.token_id, 0, _MAX_INT)
+        if not _is_number(bias.value):
+            shown = "null" if bias.value is None else repr(bias.value)[:60]
+            _refuse(f"logit_bias.{bias.token_id}", f"is {shown}; it must be a number")
     return tuple(TokenBias(b.token_id, min(100.0, max(-100.0, b.value))) for b in biases)
-
-
-def _check_bias(name: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
-        shown = "null" if value is None else repr(value)[:60]
-        raise InvalidRequestError(f"{name} is {shown}; it must be a number", param=name)
 
 
 def read_logit_bias(biases: Mapping[str, float]) -> tuple[TokenBias, ...]:
@@ -246,17 +244,6 @@ def read_logit_bias(biases: Mapping[str, float]) -> tuple[TokenBias, ...]:
     for key in biases:
         digits = key.isascii() and key.isdigit() and len(key) <= 10
         if not digits or str(int(key)) != key:  # "05" and "5" would be the same token
-            raise InvalidRequestError(
-                f"logit_bias has the key {key[:50]!r}; keys are token ids without leading zeros",
-                param="logit_bias",
-            )
+            shown = repr(key[:50])
+            _refuse("logit_bias", f"has the key {shown}; keys are token ids without leading zeros")
     return tuple(TokenBias(int(key), value) for key, value in biases.items())
-
-
-def _check_integer(name: str, value: int | None, low: int, high: int) -> None:
-    if value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InvalidRequestError(f"{name} is {value!r}; it must be an integer", param=name)
-    if not low <= value <= high:
-        raise InvalidRequestError(f"{name} is {value}; it must be from {low} to {high}", param=name)

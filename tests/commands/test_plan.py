@@ -17,8 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minisrv.checkpoint.model_config import load_model_config
 from minisrv.commands import cli
-from minisrv.commands.gpus import find_gpu
-from minisrv.commands.plan import Deployment, advise, fits, make_plan
+from minisrv.commands.plan import Deployment, advise, find_gpu, fits, make_plan
 from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
 from minisrv.engine.model_size import count_parameters

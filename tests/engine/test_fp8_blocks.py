@@ -23,7 +23,7 @@ _LOGITS = (
 import json, sys
 from pathlib import Path
 sys.path[:0] = PATHS
-import minisrv.engine.engine as module
+import minisrv.engine.rank_engine as module
 from tests.support.step_driver import StepDriver, open_engine
 
 module.keeps_fp8 = lambda *args: True
@@ -36,7 +36,7 @@ print(json.dumps(driver.logits(prefills=[(driver.add(), IDS)])[0].tolist()))
 def test_logits_are_those_of_transformers_with_rounded_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("test_fp8.BLOCK", (32, 32))
+    monkeypatch.setattr("tests.engine.test_fp8.BLOCK", (32, 32))
     monkeypatch.setitem(SCHEMES, "block", ("_scale_inv", {**FP8, "weight_block_size": [32, 32]}))
     quantized, plain = write_pair(tmp_path, "llama", "block")
     model = AutoModelForCausalLM.from_pretrained(plain, attn_implementation="sdpa").eval()

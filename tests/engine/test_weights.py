@@ -66,7 +66,7 @@ def test_an_index_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model", "llama")
     (path / FILE).rename(tmp_path / FILE)
     (path / INDEX).write_text(json.dumps({"weight_map": {"a": f"../{FILE}"}}))
-    with pytest.raises(ConfigError, match="no file in the checkpoint's directory"):
+    with pytest.raises(ConfigError, match="which is not the name of a file"):
         open_engine(path)
 
 
@@ -89,7 +89,7 @@ def test_a_wrong_shape_is_named_with_both_shapes(tmp_path: Path) -> None:
 def test_integers_are_no_weights(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "llama")
     edit(path, model__norm__weight=torch.ones(64, dtype=torch.int8))
-    with pytest.raises(ConfigError, match=r"model\.norm\.weight holds torch\.int8"):
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight has dtype torch\.int8"):
         open_engine(path)
 
 
@@ -115,7 +115,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_without_safetensors_is_refused_in_one_sentence(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "llama")
     (path / FILE).rename(path / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"alone.*safetensors"):
+    with pytest.raises(ConfigError, match=r"only as .bin or .pt files.*safetensors"):
         open_engine(path)
 
 

@@ -156,7 +156,10 @@ def test_graphs_give_the_tokens_of_eager_steps(case: Case, at_once: int) -> None
 
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "lacking"),
-    [(64, "float32", "has no float32"), (80, "bfloat16", "has no heads of 80 numbers")],
+    [
+        (64, "float32", "does not support float32"),
+        (80, "bfloat16", "does not support a head size of 80"),
+    ],
 )
 def test_what_flashinfer_lacks_is_served_by_torch_with_one_warning(
     tmp_path: Path, head_dim: int, dtype: str, lacking: str, caplog: pytest.LogCaptureFixture

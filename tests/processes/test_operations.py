@@ -167,7 +167,7 @@ def test_a_flush_forgets_cached_prefixes_and_waits_if_told_to(
     (stream,) = open_requests(server.url, num_streams=1, num_whole=0)
     refused = http.post("/flush_cache")
     assert refused.status_code == 400
-    assert "1 requests are open" in refused.json()["error"]["message"]
+    assert "open now: 1" in refused.json()["error"]["message"]
     results: list[int] = []
     flush = threading.Thread(
         target=lambda: results.append(

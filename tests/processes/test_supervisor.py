@@ -35,7 +35,7 @@ run_child("test", main)
 SERVE = "child.report(ChildReady({'pid': os.getpid()})); time.sleep(60)"
 
 # Children that report once and exit, by kind.
-SHORT_LIVED = [kind for kind, module in supervisor.MODULES.items() if ".prepare_" in module]
+SHORT_LIVED = [kind for kind, module in supervisor.MODULES.items() if module.endswith(".prepare")]
 PREPARE = {
     "hub": "child.report(ChildReady({'model_dir': os.environ['TEST_MODEL_DIR']}))",
     "converter": "os.mkdir(child.boot.tokenizer_dir); child.report(ChildReady())",

@@ -461,6 +461,13 @@ def test_of_two_that_arrive_together_the_second_waits_for_the_pages_of_the_first
     assert driver.starts[1].cached_tokens == 8
 
 
+def test_two_that_arrive_together_with_different_salts_share_nothing() -> None:
+    driver = Driver(num_pages=60, page_size=4, budget=64)
+    driver.add(0, [9] * 9)
+    driver.add(1, [9] * 9, "another salt")
+    assert chunks(driver.step()) == [(0, 0, 9), (1, 0, 9)]
+
+
 def test_a_prompt_that_continues_a_finished_one_begins_after_its_pages() -> None:
     driver = Driver(num_pages=60, page_size=4, budget=64)
     driver.add(0, [9] * 9, max_tokens=1)
@@ -528,6 +535,18 @@ def test_a_start_has_the_time_to_the_first_admission_and_from_there_to_the_first
     driver.settle(plan)
     times = [(start.queue_s, start.prefill_s, start.at) for start in driver.starts.values()]
     assert times == [(1.0, 0.0, 101.0), (7.0, 2.0, 109.0)]
+
+
+def test_a_request_preempted_before_its_first_token_was_queued_until_its_first_admission() -> None:
+    driver = Driver(num_pages=20, budget=4)
+    request = driver.add(0, prompt(0, 8))
+    driver.now = 1.0
+    driver.step()
+    driver.scheduler._preempt(request, now=2.0)
+    driver.now = 5.0
+    driver.step()
+    start = driver.starts[0]
+    assert (start.queue_s, start.prefill_s) == (1.0, 4.0)
 
 
 # The status

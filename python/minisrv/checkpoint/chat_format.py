@@ -35,7 +35,6 @@ class ChatFormat:
 
     @property
     def call_markers(self) -> tuple[str, ...]:
-        """The texts that delimit tool calls."""
         return _CALL_MARKERS[self.tool_format] if self.tool_format else ()
 
     @classmethod

@@ -47,50 +47,41 @@ def resolve_model(name: str, progress: ReportProgress, patterns: Sequence[str] =
     ("download", fraction of the bytes), from any thread. `patterns` select the files to download.
     Raises ConfigError.
     """
-    return find_local_model(name) or _download(name, progress, patterns)
-
-
-def _download(name: str, progress: ReportProgress, patterns: Sequence[str]) -> Path:
+    if (local := find_local_model(name)) is not None:
+        return local
     from huggingface_hub import snapshot_download
 
     match = HUB_NAME.fullmatch(name)
     assert match is not None
     try:
-        return Path(
-            snapshot_download(
-                match["repo"],
-                revision=match["revision"],
-                allow_patterns=list(patterns),
-                tqdm_class=_progress_bar(progress),
-            )
+        directory = snapshot_download(
+            match["repo"],
+            revision=match["revision"],
+            allow_patterns=list(patterns),
+            tqdm_class=_progress_bar(progress),
         )
     except Exception as error:
         raise ConfigError(f"--model {name}: {_reason(error)}") from error
+    return Path(directory)
 
 
 def _reason(error: Exception) -> str:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
     match error:
-        case GatedRepoError():
+        case errors.GatedRepoError():
             return "the model is gated; accept its terms on the hub and set HF_TOKEN"
-        case RepositoryNotFoundError():
+        case errors.RepositoryNotFoundError():
             return "no such directory, and no such model on the hub (or HF_TOKEN has no access)"
-        case RevisionNotFoundError():
+        case errors.RevisionNotFoundError():
             return "the hub has the model, but not this revision"
-        case LocalEntryNotFoundError():
+        case errors.LocalEntryNotFoundError():
             return (
                 "no such directory, not in the hub's cache, and the hub cannot be reached; "
                 "check the network or use the directory of a checkpoint"
             )
-        case _:
-            first_line = (str(error).splitlines() or [""])[0]
-            return f"the download failed: {type(error).__name__}: {first_line}"
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"the download failed: {type(error).__name__}: {first_line}"
 
 
 def _progress_bar(progress: ReportProgress) -> type[Any]:

@@ -7,10 +7,10 @@ that loads computes what its authors' code computes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, get_args
 
 from minisrv.errors import ConfigError, InvalidRequestError, UnsupportedModelError
 from minisrv.sampling_params import SamplingParams
@@ -95,45 +95,25 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """Defaults of an architecture's config class in transformers."""
+    """Defaults of an architecture's config class in transformers.
 
-    tie: bool = False
-    qkv_bias: bool | None = None  # None: `attention_bias` decides, also for o_proj
+    qkv_bias: None means that `attention_bias` decides, also for o_proj.
+    """
+
+    qkv_bias: bool | None = None
     reads_mlp_bias: bool = False
     head_dim: int | None = None
-    sliding_window: Callable[[Json], int | None] = lambda raw: None
+    window: Literal["never", "always", "if_used", "per_layer"] = "never"
     moe: bool = False
-
-
-def _mistral_window(raw: Json) -> int | None:
-    return cast("int | None", raw.get("sliding_window", 4096))
-
-
-def _qwen_window(raw: Json) -> int | None:
-    if not raw.get("use_sliding_window", False):
-        return None
-    layers = raw["num_hidden_layers"]
-    types = raw.get("layer_types")
-    if types is None:
-        sliding = raw.get("max_window_layers", 28) < layers
-    else:
-        sliding = "sliding_attention" in types
-    return cast("int | None", raw.get("sliding_window", 4096)) if sliding else None
-
-
-def _qwen_moe_window(raw: Json) -> int | None:
-    used = raw.get("use_sliding_window", False)
-    return cast("int | None", raw.get("sliding_window", 4096)) if used else None
 
 
 _FAMILIES = {
     "LlamaForCausalLM": _Family(reads_mlp_bias=True),
-    "MistralForCausalLM": _Family(qkv_bias=False, sliding_window=_mistral_window),
-    "Qwen2ForCausalLM": _Family(qkv_bias=True, sliding_window=_qwen_window),
-    "Qwen3ForCausalLM": _Family(head_dim=128, sliding_window=_qwen_window),
-    "Qwen3MoeForCausalLM": _Family(moe=True, sliding_window=_qwen_moe_window),
+    "MistralForCausalLM": _Family(qkv_bias=False, window="always"),
+    "Qwen2ForCausalLM": _Family(qkv_bias=True, window="per_layer"),
+    "Qwen3ForCausalLM": _Family(head_dim=128, window="per_layer"),
+    "Qwen3MoeForCausalLM": _Family(moe=True, window="if_used"),
 }
-SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
 
 # Keys that change the result unless they are null, and that no family reads.
 _REFUSED_KEYS = (
@@ -158,6 +138,7 @@ _ROPE_KEYS = {
     ),
     "dynamic": ("factor", "original_max_position_embeddings"),
 }
+_ALL_ROPE_KEYS = sorted({key for keys in _ROPE_KEYS.values() for key in keys})
 # Parameters that generation_config.json may set for requests that omit them.
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _GENERATION_NEUTRAL = {
@@ -184,14 +165,20 @@ def load_model_config(path: str | Path, max_seq_len: int | None = None) -> Model
     UnsupportedModelError for a model that needs a feature minisrv does not implement.
     """
     directory = Path(path)
-    raw = _read_json(directory / "config.json", required=True)
-    generation = _read_json(directory / "generation_config.json", required=False)
-    architecture, family = _family(raw)
+    raw = read_json(directory / "config.json", required=True)
+    generation = read_json(directory / "generation_config.json")
+    architecture = ", ".join(map(str, raw.get("architectures") or ["(none)"]))
+    _check_supported("architectures", [architecture], _FAMILIES)
+    family = _FAMILIES[architecture]
     _refuse_keys(raw)
+    dtype = raw.get("dtype") or raw.get("torch_dtype")
+    _check_supported("dtype", [dtype], get_args(Dtype))
     heads = _positive(raw, "num_attention_heads")
     max_position, rope = _rope(raw, max_seq_len)
-    context = _context(max_position, max_seq_len)
-    _check_window(family.sliding_window(raw), context)
+    if max_seq_len is not None and max_seq_len > max_position:
+        raise ConfigError(
+            f"--max-seq-len is {max_seq_len}; the model's context is {max_position} tokens"
+        )
     attention_bias = bool(raw.get("attention_bias", False))
     config = ModelConfig(
         architecture=architecture,
@@ -203,7 +190,7 @@ def load_model_config(path: str | Path, max_seq_len: int | None = None) -> Model
         num_kv_heads=_positive(raw, "num_key_value_heads", heads),
         head_dim=_positive(raw, "head_dim", family.head_dim or raw["hidden_size"] // heads),
         max_position=max_position,
-        max_seq_len=context,
+        max_seq_len=max_seq_len or max_position,
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         rope=rope,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
@@ -212,17 +199,26 @@ def load_model_config(path: str | Path, max_seq_len: int | None = None) -> Model
         mlp_bias=family.reads_mlp_bias and bool(raw.get("mlp_bias", False)),
         moe=_moe(raw) if family.moe else None,
         fp8=_fp8(raw.get("quantization_config")),
-        dtype=_dtype(raw),
-        bos_token_id=_token_id(_first_set("bos_token_id", generation, raw)),
-        eos_token_ids=_token_ids(_first_set("eos_token_id", generation, raw)),
+        dtype=dtype,
+        bos_token_id=next(iter(_token_ids("bos_token_id", generation, raw)), None),
+        eos_token_ids=_token_ids("eos_token_id", generation, raw),
         sampling_defaults=_sampling_defaults(generation),
-        unapplied_defaults=_unapplied(generation),
+        unapplied_defaults=tuple(
+            f"{key}={generation[key]}"
+            for key, neutral in _GENERATION_NEUTRAL.items()
+            if generation.get(key) not in (None, neutral)
+        ),
     )
     _check_heads(config)
+    _check_window(config, raw, family)
     return config
 
 
-def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file is missing and not `required`.
+
+    Raises ConfigError.
+    """
     if not path.is_file():
         if required:
             raise ConfigError(f"{path} does not exist; a checkpoint directory must contain it")
@@ -236,30 +232,22 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
     return value
 
 
-def _family(raw: Json) -> tuple[str, _Family]:
-    names = raw.get("architectures") or ["(none)"]
-    if len(names) != 1 or names[0] not in _FAMILIES:
-        raise UnsupportedModelError(
-            f"the checkpoint's architecture is {', '.join(map(str, names))}; "
-            f"minisrv supports {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
-    return names[0], _FAMILIES[names[0]]
+def _check_supported(key: str, values: Iterable[Any], supported: Collection[Any]) -> None:
+    for value in values:
+        if value is not None and value not in supported:
+            names = ", ".join(map(str, supported))
+            raise UnsupportedModelError(
+                f"config.json has {key} {value!r}; minisrv supports {names}"
+            )
 
 
 def _refuse_keys(raw: Json) -> None:
     for key in _REFUSED_KEYS:
         if raw.get(key) is not None:
             raise UnsupportedModelError(f"config.json has {key}, which minisrv does not implement")
-    act = raw.get("hidden_act", "silu")
-    if act not in ("silu", "swish"):
-        raise UnsupportedModelError(
-            f"config.json has hidden_act {act!r}; minisrv supports only silu"
-        )
-    unknown = set(raw.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise UnsupportedModelError(
-            f"config.json has unsupported layer types: {', '.join(sorted(unknown))}"
-        )
+    _check_supported("hidden_act", [str(raw.get("hidden_act", "silu"))], ("silu", "swish"))
+    layer_types = raw.get("layer_types") or ()
+    _check_supported("layer_types", layer_types, ("full_attention", "sliding_attention"))
 
 
 def _fp8(quantization: Json | None) -> Fp8Config | None:
@@ -281,12 +269,12 @@ def _fp8(quantization: Json | None) -> Fp8Config | None:
         )
     if block is None:
         return Fp8Config()
-    whole = len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)
-    if not whole:
-        raise ConfigError(
-            f"config.json has weight_block_size {block!r}; it must be two positive integers"
-        )
-    return Fp8Config((block[0], block[1]))
+    match block:
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return Fp8Config((rows, columns))
+    raise ConfigError(
+        f"config.json has weight_block_size {block!r}; it must be two positive integers"
+    )
 
 
 def _positive(raw: Json, key: str, default: int | None = None) -> int:
@@ -305,32 +293,20 @@ def _rope(raw: Json, max_seq_len: int | None) -> tuple[int, RopeConfig]:
     transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`.
     """
     given = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope_type = given.pop("rope_type", None) or given.pop("type", None) or "default"
+    rope_type: Any = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
-    theta = given.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    theta = float(given.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
     partial = given.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor")
-    if partial not in (None, 1.0):
-        raise UnsupportedModelError(
-            f"config.json has partial_rotary_factor {partial}; minisrv supports only 1.0"
-        )
-    if rope_type not in _ROPE_KEYS:
-        raise UnsupportedModelError(
-            f"config.json has rope_type {rope_type!r}; minisrv supports {', '.join(_ROPE_KEYS)}"
-        )
-    unknown = set(given) - {key for keys in _ROPE_KEYS.values() for key in keys}
-    if unknown:
-        raise UnsupportedModelError(
-            f"config.json has unknown rope parameters: {', '.join(sorted(unknown))}"
-        )
-    return _scaled_rope(raw, rope_type, float(theta), given, max_seq_len)
-
-
-def _scaled_rope(
-    raw: Json, rope_type: str, theta: float, given: dict[str, Any], max_seq_len: int | None
-) -> tuple[int, RopeConfig]:
+    _check_supported("partial_rotary_factor", [partial], [1.0])
+    _check_supported("rope_type", [rope_type], _ROPE_KEYS)
+    _check_supported("rope parameters", given, _ALL_ROPE_KEYS)
+    keys = _ROPE_KEYS[rope_type]
+    given = {key: given[key] for key in keys if given.get(key) is not None}
+    if rope_type in ("linear", "llama3") and len(given) < len(keys):
+        missing = ", ".join(key for key in keys if key not in given)
+        raise ConfigError(f"config.json has rope_type {rope_type!r} but lacks its {missing}")
     position = _positive(raw, "max_position_embeddings", 2048)
-    read = {key: given[key] for key in _ROPE_KEYS[rope_type] if given.get(key) is not None}
-    original = int(read.pop("original_max_position_embeddings", position))
+    original = int(given.pop("original_max_position_embeddings", position))
     if rope_type == "dynamic":
         if max_seq_len is None or max_seq_len > original:
             raise UnsupportedModelError(
@@ -338,31 +314,27 @@ def _scaled_rope(
                 f"original context; run with --max-seq-len {original} or less"
             )
         return original, RopeConfig(theta=theta)
-    missing = {"llama3": _ROPE_KEYS["llama3"], "linear": ("factor",)}.get(rope_type, ())
-    for key in missing:
-        if given.get(key) is None:
-            raise ConfigError(f"config.json has rope_type {rope_type!r} but lacks its {key}")
     if rope_type == "yarn":
-        read.setdefault("factor", position / original)
-        position = int(original * read["factor"])
+        given.setdefault("factor", position / original)
+        position = int(original * given["factor"])
     return position, RopeConfig(
-        rope_type=cast("RopeType", rope_type), theta=theta, original_max_position=original, **read
+        rope_type=rope_type, theta=theta, original_max_position=original, **given
     )
 
 
-def _context(max_position: int, max_seq_len: int | None) -> int:
-    if max_seq_len is not None and max_seq_len > max_position:
-        raise ConfigError(
-            f"--max-seq-len is {max_seq_len}; the model's context is {max_position} tokens"
-        )
-    return max_seq_len or max_position
-
-
-def _check_window(window: int | None, context: int) -> None:
-    if window is not None and window < context:
+def _check_window(config: ModelConfig, raw: Json, family: _Family) -> None:
+    """Refuse a context that a sliding window of some layer would cut."""
+    if (types := raw.get("layer_types")) is None:
+        some_layer = raw.get("max_window_layers", 28) < config.num_layers
+    else:
+        some_layer = "sliding_attention" in types
+    used = bool(raw.get("use_sliding_window", False))
+    slides = {"never": False, "always": True, "if_used": used, "per_layer": used and some_layer}
+    window = raw.get("sliding_window", 4096)
+    if slides[family.window] and window is not None and window < config.max_seq_len:
         raise UnsupportedModelError(
             f"the model attends to a sliding window of {window} tokens, shorter than the context "
-            f"of {context}; run with --max-seq-len {window} or less"
+            f"of {config.max_seq_len}; run with --max-seq-len {window} or less"
         )
 
 
@@ -396,28 +368,13 @@ def _moe(raw: Json) -> MoeConfig:
     )
 
 
-def _dtype(raw: Json) -> Dtype | None:
-    name = raw.get("dtype") or raw.get("torch_dtype")
-    if name not in (None, "bfloat16", "float16", "float32"):
-        raise UnsupportedModelError(
-            f"config.json has dtype {name!r}; minisrv supports bfloat16, float16 and float32"
-        )
-    return cast("Dtype | None", name)
-
-
-def _first_set(key: str, *sources: Json) -> Any:
-    return next((source[key] for source in sources if source.get(key) is not None), None)
-
-
-def _token_ids(value: Any) -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
+def _token_ids(key: str, *sources: Json) -> tuple[int, ...]:
+    """The ids in the first source that sets `key`, without duplicates."""
+    value: Any = next((source[key] for source in sources if source.get(key) is not None), [])
+    ids = value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise ConfigError(f"the checkpoint has the invalid eos_token_id or bos_token_id {value!r}")
+        raise ConfigError(f"the checkpoint has the invalid {key} {value!r}")
     return tuple(dict.fromkeys(ids))
-
-
-def _token_id(value: Any) -> int | None:
-    return next(iter(_token_ids(value)), None)
 
 
 def _sampling_defaults(generation: Json) -> SamplingParams:
@@ -430,11 +387,3 @@ def _sampling_defaults(generation: Json) -> SamplingParams:
         return SamplingParams(**values)
     except InvalidRequestError as error:
         raise ConfigError(f"generation_config.json: {error.message}") from None
-
-
-def _unapplied(generation: Json) -> tuple[str, ...]:
-    return tuple(
-        f"{key}={generation[key]}"
-        for key, neutral in _GENERATION_NEUTRAL.items()
-        if generation.get(key) is not None and generation[key] != neutral
-    )

@@ -16,17 +16,11 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from minisrv.checkpoint.model_config import read_json
 from minisrv.errors import ConfigError, InvalidRequestError
 
-_NAMED_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+# They come first in `special_tokens`.
+_NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 _ADDED_TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -36,6 +30,7 @@ class HFTokenizer:
     special_tokens: the named ones, such as {"eos_token": "</s>"}, as chat templates see them.
     special_ids: ids that decoding skips on request.
     chat_templates: template sources by name; the usual one is called "default". May be empty.
+    vocab_size: number of tokens, added ones included; the model may have fewer or more rows.
     """
 
     def __init__(
@@ -52,32 +47,17 @@ class HFTokenizer:
         self.special_ids = frozenset(
             id for id, token in backend.get_added_tokens_decoder().items() if token.special
         )
-        self.bos_id = self._named_id("bos_token")
-        self.eos_id = self._named_id("eos_token")
-
-    @property
-    def bos_token(self) -> str | None:
-        """Text of the token that begins a sequence."""
-        return self.special_tokens.get("bos_token")
-
-    @property
-    def eos_token(self) -> str | None:
-        """Text of the token that ends a sequence; the model may have further ones."""
-        return self.special_tokens.get("eos_token")
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens, added ones included; the model may have fewer or more rows."""
-        return self._backend.get_vocab_size()
+        self.bos_token = self.special_tokens.get("bos_token")
+        self.eos_token = self.special_tokens.get("eos_token")
+        self.bos_id = None if self.bos_token is None else self.token_id(self.bos_token)
+        self.eos_id = None if self.eos_token is None else self.token_id(self.eos_token)
+        self.vocab_size = backend.get_vocab_size()
 
     @property
     def decoder_state(self) -> dict[str, Any] | None:
         """The `decoder` entry of tokenizer.json."""
         decoder = self._backend.decoder
-        if decoder is None:
-            return None
-        state: dict[str, Any] = json.loads(decoder.__getstate__())
-        return state
+        return None if decoder is None else json.loads(decoder.__getstate__())
 
     def to_json(self) -> str:
         """The tokenizer in the format of tokenizer.json."""
@@ -85,7 +65,13 @@ class HFTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Raises InvalidRequestError for lone surrogates."""
-        _check_text(text)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
+                f"{error.start}, which UTF-8 cannot encode; send complete characters"
+            ) from None
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -103,23 +89,18 @@ class HFTokenizer:
 
     def describe(self) -> dict[str, Any]:
         """The properties a client needs that does not have the tokenizer's files."""
-        default = self.chat_templates.get("default")
         return {
             **self.special_tokens,
             "bos_token_id": self.bos_id,
             "eos_token_id": self.eos_id,
             "vocab_size": self.vocab_size,
-            "chat_template": default,
+            "chat_template": self.chat_templates.get("default"),
             "chat_templates": dict(self.chat_templates),
         }
 
     def token_id(self, text: str) -> int | None:
         """The id of the token spelled `text`; None if there is none."""
         return self._backend.token_to_id(text)
-
-    def _named_id(self, name: str) -> int | None:
-        token = self.special_tokens.get(name)
-        return None if token is None else self._backend.token_to_id(token)
 
 
 def load_tokenizer(model_dir: Path, chat_template_file: str | None = None) -> HFTokenizer:
@@ -130,7 +111,9 @@ def load_tokenizer(model_dir: Path, chat_template_file: str | None = None) -> HF
     path = model_dir / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(f"{model_dir} has no tokenizer.json")
-    config = _read_config(model_dir)
+    config = read_json(model_dir / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:  # the old format
+        config |= read_json(model_dir / "special_tokens_map.json")
     templates = _read_templates(model_dir, config, chat_template_file)
     try:
         return HFTokenizer(Tokenizer.from_file(str(path)), config, templates)
@@ -141,36 +124,6 @@ def load_tokenizer(model_dir: Path, chat_template_file: str | None = None) -> HF
 def needs_conversion(model_dir: Path) -> bool:
     """Whether `minisrv.checkpoint.convert_tokenizer` must first write a tokenizer.json."""
     return not (model_dir / "tokenizer.json").is_file()
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(
-            f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
-            f"{error.start}, which UTF-8 cannot encode; send complete characters"
-        ) from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} does not contain a JSON object")
-    return value
-
-
-def _read_config(model_dir: Path) -> dict[str, Any]:
-    """tokenizer_config.json, and for its old format special_tokens_map.json too."""
-    config = _read_json(model_dir / "tokenizer_config.json")
-    if "added_tokens_decoder" not in config:
-        config |= _read_json(model_dir / "special_tokens_map.json")
-    return config
 
 
 def _read_templates(
@@ -185,7 +138,7 @@ def _read_templates(
         return {name: _read_text(path) for name, path in files.items()}
     value = config.get("chat_template")
     if value is None:
-        value = _read_json(model_dir / "chat_template.json").get("chat_template")
+        value = read_json(model_dir / "chat_template.json").get("chat_template")
     return _templates_by_name(value)
 
 
@@ -227,11 +180,6 @@ def _named_tokens(config: dict[str, Any]) -> dict[str, Any]:
     return named | extra if isinstance(extra, dict) else named
 
 
-def _extra_tokens(config: dict[str, Any]) -> list[Any]:
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
-    return extra if isinstance(extra, list) else []
-
-
 def _added_token(value: Any, **flags: bool) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value, **flags)
@@ -249,8 +197,10 @@ def _add_tokens(backend: Tokenizer, config: dict[str, Any]) -> None:
     by_id = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
     missing = [t for t in (_added_token(value) for _, value in by_id) if repr(t) not in spelled]
     known = {token.content: token for token in [*present, *missing]}
-    named = {_content(value) for value in _named_tokens(config).values()}
-    for value in [*_named_tokens(config).values(), *_extra_tokens(config)]:
+    tokens = list(_named_tokens(config).values())
+    named = {_content(value) for value in tokens}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+    for value in [*tokens, *(extra if isinstance(extra, list) else [])]:
         content = _content(value)
         if content not in known:
             known[content] = _added_token(value, special=True)

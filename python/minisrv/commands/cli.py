@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 
 USAGE = """\
@@ -24,14 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from minisrv import launch_server
 
             return launch_server.main(rest, prog="minisrv serve")
-        case ["batch", *rest]:
-            from minisrv.commands import batch
-
-            return batch.main(rest)
-        case ["plan", *rest]:
-            from minisrv.commands import plan
-
-            return plan.main(rest)
+        case ["batch" | "plan" as command, *rest]:
+            status: int = import_module(f"minisrv.commands.{command}").main(rest)
+            return status
         case ["--version", *_]:
             print(f"minisrv {version('minisrv')}")
             return 0

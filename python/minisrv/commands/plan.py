@@ -8,28 +8,19 @@ fullest one.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from minisrv.checkpoint.hub import CONFIG_FILES, resolve_model
 from minisrv.checkpoint.model_config import ModelConfig, load_model_config
-from minisrv.commands.gpus import GPU, find_gpu
 from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig, flag, parse_command_line, parse_size
+from minisrv.engine import model_size
 from minisrv.engine.memory import MemoryPlan, format_size, useful_pages
-from minisrv.engine.model_size import (
-    ATTENTION_WORKSPACE_BYTES,
-    GRAPH_NODE_BYTES,
-    GRAPH_NODES,
-    Parameters,
-    count_parameters,
-    graph_bytes,
-    graph_sizes,
-    graph_width,
-    kv_bytes_per_token,
-    widest_layer,
-)
+from minisrv.engine.model_size import Parameters, count_parameters, kv_bytes_per_token
 from minisrv.engine.parallel.shard import Sharding, check_divisible
 from minisrv.errors import ConfigError, MinisrvError
 
@@ -37,6 +28,30 @@ CONTEXT_BYTES = 512 * 2**20  # taken by the driver and the libraries' kernels
 _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 _MAX_RANKS, _MIN_PREFILL, _MIN_REQUESTS, _MIN_CONTEXT = 8, 256, 8, 512
 _MAX_FRACTION = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class GPU:
+    """usable_gib: about what the driver leaves to programs. bandwidth: bytes/s (data sheet)."""
+
+    name: str
+    usable_gib: float
+    bandwidth: float
+
+
+GPUS = (
+    GPU("B200", 178.4, 8.0e12),
+    GPU("H200", 139.8, 4.8e12),
+    GPU("H100 80GB", 79.1, 3.35e12),
+    GPU("H100 PCIe", 79.1, 2.0e12),
+    GPU("A100 80GB", 79.1, 2.0e12),
+    GPU("A100 40GB", 39.4, 1.555e12),
+    GPU("L40S", 44.4, 0.864e12),
+    GPU("L4", 22.0, 0.3e12),
+    GPU("RTX 5090", 31.4, 1.79e12),
+    GPU("RTX 4090", 23.6, 1.008e12),
+    GPU("RTX 3090", 23.6, 0.936e12),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +164,7 @@ def fits(deployment: Deployment) -> bool:
 
 def advise(deployment: Deployment) -> str:
     """The options that would make it fit, each with a value that suffices by itself."""
-    found = [remedy for remedy in _remedies(deployment) if remedy is not None]
+    found = list(_remedies(deployment))
     if not found:
         return "minisrv: it does not fit with any single option; use a GPU with more memory"
     plan, wanted = make_plan(deployment), deployment.config.num_pages
@@ -160,50 +175,44 @@ def advise(deployment: Deployment) -> str:
     return f"minisrv: it does not fit: {held}; run with {' or '.join(found)}"
 
 
-def _remedies(deployment: Deployment) -> Iterator[str | None]:
-    if deployment.config.num_pages is not None:
-        lowered = replace(deployment, config=replace(deployment.config, num_pages=None))
+def _remedies(deployment: Deployment) -> Iterator[str]:
+    config, num_tokens = deployment.config, make_plan(deployment).num_tokens
+    if config.num_pages is not None:
+        lowered = _changed(deployment, "num_pages", None)
         if fits(lowered):
             yield f"{flag('num_pages')} {make_plan(lowered).num_pages}"
             return
-    yield _first_that_fits(deployment, "tp", range(deployment.config.tp + 1, _MAX_RANKS + 1))
-    yield _shorter_context(deployment)
-    budget = _prefill_tokens(deployment.config)
-    yield _first_that_fits(deployment, "max_prefill_tokens", _halves(budget, _MIN_PREFILL))
-    running = deployment.config.max_running_requests
-    yield _first_that_fits(deployment, "max_running_requests", _halves(running, _MIN_REQUESTS))
-    if deployment.config.memory_fraction < _MAX_FRACTION:
-        yield _first_that_fits(deployment, "memory_fraction", [_MAX_FRACTION])
-    if deployment.dtype == "float32":
-        yield _first_that_fits(deployment, "dtype", ["bfloat16"])
+    candidates: dict[str, Sequence[Any]] = {
+        "tp": range(config.tp + 1, _MAX_RANKS + 1),
+        "max_seq_len": [num_tokens] if num_tokens >= _MIN_CONTEXT else [],
+        "max_prefill_tokens": _halves(_prefill_tokens(config), _MIN_PREFILL),
+        "max_running_requests": _halves(config.max_running_requests, _MIN_REQUESTS),
+        "memory_fraction": [_MAX_FRACTION] if config.memory_fraction < _MAX_FRACTION else [],
+        "dtype": ["bfloat16"] if deployment.dtype == "float32" else [],
+    }
+    for name, values in candidates.items():
+        fitting = (value for value in values if _is_remedy(deployment, name, value))
+        for value in islice(fitting, 1):
+            yield f"{flag(name)} {value}"
 
 
-def _first_that_fits(deployment: Deployment, name: str, values: Sequence[Any]) -> str | None:
-    for value in values:
-        changed = replace(deployment, config=replace(deployment.config, **{name: value}))
-        try:
-            check_divisible(changed.model, changed.config.tp)
-        except ConfigError:
-            continue
-        if fits(changed):
-            return f"{flag(name)} {value}"
-    return None
+def _is_remedy(deployment: Deployment, name: str, value: Any) -> bool:
+    changed = _changed(deployment, name, value)
+    try:
+        check_divisible(changed.model, changed.config.tp)
+    except ConfigError:
+        return False
+    return fits(changed)
 
 
-def _shorter_context(deployment: Deployment) -> str | None:
-    tokens = make_plan(deployment).num_tokens
-    if tokens < _MIN_CONTEXT:
-        return None
-    changed = replace(deployment, model=replace(deployment.model, max_seq_len=tokens))
-    return f"{flag('max_seq_len')} {tokens}" if fits(changed) else None
+def _changed(deployment: Deployment, name: str, value: Any) -> Deployment:
+    if name == "max_seq_len":
+        return replace(deployment, model=replace(deployment.model, max_seq_len=value))
+    return replace(deployment, config=replace(deployment.config, **{name: value}))
 
 
 def _halves(value: int, minimum: int) -> list[int]:
-    values = []
-    while value // 2 >= minimum:
-        value //= 2
-        values.append(value)
-    return values
+    return [value >> n for n in range(1, value.bit_length()) if value >> n >= minimum]
 
 
 def _prefill_tokens(config: ServerConfig) -> int:
@@ -225,12 +234,12 @@ def _workspace(deployment: Deployment) -> tuple[int, str]:
     model, config, itemsize = deployment.model, deployment.config, _ITEMSIZE[deployment.dtype]
     samples = config.max_running_requests
     tokens = _prefill_tokens(config) + samples
-    width = widest_layer(model, config.tp)
+    width = model_size.widest_layer(model, config.tp)
     rotary = 2 * model.max_seq_len * model.head_dim * itemsize
     sampling = samples * model.vocab_size * itemsize
-    total = ATTENTION_WORKSPACE_BYTES + rotary + tokens * width * itemsize + sampling
+    total = model_size.ATTENTION_WORKSPACE_BYTES + rotary + tokens * width * itemsize + sampling
     return total, (
-        f"estimate: attention {format_size(ATTENTION_WORKSPACE_BYTES)}, "
+        f"estimate: attention {format_size(model_size.ATTENTION_WORKSPACE_BYTES)}, "
         f"rotary table {format_size(rotary)}, {tokens} tokens x {width} x {itemsize} B, "
         f"{samples} samples x {model.vocab_size} x {itemsize} B"
     )
@@ -240,11 +249,30 @@ def _graphs(deployment: Deployment) -> tuple[int, str]:
     """Bytes of the CUDA graphs of decode steps, and the formula."""
     model, config, itemsize = deployment.model, deployment.config, _ITEMSIZE[deployment.dtype]
     largest = min(config.cuda_graph_max_bs, config.max_running_requests)
-    sizes = graph_sizes(largest) if config.tp == 1 else []
+    sizes = model_size.graph_sizes(largest) if config.tp == 1 else []
     if not sizes:
         return 0, "none"
-    layer_bytes = GRAPH_NODES * GRAPH_NODE_BYTES
-    return graph_bytes(model, sizes, itemsize), (
+    layer_bytes = model_size.GRAPH_NODES * model_size.GRAPH_NODE_BYTES
+    return model_size.graph_bytes(model, sizes, itemsize), (
         f"estimate: {len(sizes)} sizes x {model.num_layers} layers x {format_size(layer_bytes)}, "
-        f"{largest} tokens x {graph_width(model)} x {itemsize} B"
+        f"{largest} tokens x {model_size.graph_width(model)} x {itemsize} B"
     )
+
+
+def find_gpu(name: str) -> GPU:
+    """The GPU called `name`, whatever its spacing and case; H100 and A100 mean the 80GB models.
+
+    Raises ConfigError for an unknown name.
+    """
+    by_name = {_plain(gpu.name): gpu for gpu in GPUS}
+    gpu = by_name.get(_plain(name)) or by_name.get(_plain(name) + "80gb")
+    if gpu is None:
+        raise ConfigError(
+            f"--gpu is {name!r}; known GPUs are {', '.join(gpu.name for gpu in GPUS)}; "
+            "for any other use --gpu-memory"
+        )
+    return gpu
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("nvidia")

@@ -29,7 +29,7 @@ from minisrv.frontend.http.cors import PagesMiddleware
 from minisrv.frontend.http.error_format import ErrorFormat, error_body
 from minisrv.frontend.http.errors import RETRY_AFTER_S, BugMiddleware, add_error_handlers
 from minisrv.frontend.http.openapi import describe_errors, errors
-from minisrv.frontend.ops.admin import add_admin_routes
+from minisrv.frontend.ops.admin import add_admin_routes, add_load_route
 from minisrv.frontend.ops.metrics import CONTENT_TYPE, ServerMetrics
 from minisrv.frontend.ops.root_page import add_root_page
 from minisrv.frontend.registry.registry import Dead, RequestRegistry, Serving, Starting
@@ -77,6 +77,7 @@ def create_app(
     add_message_routes(app, service)
     add_response_routes(app, service)
     add_token_routes(app, service)
+    add_load_route(app, registry)
     add_admin_routes(app, config, VERSION, bodies, registry, REPLY_PREFIXES)
 
     # The last one added is the outermost.

@@ -148,7 +148,7 @@ class SchedulerLoop:
         cache = self.scheduler.cache
         if num_open := self.scheduler.num_open:
             error = InvalidRequestError(
-                f"the cache can be flushed only while no request is open; {num_open} are open"
+                f"the cache can be flushed only while no request is open; open now: {num_open}"
             )
             return AnswerMsg(query=message.query, failure=Failure.from_error(0, error))
         num_pages = cache.tree.num_evictable

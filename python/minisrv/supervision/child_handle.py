@@ -10,15 +10,8 @@ import sys
 from typing import IO, Any
 
 from minisrv.errors import ConfigError, EngineDeadError, MinisrvError
-from minisrv.supervision.records import (
-    Boot,
-    ChildFailed,
-    ChildReady,
-    Notice,
-    Report,
-    decode_line,
-    encode_line,
-)
+from minisrv.supervision import records
+from minisrv.supervision.records import Boot, ChildFailed, ChildReady, Notice, Report
 
 
 class ChildProcess:
@@ -48,16 +41,13 @@ class ChildProcess:
         self.watched_fds = [self.status_fd]
         if sys.platform == "linux":
             self.watched_fds.append(os.pidfd_open(self.pid))
-        self._write(encode_line(Boot(**boot, status_fd=child_fd, parent_pid=os.getpid(), fds=fds)))
+        self.notify(Boot(**boot, status_fd=child_fd, parent_pid=os.getpid(), fds=fds))
         os.set_blocking(self._stdin.fileno(), False)
 
-    def notify(self, notice: Notice) -> None:
-        """Send a notice; it is lost if the child is dead or its pipe is full."""
-        self._write(encode_line(notice))
-
-    def _write(self, line: bytes) -> None:
+    def notify(self, record: Boot | Notice) -> None:
+        """Send a record; it is lost if the child is dead or its pipe is full."""
         with contextlib.suppress(OSError):
-            self._stdin.write(line)
+            self._stdin.write(records.encode_line(record))
 
     @property
     def _stdin(self) -> IO[bytes]:
@@ -70,7 +60,7 @@ class ChildProcess:
             while chunk := os.read(self.status_fd, 65536):
                 self._buffer += chunk
         *lines, self._buffer = self._buffer.split(b"\n")
-        reports: list[Report] = [decode_line(line) for line in lines]
+        reports: list[Report] = [records.decode_line(line) for line in lines]
         for report in reports:
             match report:
                 case ChildReady():
@@ -81,21 +71,22 @@ class ChildProcess:
 
     @property
     def ended(self) -> bool:
-        """Whether the process has exited."""
         return self._popen.poll() is not None
 
     def error(self) -> MinisrvError:
-        """The error for a child that has exited; it says why."""
+        """The error that says why a child has exited."""
         if self.failed is not None and self.failed.exit_code == 2:
             return ConfigError(self.failed.sentence)
-        if self.failed is not None:
-            return EngineDeadError(f"the {self.name} process has died: {self.failed.sentence}")
         status = self._popen.wait()
-        if status >= 0:
-            return EngineDeadError(f"the {self.name} process has died with exit status {status}")
-        how = f"it was killed by {signal.Signals(-status).name}"
-        memory = " (the kernel does this when memory runs out)" if status == -signal.SIGKILL else ""
-        return EngineDeadError(f"the {self.name} process has died: {how}{memory}")
+        if self.failed is not None:
+            how = f": {self.failed.sentence}"
+        elif status >= 0:
+            how = f" with exit status {status}"
+        else:
+            how = f": it was killed by {signal.Signals(-status).name}"
+        if status == -signal.SIGKILL and self.failed is None:
+            how += " (the kernel does this when memory runs out)"
+        return EngineDeadError(f"the {self.name} process has died{how}")
 
     def kill(self) -> None:
         """Kill the process if it still runs, wait for it, and close the pipes."""

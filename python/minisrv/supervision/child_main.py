@@ -20,15 +20,8 @@ from typing import NoReturn
 from minisrv import log
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError
-from minisrv.supervision.records import (
-    Boot,
-    ChildFailed,
-    Notice,
-    Report,
-    StartProgress,
-    decode_line,
-    encode_line,
-)
+from minisrv.supervision import records
+from minisrv.supervision.records import Boot, ChildFailed, Notice, Report, StartProgress
 
 logger = logging.getLogger("minisrv.supervision.child_main")
 
@@ -47,8 +40,7 @@ class Child:
         self._handle: Callable[[Notice], object] = self._early.append
 
     def report(self, report: Report) -> None:
-        """Send a report to the supervisor."""
-        os.write(self.boot.status_fd, encode_line(report))
+        os.write(self.boot.status_fd, records.encode_line(report))
 
     def report_progress(self, phase: str, fraction: float) -> None:
         """Report that `fraction` (0 to 1) of `phase` is done."""
@@ -65,7 +57,7 @@ class Child:
         """Pass on notices until the lifeline closes, then end the process."""
         for line in lines:
             with self._lock:
-                self._handle(decode_line(line))
+                self._handle(records.decode_line(line))
         os._exit(0)
 
 
@@ -81,27 +73,23 @@ def run_child(name: str, main: Callable[[Child], None]) -> NoReturn:
     first = lines.readline()
     if not first:
         os._exit(0)
-    child = Child(decode_line(first))
+    child = Child(records.decode_line(first))
     log.setup(name, child.config.log_level, child.config.log_format)
     _die_with_parent(child.boot.parent_pid)
     os.set_inheritable(child.boot.status_fd, False)
     threading.Thread(
         target=child.hold_lifeline, args=(lines,), name="lifeline", daemon=True
     ).start()
-    sys.exit(_run(child, main))
-
-
-def _run(child: Child, main: Callable[[Child], None]) -> int:
     try:
         main(child)
     except ConfigError as error:
         child.report(ChildFailed(error.message, 2))
-        return 2
+        sys.exit(2)
     except Exception as error:
         logger.exception("the process exits after an unexpected error")
         child.report(ChildFailed(f"{type(error).__name__}: {error}", 1))
-        return 1
-    return 0
+        sys.exit(1)
+    sys.exit(0)
 
 
 def _die_with_parent(parent_pid: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,10 +71,7 @@ class EngineEnded:
 
 Report = StartProgress | ChildReady | ChildFailed
 Notice = StartProgress | EngineReady | EngineEnded
-_RECORDS = {
-    kind.__name__: kind
-    for kind in (Boot, StartProgress, ChildReady, ChildFailed, EngineReady, EngineEnded)
-}
+_RECORDS = {kind.__name__: kind for kind in (Boot, *get_args(Report), *get_args(Notice))}
 
 
 def encode_line(record: Boot | Report | Notice) -> bytes:

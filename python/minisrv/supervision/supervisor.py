@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from minisrv.checkpoint.hub import find_local_model
 from minisrv.checkpoint.tokenizer import needs_conversion
@@ -33,8 +34,8 @@ END_GRACE_S = 3.5
 EPOCH = 1
 MODULES = {
     "frontend": "minisrv.frontend",
-    "hub": "minisrv.supervision.prepare_model",
-    "converter": "minisrv.supervision.prepare_tokenizer",
+    "hub": "minisrv.supervision.prepare",
+    "converter": "minisrv.supervision.prepare",
     "scheduler": "minisrv.scheduler",
     "detokenizer": "minisrv.detokenizer",
     "tokenizer": "minisrv.tokenizer",
@@ -68,6 +69,8 @@ class Supervisor:
         self._wake_receiver.setblocking(False)
         self._wake_sender.setblocking(False)
         self._selector = selectors.DefaultSelector()
+        for resource in (self._selector, self._wake_receiver, self._wake_sender):
+            self._exit_stack.callback(resource.close)
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)
         self._children: list[ChildProcess] = []
         self._frontend: ChildProcess | None = None
@@ -100,7 +103,7 @@ class Supervisor:
             raise
         finally:
             self._end_children()
-            self._close()
+            self._exit_stack.close()
 
     def _start(self) -> None:
         local_model_dir = find_local_model(self._config.model)
@@ -108,15 +111,18 @@ class Supervisor:
             fds = {"listener": self._listener.fileno()}
             self._frontend = self._spawn("frontend", fds=fds)
             self._listener.close()
-        model_dir = local_model_dir or self._download()
+        # A download has no deadline.
+        model_dir = local_model_dir or Path(self._prepare("hub")["model_dir"])
         deadline = time.monotonic() + self._config.start_timeout_s
-        tokenizer_dir = self._convert_tokenizer(model_dir, deadline)
+        tokenizer_dir = model_dir
+        if needs_conversion(model_dir):
+            tokenizer_dir = self.run_dir / "tokenizer"
+            self._prepare("converter", model_dir, tokenizer_dir, deadline=deadline)
+        tokenizers = [("tokenizer", index) for index in range(self._config.num_tokenizers)]
         workers = [
-            self._spawn("scheduler", model_dir, tokenizer_dir),
-            self._spawn("detokenizer", model_dir, tokenizer_dir),
+            self._spawn(kind, model_dir, tokenizer_dir, index=index)
+            for kind, index in [("scheduler", 0), ("detokenizer", 0), *tokenizers]
         ]
-        for index in range(self._config.num_tokenizers):
-            workers.append(self._spawn("tokenizer", model_dir, tokenizer_dir, index=index))
         self._watch_until_ready(workers, deadline)
         facts = {k: v for w in workers if w.ready for k, v in w.ready.facts.items()}
         notice = EngineReady(facts)
@@ -125,23 +131,12 @@ class Supervisor:
             self._watch_until_ready([self._frontend], deadline)
         self._on_notice(notice)
 
-    def _download(self) -> Path:
-        """Download the model in a child; there is no deadline."""
-        hub = self._spawn("hub")
-        self._watch_until_ready([hub], math.inf)
-        assert hub.ready is not None
-        self._retire(hub)
-        return Path(hub.ready.facts["model_dir"])
-
-    def _convert_tokenizer(self, model_dir: Path, deadline: float) -> Path:
-        """The directory with tokenizer.json: the model's, or one that a child writes."""
-        if not needs_conversion(model_dir):
-            return model_dir
-        directory = self.run_dir / "tokenizer"
-        converter = self._spawn("converter", model_dir, directory)
-        self._watch_until_ready([converter], deadline)
-        self._retire(converter)
-        return directory
+    def _prepare(self, kind: str, *paths: Path, deadline: float = math.inf) -> dict[str, Any]:
+        """Run a child that ends before the engine starts; return its facts."""
+        child = self._spawn(kind, *paths)
+        self._watch_until_ready([child], deadline)
+        self._retire(child)
+        return child.ready.facts if child.ready else {}
 
     def _spawn(
         self,
@@ -214,14 +209,12 @@ class Supervisor:
 
     def _read_reports(self, child: ChildProcess) -> None:
         for report in child.read_reports():
-            if isinstance(report, StartProgress) and self._is_worth_sending(report):
-                self._last_progress = report
-                self._notify(report)
-
-    def _is_worth_sending(self, progress: StartProgress) -> bool:
-        last = self._last_progress
-        grown = abs(progress.fraction - last.fraction) >= 0.01
-        return progress.phase != last.phase or grown or progress.fraction == 1.0
+            if isinstance(report, StartProgress):
+                last = self._last_progress
+                grown = abs(report.fraction - last.fraction) >= 0.01 or report.fraction == 1.0
+                if grown or report.phase != last.phase:
+                    self._last_progress = report
+                    self._notify(report)
 
     def _notify(self, notice: Notice) -> None:
         if self._frontend is not None:
@@ -239,20 +232,13 @@ class Supervisor:
         for child in list(self._children):
             if child is not serving:
                 self._retire(child)
+        if serving is None:
+            return
         deadline = time.monotonic() + END_GRACE_S
         num_stops = self._num_stops
-        while serving and not serving.ended and self._num_stops == num_stops:
-            if time.monotonic() >= deadline:
-                break
+        while not serving.ended and self._num_stops == num_stops and time.monotonic() < deadline:
             self._poll(deadline)
-        if serving:
-            self._retire(serving)
-
-    def _close(self) -> None:
-        self._wake_sender.close()
-        self._wake_receiver.close()
-        self._selector.close()
-        self._exit_stack.close()
+        self._retire(serving)
 
 
 class SupervisorThread:

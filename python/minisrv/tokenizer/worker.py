@@ -215,10 +215,11 @@ class TokenizerWorker:
 
     def _check_ids(self, ids: Sequence[int] | Int32Array, param: str) -> None:
         array = np.asarray(ids, np.int64)
+        word = "token id " if param in ("prompt", "messages") else ""
         wrong = array[(array < 0) | (array >= self._vocab_size)]
         if wrong.size:
             raise InvalidRequestError(
-                f"{param} holds {wrong[0]}; token ids go from 0 to {self._vocab_size - 1}",
+                f"{param} holds {word}{wrong[0]}; token ids go from 0 to {self._vocab_size - 1}",
                 param=param,
             )
 

@@ -35,6 +35,16 @@ FLUSH_FIELDS: dict[str, Field] = {
 _RETRY_S = 0.05
 
 
+def add_load_route(app: FastAPI, registry: RequestRegistry) -> None:
+    """Add /v1/loads, for every key."""
+
+    @app.get("/v1/loads", responses=errors(401, 503))
+    async def loads() -> dict[str, Any]:
+        """How busy the server is."""
+        _ = registry.model  # raises while there is none
+        return {"loads": [_load(registry)]}
+
+
 def add_admin_routes(
     app: FastAPI,
     config: ServerConfig,
@@ -43,17 +53,10 @@ def add_admin_routes(
     registry: RequestRegistry,
     reply_prefixes: Sequence[str],
 ) -> None:
-    """Add /v1/loads for every key, and the routes for administrators.
+    """Add the routes for administrators.
 
     reply_prefixes: what reply ids have in front of the request id.
     """
-
-    @app.get("/v1/loads", responses=errors(401, 503))
-    async def loads() -> dict[str, Any]:
-        """How busy the server is."""
-        _ = registry.model  # raises while there is none
-        return {"loads": [_load(registry)]}
-
     router = APIRouter(dependencies=[Depends(require_admin)])
     of_a_body = (400, 401, 403, 408, 413, 415)
 

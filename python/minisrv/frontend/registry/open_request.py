@@ -52,13 +52,13 @@ class OpenRequest:
             self.waiter.set_result(None)
 
     async def wait(self) -> None:
-        """Until `wake_reader`. A bare future: this is awaited for every token of every stream."""
+        """Wait for `wake_reader`. A bare future, since every token of every stream awaits it."""
         if not self.changed:
             self.waiter = asyncio.get_running_loop().create_future()
             await self.waiter
 
     def end_silence(self, after_s: float) -> None:
-        """End a wait at most `after_s` from now: one timer serves many waits."""
+        """Wake the reader after `after_s` seconds at the latest; one timer serves many waits."""
 
         def end() -> None:
             self.silence = None
@@ -68,7 +68,7 @@ class OpenRequest:
             self.silence = asyncio.get_running_loop().call_later(after_s, end)
 
     def end_delivery(self) -> None:
-        """Wake the reader if it now has what it waits for; nobody reads an aborted request."""
+        """Wake the reader after a delivery; the events of an aborted request are dropped."""
         if self.aborted:
             self.pending.clear()
         elif self.wants_deltas or self.settled:

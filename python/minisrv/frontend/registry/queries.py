@@ -1,4 +1,4 @@
-"""Queries to tokenizers and scheduler, each with one answer."""
+"""Queries to the other processes, each with one answer; none of them generates text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMEOUT_S = 30.0
 
 
 class Queries:
-    """Open queries by number. All methods belong to one event loop."""
+    """The open queries by number. All methods belong to one event loop."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -41,7 +41,7 @@ class Queries:
             del self._open[number]
 
     def deliver(self, answer: AnswerMsg) -> None:
-        """Pass an answer to the caller of `ask`; a late one is dropped."""
+        """Pass an answer to the caller that waits for it; a late one is dropped."""
         future = self._open.get(answer.query)
         if future is None or future.done():
             return

@@ -74,7 +74,7 @@ class RequestRegistry:
         self._send = send
 
     def set_progress(self, phase: str, fraction: float) -> None:
-        """Record how far the start is; `fraction` of `phase` is done."""
+        """Record the progress of the start."""
         if isinstance(self.state, Starting):
             self.state = Starting(phase, fraction)
             self.phases.setdefault(phase, time.monotonic())
@@ -99,7 +99,7 @@ class RequestRegistry:
 
     @property
     def num_open(self) -> int:
-        """Uids without a final."""
+        """Uids without a final event."""
         return len(self._owners)
 
     def open(self, n: int = 1, request_id: str = "") -> int:
@@ -122,7 +122,7 @@ class RequestRegistry:
         return base
 
     def send(self, message: TokenizeMsg) -> None:
-        """Pass a message with open uids to the next tokenizer in turn."""
+        """Send a message with open uids to the next tokenizer in turn."""
         assert self._send is not None
         request = self._owners.get(message.uid)
         if request is None or request.aborted:
@@ -156,7 +156,7 @@ class RequestRegistry:
             self._status_line.log_if_due(message, time.monotonic())
 
     def deliver(self, reply: UserReply) -> None:
-        """Add the reply's parts to the events of their requests; drops those of unknown uids."""
+        """Pass each part of `reply` to its request; parts of uids that are not open are dropped."""
         touched: dict[OpenRequest, None] = {}
         owner_of = self._owners.get
 
@@ -185,7 +185,7 @@ class RequestRegistry:
         self.deliver(failure_reply([Failure.from_error(uid, error) for uid in self._owners]))
 
     def is_open(self, base: int) -> bool:
-        """Whether `next_events` may still return events or raise."""
+        """Whether `next_events` has something to return or to wait for."""
         request = self._requests.get(base)
         return request is not None and bool(request.live or request.pending or request.cancelled)
 

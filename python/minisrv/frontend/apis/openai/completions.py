@@ -99,8 +99,8 @@ class CompletionRenderer(OpenAIRenderer):
             chunk += before + encode_json(text).encode() + after
         elif text:
             chunk += self._chunk(event.index, text)
-        if finish := finish_of(pieces):
-            chunk += self._chunk(event.index, "", finish=finish)
+        if event.final:
+            chunk += self._chunk(event.index, "", finish=finish_of(pieces))
         return chunk
 
     def _text_of(self, event: Event) -> tuple[str, list[SpelledLogprobs]]:
