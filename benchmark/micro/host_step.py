@@ -70,16 +70,16 @@ class FrameChannel:
         self.outbox: list[bytes] = []
 
     def receive(self, wait: bool) -> list[Message]:
-        """See Channel."""
+        """As ZmqChannel."""
         frames, self.inbox = self.inbox, []
         return [decode(frame, SCHEDULER_INBOX) for frame in frames]
 
     def send(self, message: DetokenizeMsg) -> None:
-        """See Channel."""
+        """As ZmqChannel."""
         self.outbox.append(encode(message))
 
     def send_to_frontend(self, message: AnswerMsg | StatsMsg) -> None:
-        """See Channel."""
+        """As ZmqChannel."""
         encode(message)
 
 

@@ -19,8 +19,7 @@ from minisrv.config import ServerConfig
 from minisrv.errors import EngineDeadError, InvalidRequestError, NotReadyError
 from minisrv.frontend.process import take_notice
 from minisrv.frontend.registry.engine_client import EngineClient
-from minisrv.frontend.registry.registry import RequestRegistry
-from minisrv.frontend.registry.server_state import Serving
+from minisrv.frontend.registry.registry import RequestRegistry, Serving
 from minisrv.supervision.records import EngineEnded, EngineReady, Notice
 from minisrv.supervision.supervisor import EPOCH, Supervisor, SupervisorThread
 from minisrv.wire.arrays import token_array

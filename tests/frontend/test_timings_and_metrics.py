@@ -407,7 +407,7 @@ def test_the_status_line_tells_of_work_and_is_silent_without(
 def test_histogram_buckets_hold_values_up_to_their_bound() -> None:
     counter = HistogramCounter((1.0, 2.0))
     for value in (0.5, 1.0, 1.5, 9.0):
-        counter.add(value)
-    counter.add(2.0, 10)
+        counter.count_value(value)
+    counter.count_value(2.0, 10)
     assert counter.message().counts.tolist() == [2, 11, 1]
     assert counter.message().total == 32.0

@@ -43,11 +43,11 @@ class EngineBackend:
 
     def send(self, tokenizer_index: int, message: TokenizeMsg | AbortMsg | Query) -> None:
         received = decode(encode(message), TOKENIZER_INBOX)
-        for outgoing in self.llm._tokenizer.handle(received):  # type: ignore[arg-type]
-            if isinstance(outgoing, UserReply | AnswerMsg):
-                self._registry.receive(decode(encode(outgoing), FRONTEND_INBOX))  # type: ignore[arg-type]
-            else:
-                self.llm._channel.inbox.append(decode(encode(outgoing), SCHEDULER_INBOX))  # type: ignore[arg-type]
+        outgoing = self.llm._tokenizer.handle(received)  # type: ignore[arg-type]
+        if isinstance(outgoing, UserReply | AnswerMsg):
+            self._registry.receive(decode(encode(outgoing), FRONTEND_INBOX))  # type: ignore[arg-type]
+        else:
+            self.llm._channel.inbox.append(decode(encode(outgoing), SCHEDULER_INBOX))  # type: ignore[arg-type]
         if self._pump is None or self._pump.done():
             self._pump = asyncio.create_task(self._turn())
 

@@ -121,19 +121,19 @@ class PlayedModel:
         message = decode(encode(message), TOKENIZER_INBOX)  # type: ignore[assignment]
         if isinstance(message, AbortMsg):
             return
-        for outgoing in self._tokenizer_worker.handle(message):
-            if isinstance(outgoing, UserReply):
-                self._registry.deliver(outgoing)
-            elif isinstance(outgoing, AnswerMsg):
-                self._registry.receive(outgoing)
-            elif isinstance(outgoing, GenerateMsg):
-                self.messages.append(decode(encode(outgoing), SCHEDULER_INBOX))  # type: ignore[arg-type]
-                self.prompts.append(self.tokenizer.decode(outgoing.prompt_ids.tolist(), False))
-                self.grammars.append(outgoing.sampling.grammar)
-                for uid in range(outgoing.uid, outgoing.uid + outgoing.sampling.n):
-                    task = asyncio.create_task(self._generate(uid, outgoing))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
+        outgoing = self._tokenizer_worker.handle(message)
+        if isinstance(outgoing, UserReply):
+            self._registry.deliver(outgoing)
+        elif isinstance(outgoing, AnswerMsg):
+            self._registry.receive(outgoing)
+        elif isinstance(outgoing, GenerateMsg):
+            self.messages.append(decode(encode(outgoing), SCHEDULER_INBOX))  # type: ignore[arg-type]
+            self.prompts.append(self.tokenizer.decode(outgoing.prompt_ids.tolist(), False))
+            self.grammars.append(outgoing.sampling.grammar)
+            for uid in range(outgoing.uid, outgoing.uid + outgoing.sampling.n):
+                task = asyncio.create_task(self._generate(uid, outgoing))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
 
     def _start(self, uid: int, message: GenerateMsg) -> Start:
         sampling, prompt_logprobs = message.sampling, None

@@ -68,7 +68,7 @@ def stats(**fields: Any) -> StatsMsg:
     counts |= {"prompt_tokens": 100, "cached_tokens": 40, "output_tokens": 70}
     counts |= {"preemptions": 1, "steps": 9, **fields}
     inter_token = HistogramCounter(SECONDS)
-    inter_token.add(0.004, 50)
+    inter_token.count_value(0.004, 50)
     return StatsMsg(
         **counts,
         inter_token=inter_token.message(),

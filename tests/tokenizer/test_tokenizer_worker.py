@@ -55,14 +55,14 @@ def message(n: int = 1, max_tokens: int | None = None, **fields: Any) -> Tokeniz
 
 
 def generated(worker: TokenizerWorker, **fields: Any) -> list[int]:
-    (out,) = worker.handle(message(**fields))
+    out = worker.handle(message(**fields))
     assert isinstance(out, GenerateMsg), out
     assert decode(encode(out), SCHEDULER_INBOX).uid == out.uid == 40
     return out.prompt_ids.tolist()
 
 
 def failed(worker: TokenizerWorker, **fields: Any) -> Failure:
-    (out,) = worker.handle(message(**fields))
+    out = worker.handle(message(**fields))
     assert isinstance(out, UserReply), out
     assert decode(encode(out), FRONTEND_INBOX).failures == out.failures
     assert len(out.uids) == 0
@@ -109,7 +109,7 @@ def test_an_id_outside_the_vocabulary_is_an_invalid_request(ids: tuple[int, ...]
 )
 def test_a_named_id_outside_the_vocabulary_is_an_invalid_request(name: str, ids: Any) -> None:
     sampling = SamplingParams(**{name: ids})
-    (reply,) = make_worker(vocab_size=300).handle(
+    reply = make_worker(vocab_size=300).handle(
         TokenizeMsg(uid=40, sampling=sampling, prompt=np.array([5], np.int32))
     )
     assert isinstance(reply, UserReply)
@@ -147,7 +147,7 @@ def test_the_context_holds_prompt_and_completion(
 def test_the_logprobs_of_a_prompt_are_limited(prompt: int, fits: bool) -> None:
     sampling = SamplingParams(n=2, max_tokens=0, prompt_logprobs=7)
     request = TokenizeMsg(uid=40, prompt=np.full(prompt, 5, np.int32), sampling=sampling)
-    (out,) = make_worker(max_seq_len=100_000).handle(request)
+    out = make_worker(max_seq_len=100_000).handle(request)
     if fits:
         assert isinstance(out, GenerateMsg)
         return
@@ -192,11 +192,11 @@ def test_an_unexpected_error_is_a_500_for_its_request_alone() -> None:
 
 def test_an_abort_is_forwarded() -> None:
     abort = AbortMsg(uids=(4, 5))
-    assert make_worker().handle(abort) == [abort]
+    assert make_worker().handle(abort) == abort
 
 
 def answer(worker: TokenizerWorker, query: EncodeMsg | DecodeMsg | DescribeMsg) -> AnswerMsg:
-    (out,) = worker.handle(query)
+    out = worker.handle(query)
     assert isinstance(out, AnswerMsg)
     assert out.query == query.query
     assert decode(encode(out), FRONTEND_INBOX) == out
@@ -257,7 +257,7 @@ def test_the_tokenizer_describes_itself() -> None:
 
 
 def test_a_flush_is_passed_on() -> None:
-    assert make_worker().handle(FlushMsg(query=1)) == [FlushMsg(query=1)]
+    assert make_worker().handle(FlushMsg(query=1)) == FlushMsg(query=1)
 
 
 @pytest.mark.parametrize("fields", ["prompt", "messages"])

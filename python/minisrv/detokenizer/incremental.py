@@ -1,14 +1,14 @@
-"""Token ids to text, one id at a time: the pieces join to the decoded whole, whatever the ids.
+"""Token ids to text, one id at a time: the pieces join to what decode(ids) gives.
 
 No piece ends inside a character. Two ways, by the decoder that tokenizer.json names:
 
 - ByteLevel: a token is bytes, known from its spelling; an incremental UTF-8 decoder keeps what
   may become a character. It replaces invalid bytes as the `tokenizers` library does.
-- All others: what a token adds depends on the token before it at most, and on being first. So it
-  is decode([before, token]) without decode([before]), where `before` gives text of its own. A run
-  of byte tokens (ByteFallback) is valid or not as a whole: it is decoded when it has ended.
+- All others: the text that a token adds depends only on the token before it, and on being first.
+  So it is decode([before, token]) without decode([before]), where `before` gives text by itself.
+  A run of byte tokens (ByteFallback) is valid or not as a whole: it is decoded at its end.
 
-Both cost O(1) a token.
+Both cost O(1) per token.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TextDecoder:
         has_bytes = any(step["type"] == "ByteFallback" for step in steps)
         self._tokenizer = tokenizer
         self._special_ids = tokenizer.special_ids
-        self._spelled: dict[int, bytes] = {}
+        self.spell = cache(self._spell)
         self._bytes = cache(lambda skipped: _TokenBytes(tokenizer, skipped))
         self._texts = cache(lambda skipped: _TokenTexts(tokenizer, skipped, has_bytes))
 
@@ -54,18 +54,12 @@ class TextDecoder:
             return _ByteLevelStream(self._bytes(skipped))
         return _WindowStream(self._texts(skipped))
 
-    def spell(self, token_id: int) -> bytes:
-        """The bytes that a token adds to a text, special tokens as they are written.
-
-        It may be a part of a character. A space at its front is there, though the text of a request
-        that begins with it may not have it.
-        """
-        known = self._spelled.get(token_id)
-        if known is None:
-            known = self._spelled[token_id] = self._spell(token_id)
-        return known
-
     def _spell(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text; a special token as it is written.
+
+        They may be a part of a character. They keep a leading space, which the text of a request
+        that begins with the token may lack.
+        """
         if self._is_byte_level:
             return self._bytes(frozenset())[token_id]
         texts = self._texts(frozenset())
@@ -79,28 +73,23 @@ class TextDecoder:
         return texts.decode([token_id, token_id])[len(alone) :].encode()
 
 
-class _TokenBytes:
-    """Bytes by token id, for a ByteLevel decoder; filled as ids are met."""
+class _TokenBytes(dict[int, bytes]):
+    """Bytes by token id, for a ByteLevel decoder; filled on demand."""
 
     def __init__(self, tokenizer: HFTokenizer, skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._skipped = skipped
-        self._known: dict[int, bytes] = {}
 
-    def __getitem__(self, token_id: int) -> bytes:
-        known = self._known.get(token_id)
-        if known is None:
-            known = self._known[token_id] = self._spell(token_id)
-        return known
-
-    def _spell(self, token_id: int) -> bytes:
+    def __missing__(self, token_id: int) -> bytes:
         token = self._tokenizer.token(token_id)
         if token is None or token_id in self._skipped:
-            return b""
+            token = ""
         try:
-            return bytes([_BYTE_OF_CHAR[char] for char in token])
+            spelled = bytes([_BYTE_OF_CHAR[char] for char in token])
         except KeyError:  # an added token is spelled as it is
-            return token.encode()
+            spelled = token.encode()
+        self[token_id] = spelled
+        return spelled
 
 
 class _ByteLevelStream:
@@ -111,40 +100,38 @@ class _ByteLevelStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """The text that is sure now that `token_id` has come."""
+        """The text that is certain after `token_id`."""
         return self._decoder.decode(self._token_bytes[token_id])
 
     def flush_whole(self) -> str:
-        """Text that is held back though no character is missing in it: there is none here."""
+        """Text of whole characters that is held back: none here."""
         return ""
 
     def flush(self) -> str:
-        """The rest of the text, when no more ids will come."""
+        """The rest of the text, after the last id."""
         return self._decoder.decode(b"", True)
 
 
-class _TokenTexts:
-    """What is known of single tokens, for the decoders that work on text; filled as ids come."""
+class _TokenTexts(dict[int, tuple[bool, bool, str]]):
+    """For decoders that work on text: is an id left out, is it a byte, and its text when alone.
+
+    Filled on demand.
+    """
 
     def __init__(self, tokenizer: HFTokenizer, skipped: frozenset[int], has_bytes: bool) -> None:
         self._tokenizer = tokenizer
         self._skipped = skipped
         self._has_bytes = has_bytes
-        self._known: dict[int, tuple[bool, bool, str]] = {}
 
-    def __getitem__(self, token_id: int) -> tuple[bool, bool, str]:
-        """Whether the id is left out, whether it is a byte, and its text when it stands alone."""
-        known = self._known.get(token_id)
-        if known is None:
-            known = self._known[token_id] = self._look_up(token_id)
-        return known
-
-    def _look_up(self, token_id: int) -> tuple[bool, bool, str]:
+    def __missing__(self, token_id: int) -> tuple[bool, bool, str]:
         token = self._tokenizer.token(token_id)
         if token is None or token_id in self._skipped:
-            return True, False, ""
-        is_byte = self._has_bytes and _BYTE_TOKEN.fullmatch(token) is not None
-        return False, is_byte, self.decode([token_id])
+            known = (True, False, "")
+        else:
+            is_byte = self._has_bytes and _BYTE_TOKEN.fullmatch(token) is not None
+            known = (False, is_byte, self.decode([token_id]))
+        self[token_id] = known
+        return known
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids none of which is left out."""
@@ -167,7 +154,7 @@ class _WindowStream:
         self._num_shown = 0
 
     def push(self, token_id: int) -> str:
-        """The text that is sure now that `token_id` has come."""
+        """The text that is certain after `token_id`."""
         left_out, is_byte, alone = self._texts[token_id]
         if left_out:
             return ""
@@ -180,16 +167,12 @@ class _WindowStream:
         return delta
 
     def flush_whole(self) -> str:
-        """Text that is held back though no character is missing in it: a run of bytes, so far."""
-        text = self._texts.decode(self._window)
-        delta = text[self._num_shown :]
-        if "\ufffd" in delta:
-            return ""
-        self._num_shown = len(text)
-        return delta
+        """Text of whole characters that is held back: a run of bytes, so far."""
+        held = self._texts.decode(self._window)[self._num_shown :]
+        return "" if "\ufffd" in held else self.flush()
 
     def flush(self) -> str:
-        """The rest of the text, when no more ids will come."""
+        """The rest of the text, after the last id."""
         text = self._texts.decode(self._window)
         delta, self._num_shown = text[self._num_shown :], len(text)
         return delta

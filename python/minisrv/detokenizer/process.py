@@ -8,7 +8,7 @@ from minisrv.checkpoint.tokenizer import load_tokenizer
 from minisrv.detokenizer.worker import DetokenizerWorker
 from minisrv.supervision.child_main import Child, run_child
 from minisrv.supervision.records import ChildReady
-from minisrv.wire.messages import DETOKENIZER_INBOX, DetokenizeMsg
+from minisrv.wire.messages import DETOKENIZER_INBOX
 from minisrv.wire.sockets import Inbox, Outbox
 
 
@@ -21,12 +21,10 @@ def _serve(child: Child) -> None:
     inbox = Inbox(run_dir, "detokenizer", DETOKENIZER_INBOX, boot.epoch)
     scheduler = Outbox(run_dir, "scheduler", boot.epoch)
     frontend = Outbox(run_dir, "frontend", boot.epoch)
-    tokenizer = load_tokenizer(Path(boot.tokenizer_dir), child.config.chat_template)
-    worker = DetokenizerWorker(tokenizer)
+    worker = DetokenizerWorker(load_tokenizer(Path(boot.tokenizer_dir), child.config.chat_template))
     child.report(ChildReady())
     while inbox.wait():
         for message in inbox.drain():
-            assert isinstance(message, DetokenizeMsg)
             reply, abort = worker.handle(message)
             if reply is not None:
                 frontend.send(reply)

@@ -1,7 +1,7 @@
 """Split the reasoning at the beginning of a reply from the text that follows, incrementally.
 
-What comes out, joined, does not depend on how the text was cut. Line breaks at either end
-of the reasoning, and those after it, belong to the tags: templates write them again.
+The joined results do not depend on how the text was cut. Line breaks at either end of the
+reasoning, and those after it, belong to the tags: templates write them again.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class ReasoningSplitter:
 
     @property
     def in_reasoning(self) -> bool:
-        """Whether what comes next belongs to reasoning, as far as is known."""
+        """Whether the next text belongs to the reasoning, as far as known."""
         return self._state is _State.REASONING or (self._opened and self._state is _State.START)
 
     @property
     def done(self) -> bool:
-        """Whether all that follows is text as it comes."""
+        """Whether all that follows is plain text."""
         return self._state is _State.TEXT
 
     def push(self, delta: str) -> tuple[str, str]:
@@ -62,7 +62,7 @@ class ReasoningSplitter:
         return reasoning, text
 
     def flush(self) -> tuple[str, str]:
-        """The rest, when no more will come."""
+        """The rest of the reasoning and of the text, after the last delta."""
         held, self._held = self._held, ""
         if self.in_reasoning:
             return held.rstrip("\n"), ""

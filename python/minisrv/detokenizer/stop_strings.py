@@ -1,8 +1,8 @@
-"""Stop strings in a text that comes in pieces.
+"""Stop strings in a text that arrives in pieces.
 
-Each stop string is followed by its Knuth-Morris-Pratt automaton, whose state is the length of the
-longest end of the text that begins the string: so many characters must be held back. A text of n
-characters costs O(n) for each string, however it is cut.
+A Knuth-Morris-Pratt automaton tracks each stop string. Its state is the length of the longest
+suffix of the text that is a prefix of the string: that many characters must be held back. A text
+of n characters costs O(n) per string, however it is cut.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from functools import lru_cache
 
 
 class StopMatcher:
-    """Passes text on until the first stop string is complete; keeps that and all after it.
+    """Passes text on up to the first complete stop string, and nothing from there on.
 
-    First is the one whose last character comes first; of two that end together, the longer. So
-    what a text gives does not depend on how it was cut.
+    The first is the one that ends first; of two that end together, the longer. So the result does
+    not depend on how the text was cut.
     """
 
     __slots__ = ("_failures", "_held", "_include", "_states", "_stops")
@@ -48,7 +48,7 @@ class StopMatcher:
         return text[:num_shown], None
 
     def flush(self) -> str:
-        """The held text, when no more will come."""
+        """The held text, after the last delta."""
         held, self._held = self._held, ""
         return held
 

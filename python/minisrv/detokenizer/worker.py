@@ -1,4 +1,4 @@
-"""What a detokenizer process does with a step: token columns to text columns, without sockets."""
+"""The work of the detokenizer process, without sockets: a step's token columns to text columns."""
 
 from __future__ import annotations
 
@@ -37,12 +37,10 @@ _WITH_TEXT = (Finish.NONE, Finish.LENGTH, Finish.COMPLETE)  # the entry's token 
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """started_at: when its first token came, on the scheduler's clock.
+    """start: kept until it is forwarded. started_at: of its first token, on the scheduler's clock.
 
-    start: kept until it is forwarded. matcher: None without stop strings.
-    splitter: None where no reasoning can come, or none any more.
-    new_ids: token ids not sent yet; None for a request that does not want ids.
-    speller: None for a request that wants no log-probabilities.
+    matcher: None without stop strings. splitter: None when no (further) reasoning is possible.
+    new_ids: token ids not sent yet, None if they are not wanted. speller: None likewise.
     """
 
     uid: int
@@ -57,15 +55,16 @@ class _Request:
     speller: LogprobSpeller | None = None
 
 
-@dataclass(slots=True)
-class _Columns:
-    """The reply of one step while it is made."""
+_Row = tuple[int, str, int, int, str | int | None]  # the columns of UserReply
 
-    uids: list[int] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    output_tokens: list[int] = field(default_factory=list)
-    finishes: list[int] = field(default_factory=list)
-    stop_reasons: list[str | int | None] = field(default_factory=list)
+
+@dataclass(slots=True)
+class _Reply:
+    """The reply of one step while it is built. at: the step's time on the scheduler's clock."""
+
+    at: float
+    progress: tuple[PrefillProgress, ...]
+    rows: list[_Row] = field(default_factory=list)
     starts: list[Start] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     reasoning: list[ReasoningText] = field(default_factory=list)
@@ -73,28 +72,20 @@ class _Columns:
     output_ids: list[OutputIds] = field(default_factory=list)
     echoes: list[PromptEcho] = field(default_factory=list)
     logprobs: list[SpelledLogprobs] = field(default_factory=list)
-    progress: tuple[PrefillProgress, ...] = ()
-    at: float = 0.0
     ends: list[End] = field(default_factory=list)
 
-    def add_row(
-        self, uid: int, text: str, count: int, finish: int, reason: str | int | None
-    ) -> None:
-        self.uids.append(uid)
-        self.texts.append(text)
-        self.output_tokens.append(count)
-        self.finishes.append(finish)
-        self.stop_reasons.append(reason)
-
-    def reply(self) -> UserReply | None:
-        if not self.uids and not self.failures and not self.progress:
+    def message(self) -> UserReply | None:
+        if not self.rows and not self.failures and not self.progress:
             return None
+        uids, texts, output_tokens, finishes, stop_reasons = (
+            zip(*self.rows, strict=True) if self.rows else [()] * 5
+        )
         return UserReply(
-            uids=np.array(self.uids, np.int64),
-            texts=tuple(self.texts),
-            output_tokens=np.array(self.output_tokens, np.int32),
-            finishes=np.array(self.finishes, np.uint8),
-            stop_reasons=tuple(self.stop_reasons),
+            uids=np.array(uids, np.int64),
+            texts=texts,
+            output_tokens=np.array(output_tokens, np.int32),
+            finishes=np.array(finishes, np.uint8),
+            stop_reasons=stop_reasons,
             output_ids=tuple(self.output_ids),
             starts=tuple(self.starts),
             failures=tuple(self.failures),
@@ -109,8 +100,8 @@ class _Columns:
 class DetokenizerWorker:
     """Turns each step's tokens into text, and ends requests whose text has a stop string.
 
-    A request ended here stays in `_ended` until the scheduler's own final for it comes, so that
-    the tokens still on their way are dropped and the frontend gets exactly one final.
+    A request ended here stays in `_ended` until the scheduler's own final for it arrives: its
+    late tokens are dropped, and the frontend gets exactly one final.
     """
 
     def __init__(self, tokenizer: HFTokenizer) -> None:
@@ -124,61 +115,59 @@ class DetokenizerWorker:
 
     @property
     def num_requests(self) -> int:
-        """Requests whose final from the scheduler has not come."""
+        """Requests without a final from the scheduler."""
         return len(self._requests) + len(self._ended)
 
     def handle(self, message: DetokenizeMsg) -> tuple[UserReply | None, AbortMsg | None]:
         """The reply to the frontend, and the uids that the scheduler need not continue."""
-        columns = _Columns(progress=message.progress, at=message.at)
+        reply = _Reply(message.at, message.progress)
         for start in message.starts:
             try:
-                self._requests[start.uid] = self._open(start, columns)
+                self._requests[start.uid] = self._open(start, reply)
             except Exception:  # its first token finds no request, and fails
                 logger.exception("request uid=%d cannot be opened", start.uid)
         for logprobs in message.logprobs:
             request = self._requests.get(logprobs.uid)
             if request is not None and request.speller is not None:
                 request.speller.expect(logprobs)
-        entries = zip(
-            message.uids.tolist(),
-            message.token_ids.tolist(),
-            message.finishes.tolist(),
-            strict=True,
-        )
-        for uid, token_id, finish in entries:
+        columns = (message.uids.tolist(), message.token_ids.tolist(), message.finishes.tolist())
+        for uid, token_id, finish in zip(*columns, strict=True):
             try:
-                self._push_token(uid, token_id, finish, columns)
+                self._push_token(uid, token_id, finish, reply)
             except Exception:
                 logger.exception("request uid=%d cannot be detokenized", uid)
-                self._fail(uid, finish, columns)
+                self._requests.pop(uid, None)
+                error = MinisrvError("the text of this request could not be made")
+                reply.failures.append(Failure.from_error(uid, error))
+                if not finish:
+                    self._stop(uid, reply)
         for failure in message.failures:
-            self._pass_on(failure, columns)
-        aborts = AbortMsg(uids=tuple(columns.aborts)) if columns.aborts else None
-        return columns.reply(), aborts
+            self._requests.pop(failure.uid, None)
+            if failure.uid in self._ended:
+                self._ended.remove(failure.uid)
+            else:
+                reply.failures.append(failure)
+        aborts = AbortMsg(uids=tuple(reply.aborts)) if reply.aborts else None
+        return reply.message(), aborts
 
-    def _open(self, start: Start, columns: _Columns) -> _Request:
+    def _open(self, start: Start, reply: _Reply) -> _Request:
         parts = Parts(start.parts)
-        marks = (
-            self._format.reasoning_markers
-            if parts & (Parts.REASONING | Parts.OPEN_REASONING)
-            else None
-        )
-        kept_ids = (self._call_ids if parts & Parts.CALLS else frozenset()) | (
-            self._reasoning_ids if marks else frozenset()
-        )
+        opened, splitter = bool(parts & Parts.OPEN_REASONING), None
+        kept_ids = self._call_ids if parts & Parts.CALLS else frozenset()
+        if self._format.reasoning_markers and (opened or parts & Parts.REASONING):
+            splitter = ReasoningSplitter(*self._format.reasoning_markers, opened)
+            kept_ids |= self._reasoning_ids
         stream = self._decoder.stream(start.skip_special_tokens, kept_ids)
         num_chars = 0
         if start.prompt_ids is not None:
             echo = echo_prompt(start, start.prompt_ids, stream, self._decoder)
-            columns.echoes.append(echo)
+            reply.echoes.append(echo)
             num_chars = len(echo.text)
         return _Request(
             uid=start.uid,
             stream=stream,
             matcher=StopMatcher(start.stop, start.include_stop) if start.stop else None,
-            splitter=ReasoningSplitter(*marks, bool(parts & Parts.OPEN_REASONING))
-            if marks
-            else None,
+            splitter=splitter,
             min_tokens=start.min_tokens,
             start=start,
             started_at=start.at,
@@ -186,93 +175,68 @@ class DetokenizerWorker:
             speller=LogprobSpeller(self._decoder, num_chars) if start.logprobs else None,
         )
 
-    def _push_token(self, uid: int, token_id: int, finish: int, columns: _Columns) -> None:
+    def _push_token(self, uid: int, token_id: int, finish: int, reply: _Reply) -> None:
         request = self._requests.get(uid)
         if request is None:
-            self._skip_token(uid, finish, columns)
+            self._skip_token(uid, finish, reply)
             return
         if finish and (finish == Finish.ABORT or token_id < 0):
             # Without output the rest of an echoed prompt may be held back: a part of a character.
             text = "" if finish == Finish.ABORT else request.stream.flush()
-            self._close(request, columns, text, finish, None)
+            self._add_row(request, reply, text, finish, None)
             return
         request.num_tokens += 1
         if request.new_ids is not None:
             request.new_ids.append(token_id)
         text, stop, reasoning = _next_text(request, token_id, finish)
         if reasoning is not None:
-            columns.reasoning.append(reasoning)
+            reply.reasoning.append(reasoning)
         if stop is not None:
-            self._end_at_stop_string(request, finish, columns, text, stop)
+            self._add_row(request, reply, text, Finish.STOP, stop)
+            if not finish:
+                self._stop(uid, reply)
         elif finish:
-            reason = token_id if finish == Finish.STOP_TOKEN else None
-            self._close(request, columns, text, finish, reason)
+            stop_id = token_id if finish == Finish.STOP_TOKEN else None
+            self._add_row(request, reply, text, finish, stop_id)
         elif text or reasoning is not None or request.start is not None:
-            self._reply(request, columns, text, finish, None)
+            self._add_row(request, reply, text, finish, None)
 
-    def _reply(
+    def _add_row(
         self,
         request: _Request,
-        columns: _Columns,
+        reply: _Reply,
         text: str,
         finish: int,
-        reason: str | int | None,
+        stop_reason: str | int | None,
     ) -> None:
-        columns.add_row(request.uid, text, request.num_tokens, finish, reason)
+        """Add new text and all else that is new of a request; forget it if it has ended."""
+        reply.rows.append((request.uid, text, request.num_tokens, finish, stop_reason))
         if request.start is not None:
-            columns.starts.append(request.start)
+            reply.starts.append(request.start)
             request.start = None
         if request.new_ids:
             ids = np.array(request.new_ids, np.int32)
-            columns.output_ids.append(OutputIds(uid=request.uid, ids=ids))
+            reply.output_ids.append(OutputIds(uid=request.uid, ids=ids))
             request.new_ids = []
         if request.speller is not None:
-            columns.logprobs += request.speller.take_spelled()
+            reply.logprobs += request.speller.take_spelled()
+        if finish:
+            reply.ends.append(End(uid=request.uid, decode_s=reply.at - request.started_at))
+            del self._requests[request.uid]
 
-    def _close(
-        self,
-        request: _Request,
-        columns: _Columns,
-        text: str,
-        finish: int,
-        reason: str | int | None,
-    ) -> None:
-        self._reply(request, columns, text, finish, reason)
-        columns.ends.append(End(uid=request.uid, decode_s=columns.at - request.started_at))
-        del self._requests[request.uid]
+    def _stop(self, uid: int, reply: _Reply) -> None:
+        """Have the scheduler end a request that has ended here."""
+        self._ended.add(uid)
+        reply.aborts.append(uid)
 
-    def _end_at_stop_string(
-        self, request: _Request, finish: int, columns: _Columns, text: str, stop: str
-    ) -> None:
-        """End a request at its stop string; `finish` is what the scheduler says of it."""
-        self._close(request, columns, text, Finish.STOP, stop)
-        if not finish:
-            self._ended.add(request.uid)
-            columns.aborts.append(request.uid)
-
-    def _skip_token(self, uid: int, finish: int, columns: _Columns) -> None:
+    def _skip_token(self, uid: int, finish: int, reply: _Reply) -> None:
         if uid in self._ended:
             if finish:
                 self._ended.remove(uid)
             return
         # Its Start could not be opened; an abort needs no more than that.
         assert finish == Finish.ABORT, f"uid {uid} has a token and no Start"
-        columns.add_row(uid, "", 0, finish, None)
-
-    def _fail(self, uid: int, finish: int, columns: _Columns) -> None:
-        self._requests.pop(uid, None)
-        error = MinisrvError("the text of this request could not be made")
-        columns.failures.append(Failure.from_error(uid, error))
-        if not finish:
-            self._ended.add(uid)
-            columns.aborts.append(uid)
-
-    def _pass_on(self, failure: Failure, columns: _Columns) -> None:
-        self._requests.pop(failure.uid, None)
-        if failure.uid in self._ended:
-            self._ended.remove(failure.uid)
-        else:
-            columns.failures.append(failure)
+        reply.rows.append((uid, "", 0, finish, None))
 
 
 def _special_ids(tokenizer: HFTokenizer, texts: Sequence[str]) -> frozenset[int]:

@@ -32,8 +32,7 @@ from minisrv.frontend.http.openapi import describe_errors, errors
 from minisrv.frontend.ops.admin import add_admin_routes, add_load_route
 from minisrv.frontend.ops.metrics import CONTENT_TYPE, ServerMetrics
 from minisrv.frontend.ops.root_page import add_root_page
-from minisrv.frontend.registry.registry import RequestRegistry
-from minisrv.frontend.registry.server_state import Dead, Serving, Starting
+from minisrv.frontend.registry.registry import Dead, RequestRegistry, Serving, Starting
 
 VERSION = version("minisrv")
 # By path prefix; errors of all other routes have OpenAI's form.

@@ -8,11 +8,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from tqdm import tqdm
@@ -110,14 +109,12 @@ class LLM:
         rest of the context. Raises InvalidRequestError, before anything runs, for a prompt or a
         parameter that cannot be served, and for n > 1.
         """
-        listed = _listed(prompts)
-        params = _params_for(len(listed), sampling_params, sampling_fields)
-        if any(p.n > 1 for p in params):
+        requests = _requests(prompts, sampling_params, sampling_fields)
+        if any(request.sampling.n > 1 for request in requests):
             raise InvalidRequestError(
-                "generate gives one text a prompt; for n > 1 use generate_outputs", param="n"
+                "generate returns one text per prompt; for n > 1 use generate_outputs", param="n"
             )
-        outputs = self._run(self._encode(listed, params), use_tqdm)
-        return [output.outputs[0].text for output in outputs]
+        return [output.outputs[0].text for output in self._run(requests, use_tqdm)]
 
     def generate_outputs(
         self,
@@ -128,9 +125,7 @@ class LLM:
         **sampling_fields: Any,
     ) -> list[RequestOutput]:
         """As `generate`, with token ids, finish reasons, usage and all n choices."""
-        listed = _listed(prompts)
-        params = _params_for(len(listed), sampling_params, sampling_fields)
-        return self._run(self._encode(listed, params), use_tqdm)
+        return self._run(_requests(prompts, sampling_params, sampling_fields), use_tqdm)
 
     def chat(
         self,
@@ -145,26 +140,22 @@ class LLM:
         single = bool(messages) and isinstance(messages[0], dict)
         chats = cast("list[Chat]", [messages] if single else list(messages))
         params = _params_for(len(chats), sampling_params, sampling_fields)
+        kwargs = chat_template_kwargs or {}
         requests = [
-            TokenizeMsg(
-                uid=0,
-                messages=tuple(chat),
-                template_kwargs=chat_template_kwargs or {},
-                sampling=p,
-            )
+            TokenizeMsg(uid=0, messages=tuple(chat), template_kwargs=kwargs, sampling=p)
             for chat, p in zip(chats, params, strict=True)
         ]
-        return [o.outputs[0].text for o in self._run(requests, use_tqdm)]
+        return [output.outputs[0].text for output in self._run(requests, use_tqdm)]
 
     def prepare(self, request: TokenizeMsg) -> GenerateMsg:
-        """The token ids of a request, checked; the uid is given here.
+        """Encode and check a request, and give it its uid.
 
-        Open fields of its sampling are the model's defaults. Raises InvalidRequestError.
+        The model's defaults fill what its sampling leaves open. Raises InvalidRequestError.
         """
         if self._closed:
             raise RuntimeError("this LLM is closed")
         sampling = request.sampling.with_defaults(self.sampling_defaults)
-        (made,) = self._tokenizer.handle(replace(request, uid=self._next_uid, sampling=sampling))
+        made = self._tokenizer.handle(replace(request, uid=self._next_uid, sampling=sampling))
         if isinstance(made, UserReply):
             raise error_of(made.failures[0])
         assert isinstance(made, GenerateMsg)
@@ -172,26 +163,26 @@ class LLM:
         return made
 
     def stream_outputs(self, messages: Sequence[GenerateMsg]) -> Iterator[RequestOutput]:
-        """Serve prepared requests together; each comes out when all its choices have ended.
+        """Serve prepared requests together; yields each when all its choices have ended.
 
-        Closing the iterator early ends what is open.
+        Closing the iterator early aborts the others.
         """
         if self._closed:
             raise RuntimeError("this LLM is closed")
         run = Run(messages)
         self._channel.inbox.extend(messages)
         try:
-            while run.num_open or self._loop.busy:
-                with _interrupt_later():
+            while run.choices or self._loop.busy:
+                with _delay_interrupt():
                     self._loop.turn()
-                    ended = list(self._take(run))
+                    ended = list(self._collect(run))
                 yield from ended
         finally:
-            with _interrupt_later():
+            with _delay_interrupt():
                 self._drop(run)
 
     def close(self) -> None:
-        """Free the model and its cache. The object cannot be used after."""
+        """Free the model and its cache; the object cannot be used afterwards."""
         self._closed = True
         if loop := self.__dict__.pop("_loop", None):
             loop.engine.close()
@@ -199,25 +190,8 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
-
-    def _encode(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
-    ) -> list[TokenizeMsg]:
-        return [
-            TokenizeMsg(
-                uid=0,
-                prompt=prompt if isinstance(prompt, str) else token_array(prompt),
-                sampling=p,
-            )
-            for prompt, p in zip(prompts, params, strict=True)
-        ]
 
     def _run(self, requests: Sequence[TokenizeMsg], use_tqdm: bool) -> list[RequestOutput]:
         messages = []
@@ -241,55 +215,50 @@ class LLM:
             done[index].prompt = request.prompt if isinstance(request.prompt, str) else None
         return [done[index] for index in range(len(requests))]
 
-    def _take(self, run: Run) -> Iterator[RequestOutput]:
-        """What the last turn gave."""
+    def _collect(self, run: Run) -> Iterator[RequestOutput]:
+        """The requests that have ended with the last turn."""
         outbox = self._channel.outbox
         while outbox:
             message = outbox.popleft()
-            run.take_tokens(message)
+            run.add_tokens(message)
             reply, aborts = self._detokenizer.handle(message)
             if aborts is not None:
                 self._channel.inbox.append(aborts)
             if reply is not None:
-                yield from run.take_texts(reply)
+                yield from run.add_texts(reply)
 
     def _drop(self, run: Run) -> None:
-        """End what is still open, so that the next call finds an idle engine."""
+        """Abort what is still open, so that the next call finds an idle engine."""
         if self._closed:
             return
         self._channel.inbox.append(AbortMsg(uids=tuple(run.choices)))
         run.choices.clear()
         while self._loop.busy or self._channel.inbox:
             self._loop.turn()
-            for _ in self._take(run):
+            for _ in self._collect(run):
                 pass
 
 
 @contextmanager
-def _interrupt_later() -> Iterator[None]:
-    """Hold Ctrl+C back until the end of the block: a scheduler must not stop half way."""
+def _delay_interrupt() -> Iterator[None]:
+    """Delay Ctrl+C until the end of the block: it must not interrupt the scheduler mid-step."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    interrupts: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if came:
+    if interrupts:
         signal.raise_signal(signal.SIGINT)
 
 
 def _make_config(
     model: str, dtype: torch.dtype | str | None, options: dict[str, Any]
 ) -> ServerConfig:
-    known = [f.name for f in fields(ServerConfig)]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"; near names: {', '.join(near)}" if near else ""
-            raise TypeError(f"LLM has no option {name!r}{hint}")
+    _check_names(ServerConfig, options, "LLM has no option")
     name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
     return ServerConfig(**{"model": model, "dtype": name, **options})
 
@@ -306,6 +275,33 @@ def _tokenizer_dir(model_dir: Path, stack: ExitStack) -> Path:
         lines = done.stderr.strip().splitlines()
         raise ConfigError(lines[-1] if lines else "the tokenizer could not be converted")
     return out
+
+
+def _check_names(owner: type[Any], names: Iterable[str], refusal: str) -> None:
+    """Raise TypeError, with similar names, for the first of `names` that is not a field."""
+    known = [f.name for f in fields(owner)]
+    for name in names:
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=3)
+            hint = f"; near names: {', '.join(similar)}" if similar else ""
+            raise TypeError(f"{refusal} {name!r}{hint}")
+
+
+def _requests(
+    prompts: Prompt | Sequence[Prompt],
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    sampling_fields: dict[str, Any],
+) -> list[TokenizeMsg]:
+    listed = _listed(prompts)
+    params = _params_for(len(listed), sampling_params, sampling_fields)
+    return [
+        TokenizeMsg(
+            uid=0,
+            prompt=prompt if isinstance(prompt, str) else token_array(prompt),
+            sampling=p,
+        )
+        for prompt, p in zip(listed, params, strict=True)
+    ]
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -330,13 +326,8 @@ def _params_for(
     params: SamplingParams | Sequence[SamplingParams] | None,
     sampling_fields: dict[str, Any],
 ) -> list[SamplingParams]:
-    """One SamplingParams a prompt."""
-    known = {f.name for f in fields(SamplingParams)}
-    unknown = sorted(sampling_fields.keys() - known)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=3)
-        hint = f"; near names: {', '.join(near)}" if near else ""
-        raise TypeError(f"there is no sampling field {unknown[0]!r}{hint}")
+    """One SamplingParams per prompt."""
+    _check_names(SamplingParams, sampling_fields, "there is no sampling field")
     if params is None or isinstance(params, SamplingParams):
         listed = [params or SamplingParams()] * count
     else:

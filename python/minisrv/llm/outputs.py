@@ -6,8 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.wire.events import Event, gather_reply
 from minisrv.wire.logprobs import TokenLogprob
@@ -44,9 +42,9 @@ class TokenCounts:
 
 @dataclass(slots=True, kw_only=True)
 class RequestOutput:
-    """What came of the prompt at place `index`. `prompt` is None for messages and token ids.
+    """The results for prompt number `index`. prompt: None for messages and token ids.
 
-    prompt_logprobs: of all tokens of the prompt but the first, which has none.
+    prompt_logprobs: those of all tokens of the prompt except the first, which has none.
     """
 
     index: int
@@ -58,7 +56,6 @@ class RequestOutput:
 
     @property
     def usage(self) -> TokenCounts:
-        """Token counts of prompt and all choices."""
         return TokenCounts(
             prompt_tokens=len(self.prompt_token_ids),
             completion_tokens=sum(len(output.token_ids) for output in self.outputs),
@@ -67,34 +64,23 @@ class RequestOutput:
 
 
 class Run:
-    """The requests of one call, and what is known of their choices."""
+    """The requests of one call. choices: those that have not ended, by uid."""
 
     def __init__(self, messages: Sequence[GenerateMsg]) -> None:
         self.choices: dict[int, tuple[RequestOutput, CompletionOutput]] = {}
         self._missing: dict[int, int] = {}
         for index, message in enumerate(messages):
-            self._open(index, message)
+            self._missing[index] = message.sampling.n
+            choices = [
+                CompletionOutput(index=i, event=Event(message.uid + i, i))
+                for i in range(message.sampling.n)
+            ]
+            prompt_ids = message.prompt_ids.tolist()
+            output = RequestOutput(index=index, prompt_token_ids=prompt_ids, outputs=choices)
+            self.choices |= {choice.event.uid: (output, choice) for choice in choices}
 
-    @property
-    def num_open(self) -> int:
-        """Choices that have not ended."""
-        return len(self.choices)
-
-    def _open(self, index: int, message: GenerateMsg) -> None:
-        self._missing[index] = message.sampling.n
-        output = RequestOutput(
-            index=index,
-            prompt_token_ids=message.prompt_ids.tolist(),
-            outputs=[
-                CompletionOutput(index=choice, event=Event(message.uid + choice, choice))
-                for choice in range(message.sampling.n)
-            ],
-        )
-        for choice in output.outputs:
-            self.choices[message.uid + choice.index] = (output, choice)
-
-    def take_tokens(self, message: DetokenizeMsg) -> None:
-        """Take the tokens of a step from the scheduler."""
+    def add_tokens(self, message: DetokenizeMsg) -> None:
+        """Add the tokens of a step, from the scheduler."""
         for start in message.starts:
             if start.uid in self.choices:
                 output, choice = self.choices[start.uid]
@@ -105,15 +91,12 @@ class Run:
         for logprobs in message.logprobs:
             if logprobs.uid in self.choices:
                 self.choices[logprobs.uid][1].logprobs += logprobs
-        tokens = np.flatnonzero(message.token_ids >= 0)
-        for uid, token_id in zip(
-            message.uids[tokens].tolist(), message.token_ids[tokens].tolist(), strict=True
-        ):
-            if uid in self.choices:
+        for uid, token_id in zip(message.uids.tolist(), message.token_ids.tolist(), strict=True):
+            if token_id >= 0 and uid in self.choices:
                 self.choices[uid][1].token_ids.append(token_id)
 
-    def take_texts(self, reply: UserReply) -> Iterator[RequestOutput]:
-        """Take the reply of the detokenizer; yields the requests that have ended.
+    def add_texts(self, reply: UserReply) -> Iterator[RequestOutput]:
+        """Add a reply of the detokenizer; yields the requests that have ended.
 
         Raises InvalidRequestError or MinisrvError for a choice that failed.
         """

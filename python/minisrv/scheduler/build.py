@@ -83,7 +83,7 @@ def build_loop(
 
 
 def _warm_up(loop: SchedulerLoop) -> None:
-    """Serve one short request, so that the first user does not pay for first calls."""
+    """Serve one short request, so that the first user does not wait for one-time work."""
     length = min(32, loop.scheduler.max_seq_len - 2)
     if length < 1:
         return

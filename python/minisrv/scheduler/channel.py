@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from pathlib import Path
-from typing import Protocol
 
 from minisrv.wire.messages import (
     SCHEDULER_INBOX,
@@ -19,22 +18,8 @@ from minisrv.wire.messages import (
 from minisrv.wire.sockets import Inbox, Outbox
 
 
-class Channel(Protocol):
-    def receive(self, wait: bool) -> list[Message]:
-        """All messages that have arrived, oldest first; with `wait`, block until there is one.
-
-        May return nothing after a while of waiting, so that the caller can look whether to stop.
-        """
-
-    def send(self, message: DetokenizeMsg) -> None:
-        """Send the tokens of a step to the detokenizer."""
-
-    def send_to_frontend(self, message: AnswerMsg | StatsMsg) -> None:
-        """Send the answer to a query, or statistics, to the frontend."""
-
-
 class ZmqChannel:
-    """The scheduler process: inbox `scheduler`, outboxes `detokenizer` and `frontend`."""
+    """The sockets of the scheduler process."""
 
     WAIT_S = 1.0
 
@@ -44,11 +29,16 @@ class ZmqChannel:
         self._frontend = Outbox(run_dir, "frontend", epoch)
 
     def receive(self, wait: bool) -> list[Message]:
+        """All messages that have arrived, oldest first; with `wait`, block until there is one.
+
+        Returns an empty list after WAIT_S, so that the caller can check whether to stop.
+        """
         if wait:
             self._inbox.wait(self.WAIT_S)
         return self._inbox.drain()
 
     def send(self, message: DetokenizeMsg) -> None:
+        """Send the tokens of a step to the detokenizer."""
         self._outbox.send(message)
 
     def send_to_frontend(self, message: AnswerMsg | StatsMsg) -> None:
@@ -61,10 +51,7 @@ class ZmqChannel:
 
 
 class LocalChannel:
-    """Messages by hand, for the offline engine and tests: put into `inbox`, take from `outbox`.
-
-    `sent_to_frontend` keeps the last messages to the frontend.
-    """
+    """The same for an offline engine: the caller fills `inbox` and empties `outbox`."""
 
     def __init__(self) -> None:
         self.inbox: deque[GenerateMsg | AbortMsg | FlushMsg] = deque()
@@ -72,7 +59,7 @@ class LocalChannel:
         self.sent_to_frontend: deque[AnswerMsg | StatsMsg] = deque(maxlen=8)
 
     def receive(self, wait: bool) -> list[Message]:
-        """See Channel; never blocks, since nobody else could put a message in."""
+        """All messages in the inbox; never blocks."""
         messages: list[Message] = list(self.inbox)
         self.inbox.clear()
         return messages

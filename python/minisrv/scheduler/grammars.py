@@ -1,4 +1,4 @@
-"""Grammars in the scheduler process: which requests wait for one, and the masks of a step."""
+"""Grammars in the scheduler process: matchers for requests, and the masks of a step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from minisrv.wire.messages import GenerateMsg
 
 
 class Grammars:
-    """Gives requests of a scheduler their matchers, at once or when they are compiled."""
+    """Gives requests their matchers, at once or when the grammar is compiled."""
 
     def __init__(self, scheduler: Scheduler, compiler: GrammarCompiler) -> None:
         self._scheduler = scheduler
         self._compiler = compiler
 
     def request(self, message: GenerateMsg) -> None:
-        """Get a matcher for each choice of a request that the scheduler has just got."""
+        """Request a matcher for each choice of a request that was just added to the scheduler."""
         assert message.sampling.grammar is not None
         for uid in range(message.uid, message.uid + message.sampling.n):
             matcher = self._compiler.request(message.sampling.grammar, uid)
@@ -30,7 +30,7 @@ class Grammars:
                 self._scheduler.set_matcher(uid, matcher)
 
     def deliver(self) -> None:
-        """Hand over what has been compiled since the last call."""
+        """Set the matchers compiled since the last call, and fail what does not compile."""
         for uid, outcome in self._compiler.take_done():
             if isinstance(outcome, Matcher):
                 self._scheduler.set_matcher(uid, outcome)
@@ -42,7 +42,7 @@ class Grammars:
         self._compiler.wait(timeout_s)
 
     def masks(self, requests: Sequence[Request]) -> Int32Array:
-        """The tokens that may come next, a row a request; the tokens before are settled."""
+        """The allowed next tokens, one row of bits per request, whose earlier steps are settled."""
         masks = np.empty((len(requests), self._compiler.num_words), np.int32)
         for words, request in zip(masks, requests, strict=True):
             if request.status is Status.FINISHED:  # its token will be dropped

@@ -14,7 +14,7 @@ from minisrv.wire.logprobs import TokenLogprobs
 
 
 def build_logprobs(step: StepPlan) -> tuple[Int32Array, LogprobColumns | None]:
-    """The batch's `prompt_logprob_tokens` and `logprobs`: (none, None) when nobody asks."""
+    """The batch's `prompt_logprob_tokens` and `logprobs`: empty and None if no request asks."""
     samples = _asking(step)
     chunks = step.scored
     asking = [request for _, request in samples] + [chunk.request for chunk in chunks]
@@ -32,9 +32,9 @@ def build_logprobs(step: StepPlan) -> tuple[Int32Array, LogprobColumns | None]:
 def take_logprobs(
     step: StepPlan, token_ids: Sequence[int], logprobs: Logprobs
 ) -> Iterator[TokenLogprobs]:
-    """Those of the step's tokens, to be sent; those of prompts are kept until the first token.
+    """The log-probabilities of the step's tokens; those of prompts are kept until the first token.
 
-    Called before the step is settled.
+    Must be called before the step is settled.
     """
     samples = _asking(step)
     for row, (sample, request) in enumerate(samples):
@@ -50,9 +50,9 @@ def take_logprobs(
             )
     first = len(samples)
     for chunk in step.scored:
-        length = _end(chunk) - chunk.start
-        _keep(chunk, logprobs, first, first + length)
-        first += length
+        end = first + _end(chunk) - chunk.start
+        _keep(chunk, logprobs, first, end)
+        first = end
 
 
 def _asking(step: StepPlan) -> list[tuple[int, Request]]:
@@ -60,7 +60,7 @@ def _asking(step: StepPlan) -> list[tuple[int, Request]]:
 
 
 def _end(chunk: Chunk) -> int:
-    """Where the chunk's positions end that have a prompt token behind them."""
+    """The end of the chunk's positions that are followed by a prompt token."""
     return min(chunk.start + chunk.length, len(chunk.request.prompt_ids) - 1)
 
 
@@ -76,7 +76,7 @@ def _scored_tokens(step: StepPlan) -> Int32Array:
 
 
 def _keep(chunk: Chunk, logprobs: Logprobs, first: int, end: int) -> None:
-    """Put a part of a prompt's log-probabilities to the others, in place of an earlier try's."""
+    """Store a part of a prompt's log-probabilities, over those from before a preemption."""
     request = chunk.request
     assert request.sampling.prompt_logprobs is not None
     num_top = min(request.sampling.prompt_logprobs, logprobs.top_ids.shape[1])

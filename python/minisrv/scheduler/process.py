@@ -19,9 +19,8 @@ def main() -> None:
 
 
 def _serve(child: Child) -> None:
-    model_dir = Path(child.boot.model_dir)
+    model_dir, run_dir = Path(child.boot.model_dir), Path(child.boot.run_dir)
     model = load_model_config(model_dir, child.config.max_seq_len)
-    run_dir = Path(child.boot.run_dir)
     channel = ZmqChannel(run_dir, child.boot.epoch)
     child.report_progress("import torch", 0.0)
     # It takes seconds: by now the lifeline holds, and a wrong config.json has been refused.
@@ -32,15 +31,14 @@ def _serve(child: Child) -> None:
     vocabulary = open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
     loop = build_loop(child.config, model_dir, channel, child.report_progress, run_dir, vocabulary)
     assert isinstance(loop.engine, Engine)
-    facts = {"placement": loop.engine.placement, "memory_plan": loop.engine.describe()}
-    child.report(
-        ChildReady({**facts, **model_facts(model, child.config, loop.scheduler.max_seq_len)})
-    )
+    facts = model_facts(model, child.config, loop.scheduler.max_seq_len)
+    facts |= {"placement": loop.engine.placement, "memory_plan": loop.engine.describe()}
+    child.report(ChildReady(facts))
     loop.run(loop.engine.check)
 
 
 def model_facts(model: ModelConfig, config: ServerConfig, max_seq_len: int) -> dict[str, Any]:
-    """What the frontend must know of the model."""
+    """The model's facts for the frontend."""
     defaults = model.defaults_of(config.sampling_defaults)
     return {
         "max_seq_len": max_seq_len,

@@ -1,4 +1,4 @@
-"""What the scheduler has to send: tokens, ends and refusals, until the loop takes them."""
+"""The scheduler's replies: tokens, ends and refusals, until the loop sends them."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ class Replies:
         self.finishes.append(finish)
 
     def add_progress(self, chunks: list[Chunk], now: float) -> None:
-        """Report the prompts that these chunks advance and do not complete."""
-        for request, end in ((chunk.request, chunk.start + chunk.length) for chunk in chunks):
+        """Report the prompts that these chunks advance but do not complete."""
+        for chunk in chunks:
+            request = chunk.request
             if request.status is not Status.FINISHED and not request.started:
                 began = now if request.admitted_at is None else request.admitted_at
                 self.progress.append(
@@ -40,7 +41,7 @@ class Replies:
                         uid=request.uid,
                         total=len(request.prompt_ids),
                         cached=request.cached_tokens,
-                        processed=end,
+                        processed=chunk.start + chunk.length,
                         seconds=now - began,
                     )
                 )

@@ -33,15 +33,15 @@ class LoopStats:
         """Count a step that is launched, and its tokens."""
         self._steps += 1
         chunks = sum(chunk.length for chunk in plan.prefills)
-        self._step_tokens.add(len(plan.decodes) + chunks)
+        self._step_tokens.count_value(len(plan.decodes) + chunks)
 
     def count_tokens(self, outcome: StepOutcome, now: float) -> None:
         """Count the tokens of a step that is settled; a request's first has no latency."""
         self._output_tokens += outcome.num_tokens
         for seconds in outcome.resumed_after_s:
-            self._inter_token.add(seconds)
+            self._inter_token.count_value(seconds)
         if outcome.num_decoded:
-            self._inter_token.add(now - self._settled_at, outcome.num_decoded)
+            self._inter_token.count_value(now - self._settled_at, outcome.num_decoded)
         self._settled_at = now
 
     def count_prompts(self, replies: Replies) -> None:

@@ -42,7 +42,7 @@ class ChatTemplate:
     """The templates of one model, compiled once, and those that requests bring."""
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
-        """`sources` by name, maybe none at all; templates see `special_tokens` as variables.
+        """sources: by name, may be empty. special_tokens: variables for the templates.
 
         Raises ConfigError for a template that does not compile.
         """
@@ -64,14 +64,13 @@ class ChatTemplate:
         continue_final_message: bool = False,
         chat_template: str | None = None,
     ) -> str:
-        """The prompt text. `template_kwargs` are more variables for the template.
+        """The prompt text. template_kwargs: further variables for the template.
 
-        continue_final_message: end it where the content of the last message ends.
+        continue_final_message: end the text where the content of the last message ends.
         chat_template: the source of a template to use instead of the model's.
-
         A null field of a message counts as absent. The role `developer` becomes `system` for a
-        template that does not know it. Raises InvalidRequestError when there is no template, and
-        with the template's own words when it refuses the messages or fails on them.
+        template that does not know it. Raises InvalidRequestError if there is no template, and
+        with the template's own message if it refuses the messages or fails on them.
         """
         template = self._select(tools) if chat_template is None else self._of_request(chat_template)
         prepared = [_prepare(message, template) for message in messages]
@@ -154,20 +153,17 @@ def _cut_at_mark(text: str) -> str:
 
 
 def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    if not message.get("tool_calls"):
-        return message
-    return {**message, "tool_calls": [_as_text(call) for call in message["tool_calls"]]}
-
-
-def _as_text(call: dict[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    arguments = function["arguments"]
-    text = arguments if isinstance(arguments, str) else _to_json(arguments)
-    return {**call, "function": {**function, "arguments": text}}
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = dict(call["function"])
+        if not isinstance(function["arguments"], str):
+            function["arguments"] = _to_json(function["arguments"])
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls} if calls else message
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks the assistant's text: here just its body."""
+    """`{% generation %}...{% endgeneration %}` is replaced by its body."""
 
     tags = frozenset({"generation"})  # type: ignore[assignment]
 
@@ -185,7 +181,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment
 
 
@@ -248,7 +244,3 @@ def _to_json(
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)

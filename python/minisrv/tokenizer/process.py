@@ -13,17 +13,7 @@ from minisrv.supervision.child_main import Child, run_child
 from minisrv.supervision.records import ChildReady
 from minisrv.tokenizer.chat_template import ChatTemplate
 from minisrv.tokenizer.worker import TokenizerWorker
-from minisrv.wire.messages import (
-    TOKENIZER_INBOX,
-    AbortMsg,
-    AnswerMsg,
-    DecodeMsg,
-    DescribeMsg,
-    EncodeMsg,
-    FlushMsg,
-    TokenizeMsg,
-    UserReply,
-)
+from minisrv.wire.messages import TOKENIZER_INBOX, AnswerMsg, UserReply
 from minisrv.wire.sockets import Inbox, Outbox
 
 
@@ -36,27 +26,18 @@ def _serve(child: Child) -> None:
     inbox = Inbox(run_dir, f"tokenizer-{boot.index}", TOKENIZER_INBOX, boot.epoch)
     scheduler = Outbox(run_dir, "scheduler", boot.epoch)
     frontend = Outbox(run_dir, "frontend", boot.epoch)
-    worker = _build_worker(child)
+    model = load_model_config(boot.model_dir, child.config.max_seq_len)
+    tokenizer = load_tokenizer(Path(boot.tokenizer_dir), child.config.chat_template)
+    worker = TokenizerWorker(
+        tokenizer,
+        ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens),
+        model.max_seq_len,
+        model.vocab_size,
+        GrammarChecker(open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)),
+    )
     child.report(ChildReady({"chat_format": asdict(worker.chat_format)}))
     while inbox.wait():
         for message in inbox.drain():
-            assert isinstance(
-                message, TokenizeMsg | AbortMsg | EncodeMsg | DecodeMsg | DescribeMsg | FlushMsg
-            )
-            for outgoing in worker.handle(message):
-                receiver = frontend if isinstance(outgoing, UserReply | AnswerMsg) else scheduler
-                receiver.send(outgoing)
-
-
-def _build_worker(child: Child) -> TokenizerWorker:
-    model = load_model_config(child.boot.model_dir, child.config.max_seq_len)
-    tokenizer = load_tokenizer(Path(child.boot.tokenizer_dir), child.config.chat_template)
-    template = ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens)
-    vocabulary = open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
-    return TokenizerWorker(
-        tokenizer,
-        template,
-        model.max_seq_len,
-        model.vocab_size,
-        GrammarChecker(vocabulary),
-    )
+            outgoing = worker.handle(message)
+            receiver = frontend if isinstance(outgoing, UserReply | AnswerMsg) else scheduler
+            receiver.send(outgoing)

@@ -1,6 +1,6 @@
-"""Grammars of whole replies: calls that must be made, and text behind reasoning.
+"""Grammars of whole replies: required calls, and text that follows reasoning.
 
-Written here because the prompt and the special tokens are known here.
+They are written in the tokenizer process, which knows the prompt and the special tokens.
 """
 
 from __future__ import annotations
@@ -54,19 +54,18 @@ class ReplyGrammars:
 
     def behind_reasoning(self, grammar: Grammar, parts: Parts) -> Grammar:
         """Apply `grammar` to what follows the reply's reasoning, if it has any."""
-        if self._format.reasoning_markers is None or not parts & (
-            Parts.REASONING | Parts.OPEN_REASONING
-        ):
+        is_open = bool(parts & Parts.OPEN_REASONING)
+        if self._format.reasoning_markers is None or not (is_open or parts & Parts.REASONING):
             return grammar
         begin, end = self._format.reasoning_markers
-        opening = "" if parts & Parts.OPEN_REASONING else f"{self._mark(begin)} "
         if end in self._ids:
+            opening = "" if is_open else f"{self._mark(begin)} "
             rule = f"reasoning: {opening}/(?s:.*)/ {self._mark(end)}"
         else:
-            # One lexeme from tag to tag, as short as can be: it ends at the first closing tag.
-            begins = "" if parts & Parts.OPEN_REASONING else _escape(begin)
-            rule = f"reasoning[lazy]: /{begins}(?s:.*){_escape(end)}/"
-        optional = "" if parts & Parts.OPEN_REASONING else "?"
+            # One lexeme from tag to tag, as short as possible: it ends at the first closing tag.
+            opening = "" if is_open else _escape(begin)
+            rule = f"reasoning[lazy]: /{opening}(?s:.*){_escape(end)}/"
+        optional = "" if is_open else "?"
         text, *rules = (grammar.before or "@text").splitlines()
         body = f"(reasoning /\\n*/){optional} {text}"
         return replace(grammar, before="\n".join([body, rule, *rules]))

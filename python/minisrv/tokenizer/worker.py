@@ -1,8 +1,9 @@
-"""What a tokenizer process does with a message: render, encode, check. No sockets here."""
+"""The work of a tokenizer process, without sockets: render, encode and check each message."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,9 +41,8 @@ Outgoing = GenerateMsg | AbortMsg | FlushMsg | UserReply | AnswerMsg
 
 
 class TokenizerWorker:
-    """Turns requests into checked token ids.
+    """max_seq_len: most tokens of prompt and output together. vocab_size: the model's token ids.
 
-    max_seq_len: most tokens of prompt and output together. vocab_size: ids that the model knows.
     chat_format: how the model writes reasoning and tool calls.
     """
 
@@ -62,37 +62,42 @@ class TokenizerWorker:
         self._grammars = ReplyGrammars(tokenizer, self.chat_format)
         self._grammar_checker = grammar_checker
 
-    def handle(self, message: TokenizeMsg | AbortMsg | FlushMsg | TokenizerQuery) -> list[Outgoing]:
-        """What to send on: a UserReply or AnswerMsg to the frontend, all else to the scheduler.
+    def handle(self, message: TokenizeMsg | AbortMsg | FlushMsg | TokenizerQuery) -> Outgoing:
+        """The message to send: a UserReply or AnswerMsg to the frontend, others to the scheduler.
 
-        A request that cannot be served fails under each of its uids; others go on.
+        A request that cannot be served fails under each of its uids; others are not affected.
         """
         if isinstance(message, AbortMsg | FlushMsg):
-            return [message]
-        if not isinstance(message, TokenizeMsg):
-            return [self._answer(message)]
+            return message
         try:
-            prompt_ids, text, parts = self._prompt(message)
-            self._check(prompt_ids, message)
-            return [
-                GenerateMsg(
-                    uid=message.uid,
-                    prompt_ids=prompt_ids,
-                    sampling=self._sampling(message, parts),
-                    parts=parts,
-                    shown_prompt=self._shown(message, prompt_ids, text),
-                    show_progress=message.show_progress,
-                    cache_salt=message.cache_salt,
-                )
-            ]
-        except MinisrvError as error:
-            return [self._failure(message, error)]
+            if isinstance(message, TokenizeMsg):
+                return self._generate(message)
+            return AnswerMsg(query=message.query, value=self._answer(message))
+        except MinisrvError as refusal:
+            error = refusal
         except Exception:
-            logger.exception("request uid=%d cannot be tokenized", message.uid)
-            return [self._failure(message, MinisrvError("the prompt could not be tokenized"))]
+            logger.exception("the tokenizer failed on a %s", type(message).__name__)
+            error = MinisrvError("the tokenizer failed on this request")
+        if not isinstance(message, TokenizeMsg):
+            return AnswerMsg(query=message.query, failure=Failure.from_error(0, error))
+        uids = range(message.uid, message.uid + message.sampling.n)
+        return failure_reply([Failure.from_error(uid, error) for uid in uids])
+
+    def _generate(self, message: TokenizeMsg) -> GenerateMsg:
+        prompt_ids, text, parts = self._prompt(message)
+        self._check(prompt_ids, message)
+        return GenerateMsg(
+            uid=message.uid,
+            prompt_ids=prompt_ids,
+            sampling=self._sampling(message, parts),
+            parts=parts,
+            shown_prompt=self._shown(message, prompt_ids, text),
+            show_progress=message.show_progress,
+            cache_salt=message.cache_salt,
+        )
 
     def _prompt(self, message: TokenizeMsg) -> tuple[Int32Array, str | None, Parts]:
-        """The ids, their text where there was one, and what the reply may hold."""
+        """The token ids, the text if there was one, and what the reply may hold."""
         if message.messages is None:
             assert message.prompt is not None, "a TokenizeMsg has a prompt or messages"
             if not isinstance(message.prompt, str):
@@ -130,7 +135,7 @@ class TokenizerWorker:
         )
 
     def _sampling(self, message: TokenizeMsg, parts: Parts) -> SamplingParams:
-        """With the grammar that holds for all of the reply, checked."""
+        """The sampling with the checked grammar of the whole reply."""
         grammar = message.sampling.grammar
         if message.must_call:
             assert message.tools is not None
@@ -151,7 +156,7 @@ class TokenizerWorker:
     def _reasoning_part(self, prompt: str, continued: str) -> Parts:
         """Whether the reply begins inside reasoning, may begin with it, or has none.
 
-        continued: the text that it goes on with, if it does.
+        continued: the text that the reply continues, or "".
         """
         if self.chat_format.reasoning_markers is None:
             return Parts(0)
@@ -164,31 +169,20 @@ class TokenizerWorker:
             return Parts.OPEN_REASONING
         return Parts(0) if written.endswith(end) else Parts.REASONING
 
-    def _answer(self, message: TokenizerQuery) -> AnswerMsg:
-        try:
-            return AnswerMsg(query=message.query, value=self._value(message))
-        except MinisrvError as error:
-            failure = Failure.from_error(0, error)
-        except Exception:
-            logger.exception("query %d cannot be answered", message.query)
-            failure = Failure.from_error(0, MinisrvError("the tokenizer could not answer"))
-        return AnswerMsg(query=message.query, failure=failure)
-
-    def _value(self, message: TokenizerQuery) -> dict[str, Any]:
-        if isinstance(message, EncodeMsg):
-            text = message.prompt or ""
-            if message.messages is not None:
-                text = self._render(message, message.messages)
-            param = "prompt" if message.messages is None else "messages"
-            ids = self._encode(text, message.add_special_tokens, param)
+    def _answer(self, query: TokenizerQuery) -> dict[str, Any]:
+        if isinstance(query, EncodeMsg):
+            text, param = query.prompt or "", "prompt"
+            if query.messages is not None:
+                text, param = self._render(query, query.messages), "messages"
+            ids = self._encode(text, query.add_special_tokens, param)
             return {"text": text, "ids": ids, "tokens": [self._tokenizer.token(id) for id in ids]}
-        if isinstance(message, DecodeMsg):
-            ids = message.token_ids.tolist()
-            return {"text": self._tokenizer.decode(ids, message.skip_special_tokens)}
+        if isinstance(query, DecodeMsg):
+            ids = query.token_ids.tolist()
+            return {"text": self._tokenizer.decode(ids, query.skip_special_tokens)}
         return self._tokenizer.describe()
 
     def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
-        """Token ids of a text that may fit; encoding one that cannot would take seconds."""
+        """Token ids of a text; one that cannot fit is refused unread, since it may take seconds."""
         limit = self._max_seq_len * self._tokenizer.longest_token
         if len(text) > limit:
             have = "messages have" if param == "messages" else f"{param} has"
@@ -202,46 +196,36 @@ class TokenizerWorker:
         return self._tokenizer.encode(text, add_special_tokens)
 
     def _check(self, prompt_ids: Int32Array, message: TokenizeMsg) -> None:
+        sampling, num_prompt = message.sampling, len(prompt_ids)
         param = "prompt" if message.messages is None else "messages"
-        if not prompt_ids.size:
+        if not num_prompt:
             raise InvalidRequestError(
                 f"{param} gives no token; it must give at least one", param=param
             )
-        self._check_length(len(prompt_ids), message.sampling.max_tokens, param)
-        self._check_named_ids(message.sampling)
-        _check_prompt_logprobs(len(prompt_ids), message.sampling)
-        wrong = prompt_ids[(prompt_ids < 0) | (prompt_ids >= self._vocab_size)]
+        # Without max_tokens the prompt must leave room for one token of output.
+        num_output = 1 if sampling.max_tokens is None else sampling.max_tokens
+        if num_prompt + num_output > self._max_seq_len:
+            lengths = Lengths(num_prompt, num_output, self._max_seq_len)
+            raise ContextLengthError(lengths, param, param=param)
+        biased = [bias.token_id for bias in sampling.logit_bias]
+        self._check_ids(biased, "logit_bias")
+        self._check_ids(sampling.stop_token_ids, "stop_token_ids")
+        _check_prompt_logprobs(num_prompt, sampling)
+        self._check_ids(prompt_ids, param)
+
+    def _check_ids(self, ids: Sequence[int] | Int32Array, param: str) -> None:
+        array = np.asarray(ids, np.int64)
+        word = "token id " if param in ("prompt", "messages") else ""
+        wrong = array[(array < 0) | (array >= self._vocab_size)]
         if wrong.size:
             raise InvalidRequestError(
-                f"{param} holds token id {wrong[0]}; the model's ids go from 0 to "
-                f"{self._vocab_size - 1}",
+                f"{param} holds {word}{wrong[0]}; token ids go from 0 to {self._vocab_size - 1}",
                 param=param,
             )
 
-    def _check_named_ids(self, sampling: SamplingParams) -> None:
-        biased = tuple(bias.token_id for bias in sampling.logit_bias)
-        for name, ids in (("logit_bias", biased), ("stop_token_ids", sampling.stop_token_ids)):
-            if ids and max(ids) >= self._vocab_size:
-                raise InvalidRequestError(
-                    f"{name} holds {max(ids)}; token ids go from 0 to {self._vocab_size - 1}",
-                    param=name,
-                )
-
-    def _check_length(self, num_prompt: int, max_tokens: int | None, param: str) -> None:
-        # Without max_tokens the prompt must leave room for one token of output.
-        num_output = 1 if max_tokens is None else max_tokens
-        if num_prompt + num_output <= self._max_seq_len:
-            return
-        lengths = Lengths(num_prompt, num_output, self._max_seq_len)
-        raise ContextLengthError(lengths, param, param=param)
-
-    def _failure(self, message: TokenizeMsg, error: MinisrvError) -> UserReply:
-        uids = range(message.uid, message.uid + message.sampling.n)
-        return failure_reply([Failure.from_error(uid, error) for uid in uids])
-
 
 def _check_prompt_logprobs(num_prompt: int, sampling: SamplingParams) -> None:
-    """Bound the time that the others wait while the log-probabilities are written, all at once."""
+    """Bound the time for which the log-probabilities, written all at once, delay other requests."""
     if sampling.prompt_logprobs is None:
         return
     num_logprobs = num_prompt * (1 + sampling.prompt_logprobs) * sampling.n

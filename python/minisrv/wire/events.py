@@ -1,4 +1,4 @@
-"""What comes back for one uid, gathered until its reader takes it."""
+"""The parts of replies that belong to one uid, gathered until its reader takes them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from minisrv.wire.messages import Failure, Finish, PrefillProgress, Start, UserR
 
 @dataclass(slots=True, repr=False)
 class Event:
-    """All that came for `uid` since the last event: a reader that is late gets fewer, longer ones.
+    """What arrived for `uid` since its last event: a late reader gets fewer, longer events.
 
     index: the choice of the request, its uid less the request's first.
-    reasoning: text deltas of the reply's reasoning, before all `deltas`. reasoning_tokens: its
-    count so far, 0 in an event without reasoning.
-    output_tokens: the count so far. `start` is set in the first event that follows the prompt.
-    token_ids and logprobs: of the output's tokens, where the request asked for them. echo: of the
-    prompt, likewise, before all deltas. progress: the prompt's latest. started_at is on the
-    clock of the event loop; decode_s, when the uid has ended, from its first token to its last. The
-    last event of a uid has a `finish` other than NONE, or a `failure`.
+    reasoning: text deltas of the reasoning, before all `deltas`; reasoning_tokens counts it so far,
+    0 in an event without reasoning. output_tokens: the count so far.
+    start: in the first event after prefill. progress: the latest of the prefill.
+    token_ids, logprobs, echo: if requested; the echo comes before all deltas.
+    started_at: by time.monotonic(). decode_s: from the first token to the last, in the last event,
+    which has a `finish` other than NONE, or a `failure`.
     """
 
     uid: int
@@ -47,26 +46,16 @@ class Event:
 
     @property
     def text(self) -> str:
-        """The text that came since the last event."""
         return "".join(self.deltas)
 
     @property
     def reasoning_text(self) -> str:
-        """The reasoning text that arrived since the last event."""
         return "".join(self.reasoning)
 
     @property
     def final(self) -> bool:
-        """Nothing follows for this uid."""
+        """Whether this is the last event of its uid."""
         return self.finish is not Finish.NONE or self.failure is not None
-
-    def end(self, finish: Finish, stop_reason: str | int | None) -> None:
-        """Make this the last event of its uid."""
-        if finish is Finish.ABORT:
-            error = MinisrvError("the request was aborted by the server", code="request_aborted")
-            self.failure = Failure.from_error(self.uid, error)
-        else:
-            self.finish, self.stop_reason = finish, stop_reason
 
     def raise_failure(self) -> None:
         """Raise RequestFailedError if the uid has failed."""
@@ -77,10 +66,10 @@ class Event:
 def gather_reply(
     reply: UserReply, event_of: Callable[[int], Event | None], now: float
 ) -> list[Event]:
-    """Put the parts of a reply into the events of their uids; returns the final ones.
+    """Add the parts of a reply to the events of their uids; returns the final events.
 
-    event_of: a uid's event, None for a uid that is not open, whose parts are dropped. An abort
-    that the server decided on becomes a failure. Raises ValueError for an unknown finish code.
+    event_of: a uid's event, or None for a uid that is not open, whose parts are dropped. An abort
+    becomes a failure. Raises ValueError for an unknown finish code.
     """
     ended = []
     for start in reply.starts:
@@ -112,8 +101,13 @@ def gather_reply(
             event.deltas.append(text)
             event.output_tokens = output_tokens
             if finish:
-                event.end(Finish(finish), stop_reason)
                 ended.append(event)
+                if finish == Finish.ABORT:
+                    message = "the request was aborted by the server"
+                    error = MinisrvError(message, code="request_aborted")
+                    event.failure = Failure.from_error(uid, error)
+                else:
+                    event.finish, event.stop_reason = Finish(finish), stop_reason
     for failure in reply.failures:
         if event := event_of(failure.uid):
             event.failure = failure

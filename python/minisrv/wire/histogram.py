@@ -1,4 +1,4 @@
-"""Buckets of the histograms, and counting into them; the names are in `frontend.metrics`."""
+"""Histograms of the metrics and their buckets; `frontend.ops.metrics` has their names."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ TOKENS = tuple(2**i for i in range(18))
 
 
 class HistogramCounter:
-    """A histogram that is cheap to count into, many equal values at once."""
+    """Counts values into buckets, many equal ones at once."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self._total = 0.0
 
-    def add(self, value: float, count: int = 1) -> None:
-        """Count `value`, `count` times; a bucket holds the values up to its bound."""
+    def count_value(self, value: float, count: int = 1) -> None:
+        """Count a value `count` times; a bucket holds the values up to its bound."""
         self._counts[bisect_left(self._bounds, value)] += count
         self._total += value * count
 
     def message(self) -> Histogram:
-        """The counts so far."""
         return Histogram(counts=np.array(self._counts, np.int64), total=self._total)

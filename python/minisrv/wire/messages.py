@@ -19,9 +19,9 @@ from minisrv.wire.logprobs import PromptEcho, SpelledLogprobs, TokenLogprobs
 
 
 class Finish(IntEnum):
-    """How a request ended; 0 while it runs.
+    """How a request ended; NONE while it runs.
 
-    STOP_TOKEN is one of the request's own ids. COMPLETE: the text is all that its grammar allows.
+    STOP_TOKEN: one of its own stop_token_ids. COMPLETE: its grammar allows no further text.
     """
 
     NONE = 0
@@ -52,7 +52,7 @@ class Parts(IntFlag):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownPrompt:
-    """The prompt as the model saw it, for clients that ask: its token ids, its text, or both."""
+    """The prompt as the model saw it, if requested: its token ids, its text, or both."""
 
     ids: Int32Array | None = None
     text: str | None = None
@@ -62,9 +62,9 @@ class ShownPrompt:
 class TokenizeMsg:
     """Frontend to tokenizer: either a prompt (text or token ids) or messages for the template.
 
-    The `sampling.n` choices answer under uid, uid + 1, ... The sampling has no None but max_tokens
-    and seed. `tools` are shown to the template, and calls of them looked for in the reply.
-    must_call: the reply must be a call of one of these tools; with `parallel_calls` maybe several.
+    The `sampling.n` choices have the uids uid, uid + 1, ... Only max_tokens and seed of the
+    sampling may be None. tools: shown to the template, and the reply is searched for calls of them.
+    must_call: the reply must call one of these tools, or several with `parallel_calls`.
     split_reasoning: reasoning is separated from the text. continue_final_message: the prompt ends
     where the last message's content ends. chat_template: a source in place of the model's.
     show_prompt_ids, show_prompt_text: in the first `Start`. show_progress: by `PrefillProgress`.
@@ -91,9 +91,9 @@ class TokenizeMsg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AbortMsg:
-    """Frontend to tokenizer to scheduler, and detokenizer to scheduler: nobody reads these uids.
+    """Frontend to tokenizer to scheduler, and detokenizer to scheduler: stop these uids.
 
-    Every uid is answered with one final code, its own end or ABORT. Unknown uids mean nothing.
+    Each is answered with one finish code, its own or ABORT. Unknown uids are ignored.
     """
 
     uids: tuple[int, ...]
@@ -101,7 +101,7 @@ class AbortMsg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateMsg:
-    """Tokenizer to scheduler: a checked prompt, at least one token, with ids in the vocabulary."""
+    """Tokenizer to scheduler: a checked prompt of at least one token, all in the vocabulary."""
 
     uid: int
     prompt_ids: Int32Array
@@ -116,8 +116,8 @@ class GenerateMsg:
 class EncodeMsg:
     """Frontend to tokenizer: tokenize this. Answered with text, ids and tokens.
 
-    Either a prompt or messages for the template. For messages `add_special_tokens` is False but
-    where somebody wants the ids that a template which writes none would have.
+    Either a prompt or messages for the template. Templates usually write special tokens themselves;
+    then `add_special_tokens` is False for messages.
     """
 
     query: int
@@ -156,12 +156,12 @@ class FlushMsg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """What is known of a request at its first token; `cached_tokens` counts its prompt's.
+    """A request at its first token. cached_tokens: the part of the prompt found in the cache.
 
-    queue_s: from its arrival at the scheduler to its first step; prefill_s: on to the first token,
-    which came at `at` on the scheduler's clock.
-    prompt_ids: of a prompt that is echoed. prompt_logprobs: of all its tokens but the first.
-    logprobs: whether they come with each token.
+    queue_s: from its arrival at the scheduler to its first step; prefill_s: from there to the first
+    token, which was ready at `at` on the scheduler's clock.
+    prompt_ids: of a prompt to echo. prompt_logprobs: of all its tokens except the first.
+    logprobs: whether each token has them.
     """
 
     uid: int
@@ -184,7 +184,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillProgress:
-    """A prompt before its first token. `processed` counts `cached`; seconds are from step one."""
+    """A prompt during prefill. `processed` includes `cached`; seconds since its first step."""
 
     uid: int
     total: int
@@ -195,7 +195,7 @@ class PrefillProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReasoningText:
-    """A piece of reasoning; `tokens` counts the reasoning so far, its tags included."""
+    """A piece of reasoning. tokens: of the reasoning so far, including its tags."""
 
     uid: int
     text: str
@@ -204,7 +204,7 @@ class ReasoningText:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """The final reply to a request that could not be served: the fields of an OpenAI error."""
+    """The final of a request that cannot be served: the fields of an OpenAI error."""
 
     uid: int
     message: str
@@ -216,7 +216,6 @@ class Failure:
 
     @classmethod
     def from_error(cls, uid: int, error: MinisrvError) -> Failure:
-        """The reply for `error`."""
         return cls(
             uid=uid,
             message=error.message,
@@ -230,12 +229,12 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetokenizeMsg:
-    """Scheduler to detokenizer, one per step: columns of equal length, a token (or end) each.
+    """Scheduler to detokenizer, one per step: columns of equal length, a token (or end) per entry.
 
-    A request's `Start` is in the message of its first entry. An ABORT entry has token -1, and so
-    has the end of a request that asked for no token. The token of a STOP or STOP_TOKEN entry counts
-    in the usage and is not text. `logprobs`: one for each token of a request that asked for them.
-    `at`: when the tokens came, on the scheduler's clock.
+    A request's `Start` is in the message of its first entry. The token is -1 in an ABORT entry and
+    at the end of a request with max_tokens 0. The token of a STOP or STOP_TOKEN entry counts in the
+    usage and is not text. logprobs: one per token of a request that asked for them.
+    at: the step's time on the scheduler's clock.
     """
 
     uids: Int64Array
@@ -250,7 +249,7 @@ class DetokenizeMsg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """How long a request that has ended took from its first token to its last."""
+    """The end of a request. decode_s: from its first token to its last."""
 
     uid: int
     decode_s: float
@@ -258,7 +257,7 @@ class End:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputIds:
-    """Token ids of a request that asked for them, in order, from where the last ones ended."""
+    """The next token ids of a request that asked for them."""
 
     uid: int
     ids: Int32Array
@@ -268,9 +267,9 @@ class OutputIds:
 class UserReply:
     """Detokenizer (and tokenizer, for failures) to frontend: columns of equal length.
 
-    `texts` are deltas that join to the full text. `output_tokens` is the count so far.
-    `stop_reasons` is the stop string or token id that ended a request, or None. `reasoning` come
-    before the text of the same uid. Each uid ends with one finish code but NONE or one failure.
+    texts: deltas that join to the full text. output_tokens: the counts so far. stop_reasons: the
+    stop string or token id that ended a request, or None. reasoning: precedes the text of its uid.
+    Each uid ends with one finish code other than NONE, or one failure.
     """
 
     uids: Int64Array
@@ -290,7 +289,7 @@ class UserReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerMsg:
-    """Tokenizer or scheduler to frontend: the answer to one query, plain values or a failure."""
+    """Tokenizer or scheduler to frontend: the answer to a query, plain values or a failure."""
 
     query: int
     value: dict[str, Any] = field(default_factory=dict)
@@ -299,7 +298,7 @@ class AnswerMsg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Histogram:
-    """Counts per bucket, the last one without an upper bound, and the sum of all values."""
+    """Counts per bucket, of which the last has no upper bound, and the sum of all values."""
 
     counts: Int64Array
     total: float
@@ -309,9 +308,8 @@ class Histogram:
 class StatsMsg:
     """Scheduler to frontend, periodically: its state now, and its counts since the start.
 
-    pages_used: held by running requests; pages held only by the cache do not count.
-    prompt_tokens and cached_tokens: of requests that got a first token. The buckets are those of
-    `wire.histogram`.
+    pages_used: held by running requests, without pages that only the cache holds.
+    prompt_tokens and cached_tokens: of requests that got a first token. Buckets: wire.histogram.
     """
 
     running: int
@@ -342,7 +340,6 @@ FRONTEND_INBOX: InboxTypes = (UserReply, AnswerMsg, StatsMsg)
 
 
 def failure_reply(failures: Sequence[Failure]) -> UserReply:
-    """A reply with nothing but failures."""
     return UserReply(
         uids=np.empty(0, np.int64),
         texts=(),

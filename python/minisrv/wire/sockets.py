@@ -44,7 +44,7 @@ def _endpoint(directory: Path, name: str) -> str:
     return f"ipc://{path}"
 
 
-def _open(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+def _open(context: zmq.Context[Any], kind: int) -> Any:
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
@@ -74,9 +74,9 @@ class Inbox:
         """Block until a frame is there; False when `timeout_s` has passed without one."""
         return bool(self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)))
 
-    def drain(self) -> list[Message]:
-        """All messages that have arrived, oldest first, without blocking."""
-        messages: list[Message] = []
+    def drain(self) -> list[Any]:
+        """All messages that have arrived, oldest first and of the inbox's types; never blocks."""
+        messages: list[Any] = []
         while True:
             try:
                 frame = self._socket.recv(zmq.NOBLOCK)
@@ -107,18 +107,13 @@ class Outbox:
 
 
 class AsyncInbox:
-    """An inbox for asyncio."""
-
     def __init__(self, directory: Path, name: str, types: InboxTypes, epoch: int) -> None:
         self._types = types
         self._epoch = epoch
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
+        self._socket = _open(zmq.asyncio.Context.instance(), zmq.PULL)
         self._socket.bind(_endpoint(directory, name))
 
     async def receive(self) -> Message:
-        """The next message."""
         while True:
             message = _accept(await self._socket.recv(), self._types, self._epoch)
             if message is not None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
-from types import TracebackType
 
 from minisrv.errors import EngineDeadError
 from minisrv.frontend.registry.registry import RequestRegistry
-from minisrv.wire.messages import FRONTEND_INBOX, AbortMsg, Query, TokenizeMsg
+from minisrv.wire.messages import FRONTEND_INBOX
 from minisrv.wire.sockets import AsyncInbox, Outbox
 
 logger = logging.getLogger("minisrv.frontend")
@@ -25,27 +24,19 @@ class EngineClient:
         self._inbox = AsyncInbox(run_dir, "frontend", FRONTEND_INBOX, epoch)
         self._outboxes = [Outbox(run_dir, f"tokenizer-{i}", epoch) for i in range(num_tokenizers)]
         self._receiving: asyncio.Task[None] | None = None
-        registry.connect(self._send)
+        registry.connect(lambda index, message: self._outboxes[index].send(message))
 
     async def __aenter__(self) -> EngineClient:
         self._receiving = asyncio.create_task(self._receive(), name="receive replies")
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *raised: object) -> None:
         assert self._receiving is not None
         self._receiving.cancel()
         await asyncio.gather(self._receiving, return_exceptions=True)
         self._inbox.close()
         for outbox in self._outboxes:
             outbox.close()
-
-    def _send(self, tokenizer_index: int, message: TokenizeMsg | AbortMsg | Query) -> None:
-        self._outboxes[tokenizer_index].send(message)
 
     async def _receive(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""What the HTTP side knows of the model, once it is loaded."""
+"""The facts about the served model that the frontend uses."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from minisrv.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """The served model.
+    """name, aliases: what clients write in `model`. created: Unix seconds of the start.
 
-    name: what clients write in `model`; aliases: or these. created: Unix seconds of the start.
     max_model_len: tokens of prompt and output together. defaults: the model's own sampling.
     template_kwargs: variables for the chat template of every request.
-    chat_format: how it writes reasoning and tool calls.
+    chat_format: how the model writes reasoning and tool calls.
     facts: what the processes reported at their start.
     """
 
@@ -35,7 +34,6 @@ class ModelInfo:
 
     @classmethod
     def from_facts(cls, config: ServerConfig, facts: Mapping[str, Any]) -> ModelInfo:
-        """What `config` names and what the processes reported at their start."""
         return cls(
             name=config.served_name,
             aliases=config.served_names[1:],
@@ -50,9 +48,8 @@ class ModelInfo:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that a request may write in `model`."""
         return (self.name, *self.aliases)
 
     def name_for(self, fields: Mapping[str, Any]) -> str:
-        """The name in a reply: as the request has it."""
+        """The name to write in the reply: the one that the request used."""
         return fields.get("model") or self.name

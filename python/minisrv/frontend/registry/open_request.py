@@ -15,13 +15,12 @@ class RequestAborted(Exception):
 
 @dataclass(slots=True, eq=False, repr=False)
 class OpenRequest:
-    """What the registry keeps of a request.
+    """What the registry keeps of a request; one reader waits for its events.
 
     live: uids without a final. tokenizers: which one each sent uid went to.
-
-    changed: something waits for the reader. silence: the timer that ends a wait without anything.
-    unread: what had come for it when it was closed.
-    cancelled: why the reader, which still has to take it, gets nothing more.
+    changed: the reader has something to do. silence: the timer that ends its wait without events.
+    unread: the events that nobody had read when it was closed.
+    cancelled: the error that its reader gets instead of further events.
     """
 
     base: int
@@ -48,18 +47,12 @@ class OpenRequest:
         return self.aborted or self.failed or not self.live
 
     def wake_reader(self) -> None:
-        """Wake the reader if there is something for it."""
-        if self.wants_deltas or self.settled:
-            self.change()
-
-    def change(self) -> None:
-        """End the reader's wait."""
         self.changed = True
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
     async def wait(self) -> None:
-        """Wait for `change`. A bare future, since every token of every stream awaits it."""
+        """Wait for `wake_reader`. A bare future, since every token of every stream awaits it."""
         if not self.changed:
             self.waiter = asyncio.get_running_loop().create_future()
             await self.waiter
@@ -69,7 +62,7 @@ class OpenRequest:
 
         def end() -> None:
             self.silence = None
-            self.change()
+            self.wake_reader()
 
         if self.silence is None:
             self.silence = asyncio.get_running_loop().call_later(after_s, end)
@@ -78,20 +71,20 @@ class OpenRequest:
         """Wake the reader after a delivery; the events of an aborted request are dropped."""
         if self.aborted:
             self.pending.clear()
-        else:
+        elif self.wants_deltas or self.settled:
             self.wake_reader()
 
     def close(self) -> None:
-        """Nobody will read it any more; a waiting reader is woken."""
+        """Nobody will read further events; a waiting reader is woken."""
         self.aborted = True
         self.unread = list(self.pending.values())
         self.pending.clear()
-        self.change()
+        self.wake_reader()
         if self.silence is not None:
             self.silence.cancel()
 
-    def take(self) -> list[Event]:
-        """What has arrived. Raises RequestAborted after `close`, or why it was cancelled."""
+    def take_events(self) -> list[Event]:
+        """The pending events. Raises RequestAborted after `close`, or the error of `cancelled`."""
         if self.aborted:
             raise self.cancelled or RequestAborted
         self.changed = False

@@ -9,7 +9,7 @@ from typing import Any
 
 from minisrv.errors import MinisrvError
 from minisrv.wire.events import failure_error
-from minisrv.wire.messages import AnswerMsg, Query
+from minisrv.wire.messages import AnswerMsg
 
 TIMEOUT_S = 30.0
 
@@ -21,18 +21,16 @@ class Queries:
         self._numbers = itertools.count(1)
         self._open: dict[int, asyncio.Future[dict[str, Any]]] = {}
 
-    async def ask(
-        self, make: Callable[[int], Query], send: Callable[[Query], None]
-    ) -> dict[str, Any]:
-        """The answer to `make(number)`, sent by `send`.
+    async def ask(self, send: Callable[[int], None]) -> dict[str, Any]:
+        """The answer to the query that `send(number)` sends.
 
-        Raises RequestFailedError when it is refused, MinisrvError when none comes.
+        Raises RequestFailedError for a refused query, MinisrvError after TIMEOUT_S.
         """
         number = next(self._numbers)
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._open[number] = future
         try:
-            send(make(number))
+            send(number)
             async with asyncio.timeout(TIMEOUT_S):
                 return await future
         except TimeoutError:

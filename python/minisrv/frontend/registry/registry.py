@@ -1,16 +1,17 @@
-"""The owner of the promise to clients: every request that was accepted gets a final event.
+"""Requests and the server's state. Every request that is accepted gets a final event.
 
-A request holds consecutive uids, one per choice. A uid counts as open from `open` until its final
-(a finish code or a failure) has come from behind, also when the client has long gone: so the
-limit on open requests is a limit on the work behind.
+A request holds consecutive uids, one per choice. A uid is open from `open` until its final (a
+finish code or a failure) arrives, even if its client has left: so the limit on open requests
+limits the work of the other processes.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 from minisrv.config import ServerConfig
@@ -18,7 +19,6 @@ from minisrv.errors import MinisrvError, NotReadyError, OverloadedError
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.open_request import OpenRequest, RequestAborted
 from minisrv.frontend.registry.queries import Queries
-from minisrv.frontend.registry.server_state import Dead, Serving, Starting, State
 from minisrv.frontend.registry.status_line import StatusLine
 from minisrv.wire.events import Event, failure_error, gather_reply
 from minisrv.wire.messages import (
@@ -32,24 +32,39 @@ from minisrv.wire.messages import (
     failure_reply,
 )
 
-logger = logging.getLogger("minisrv.frontend")
-
 Send = Callable[[int, TokenizeMsg | AbortMsg | Query], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Starting:
+    """The model is being loaded; `fraction` of `phase` is done, 0 to 1."""
+
+    phase: str
+    fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    model: ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    error: MinisrvError
 
 
 class RequestRegistry:
     """Routes replies to the requests they belong to. All methods belong to one event loop."""
 
     def __init__(self, config: ServerConfig) -> None:
-        self.state: State = Starting("start", 0.0)
+        self.state: Starting | Serving | Dead = Starting("start", 0.0)
         self.phases: dict[str, float] = {}
         self.stats: StatsMsg | None = None
         self._queries = Queries()
         self._status_line = StatusLine()
         self._max_open = config.max_open_requests
-        self._num_tokenizers = config.num_tokenizers
+        self._tokenizers = cycle(range(config.num_tokenizers))
         self._next_uid = 1
-        self._next_tokenizer = 0
         self._send: Send | None = None
         self._requests: dict[int, OpenRequest] = {}
         self._owners: dict[int, OpenRequest] = {}
@@ -88,9 +103,9 @@ class RequestRegistry:
         return len(self._owners)
 
     def open(self, n: int = 1, request_id: str = "") -> int:
-        """Take `n` consecutive uids and return the first, the request's base.
+        """Reserve `n` consecutive uids and return the first, the request's base.
 
-        Raises OverloadedError when that many do not fit under the limit, and as `model` does.
+        Raises OverloadedError when they would exceed the limit, and as `model` does.
         """
         assert n >= 1
         _ = self.model
@@ -112,7 +127,7 @@ class RequestRegistry:
         request = self._owners.get(message.uid)
         if request is None or request.aborted:
             raise RequestAborted
-        index = self._take_tokenizer()
+        index = next(self._tokenizers)
         self._send(index, message)
         uids = range(message.uid, message.uid + message.sampling.n)
         request.tokenizers.update(dict.fromkeys(uids, index))
@@ -120,15 +135,15 @@ class RequestRegistry:
     async def ask(
         self, make: Callable[[int], Query], tokenizer_index: int | None = None
     ) -> dict[str, Any]:
-        """The answer to `make(number)` by the next tokenizer in turn, or that of the index.
+        """The answer to the query `make(number)`, by default from the next tokenizer in turn.
 
-        Raises as `model`, RequestFailedError when it is refused, MinisrvError when none comes.
+        Raises as `model`, RequestFailedError for a refused query, MinisrvError after a timeout.
         """
         _ = self.model
         assert self._send is not None
         send = self._send
-        index = self._take_tokenizer() if tokenizer_index is None else tokenizer_index
-        return await self._queries.ask(make, lambda query: send(index, query))
+        index = next(self._tokenizers) if tokenizer_index is None else tokenizer_index
+        return await self._queries.ask(lambda number: send(index, make(number)))
 
     def receive(self, message: UserReply | AnswerMsg | StatsMsg) -> None:
         """Handle a message from the other processes."""
@@ -162,7 +177,7 @@ class RequestRegistry:
             request.end_delivery()
 
     def fail_all(self, error: MinisrvError) -> None:
-        """Fail every open request with `error`, and every later one. The first error stays."""
+        """Fail every open request and every later one with `error`; later calls do nothing."""
         if isinstance(self.state, Dead):
             return
         self.state = Dead(error)
@@ -172,21 +187,19 @@ class RequestRegistry:
     def is_open(self, base: int) -> bool:
         """Whether `next_events` has something to return or to wait for."""
         request = self._requests.get(base)
-        if request is None:
-            return False
-        return bool(request.live or request.pending or request.cancelled)
+        return request is not None and bool(request.live or request.pending or request.cancelled)
 
     async def next_events(self, base: int, timeout_s: float | None = None) -> list[Event]:
-        """What arrived for an open request, at most one event per uid; waits for the first.
+        """The events of a request since the last call, at most one per uid; waits for the first.
 
-        Empty after a silence of `timeout_s`, or a shorter one if an earlier call named a time that
-        ends now. Raises RequestAborted after `abort`.
+        Empty after `timeout_s` without events, or sooner if an earlier call's timeout ends first.
+        Raises RequestAborted after `abort`.
         """
         request = self._reading(base, wants_deltas=True)
         if timeout_s is not None:
             request.end_silence(timeout_s)
         await request.wait()
-        return request.take()
+        return request.take_events()
 
     async def all_events(self, base: int) -> list[Event]:
         """One event per uid with its whole text; returns early when one of them has failed.
@@ -197,7 +210,7 @@ class RequestRegistry:
         while not request.settled:
             request.changed = False
             await request.wait()
-        return request.take()
+        return request.take_events()
 
     async def events(self, base: int) -> AsyncGenerator[Event, None]:
         """Events until each uid has had its final, or until `abort`; leaving early aborts."""
@@ -211,21 +224,23 @@ class RequestRegistry:
             self.abort(base)
 
     def unread(self, base: int) -> list[Event]:
-        """What arrived for a request and was not taken yet."""
+        """The events that no reader has taken, also after an abort by `cancel`."""
         request = self._requests.get(base)
         return [] if request is None else [*request.unread, *request.pending.values()]
 
     def abort(self, base: int) -> bool:
         """Forget a request and stop what still runs; returns whether anything did.
 
-        Right in every state, and a second time: finished, unsent and unknown requests included.
+        Allowed in every state, repeatedly, and for unknown requests.
         """
         request = self._requests.pop(base, None)
         return request is not None and self._stop(request)
 
     def cancel(self, request_id: str | None, error: MinisrvError) -> int:
-        """Stop the requests of an id, or with None all, as `abort` does, but for their readers:
-        these get `error`. Returns how many requests that were."""
+        """Stop the requests of an id (None: all) and raise `error` in their readers.
+
+        Returns the number of requests stopped.
+        """
         matching = [
             request
             for request in self._requests.values()
@@ -237,7 +252,7 @@ class RequestRegistry:
         return len(matching)
 
     def _stop(self, request: OpenRequest) -> bool:
-        """Whether anything was still running."""
+        """Stop what still runs; False if nothing did, or if it was stopped before."""
         if request.aborted:
             return False
         running = bool(request.live)
@@ -252,11 +267,6 @@ class RequestRegistry:
         for index, uids in by_tokenizer.items():
             self._send(index, AbortMsg(uids=tuple(uids)))
         return running
-
-    def _take_tokenizer(self) -> int:
-        index = self._next_tokenizer
-        self._next_tokenizer = (index + 1) % self._num_tokenizers
-        return index
 
     def _release(self, request: OpenRequest, uid: int) -> None:
         request.live.discard(uid)
