@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from minisrv.checkpoint.model_config import Fp8Config
 from minisrv.config import ServerConfig
 from minisrv.engine import backends, fp8
+from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.layers.fp8_linear import Fp8Linear, can_multiply
-from minisrv.engine.layers.linear import Linear, Projection, load_linear, load_row_parallel_linear
+from minisrv.engine.layers.linear import Projection, load_linear, load_row_parallel_linear
 from minisrv.engine.parallel.shard import Shard, Sharding
 from minisrv.engine.weights import CheckpointWeights
 from tests.engine.test_fp8 import quantize, write_pair
@@ -91,7 +92,7 @@ def test_joined_projections_keep_the_scale_of_each(
     path, plain = projections
     parts = [Projection("q", 64), Projection("k", 32), Projection("v", 32)]
     weights = open_weights(path)
-    linear = load_linear(weights, parts, 96)
+    linear = load_linear(weights, TorchKernels(), parts, 96)
     weights.finish()
     assert isinstance(linear, Fp8Linear)
     assert weights.num_bytes == 128 * (96 + 4)
@@ -109,9 +110,14 @@ def test_the_ranks_have_the_parts_of_the_product(
     for rank in range(size):
         sharding = Sharding(rank, size)
         rows = load_linear(
-            open_weights(path), [Projection("q", 64, sharding.even_shard(64, 0))], 96
+            open_weights(path),
+            TorchKernels(),
+            [Projection("q", 64, sharding.even_shard(64, 0))],
+            96,
         )
-        part = load_row_parallel_linear(open_weights(path), "q", 96, 64, False, sharding)
+        part = load_row_parallel_linear(
+            open_weights(path), TorchKernels(), "q", 96, 64, False, sharding
+        )
         assert isinstance(rows, Fp8Linear)
         assert isinstance(part, Fp8Linear) == (96 // size % 16 == 0)
         columns.append(rows(x))
@@ -130,8 +136,8 @@ def test_what_has_no_product_is_dequantized(tmp_path: Path) -> None:
     x = torch.randn(5, 96)
     for names in (["narrow"], ["narrow", "plain"], ["other"]):
         parts = [Projection(name, 30) for name in names]
-        linear = load_linear(open_weights(tmp_path), parts, 96)
-        assert isinstance(linear, Linear)
+        linear = load_linear(open_weights(tmp_path), TorchKernels(), parts, 96)
+        assert not isinstance(linear, Fp8Linear)
         if "other" not in names:
             torch.testing.assert_close(linear(x), (x @ plain.T).repeat(1, len(names)))
 

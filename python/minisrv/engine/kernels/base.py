@@ -1,8 +1,8 @@
-"""The small operators of the layers: everything except matrix products and attention."""
+"""The operators of the layers, except attention."""
 
 # Shapes: T tokens in the step, S samples, C hidden size, F intermediate size, V vocabulary, H query
-# heads, K key-value heads, A = H + 2 K, D head size, N cache slots. With experts: E experts, N of
-# them per token, G = 2 F.
+# heads, K key-value heads, A = H + 2 K, D head size, N cache slots, I inputs and O outputs of a
+# matrix. With experts: E experts, N of them per token, G = 2 F.
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from minisrv.engine.forward_batch import SamplingColumns
@@ -51,14 +52,19 @@ SampleRows = Callable[[Tensor, SamplingColumns, Int64Array], Tensor]
 # x_TC, weights, scores_TN, experts_TN (int64) -> a new [T, C]: for each token the sum of its
 # experts' outputs, weighted by their scores.
 RunExperts = Callable[[Tensor, ExpertWeights, Tensor, Tensor], Tensor]
+# x_TI -> a new x_TI @ weight_OI.T + bias_O, contiguous.
+Product = Callable[[Tensor], Tensor]
+# weight_OI, bias_O, dtype of the results -> their product, or None if the weights do not suit.
+MakeProduct = Callable[[Tensor, Tensor | None, torch.dtype], Product | None]
 
 
 class Kernels(Protocol):
     """Implemented once per device; `torch_native` is the reference for the others."""
 
-    # Optional: if None, sampler.py or the MoE layer uses torch.
+    # Optional: if None, sampler.py, the MoE layer or the linear layers use torch.
     sample: SampleRows | None
     run_experts: RunExperts | None
+    make_product: MakeProduct | None
 
     def add_rms_norm_(
         self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
@@ -85,7 +91,7 @@ class Kernels(Protocol):
         """
 
     def mask_logits_(self, logits_SV: Tensor, samples_G: Tensor, masks_GW: Tensor) -> None:
-        """Set to minus infinity the logits that a sample's mask does not allow.
+        """Set to minus infinity the float32 logits that a sample's mask does not allow.
 
         samples_G: int32 indices into S, on the logits' device. masks_GW: int32, at least V bits per
         row; bit i of word w allows token 32 w + i.

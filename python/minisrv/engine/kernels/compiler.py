@@ -20,8 +20,9 @@ logger = logging.getLogger("minisrv.engine")
 def load_library(source: Path) -> ctypes.CDLL | None:
     """The functions of `source`; or None, with a warning, if they cannot be compiled.
 
-    The compiler is $CXX or the first of c++, g++ and clang++. The library is cached in
-    $XDG_CACHE_HOME/minisrv, under a name that depends on source, compiler and processor.
+    `source` may include headers of its folder. The compiler is $CXX or the first of c++, g++ and
+    clang++. The library is cached in $XDG_CACHE_HOME/minisrv, under a name that depends on the
+    sources, the compiler and the processor.
     """
     compiler = _find_compiler()
     if compiler is None:
@@ -66,7 +67,8 @@ def _fingerprint(source: Path, compiler: str) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     processor = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
     found = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    parts = [source.read_text(), _FLAGS, compiler, found.stdout, platform.machine()]
+    sources = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    parts = [*sources, _FLAGS, compiler, found.stdout, platform.machine()]
     return hashlib.sha256("\0".join([*parts, *sorted(processor)]).encode()).hexdigest()[:16]
 
 

@@ -589,61 +589,9 @@ void prefill_attention_of_size(const T* q, long q_stride, const T* keys, const T
                 threads)
 }
 
-// A type that the compiler can vectorise: floats, or the bits of bf16.
-inline float* plain(float* x) { return x; }
-inline uint16_t* plain(bf16* x) { return &x->bits; }
-
-// Set logits to -inf where the mask of a sample has a zero: bit i of word w is token 32 w + i.
-template <class T>
-void mask_logits(T* logits, const int32_t* samples, const uint32_t* masks, long rows, long words,
-                 long size, int threads) {
-  T minus_infinity;
-  store(minus_infinity, -INFINITY);
-  const auto refused = *plain(&minus_infinity);
-#pragma omp parallel for num_threads(threads) if (rows * size > kParallelWork)
-  for (long row = 0; row < rows; ++row) {
-    auto* x = plain(logits + samples[row] * size);
-    for (long first = 0; first < size; first += 32) {
-      const uint32_t mask = masks[row * words + first / 32];
-      if (mask == ~uint32_t(0)) continue;
-      const long count = std::min(size - first, 32l);
-#pragma omp simd
-      for (long i = 0; i < count; ++i) x[first + i] = mask >> i & 1 ? x[first + i] : refused;
-    }
-  }
-}
-
-// Index of the first maximum of each row; of the first NaN if there is one.
-template <class T>
-void argmax(const T* x, int64_t* out, long rows, long size, int threads) {
-  constexpr long block = 256;
-#pragma omp parallel for num_threads(threads) if (rows * size > kParallelWork)
-  for (long row = 0; row < rows; ++row) {
-    const T* x_row = x + row * size;
-    float top = -INFINITY;
-    long at = 0;
-    for (long first = 0; first < size; first += block) {
-      const long last = std::min(size, first + block);
-      float best = -INFINITY;
-      int nans = 0;
-#pragma omp simd reduction(max : best) reduction(| : nans)
-      for (long i = first; i < last; ++i) {
-        const float value = load(x_row[i]);
-        nans |= value != value;
-        best = std::max(best, value);
-      }
-      if (nans) best = NAN;
-      if (nans || best > top) top = best, at = first;
-      if (nans) break;
-    }
-    const bool nan = top != top;
-    while (at < size - 1 && !(nan ? load(x_row[at]) != load(x_row[at]) : load(x_row[at]) == top))
-      ++at;
-    out[row] = at;
-  }
-}
-
 }  // namespace
+
+#include "product.h"
 
 #define EXPORT(name, T)                                                                           \
   extern "C" void add_rms_norm_##name(T* x, const T* delta, const T* weight, T* out, long rows,   \
@@ -675,14 +623,50 @@ void argmax(const T* x, int64_t* out, long rows, long size, int threads) {
       float scale, int threads) {                                                                 \
     prefill_attention_of_size(q, q_stride, keys, values, pages, start, tokens, out, heads,        \
                               kv_heads, size, page_size, scale, threads);                         \
-  }                                                                                               \
-  extern "C" void mask_logits_##name(T* logits, const int32_t* samples, const uint32_t* masks,    \
-                                     long rows, long words, long size, int threads) {             \
-    mask_logits(logits, samples, masks, rows, words, size, threads);                              \
-  }                                                                                               \
-  extern "C" void argmax_##name(const T* x, int64_t* out, long rows, long size, int threads) {    \
-    argmax(x, out, rows, size, threads);                                                          \
   }
 
 EXPORT(float32, float)
 EXPORT(bfloat16, bf16)
+
+// Set logits to -inf where the mask of a sample has a zero: bit i of word w is token 32 w + i.
+extern "C" void mask_logits(float* logits, const int32_t* samples, const uint32_t* masks, long rows,
+                            long words, long size, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows * size > kParallelWork)
+  for (long row = 0; row < rows; ++row) {
+    float* x = logits + samples[row] * size;
+    for (long first = 0; first < size; first += 32) {
+      const uint32_t mask = masks[row * words + first / 32];
+      if (mask == ~uint32_t(0)) continue;
+      const long count = std::min(size - first, 32l);
+#pragma omp simd
+      for (long i = 0; i < count; ++i) x[first + i] = mask >> i & 1 ? x[first + i] : -INFINITY;
+    }
+  }
+}
+
+// Index of the first maximum of each row; of the first NaN if there is one.
+extern "C" void argmax(const float* x, int64_t* out, long rows, long size, int threads) {
+  constexpr long block = 256;
+#pragma omp parallel for num_threads(threads) if (rows * size > kParallelWork)
+  for (long row = 0; row < rows; ++row) {
+    const float* x_row = x + row * size;
+    float top = -INFINITY;
+    long at = 0;
+    for (long first = 0; first < size; first += block) {
+      const long last = std::min(size, first + block);
+      float best = -INFINITY;
+      int nans = 0;
+#pragma omp simd reduction(max : best) reduction(| : nans)
+      for (long i = first; i < last; ++i) {
+        nans |= x_row[i] != x_row[i];
+        best = std::max(best, x_row[i]);
+      }
+      if (nans) best = NAN;
+      if (nans || best > top) top = best, at = first;
+      if (nans) break;
+    }
+    const bool nan = top != top;
+    while (at < size - 1 && !(nan ? x_row[at] != x_row[at] : x_row[at] == top)) ++at;
+    out[row] = at;
+  }
+}

@@ -8,6 +8,7 @@ replaces up to seven torch calls.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import CDLL, c_float, c_int, c_long, c_void_p
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from minisrv.engine.kernels.base import (
     CacheSlots,
+    MakeProduct,
+    Product,
     QKNormWeights,
     RopeRows,
     RunExperts,
@@ -27,12 +30,12 @@ from minisrv.engine.kernels.compiler import load_library
 DTYPES = (torch.float32, torch.bfloat16)
 ATTENTION_HEAD_DIMS = (16, 32, 64, 80, 96, 128)
 _SOURCE = Path(__file__).with_name("cpu.cpp")
+_PANEL = 16  # outputs that are stored together; kPanel in product.h
+# Of the functions that exist once per dtype; the number of threads comes last in all of them.
 _ARGUMENTS: dict[str, list[Any]] = {
     "add_rms_norm": [c_void_p] * 4 + [c_long] * 2 + [c_float],
     "silu_and_mul": [c_void_p] * 2 + [c_long] * 2,
     "norm_rotate_store": [c_void_p] * 8 + [c_long] * 4 + [c_float],
-    "mask_logits": [c_void_p] * 3 + [c_long] * 3,
-    "argmax": [c_void_p] * 2 + [c_long] * 2,
     "prefill_attention": (
         [c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_long, c_void_p]
         + [c_long] * 4
@@ -44,6 +47,14 @@ _ARGUMENTS: dict[str, list[Any]] = {
         + [c_long] * 5
         + [c_float]
     ),
+}
+_PRODUCT_ARGUMENTS: dict[str, list[Any]] = {
+    "pack_weights": [c_void_p] * 2 + [c_long] * 2,
+    "multiply_packed": [c_void_p] * 4 + [c_long] * 4,
+}
+_LOGIT_ARGUMENTS: dict[str, list[Any]] = {
+    "mask_logits": [c_void_p] * 3 + [c_long] * 3,
+    "argmax": [c_void_p] * 2 + [c_long] * 2,
 }
 
 
@@ -62,16 +73,37 @@ class CpuKernels:
     run_experts: RunExperts | None = None
 
     def __init__(self, library: CDLL, dtype: torch.dtype, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self.make_product: MakeProduct | None = self._make_product
         suffix = str(dtype).removeprefix("torch.")
-        self._num_threads = num_threads
-        functions = []
-        for name, arguments in _ARGUMENTS.items():
-            function = library[f"{name}_{suffix}"]
-            function.argtypes, function.restype = [*arguments, c_int], None
-            functions.append(function)
+        functions = [_function(library, f"{n}_{suffix}", a) for n, a in _ARGUMENTS.items()]
         self._add_rms_norm, self._silu_and_mul, self._norm_rotate_store = functions[:3]
-        self._mask_logits, self._argmax = functions[3:5]
-        self._prefill_attention, self._decode_attention = functions[5:]
+        self._prefill_attention, self._decode_attention = functions[3:]
+        self._pack, self._multiply = (_function(library, *f) for f in _PRODUCT_ARGUMENTS.items())
+        self._mask_logits, self._argmax = (_function(library, *f) for f in _LOGIT_ARGUMENTS.items())
+
+    def _make_product(
+        self, weight_OI: Tensor, bias_O: Tensor | None, out_dtype: torch.dtype
+    ) -> Product | None:
+        """Packs bf16 weights with an even number of inputs."""
+        if weight_OI.dtype is not torch.bfloat16 or weight_OI.shape[1] % 2:
+            return None
+        outputs, inputs = weight_OI.shape
+        panels = torch.empty(-(-outputs // _PANEL), inputs // 2, _PANEL, 2, dtype=torch.bfloat16)
+        weight_OI = weight_OI.contiguous()
+        self._pack(weight_OI.data_ptr(), panels.data_ptr(), outputs, inputs, self.num_threads)
+        is_float = int(out_dtype is torch.float32)
+
+        def product(x_TI: Tensor) -> Tensor:
+            assert x_TI.is_contiguous()
+            bias = None if bias_O is None else bias_O.data_ptr()
+            out_TO = torch.empty(x_TI.shape[0], outputs, dtype=out_dtype)
+            pointers = (x_TI.data_ptr(), panels.data_ptr(), bias, out_TO.data_ptr())
+            sizes = (x_TI.shape[0], outputs, inputs)
+            self._multiply(*pointers, is_float, *sizes, self.num_threads)
+            return out_TO
+
+        return product
 
     def add_rms_norm_(
         self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
@@ -81,7 +113,7 @@ class CpuKernels:
         out_TC = torch.empty_like(x_TC)
         delta = None if delta_TC is None else delta_TC.data_ptr()
         pointers = (x_TC.data_ptr(), delta, w_C.data_ptr(), out_TC.data_ptr())
-        self._add_rms_norm(*pointers, *x_TC.shape, eps, self._num_threads)
+        self._add_rms_norm(*pointers, *x_TC.shape, eps, self.num_threads)
         return out_TC
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
@@ -89,7 +121,7 @@ class CpuKernels:
         num_tokens, size = gate_up.shape
         out_TF = gate_up.new_empty(num_tokens, size // 2)
         pointers = (gate_up.data_ptr(), out_TF.data_ptr())
-        self._silu_and_mul(*pointers, num_tokens, size // 2, self._num_threads)
+        self._silu_and_mul(*pointers, num_tokens, size // 2, self.num_threads)
         return out_TF
 
     def norm_rotate_store_(
@@ -117,21 +149,23 @@ class CpuKernels:
             (num_all_heads - num_heads) // 2,
             head_dim,
             0.0 if norm is None else norm.eps,
-            self._num_threads,
+            self.num_threads,
         )
 
     def mask_logits_(self, logits_SV: Tensor, samples_G: Tensor, masks_GW: Tensor) -> None:
         assert logits_SV.is_contiguous()
+        assert logits_SV.dtype is torch.float32
         assert masks_GW.is_contiguous()
         num_masks, num_words = masks_GW.shape
         assert num_words * 32 >= logits_SV.shape[1]
         pointers = (logits_SV.data_ptr(), samples_G.data_ptr(), masks_GW.data_ptr())
-        self._mask_logits(*pointers, num_masks, num_words, logits_SV.shape[1], self._num_threads)
+        self._mask_logits(*pointers, num_masks, num_words, logits_SV.shape[1], self.num_threads)
 
     def argmax(self, logits_SV: Tensor) -> Tensor:
         assert logits_SV.is_contiguous()
+        assert logits_SV.dtype is torch.float32
         out_S = torch.empty(logits_SV.shape[0], dtype=torch.int64)
-        self._argmax(logits_SV.data_ptr(), out_S.data_ptr(), *logits_SV.shape, self._num_threads)
+        self._argmax(logits_SV.data_ptr(), out_S.data_ptr(), *logits_SV.shape, self.num_threads)
         return out_S
 
     def decode_attention(
@@ -172,7 +206,7 @@ class CpuKernels:
             head_dim,
             keys.shape[1],
             head_dim**-0.5,
-            self._num_threads,
+            self.num_threads,
         )
 
     def prefill_attention(
@@ -207,5 +241,11 @@ class CpuKernels:
             head_dim,
             keys.shape[1],
             head_dim**-0.5,
-            self._num_threads,
+            self.num_threads,
         )
+
+
+def _function(library: CDLL, name: str, arguments: list[Any]) -> Callable[..., None]:
+    function = library[name]
+    function.argtypes, function.restype = [*arguments, c_int], None
+    return function

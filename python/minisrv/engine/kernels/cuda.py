@@ -10,6 +10,7 @@ from torch import Tensor
 from minisrv.engine.forward_batch import SamplingColumns
 from minisrv.engine.kernels.base import (
     CacheSlots,
+    MakeProduct,
     QKNormWeights,
     RopeRows,
     RunExperts,
@@ -25,6 +26,8 @@ from minisrv.wire.arrays import Int64Array
 
 class CudaKernels:
     """Kernels for a GPU. Raises ImportError if flashinfer or triton is not installed."""
+
+    make_product: MakeProduct | None = None
 
     def __init__(self) -> None:
         import flashinfer

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minisrv.engine.kernels.base import (
     CacheSlots,
+    MakeProduct,
     QKNormWeights,
     RopeRows,
     RunExperts,
@@ -22,6 +23,7 @@ class TorchKernels:
 
     sample: SampleRows | None = None
     run_experts: RunExperts | None = None
+    make_product: MakeProduct | None = None
 
     def add_rms_norm_(
         self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float

@@ -30,9 +30,17 @@ class SelfAttention:
             Projection(f"{name}.k_proj", kv_size, rows_of_heads(kv_heads, head_dim)),
             Projection(f"{name}.v_proj", kv_size, rows_of_heads(kv_heads, head_dim)),
         ]
-        self._qkv = load_linear(weights, projections, config.hidden_size, config.qkv_bias)
+        self._qkv = load_linear(
+            weights, build.kernels, projections, config.hidden_size, config.qkv_bias
+        )
         self._out = load_row_parallel_linear(
-            weights, f"{name}.o_proj", q_size, config.hidden_size, config.o_bias, sharding
+            weights,
+            build.kernels,
+            f"{name}.o_proj",
+            q_size,
+            config.hidden_size,
+            config.o_bias,
+            sharding,
         )
         self._norm = _load_qk_norm(build, name) if qk_norm else None
 

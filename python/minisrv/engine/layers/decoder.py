@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from minisrv.engine.kernels.base import RopeRows
@@ -67,11 +68,11 @@ class Decoder:
         return x_TC if delta_TC is None else x_TC.add_(delta_TC)
 
     def logits(self, x_TC: Tensor, sample_tokens_S: Tensor) -> Tensor:
-        """Logits [S, V] in the model's dtype, of the tokens at indices `sample_tokens_S`.
+        """float32 logits [S, V] of the tokens at indices `sample_tokens_S`.
 
         Ranks above 0 return only their shard of the vocabulary.
         """
         if not sample_tokens_S.numel():
-            return x_TC.new_empty(0, self._vocab_size)
+            return x_TC.new_empty(0, self._vocab_size, dtype=torch.float32)
         logits = self._head(self._norm(x_TC.index_select(0, sample_tokens_S)))
         return self._communicator.gather_logits(logits, self._vocab_size)

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from minisrv.engine.kernels.base import Product
 from minisrv.engine.layers.build_context import BuildContext
-from minisrv.engine.layers.linear import Linear
+from minisrv.engine.layers.linear import make_float32_product
 from minisrv.engine.parallel.communicator import Communicator
 
 EMBEDDING_NAME = "model.embed_tokens.weight"
@@ -30,12 +31,13 @@ class Embedding:
         return self._communicator.all_reduce(x_TC.masked_fill_(elsewhere_T.unsqueeze(1), 0.0))
 
 
-def load_embedding_and_head(build: BuildContext) -> tuple[Embedding, Linear]:
-    """Both ends of the model; if they are tied, they share one matrix."""
+def load_embedding_and_head(build: BuildContext) -> tuple[Embedding, Product]:
+    """Both ends of the model. The head returns float32, since bfloat16 rounds the best to ties."""
     config, weights, communicator = build.config, build.weights, build.communicator
     shape, shard = (config.vocab_size, config.hidden_size), None
     if communicator.sharding.size > 1:
         shard = communicator.sharding.vocab(config.vocab_size)
     table = weights.load_tensor(EMBEDDING_NAME, shape, shard)
     head = table if config.tie_word_embeddings else weights.load_tensor(HEAD_NAME, shape, shard)
-    return Embedding(table, shard.start if shard else 0, communicator), Linear(head)
+    embedding = Embedding(table, shard.start if shard else 0, communicator)
+    return embedding, make_float32_product(build.kernels, head)

@@ -1,7 +1,8 @@
 """Matrix products with stored weights.
 
-On a CPU with bfloat16 instructions the weights are stored in oneDNN's blocked layout, which makes a
-decode step 1.4 to 1.8 times faster than `F.linear` on the plain matrix.
+On a CPU bfloat16 weights are packed: for oneDNN if the CPU has bfloat16 instructions, which makes a
+decode step 1.4 to 1.8 times faster than `F.linear` on the plain matrix, and otherwise for the
+kernels' own product, since torch's is ten times slower without these instructions.
 """
 
 # Shapes: T tokens in the step, I inputs, O outputs.
@@ -16,36 +17,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisrv.engine.fp8 import Fp8Matrix, join
+from minisrv.engine.kernels.base import Kernels, Product
 from minisrv.engine.layers.fp8_linear import Fp8Linear, can_multiply
 from minisrv.engine.parallel.shard import Shard, Sharding
 from minisrv.engine.weights import Weights
 
+_ROWS_IN_FLOAT32 = 4096  # of a head, converted together
 
-def _can_prepack(weight: Tensor) -> bool:
+
+def make_product(kernels: Kernels, weight_OI: Tensor, bias_O: Tensor | None = None) -> Product:
+    """The product with these weights, in their dtype."""
+    if _onednn_multiplies(weight_OI):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, None)
+        multiply = torch.ops.mkldnn._linear_pointwise.default
+        return lambda x_TI: multiply(x_TI, packed, bias_O, "none", [], "")
+    if kernels.make_product is not None:
+        product = kernels.make_product(weight_OI, bias_O, weight_OI.dtype)
+        if product is not None:
+            return product
+    return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
+
+
+def make_float32_product(kernels: Kernels, weight_OI: Tensor) -> Product:
+    """The product with these weights of any dtype, summed and returned in float32."""
+    if kernels.make_product is not None:
+        product = kernels.make_product(weight_OI, None, torch.float32)
+        if product is not None:
+            return product
+    if weight_OI.dtype is torch.float32:
+        return lambda x_TI: F.linear(x_TI, weight_OI)
+    if weight_OI.is_cuda:
+        return lambda x_TI: torch.mm(x_TI, weight_OI.t(), out_dtype=torch.float32)
+    parts = torch.split(weight_OI, _ROWS_IN_FLOAT32)
+    return lambda x_TI: torch.cat([F.linear(x_TI.float(), part.float()) for part in parts], -1)
+
+
+def _onednn_multiplies(weight: Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype is torch.bfloat16
         and torch._C._has_mkldnn
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
-
-
-class Linear:
-    """x_TI -> a new x_TI @ weight_OI.T + bias_O."""
-
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
-        self._bias = bias_O
-        self._packed = _can_prepack(weight_OI)
-        self._weight = (
-            torch.ops.mkldnn._reorder_linear_weight(weight_OI, None) if self._packed else weight_OI
-        )
-        self._product = torch.ops.mkldnn._linear_pointwise.default if self._packed else None
-
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        if self._product is None:
-            return F.linear(x_TI, self._weight, self._bias)
-        out_TO: Tensor = self._product(x_TI, self._weight, self._bias, "none", [], "")
-        return out_TO
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +71,12 @@ class Projection:
 
 
 def load_linear(
-    weights: Weights, projections: Sequence[Projection], inputs: int, bias: bool = False
-) -> Linear | Fp8Linear:
+    weights: Weights,
+    kernels: Kernels,
+    projections: Sequence[Projection],
+    inputs: int,
+    bias: bool = False,
+) -> Product:
     """Several projections of the same input as one matrix, their outputs side by side."""
     parts = [
         weights.load_matrix(f"{p.name}.weight", (p.outputs, inputs), p.shard) for p in projections
@@ -68,21 +85,30 @@ def load_linear(
     if bias:
         biases = [weights.load_tensor(f"{p.name}.bias", (p.outputs,), p.shard) for p in projections]
         bias_O = torch.cat(biases)
-    return _linear(parts, bias_O, weights.dtype)
+    return _linear(kernels, parts, bias_O, weights.dtype)
 
 
 def load_row_parallel_linear(
-    weights: Weights, name: str, inputs: int, outputs: int, bias: bool, sharding: Sharding
-) -> Linear | Fp8Linear:
+    weights: Weights,
+    kernels: Kernels,
+    name: str,
+    inputs: int,
+    outputs: int,
+    bias: bool,
+    sharding: Sharding,
+) -> Product:
     """A projection of this rank's shard of the inputs; all_reduce of the results is the whole."""
     part = weights.load_matrix(f"{name}.weight", (outputs, inputs), sharding.even_shard(inputs, 1))
     bias_O = weights.load_tensor(f"{name}.bias", (outputs,)) if bias else None
-    return _linear([part], bias_O if sharding.rank == 0 else None, weights.dtype)
+    return _linear(kernels, [part], bias_O if sharding.rank == 0 else None, weights.dtype)
 
 
 def _linear(
-    parts: Sequence[Tensor | Fp8Matrix], bias_O: Tensor | None, dtype: torch.dtype
-) -> Linear | Fp8Linear:
+    kernels: Kernels,
+    parts: Sequence[Tensor | Fp8Matrix],
+    bias_O: Tensor | None,
+    dtype: torch.dtype,
+) -> Product:
     """The parts as one matrix, in FP8 if all of them are and there is a kernel for it."""
     stored = [part for part in parts if isinstance(part, Fp8Matrix)]
     kinds = {(part.group, part.values_OI.dtype) for part in stored}
@@ -91,4 +117,4 @@ def _linear(
         if can_multiply(matrix):
             return Fp8Linear(matrix, bias_O)
     plain = [p.dequantized().to(dtype) if isinstance(p, Fp8Matrix) else p for p in parts]
-    return Linear(plain[0] if len(plain) == 1 else torch.cat(plain), bias_O)
+    return make_product(kernels, plain[0] if len(plain) == 1 else torch.cat(plain), bias_O)

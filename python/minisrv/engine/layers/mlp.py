@@ -23,9 +23,15 @@ class PartialMLP:
         projections = [
             Projection(f"{name}.{part}_proj", intermediate_size, shard) for part in ("gate", "up")
         ]
-        self._gate_up = load_linear(weights, projections, hidden_size, bias)
+        self._gate_up = load_linear(weights, build.kernels, projections, hidden_size, bias)
         self._down = load_row_parallel_linear(
-            weights, f"{name}.down_proj", intermediate_size, hidden_size, bias, sharding
+            weights,
+            build.kernels,
+            f"{name}.down_proj",
+            intermediate_size,
+            hidden_size,
+            bias,
+            sharding,
         )
 
     def __call__(self, x_TC: Tensor) -> Tensor:

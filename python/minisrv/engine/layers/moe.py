@@ -26,7 +26,10 @@ class SparseMoe:
     def __init__(self, build: BuildContext, name: str, moe: MoeConfig) -> None:
         self._moe, self._communicator = moe, build.communicator
         self._router = load_linear(
-            build.weights, [Projection(f"{name}.gate", moe.num_experts)], build.config.hidden_size
+            build.weights,
+            build.kernels,
+            [Projection(f"{name}.gate", moe.num_experts)],
+            build.config.hidden_size,
         )
         grouped = build.kernels.run_experts is not None
         make: type[GroupedExperts] | type[SeparateExperts]
