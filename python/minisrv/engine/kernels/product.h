@@ -19,9 +19,9 @@ namespace {
 constexpr long kPanel = 16;  // outputs
 
 #ifdef __AVX512F__
-constexpr long kVector = 16, kMaxRows = 12;  // 24 of 32 registers hold sums
+constexpr long kVector = 16, kMaxRows = 8;  // 16 of 32 registers hold sums
 #else
-constexpr long kVector = 8, kMaxRows = 4;  // 8 of 16 registers; with more, some are spilled
+constexpr long kVector = 8, kMaxRows = 4;  // 8 of 16; with more, some are spilled
 #endif
 typedef float Vector __attribute__((vector_size(kVector * 4)));
 typedef uint32_t VectorWords __attribute__((vector_size(kVector * 4)));
@@ -29,7 +29,7 @@ constexpr long kParts = kPanel / kVector;  // vectors per panel
 
 // Panels that are computed together, so that additions to 8 sums or more overlap.
 constexpr int panels_for(int rows) {
-  return kVector == 16 ? std::min(8, 24 / rows) : std::max(1, 4 / rows);
+  return kVector == 16 ? std::min(8, 16 / rows) : std::max(1, 4 / rows);
 }
 
 #ifdef __AVX512BF16__
@@ -136,21 +136,16 @@ inline void pack_words(const bf16* weights, long outputs, long inputs, long firs
   }
 }
 
-template <class T>
-const Input* as_inputs(const T* x, long size, std::vector<Input>& space) {
+inline const Input* as_inputs(const bf16* x, long size, std::vector<Input>& space) {
 #ifdef __AVX512BF16__
-  if constexpr (std::is_same_v<T, bf16>) return reinterpret_cast<const Input*>(x);
-#endif
-  space.resize(size / 2);
-#ifdef __AVX512BF16__
-  auto* to = reinterpret_cast<bf16*>(space.data());
-  for (long i = 0; i < size; ++i) store(to[i], x[i]);
+  return reinterpret_cast<const Input*>(x);
 #else
+  space.resize(size / 2);
   auto* to = reinterpret_cast<float*>(space.data());
 #pragma omp simd
   for (long i = 0; i < size; ++i) to[i] = load(x[i]);
-#endif
   return space.data();
+#endif
 }
 
 void multiply(const bf16* x, const Product& product, long rows, int threads) {
