@@ -2,8 +2,9 @@
 
 Times the scheduler's `schedule` and `settle` of steps that decode for a few requests, whose prompts
 share 32,000 tokens, while others wait for more pages than there are. The waiting requests share
-that prefix too, or nothing at all. In "changing" steps a page has just been evicted from the cache,
-as happens when a decode needs a page of a full pool.
+that prefix too, or nothing. Between the steps the cache stays as it is; or a page is evicted, as
+when a decode needs one and none is free; or pages are pinned and unpinned, as when a request begins
+and another ends.
 """
 
 from __future__ import annotations
@@ -26,26 +27,24 @@ PAGE_SIZE, VOCAB_SIZE = 16, 32_000
 PREFIX, CACHED, TAIL = 32_000, 24_000, 32_000  # tokens; a tail does not fit beside the prefix
 NUM_RUNNING, WAITING = 8, (0, 1, 64, 256)
 NUM_PAGES = (PREFIX + CACHED) // PAGE_SIZE + 200
+EVENTS = ("nothing", "eviction", "pins")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
     steps = parser.parse_args().steps
-    print("| waiting | they share | tree | median us | minimum us |\n|---|---|---|---|---|")
+    print("Median (minimum) in us per step, by what happens between the steps")
+    print(f"| waiting | sharing | {' | '.join(EVENTS)} |\n|---|---|{'---|' * len(EVENTS)}")
     for num_waiting in WAITING:
-        for shared in (True, False):
-            for changing in (False, True):
-                took = measure(num_waiting, steps, shared=shared, changing=changing)
-                print(
-                    f"| {num_waiting} | {f'{PREFIX:,} tokens' if shared else 'nothing'} "
-                    f"| {'changing' if changing else 'the same'} "
-                    f"| {statistics.median(took):.0f} | {min(took):.0f} |"
-                )
+        for shared in (True, False) if num_waiting else (True,):
+            times = [measure(num_waiting, steps, event, shared=shared) for event in EVENTS]
+            cells = " | ".join(f"{statistics.median(took):.0f} ({min(took):.0f})" for took in times)
+            print(f"| {num_waiting} | {f'{PREFIX:,} tokens' if shared else 'nothing'} | {cells} |")
     return 0
 
 
-def measure(num_waiting: int, steps: int, *, shared: bool, changing: bool) -> list[float]:
+def measure(num_waiting: int, steps: int, event: str, *, shared: bool) -> list[float]:
     """Microseconds of `schedule` and `settle` in each of `steps` steps."""
     scheduler = Scheduler(
         KVCacheManager(NUM_PAGES, 512, PAGE_SIZE, radix_cache=True),
@@ -59,8 +58,8 @@ def measure(num_waiting: int, steps: int, *, shared: bool, changing: bool) -> li
     def tokens(count: int) -> Int32Array:
         return rng.integers(0, VOCAB_SIZE, count, np.int32)
 
-    prefix = tokens(PREFIX)
-    add(scheduler, 0, tokens(CACHED), 1)
+    cache, prefix, cached = scheduler.cache, tokens(PREFIX), tokens(CACHED)
+    add(scheduler, 0, cached, 1)
     while scheduler.num_open:
         step(scheduler)
     for uid in range(1, NUM_RUNNING + 1):
@@ -74,8 +73,12 @@ def measure(num_waiting: int, steps: int, *, shared: bool, changing: bool) -> li
     gc.disable()
     took = []
     for _ in range(steps):
-        if changing:
-            scheduler.cache.evict(1)
+        if event == "eviction":
+            cache.evict(1)
+        elif event == "pins":
+            lease = cache.open_lease()
+            cache.extend_match(lease, cached, 0, -1)
+            cache.close_lease(lease, cached, 0)
         took.append(step(scheduler))
     gc.enable()
     assert len(scheduler.waiting) == num_waiting
