@@ -1,4 +1,4 @@
-"""Put twelve cache bugs into a copy of the package, one at a time, and name the test that fails.
+"""Put fourteen cache bugs into a copy of the package, one at a time, and name the test that fails.
 
 Exits with status 1 if the tests miss a bug. Run: python scripts/seeded_bugs.py [NUMBER ...]
 """
@@ -44,8 +44,8 @@ BUGS = [
     Bug(
         "a split is off by one",
         "kvcache/radix_tree.py",
-        "self._split(node, inside)",
-        "self._split(node, max(1, inside - 1))",
+        "self._split(node, match.end - node.start)",
+        "self._split(node, max(1, match.end - node.start - 1))",
     ),
     Bug(
         "duplicate pages are freed without remapping the row",
@@ -103,8 +103,21 @@ BUGS = [
     Bug(
         "a salt is forgotten when the first page is shared",
         "kvcache/manager.py",
-        "start, own, step, lease.salt)",
-        "start, own, step)",
+        "token_ids, own, step, lease.salt)",
+        "token_ids, own, step)",
+    ),
+    Bug(
+        "a demand is remembered although a page was unpinned",
+        "kvcache/radix_tree.py",
+        "                self.num_evictable += len(part.pages)\n"
+        "                self.num_pin_changes += 1\n",
+        "                self.num_evictable += len(part.pages)\n",
+    ),
+    Bug(
+        "a remembered match continues below an evicted node",
+        "kvcache/radix_tree.py",
+        "(not node.refs or node.start >= known.end)",
+        "(node.start >= known.end)",
     ),
 ]
 

@@ -1,10 +1,12 @@
 """The tree gives back exactly the pages of the longest cached prefix, and forgets the oldest."""
 
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisrv.kvcache.radix_tree import Node, RadixTree
+from minisrv.kvcache.radix_tree import Match, Node, RadixTree
 
 NOBODY = -1
 # The last two look like token ids.
@@ -16,12 +18,17 @@ def array(tokens: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
 
 
 def insert(tree: RadixTree, tokens: list[int], pages: list[int], step: int = 0) -> Node:
-    return tree.insert(tree.root, array(tokens), 0, pages, step)[0]
+    return tree.insert(tree.root, array(tokens), pages, step)[0]
 
 
 def found(tree: RadixTree, tokens: list[int], step: int = NOBODY, salt: bytes = b"") -> list[int]:
     limit = len(tokens) // tree.page_size
-    return tree.match(tree.root, array(tokens), 0, limit, step, salt).pages
+    return matched(tree, tree.match(tree.root, array(tokens), limit, step, salt))
+
+
+def matched(tree: RadixTree, match: Match) -> list[int]:
+    """The pages of a match."""
+    return tree.pages_between(tree.root, match.node)[: match.end]
 
 
 def evicted(tree: RadixTree, count: int) -> list[int]:
@@ -40,7 +47,7 @@ def test_a_match_ends_at_the_last_whole_page_that_agrees() -> None:
 def test_what_the_tree_has_already_stays_with_the_caller() -> None:
     tree = RadixTree(1)
     insert(tree, [1, 2, 3], [10, 11, 12])
-    node, known = tree.insert(tree.root, array([1, 2, 7]), 0, [20, 21, 22], 0)
+    node, known = tree.insert(tree.root, array([1, 2, 7]), [20, 21, 22], 0)
     assert known == 2
     assert node.pages == [22]
     assert found(tree, [1, 2, 7]) == [10, 11, 22]
@@ -81,10 +88,10 @@ def test_pages_of_the_step_being_built_are_pending_and_later_ones_are_not() -> N
     tree = RadixTree(1)
     insert(tree, [1, 2], [10, 11], step=3)
     insert(tree, [1, 2, 3], [10, 11, 12], step=4)
-    match = tree.match(tree.root, array([1, 2, 3]), 0, 3, 4)
-    assert (match.pages, match.pending) == ([10, 11], True)
-    match = tree.match(tree.root, array([1, 2, 3]), 0, 3, 5)
-    assert (match.pages, match.pending) == ([10, 11, 12], False)
+    match = tree.match(tree.root, array([1, 2, 3]), 3, 4)
+    assert (matched(tree, match), match.pending) == ([10, 11], True)
+    match = tree.match(tree.root, array([1, 2, 3]), 3, 5)
+    assert (matched(tree, match), match.pending) == ([10, 11, 12], False)
 
 
 @given(
@@ -104,7 +111,7 @@ def test_matches_equal_those_of_a_table_of_all_prefixes(
         count = len(tokens) // page_size
         pages = list(range(next_page, next_page + count))
         next_page += count
-        tree.insert(tree.root, array(tokens), 0, pages, 0, salt)
+        tree.insert(tree.root, array(tokens), pages, 0, salt)
         for i, page in enumerate(pages):
             table.setdefault((salt, tuple(tokens[: (i + 1) * page_size])), page)
         tree.check()
@@ -119,3 +126,22 @@ def test_matches_equal_those_of_a_table_of_all_prefixes(
             break
         expected.append(page)
     assert found(tree, tokens, salt=salt) == expected
+
+
+def test_a_page_counts_in_a_pinned_match_from_its_first_pin_to_its_last() -> None:
+    tree, tokens = RadixTree(1), array([1, 2, 3, 4])
+    lower = insert(tree, [1, 2, 3], [10, 11, 12])
+    upper = insert(tree, [1, 9], [10, 20]).parent
+    assert upper is not None
+    match, changes = Match(tree.root, 0, False), [tree.num_pin_changes]
+    for pin, end in ((upper, 1), (lower, 3), (lower, 3)):
+        tree.pin(pin)
+        match = tree.match_pinned(match, tokens, 4, NOBODY)
+        assert match.end == end
+        changes.append(tree.num_pin_changes)
+    for pin, end in ((lower, 3), (lower, 1), (upper, 0)):
+        tree.unpin(pin, 0)
+        match = tree.match_pinned(match, tokens, 4, NOBODY)
+        assert match.end == end
+        changes.append(tree.num_pin_changes)
+    assert [b - a for a, b in itertools.pairwise(changes)] == [1, 1, 0, 0, 1, 1]

@@ -1,4 +1,4 @@
-"""The micro-benchmark of the host's time drives real requests to their ends."""
+"""The micro-benchmarks of the host's time measure what they say."""
 
 from __future__ import annotations
 
@@ -22,3 +22,15 @@ def test_the_benchmark_measures_steps_that_serve_requests(
     assert clients.num_finished > 0  # each has been held to the number of tokens it asked for
     assert len(clients.wanted) >= batch - 1
     sys.modules.pop("host_step")
+
+
+@pytest.mark.parametrize("event", ["nothing", "eviction", "pins"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_benchmark_of_a_long_queue_keeps_the_requests_waiting(
+    event: str, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(MICRO))
+    import long_queue
+
+    assert len(long_queue.measure(4, 20, event, shared=shared)) == 20
+    sys.modules.pop("long_queue")

@@ -6,13 +6,14 @@ call.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import product
 from typing import Any, cast
 
 import pytest
 
+from minisrv.kvcache.radix_tree import RadixTree
 from minisrv.sampling_params import Grammar
 from minisrv.scheduler.request import _MAY_BECOME, Request, Status
 from minisrv.scheduler.scheduler import MAX_BYPASSES
@@ -289,6 +290,97 @@ def test_a_step_looks_past_at_most_so_many_requests_that_do_not_fit() -> None:
     driver.abort(2)
     driver.step()
     assert 500 in driver.ends
+
+
+# A long queue
+
+
+@pytest.fixture
+def num_looks(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often waiting requests are matched, and how often any tokens are compared."""
+    calls = Counter[str]()
+    for name in ("match_pinned", "_common_pages"):
+        method = getattr(RadixTree, name)
+
+        def count(*args: Any, _name: str = name, _method: Any = method, **options: Any) -> Any:
+            calls[_name] += 1
+            return _method(*args, **options)
+
+        monkeypatch.setattr(RadixTree, name, count)
+    return calls
+
+
+def long_queue() -> tuple[Driver, list[Request]]:
+    """Request 0 decodes; it has the pages of a prefix, to which ten others add too much."""
+    driver = Driver(num_pages=40, page_size=1, num_rows=20, budget=64)
+    driver.scheduler.check = lambda: None  # it looks into the tree
+    prefix = [9] * 20
+    driver.add(0, [*prefix, 0], max_tokens=15)
+    driver.add(20, [7], max_tokens=4)
+    driver.step()
+    return driver, [driver.add(uid, [*prefix, *prompt(uid, 19)]) for uid in range(1, 11)]
+
+
+def test_waiting_requests_are_not_matched_again_before_pins_change(
+    num_looks: Counter[str],
+) -> None:
+    driver, waiting = long_queue()
+    num_looks.clear()
+    driver.step()
+    assert num_looks == {"match_pinned": 10, "_common_pages": 10}
+    num_looks.clear()
+    driver.step()
+    driver.scheduler.cache.evict(1)
+    driver.step()
+    assert not num_looks
+    assert 20 in driver.ends, "the end of the last step changes pins"
+    driver.step()
+    assert num_looks == {"match_pinned": 10}, "none compares the prefix again"
+    num_looks.clear()
+    driver.step()
+    assert not num_looks
+    assert all(request.status is Status.WAITING for request in waiting)
+
+
+def test_without_room_waiting_requests_are_not_looked_at() -> None:
+    driver = Driver(num_pages=10, page_size=1, num_rows=20)
+    driver.add(0, prompt(0, 8), max_tokens=2)
+    driver.step()
+    waiting = [driver.add(uid, prompt(uid, 1)) for uid in range(1, 4)]
+    driver.step()
+    assert all(request.demand is None for request in waiting)
+    driver.finish()
+
+
+def test_a_preempted_request_demands_room_for_its_output_too() -> None:
+    driver, requests = three_running()
+    driver.step()  # preempts request 2, which has two tokens
+    driver.abort(0)
+    driver.add(3, prompt(3, 1), max_tokens=1)
+    driver.step()
+    demand = requests[2].demand
+    assert demand is not None
+    assert demand.token_ids.tolist() == [2, 2, TOKEN + 1, TOKEN + 2]
+    assert demand.num_pages == 4
+    driver.finish()
+    assert requests[2].demand is None
+
+
+def test_a_loop_over_the_queue_may_change_it() -> None:
+    driver = Driver(num_pages=60, num_rows=1)
+    requests = [driver.add(uid, prompt(uid, 1)) for uid in range(6)]
+    queue, seen = driver.scheduler.waiting, []
+    queue.withdraw(requests[0])
+    queue.withdraw(requests[4])
+    for request in queue:
+        seen.append(request.uid)
+        if request.uid == 2:
+            queue.withdraw(request)
+            queue.withdraw(requests[3])
+            queue.enqueue(requests[0])
+            queue.enqueue(requests[4])
+    assert seen == [1, 2, 4, 5]
+    assert [request.uid for request in queue] == [0, 1, 4, 5]
 
 
 # Preemption

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from minisrv.kvcache.page_pool import IdPool
-from minisrv.kvcache.radix_tree import Node, RadixTree
+from minisrv.kvcache.radix_tree import Match, Node, RadixTree
 from minisrv.wire.arrays import Int32Array
 
 
@@ -24,11 +24,32 @@ class Lease:
     node: Node
     salt: bytes = b""
     pages: list[int] = field(default_factory=list)
-    num_shared: int = 0
     last_step: int = 0
+
+    @property
+    def num_shared(self) -> int:
+        return self.node.end
 
     def __repr__(self) -> str:
         return f"Lease(row {self.row}, {len(self.pages)} pages, {self.num_shared} of them shared)"
+
+
+@dataclass(slots=True, eq=False)
+class Demand:
+    """How many of the available pages a prompt takes, remembered while its request waits.
+
+    A cached page that a lease has pinned already costs nothing. One that is not pinned costs one
+    page, since it could have been evicted instead. So a demand depends only on the pinned part of
+    the match: evictions do not change it, nor do pages that join the tree without a pin. It is
+    looked up again when pins have changed, or if it was pending in an earlier step (see Match).
+    """
+
+    token_ids: Int32Array
+    salt: bytes
+    limit: int  # how many pages may come from the cache
+    pinned: Match
+    num_pages: int = 0
+    num_pin_changes: int = -1  # the tree's, when this was looked up
 
 
 class KVCacheManager:
@@ -64,17 +85,21 @@ class KVCacheManager:
         """A new lease without pages; the caller has checked that a row is free."""
         return Lease(row=self.rows.allocate(1)[0], node=self.tree.root, salt=salt)
 
-    def peek(self, token_ids: Int32Array, step: int, salt: bytes = b"") -> tuple[int, int, bool]:
-        """What a new lease would match: (pages, those of them now evictable, Match.pending)."""
-        if not self.radix_cache:
-            return 0, 0, False
-        limit = (len(token_ids) - 1) // self.page_size
-        found = self.tree.match(self.tree.root, token_ids, 0, limit, step, salt)
-        evictable, inside = 0, found.inside
-        for node in self.tree.path(found.node):
-            evictable += 0 if node.refs else inside
-            inside = len(node.parent.pages) if node.parent else 0
-        return len(found.pages), evictable, found.pending
+    def open_demand(
+        self, token_ids: Int32Array, salt: bytes = b"", *, uses_cache: bool = True
+    ) -> Demand:
+        """The demand of a new lease, at least one page. Valid after `update_demand`."""
+        limit = (len(token_ids) - 1) // self.page_size if uses_cache else 0
+        return Demand(token_ids, salt, limit, Match(self.tree.root, 0, False))
+
+    def update_demand(self, demand: Demand, step: int) -> None:
+        """Look a demand up again for the step under construction, if it may have changed."""
+        tree, known = self.tree, demand.pinned
+        if demand.num_pin_changes == tree.num_pin_changes and not known.pending:
+            return
+        found = tree.match_pinned(known, demand.token_ids, demand.limit, step, demand.salt)
+        demand.num_pages = self.pages_for(len(demand.token_ids)) - found.end
+        demand.pinned, demand.num_pin_changes = found, tree.num_pin_changes
 
     def extend_match(
         self, lease: Lease, token_ids: Int32Array, computed: int, step: int
@@ -88,20 +113,21 @@ class KVCacheManager:
             return computed
         limit = (len(token_ids) - 1) // self.page_size
         shared = lease.num_shared
-        found = self.tree.match(lease.node, token_ids, shared, limit, step, lease.salt)
+        found = self.tree.match(lease.node, token_ids, limit, step, lease.salt)
         if found.pending:
             return None
-        end = shared + len(found.pages)
+        end = found.end
         if end * self.page_size <= computed:
             return computed
         node = self.tree.end_of(found)
         self.tree.pin(node)
         self.tree.unpin(lease.node, lease.last_step)
         self.pages.release(lease.pages[shared:end], lease.last_step)
-        for column, page in enumerate(found.pages, shared):
+        pages = self.tree.pages_between(lease.node, node)
+        for column, page in enumerate(pages, shared):
             self._page_writes[lease.row, column] = page
-        lease.pages[shared:end] = found.pages
-        lease.node, lease.num_shared = node, end
+        lease.pages[shared:end] = pages
+        lease.node = node
         return end * self.page_size
 
     def grow(self, lease: Lease, num_tokens: int) -> int:
@@ -123,13 +149,13 @@ class KVCacheManager:
         start, end = lease.num_shared, computed // self.page_size
         if not self.radix_cache or end <= start:
             return
-        if self.tree.match(lease.node, token_ids, start, start + 1, -1, lease.salt).pages:
+        if self.tree.match(lease.node, token_ids, start + 1, -1, lease.salt).end > start:
             return
         own = lease.pages[start:end]
-        node, _ = self.tree.insert(lease.node, token_ids, start, own, step, lease.salt)
+        node, _ = self.tree.insert(lease.node, token_ids, own, step, lease.salt)
         self.tree.pin(node)
         self.tree.unpin(lease.node, lease.last_step)
-        lease.node, lease.num_shared = node, end
+        lease.node = node
 
     def close_lease(self, lease: Lease, token_ids: Int32Array, computed: int) -> None:
         """End a lease: full pages below `computed` go into the tree, the others are released."""
@@ -138,16 +164,14 @@ class KVCacheManager:
         known = end - start
         if known:
             own = lease.pages[start:end]
-            _, known = self.tree.insert(
-                lease.node, token_ids, start, own, lease.last_step, lease.salt
-            )
+            _, known = self.tree.insert(lease.node, token_ids, own, lease.last_step, lease.salt)
         self.tree.unpin(lease.node, lease.last_step)
         unused = lease.pages[start : start + known] + lease.pages[end:]
         self.pages.release(unused, lease.last_step)
         self.rows.release([lease.row], lease.last_step)
         for column in range(len(lease.pages)):  # the row's next owner writes its own
             self._page_writes.pop((lease.row, column), None)
-        lease.pages, lease.num_shared, lease.node = [], 0, self.tree.root
+        lease.pages, lease.node = [], self.tree.root
 
     def evict(self, count: int) -> None:
         """Evict up to `count` unpinned pages from the tree, least recently used first."""
@@ -179,14 +203,22 @@ class KVCacheManager:
         )
         pins: Counter[int] = Counter()
         for lease in leases:
-            path = list(self.tree.path(lease.node))
-            pins.update(map(id, path))
-            shared = [page for node in reversed(path) for page in node.pages]
+            pins.update(map(id, self.tree.path(lease.node)))
+            shared = self.tree.pages_between(self.tree.root, lease.node)
             assert shared == lease.pages[: lease.num_shared], (
                 "a lease's pages differ from those of its path"
             )
         for node in self.tree.nodes():
             assert node.refs == pins[id(node)], f"{node!r} has {pins[id(node)]} holders"
+
+    def check_demand(self, demand: Demand, step: int) -> None:
+        """Assert that what is remembered of a demand gives the same result as a fresh look."""
+        known, fresh = replace(demand), replace(demand, pinned=Match(self.tree.root, 0, False))
+        fresh.num_pin_changes = -1
+        for copy in (known, fresh):
+            self.update_demand(copy, step)
+        assert known.num_pages == fresh.num_pages, "a remembered demand is out of date"
+        assert known.pinned.pending == fresh.pinned.pending, "a remembered demand is out of date"
 
 
 def _miscounted(owners: Counter[int]) -> dict[int, int]:

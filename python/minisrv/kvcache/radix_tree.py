@@ -21,11 +21,13 @@ from minisrv.wire.arrays import Int32Array
 class Node:
     """A node and the edge that leads to it. `tokens` has page_size ids for each of `pages`.
 
-    `key` indexes this node in `parent.children`.
+    `key` indexes this node in `parent.children`. Its path from the root has `end` pages. An evicted
+    node has no pages.
     """
 
     __slots__ = (
         "children",
+        "end",
         "fill_step",
         "key",
         "last_step",
@@ -48,11 +50,17 @@ class Node:
         self.key = key
         self.tokens = tokens
         self.pages = pages
+        self.end: int = len(pages) + (parent.end if parent else 0)
         self.children: dict[bytes, Node] = {}
         self.refs = 0
         self.fill_step = fill_step  # the last step that writes these pages
         self.last_step = fill_step  # the last step that may use them
         self.last_used = 0
+
+    @property
+    def start(self) -> int:
+        """Where the parent ends."""
+        return self.end - len(self.pages)
 
     def __repr__(self) -> str:
         return (
@@ -63,20 +71,22 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The longest cached prefix: the pages after the start of the search, ending at or in `node`.
+    """The longest cached prefix: `end` pages from the root, the last of them in `node`.
 
-    The match includes the first `inside` pages of `node`. `pending`: the next pages exist, but are
-    written by the step that is being built, so they cannot be read yet.
+    `pending`: the next pages exist, but are written by the step that is being built, so they cannot
+    be read yet.
     """
 
     node: Node
-    inside: int
-    pages: list[int]
+    end: int
     pending: bool
 
 
 class RadixTree:
-    """`tokens` arguments start at the root; `start` and `limit` count pages."""
+    """`tokens` arguments start at the root; `limit` counts pages.
+
+    `num_pin_changes` grows whenever a node gets its first pin or loses its last.
+    """
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
@@ -84,6 +94,7 @@ class RadixTree:
         self.root.refs = 1
         self.num_evictable = 0
         self.num_pages = 0
+        self.num_pin_changes = 0
         self._clock = 0
         self._heap_order = 0
         self._heap: list[tuple[int, int, Node]] = []
@@ -92,52 +103,62 @@ class RadixTree:
         self,
         node: Node,
         tokens: Int32Array,
-        start: int,
         limit: int,
         step: int,
         salt: bytes = b"",
+        least_refs: int = 0,
     ) -> Match:
-        """Follow `tokens` down from `node`, which ends `start` pages deep, to at most `limit`."""
-        pages: list[int] = []
-        inside = len(node.pages)
-        while start < limit:
-            child = node.children.get(self._key(tokens, start, salt))
-            if child is None:
+        """Follow `tokens`, which agree with the path to `node`, to at most `limit`.
+
+        Visits only nodes with at least `least_refs` refs.
+        """
+        end = node.end
+        while end < limit:
+            child = node.children.get(self._key(tokens, end, salt))
+            if child is None or child.refs < least_refs:
                 break
             if child.fill_step == step:
-                return Match(node, inside, pages, True)
-            inside = self._common_pages(child, tokens, start, limit)
-            pages += child.pages[:inside]
-            start += inside
-            node = child
-            if inside < len(child.pages):
+                return Match(node, end, True)
+            node, end = child, end + self._common_pages(child, tokens, end, limit)
+            if end < node.end:
                 break
-        return Match(node, inside, pages, False)
+        return Match(node, end, False)
+
+    def match_pinned(
+        self, known: Match, tokens: Int32Array, limit: int, step: int, salt: bytes = b""
+    ) -> Match:
+        """The pinned part of the match from the root, given an earlier result for these `tokens`.
+
+        Compares only tokens beyond the earlier result. It starts at the deepest node of that result
+        that is still pinned. This is safe because the tokens on the path to a pinned node do not
+        change: no page of it can be evicted, and a split only moves the upper part of an edge to a
+        new parent. An evicted node is never pinned again, and its parent ends where it began.
+        """
+        node = known.node
+        while node.parent is not None and (not node.refs or node.start >= known.end):
+            node = node.parent
+        if known.end < node.end:  # the tokens differ inside this edge, or reach the limit
+            return Match(node, known.end, False)
+        return self.match(node, tokens, limit, step, salt, least_refs=1)
 
     def insert(
-        self,
-        node: Node,
-        tokens: Int32Array,
-        start: int,
-        pages: list[int],
-        step: int,
-        salt: bytes = b"",
+        self, node: Node, tokens: Int32Array, pages: list[int], step: int, salt: bytes = b""
     ) -> tuple[Node, int]:
-        """Add `pages` for the tokens after page `start`, where `node` ends.
+        """Add `pages` for the tokens after the end of `node`.
 
         Returns the node at their end, and how many of the pages the tree already had under other
         ids; the caller keeps those. `step` is the last step that writes the pages.
         """
-        end = start + len(pages)
-        found = self.match(node, tokens, start, end, -1, salt)
-        known = len(found.pages)
-        last = self._end_at(found.node, found.inside)
+        end = node.end + len(pages)
+        found = self.match(node, tokens, end, -1, salt)
+        known = found.end - node.end
+        last = self.end_of(found)
         if known == len(pages):
             return last, known
         child = Node(
             last,
-            self._key(tokens, start + known, salt),
-            tokens[(start + known) * self.page_size : end * self.page_size].copy(),
+            self._key(tokens, found.end, salt),
+            tokens[found.end * self.page_size : end * self.page_size].copy(),
             pages[known:],
             step,
         )
@@ -152,6 +173,7 @@ class RadixTree:
         for part in self.path(node):
             if part.refs == 0:
                 self.num_evictable -= len(part.pages)
+                self.num_pin_changes += 1
             part.refs += 1
             self._touch(part)
 
@@ -163,11 +185,13 @@ class RadixTree:
             part.last_step = max(part.last_step, last_step)
             if part.refs == 0:
                 self.num_evictable += len(part.pages)
+                self.num_pin_changes += 1
             self._touch(part)
 
     def end_of(self, match: Match) -> Node:
         """The node that ends where the match ends; splits an edge if necessary."""
-        return self._end_at(match.node, match.inside)
+        node = match.node
+        return node if match.end == node.end else self._split(node, match.end - node.start)
 
     def evict(self, count: int) -> Iterator[tuple[list[int], int]]:
         """Remove up to `count` pages, least recently used first: (pages, last step to use them)."""
@@ -187,6 +211,15 @@ class RadixTree:
             yield node
             node = node.parent
 
+    def pages_between(self, top: Node, node: Node) -> list[int]:
+        """The pages from the end of `top` to the end of `node`, which is `top` or below it."""
+        parts = []
+        while node is not top:
+            parts.append(node.pages)
+            assert node.parent is not None
+            node = node.parent
+        return [page for part in reversed(parts) for page in part]
+
     def nodes(self) -> Iterator[Node]:
         """All nodes except the root."""
         stack = list(self.root.children.values())
@@ -204,6 +237,7 @@ class RadixTree:
             assert node.pages, "a node without pages"
             assert len(node.tokens) == len(node.pages) * self.page_size, "a partial page in a node"
             assert node.parent is not None
+            assert node.start == node.parent.end
             assert node.parent.children.get(node.key) is node, "a node is not under its key"
             assert node.key.endswith(self._key(node.tokens, 0, b"")), (
                 "a key differs from its tokens"
@@ -230,9 +264,6 @@ class RadixTree:
         different = np.flatnonzero(child.tokens[: len(ours)] != ours)
         return int(different[0]) // self.page_size if len(different) else pages
 
-    def _end_at(self, node: Node, inside: int) -> Node:
-        return node if inside == len(node.pages) else self._split(node, inside)
-
     def _split(self, node: Node, at: int) -> Node:
         """Move the first `at` pages of `node` to a new parent; pins on `node` stay valid."""
         assert node.parent is not None
@@ -249,6 +280,7 @@ class RadixTree:
     def _truncate(self, node: Node, keep: int) -> None:
         """Keep the first `keep` pages of a leaf; remove the leaf if none is left."""
         removed = len(node.pages) - keep
+        node.end -= removed
         self.num_pages -= removed
         self.num_evictable -= removed
         if keep:

@@ -28,7 +28,7 @@ from enum import Enum
 import numpy as np
 
 from minisrv.engine.forward_batch import Logprobs
-from minisrv.kvcache.manager import Lease
+from minisrv.kvcache.manager import Demand, Lease
 from minisrv.sampling_params import SamplingParams
 from minisrv.structured_output.matcher import Matcher
 from minisrv.wire.arrays import Int32Array
@@ -75,7 +75,9 @@ class Request:
     show_progress: bool
 
     # Its place in the scheduler. `bypassed` counts the younger requests admitted before it.
+    # While it waits, `demand` remembers how many pages its admission takes, once it was tried.
     status: Status = field(default=Status.WAITING, init=False)
+    demand: Demand | None = field(default=None, init=False)
     lease: Lease | None = field(default=None, init=False)
     bypassed: int = field(default=0, init=False)
     admitted_at: float | None = field(default=None, init=False)  # the first time

@@ -175,6 +175,8 @@ class Scheduler:
         for request in self.waiting:
             assert request.status is Status.WAITING
             assert request.lease is None
+            if request.demand is not None:
+                self.cache.check_demand(request.demand, self._step_id + 1)
         assert [r.arrival for r in self.running] == sorted(r.arrival for r in self.running)
         self.cache.check(leases)
 
@@ -238,16 +240,18 @@ class Scheduler:
             if request.lease is not None and self._take_cached_pages(plan, request):
                 yield request
         bypassed: list[Request] = []
+        room = self._room(plan, prefilling)
         for request in self.waiting:
-            full = not self.cache.rows.num_free or len(bypassed) >= MAX_BYPASSES
-            if full or plan.has_preempted:
+            if room <= 0 or len(bypassed) >= MAX_BYPASSES:
                 return
             if request.compiling:
                 continue
-            if request.num_in_flight == 0 and self._try_admit(plan, request):
+            if request.num_in_flight == 0 and self._try_admit(plan, request, room):
                 for older in bypassed:
                     older.bypassed += 1
                 yield request
+                prefilling.append(request)
+                room = self._room(plan, prefilling)
                 continue
             bypassed.append(request)
             if request.bypassed >= MAX_BYPASSES:
@@ -261,29 +265,35 @@ class Scheduler:
         head = next(iter(self.waiting), None)
         return 0 if head is None else len(head.prefill_ids)
 
-    def _try_admit(self, plan: StepPlan, request: Request) -> bool:
-        """Give a waiting request a row and its cached pages, if its whole prompt has room.
-
-        Room is what is left when all running prompts are complete and each request that runs has
-        taken one page more.
+    def _room(self, plan: StepPlan, prefilling: list[Request]) -> int:
+        """Pages left for a waiting request when all running prompts, those of `prefilling`, are
+        complete and each running request has taken one page more; 0 if none may be admitted.
         """
-        ids = request.all_ids() if request.output_ids else request.prompt_ids
-        cached, evictable, pending = 0, 0, False
-        if not request.scores_prompt:
-            cached, evictable, pending = self.cache.peek(ids, plan.step_id, request.salt)
+        if plan.has_preempted or not self.cache.rows.num_free:
+            return 0
         promised = sum(
-            self.cache.pages_for(len(r.prefill_ids)) - len(r.lease.pages)
-            for r in self.running
-            if r.lease is not None and r.prefilling
+            self.cache.pages_for(len(request.prefill_ids)) - len(request.lease.pages)
+            for request in prefilling
+            if request.lease is not None and request.prefilling
         )
-        need = self.cache.pages_for(len(ids)) - cached + promised + len(self.running)
-        if pending or need > self.cache.num_available - evictable:
+        return self.cache.num_available - promised - len(self.running)
+
+    def _try_admit(self, plan: StepPlan, request: Request, room: int) -> bool:
+        """Give a waiting request a row and its cached pages, if its whole prompt fits in `room`."""
+        demand = request.demand
+        if demand is None:
+            ids = request.all_ids() if request.output_ids else request.prompt_ids
+            uses_cache = not request.scores_prompt
+            demand = self.cache.open_demand(ids, request.salt, uses_cache=uses_cache)
+            request.demand = demand
+        self.cache.update_demand(demand, plan.step_id)
+        if demand.pinned.pending or demand.num_pages > room:
             return False
         self.waiting.withdraw(request)
         request.become(Status.RUNNING)
         request.lease = self.cache.open_lease(request.salt)
-        request.prefill_ids, request.num_computed = ids, 0
-        request.bypassed = 0
+        request.prefill_ids, request.num_computed = demand.token_ids, 0
+        request.demand, request.bypassed = None, 0
         if request.admitted_at is None:
             request.admitted_at = plan.scheduled_at
         insort(self.running, request, key=lambda r: r.arrival)

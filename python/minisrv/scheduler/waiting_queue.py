@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 from minisrv.scheduler.request import Request
 
 
 class WaitingQueue:
-    """Sorted by arrival. Iterates over a copy, so that the loop may change the queue."""
+    """Sorted by arrival. A loop over it may change it; the next request is the next by arrival."""
 
     def __init__(self) -> None:
         self._arrivals: list[int] = []
@@ -19,7 +19,11 @@ class WaitingQueue:
         return len(self._requests)
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(self._requests[:])
+        index = 0
+        while index < len(self._requests):
+            request = self._requests[index]
+            yield request
+            index = bisect_right(self._arrivals, request.arrival)
 
     def enqueue(self, request: Request) -> None:
         index = bisect_left(self._arrivals, request.arrival)
