@@ -68,7 +68,10 @@ class ServerConfig:
     load_format: Literal["auto", "dummy"] = option(
         "auto", "dummy uses random weights, for benchmarks; needs only config.json"
     )
-    num_threads: int | None = option(None, "CPU threads the engine uses (default: all cores)")
+    num_threads: int | None = option(
+        None,
+        "maximum CPU threads of the engine; beside busy processes it uses fewer (default: all cores)",
+    )
     max_seq_len: int | None = option(
         None, "maximum prompt plus output tokens (default: the model's)", at_least=2
     )

@@ -22,6 +22,7 @@ from minisrv.engine.sampling.logprobs import (
 )
 from minisrv.engine.sampling.sampler import sample
 from minisrv.engine.step_runner import StepHandle
+from minisrv.engine.threads import ThreadGovernor
 from minisrv.engine.transfer import download, upload
 
 
@@ -36,14 +37,18 @@ class HostRunner:
         communicator: Communicator,
         page_table: PageTable,
         device: torch.device,
+        governor: ThreadGovernor | None = None,
     ) -> None:
         self._model, self._attention, self._kernels = model, attention, kernels
         self._communicator, self._page_table, self._device = communicator, page_table, device
+        self._governor = governor
         num_rows = page_table.pages.shape[0]
         self._adjuster = LogitAdjuster()
         self._last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)
 
     def compute(self, batch: ForwardBatch) -> StepHandle:
+        if self._governor is not None:
+            self._governor.adapt()
         with torch.inference_mode():
             return self._to_host(*self._forward(batch))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from minisrv.engine.cuda_memory import cuda_cache_bytes, largest_batch, measure_
 from minisrv.engine.device_runner import DeviceRunner
 from minisrv.engine.host_runner import HostRunner
 from minisrv.engine.kernels.base import Kernels
+from minisrv.engine.kernels.cpu import CpuKernels
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.decoder import Decoder
@@ -33,6 +34,7 @@ from minisrv.engine.models.registry import BLOCKS
 from minisrv.engine.page_table import PageTable
 from minisrv.engine.parallel.communicator import Communicator
 from minisrv.engine.step_buffer import StepLimits
+from minisrv.engine.threads import ThreadGovernor, usable_cores
 from minisrv.engine.weights import CheckpointWeights, DummyWeights, Progress, Weights
 from minisrv.errors import ConfigError
 
@@ -56,9 +58,9 @@ class RankEngine:
         device: torch.device,
         progress: Progress = lambda stage, fraction: None,
     ) -> None:
+        num_threads = config.num_threads or max(1, usable_cores() // config.tp)
         if device.type == "cpu":
-            cores = max(1, len(os.sched_getaffinity(0)) // config.tp)
-            torch.set_num_threads(config.num_threads or cores)
+            torch.set_num_threads(num_threads)
         self.max_prefill_tokens = config.max_prefill_tokens or MAX_PREFILL_TOKENS[device.type]
         depth = config.overlap_depth
         self.overlap_depth = _OVERLAP_DEPTH[device.type] if depth is None else depth
@@ -86,7 +88,12 @@ class RankEngine:
             self.runner, sizes = device_runner, _sizes_to_record(config, model_config, kernels)
         else:
             table = PageTable(num_rows, max_seq_len, config.page_size)
-            self.runner = HostRunner(model, attention, kernels, communicator, table, device)
+            governor = None
+            if device.type == "cpu":
+                governor = ThreadGovernor(num_threads, partial(_set_threads, kernels))
+            self.runner = HostRunner(
+                model, attention, kernels, communicator, table, device, governor
+            )
             sizes = []
         graphs = graph_bytes(model_config, sizes, weights.dtype.itemsize)
         self.memory_plan = self._plan_memory(config, max_seq_len, weights.num_bytes, graphs)
@@ -155,6 +162,12 @@ def choose_device(config: ServerConfig, rank: int) -> torch.device:
         )
     torch.cuda.set_device(rank)
     return torch.device("cuda", rank)
+
+
+def _set_threads(kernels: Kernels, num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    if isinstance(kernels, CpuKernels):
+        kernels.num_threads = num_threads
 
 
 def _describe_placement(config: ServerConfig, model_config: ModelConfig, weights: Weights) -> str:
