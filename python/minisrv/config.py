@@ -70,7 +70,7 @@ class ServerConfig:
     )
     num_threads: int | None = option(
         None,
-        "maximum CPU threads of the engine; beside busy processes it uses fewer (default: all cores)",
+        "maximum CPU threads of the engine, fewer beside busy processes (default: all cores)",
     )
     max_seq_len: int | None = option(
         None, "maximum prompt plus output tokens (default: the model's)", at_least=2
