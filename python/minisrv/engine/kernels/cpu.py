@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minisrv.engine.kernels.base import (
     CacheSlots,
+    PenaltyColumns,
     QKNormWeights,
     RopeRows,
     RunExperts,
@@ -44,6 +45,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
         + [c_long] * 5
         + [c_float]
     ),
+    "penalize": [c_void_p] * 5 + [c_long] * 2,
 }
 
 
@@ -71,7 +73,8 @@ class CpuKernels:
             functions.append(function)
         self._add_rms_norm, self._silu_and_mul, self._norm_rotate_store = functions[:3]
         self._mask_logits, self._argmax = functions[3:5]
-        self._prefill_attention, self._decode_attention = functions[5:]
+        self._prefill_attention, self._decode_attention = functions[5:7]
+        self._penalize = functions[7]
 
     def add_rms_norm_(
         self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
@@ -127,6 +130,18 @@ class CpuKernels:
         assert num_words * 32 >= logits_SV.shape[1]
         pointers = (logits_SV.data_ptr(), samples_G.data_ptr(), masks_GW.data_ptr())
         self._mask_logits(*pointers, num_masks, num_words, logits_SV.shape[1], self._num_threads)
+
+    def penalize_(self, logits_SV: Tensor, counts_RV: Tensor, penalties: PenaltyColumns) -> None:
+        assert logits_SV.is_contiguous()
+        pointers = (
+            logits_SV.data_ptr(),
+            counts_RV.data_ptr(),
+            penalties.samples_E.data_ptr(),
+            penalties.rows_E.data_ptr(),
+            penalties.factors_3E.data_ptr(),
+        )
+        num_samples, vocab_size = penalties.samples_E.numel(), logits_SV.shape[1]
+        self._penalize(*pointers, num_samples, vocab_size, self._num_threads)
 
     def argmax(self, logits_SV: Tensor) -> Tensor:
         assert logits_SV.is_contiguous()
