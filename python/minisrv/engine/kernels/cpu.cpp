@@ -658,8 +658,8 @@ template <class T>
 void penalize(T* logits, const int16_t* counts, const int64_t* samples, const int64_t* rows,
               const float* factors, long num, long size, int threads) {
   constexpr long block = 4096, step = 32;
-  const long parts = (size + block - 1) / block;
-#pragma omp parallel for num_threads(threads) if (num * size > kParallelWork)
+  const long parts = (size + block - 1) / block, work = num * size / 16;  // most are only skimmed
+#pragma omp parallel for num_threads(threads) if (work > kParallelWork)
   for (long task = 0; task < num * parts; ++task) {
     const long i = task / parts, first = task % parts * block, end = std::min(size, first + block);
     const float repetition = factors[i], frequency = factors[num + i];
