@@ -82,6 +82,7 @@ def test_the_engine_takes_the_planned_bytes(
     planned = make_plan(Deployment(model, config, 2**34))
     assert engine.memory_plan.weights == planned.weights
     assert engine.memory_plan.page_bytes == planned.page_bytes
+    assert engine.memory_plan.token_counts == planned.token_counts == 256 * 2 * model.vocab_size
 
 
 @pytest.mark.parametrize("directory", MODELS, ids=lambda path: path.name)
@@ -127,8 +128,8 @@ def test_a_lower_context_is_advised_where_the_cache_is_short(
 ) -> None:
     status, text = plan(f"{MODELS[1]} --gpu 'RTX 4090'", capsys)
     assert status == 2
-    assert "does not fit: the cache holds 31680 tokens, one full context is 40960" in text
-    assert "run with --tp 2 or --max-seq-len 31680" in text
+    assert "does not fit: the cache holds 31152 tokens, one full context is 40960" in text
+    assert "run with --tp 2 or --max-seq-len 31152" in text
 
 
 def test_a_smaller_prefill_budget_is_advised_where_it_is_enough() -> None:

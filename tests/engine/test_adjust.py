@@ -9,6 +9,7 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
 from minisrv.engine.forward_batch import Penalties
+from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.sampling.adjust import LogitAdjuster
 
 VOCAB = 50
@@ -38,6 +39,10 @@ def make_penalties(
     )
 
 
+def make_adjuster() -> LogitAdjuster:
+    return LogitAdjuster(TorchKernels(), 6, VOCAB, torch.device("cpu"))
+
+
 def random_logits() -> torch.Tensor:
     return torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(1)) * 3
 
@@ -52,14 +57,14 @@ def adjusted(adjuster: LogitAdjuster, penalties: Penalties) -> torch.Tensor:
 
 def test_the_repetition_penalty_is_that_of_transformers_over_prompt_and_output() -> None:
     for penalty in (0.6, 1.3, 2.0):
-        ours = adjusted(LogitAdjuster(), make_penalties(PROMPT, OUTPUT, repetition=penalty))
+        ours = adjusted(make_adjuster(), make_penalties(PROMPT, OUTPUT, repetition=penalty))
         ids = torch.tensor([PROMPT + OUTPUT])
         theirs = RepetitionPenaltyLogitsProcessor(penalty)(ids, random_logits()[1:2])[0]
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 def test_the_bias_is_that_of_transformers() -> None:
-    ours = adjusted(LogitAdjuster(), make_penalties([], bias={7: 5.5, 9: -100.0}))
+    ours = adjusted(make_adjuster(), make_penalties([], bias={7: 5.5, 9: -100.0}))
     ids = torch.tensor([PROMPT])
     processor = SequenceBiasLogitsProcessor([[[7], 5.5], [[9], -100.0]])
     theirs = processor(ids, random_logits()[1:2])[0]
@@ -67,7 +72,7 @@ def test_the_bias_is_that_of_transformers() -> None:
 
 
 def test_presence_and_frequency_follow_the_published_formula_over_the_output_alone() -> None:
-    ours = adjusted(LogitAdjuster(), make_penalties(PROMPT, OUTPUT, presence=0.7, frequency=-0.4))
+    ours = adjusted(make_adjuster(), make_penalties(PROMPT, OUTPUT, presence=0.7, frequency=-0.4))
     expected = random_logits()[1].double()
     for token in range(VOCAB):  # mu[j] -> mu[j] - c[j] * frequency - float(c[j] > 0) * presence
         count = OUTPUT.count(token)
@@ -77,7 +82,7 @@ def test_presence_and_frequency_follow_the_published_formula_over_the_output_alo
 
 def test_all_together_apply_in_the_stated_order() -> None:
     case = {"repetition": 1.5, "presence": 0.5, "frequency": 0.25, "bias": {9: 2.0}}
-    ours = adjusted(LogitAdjuster(), make_penalties(PROMPT, OUTPUT, **case))
+    ours = adjusted(make_adjuster(), make_penalties(PROMPT, OUTPUT, **case))
     ids = torch.tensor([PROMPT + OUTPUT])
     expected = RepetitionPenaltyLogitsProcessor(1.5)(ids, random_logits()[1:2])[0]
     for token in set(OUTPUT):
@@ -88,16 +93,16 @@ def test_all_together_apply_in_the_stated_order() -> None:
 
 def test_drawn_tokens_count_as_tokens_that_were_brought() -> None:
     case = {"repetition": 1.5, "presence": 0.5, "frequency": 0.25}
-    stepwise = LogitAdjuster()
+    stepwise = make_adjuster()
     stepwise.adjust_(random_logits(), make_penalties(PROMPT, [], **case))
     for token in OUTPUT:
         stepwise.count_tokens(torch.tensor([0, token, 1]), make_penalties(**case))
-    brought = adjusted(LogitAdjuster(), make_penalties(PROMPT, OUTPUT, **case))
+    brought = adjusted(make_adjuster(), make_penalties(PROMPT, OUTPUT, **case))
     assert torch.equal(adjusted(stepwise, make_penalties(**case)), brought)
 
 
 def test_a_row_that_begins_again_forgets_its_last_request() -> None:
-    adjuster = LogitAdjuster()
+    adjuster = make_adjuster()
     adjuster.adjust_(random_logits(), make_penalties(PROMPT, OUTPUT, presence=1.0))
     ours = adjusted(adjuster, make_penalties([1], [], presence=1.0))
     assert torch.equal(ours, random_logits()[1])

@@ -9,8 +9,10 @@ import torch
 
 from minisrv.engine.device_runner import DeviceKernels, DeviceRunner
 from minisrv.engine.forward_batch import ForwardBatch
+from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.parallel.communicator import SingleRank
 from minisrv.engine.parallel.shard import Sharding
+from minisrv.engine.sampling.adjust import LogitAdjuster
 from minisrv.engine.step_buffer import StepLimits
 from tests.support.device_parts import expand, sample_by_torch
 from tests.support.step_driver import sampling_columns
@@ -47,7 +49,9 @@ def test_more_suppressed_tokens_than_fit_do_not_reach_its_logits() -> None:
     limits = StepLimits(num_rows=2, num_prefill_tokens=8, max_seq_len=16, page_size=4)
     step: Any = Share()
     kernels = DeviceKernels(expand, sample_by_torch)
-    rank = DeviceRunner(step, step, kernels, SecondRank(), limits, torch.device("cpu"))
+    device = torch.device("cpu")
+    adjuster = LogitAdjuster(TorchKernels(), 0, SHARE, device)
+    rank = DeviceRunner(step, step, kernels, SecondRank(), limits, adjuster, device)
     one = np.ones(1, np.int32)
     pairs = [(0, i) for i in range(limits.num_suppressed + 1)]
     batch = ForwardBatch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import statistics
 from pathlib import Path
 
@@ -280,6 +281,8 @@ def test_the_memory_plan_names_pages_and_whole_contexts(tmp_path: Path) -> None:
     text = engine.describe()
     assert "192 pages of 16 tokens, 3072 tokens" in text
     assert "room for 1.5 requests of the full context of 2048" in text
+    counts = r"\ntoken counts +\S+ KiB  for penalties, taken as requests need it\n"
+    assert re.search(counts, text)
 
 
 def test_the_cache_is_never_larger_than_the_requests_can_use(tmp_path: Path) -> None:

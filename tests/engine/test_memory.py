@@ -1,8 +1,15 @@
-"""The memory that the system reports as available."""
+"""The memory that the system reports as available, and the step that measures a GPU's."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from minisrv.config import ServerConfig
+from minisrv.engine import rank_engine
 from minisrv.engine.memory import available_memory
+from tests.support.checkpoints import make_checkpoint
+from tests.support.step_driver import open_engine
 
 
 def test_available_memory_is_the_kernels_estimate(tmp_path: Path) -> None:
@@ -16,3 +23,21 @@ def test_without_an_estimate_half_of_the_physical_memory_counts(tmp_path: Path) 
     without.write_text("MemTotal:       16384 kB\n")
     assert available_memory(without) == available_memory(tmp_path / "missing") > 2**20
     assert available_memory() < 2 * available_memory(without)
+
+
+def test_the_largest_step_has_penalties_in_all_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(step: Callable[[], object]) -> int:
+        step()
+        return 1
+
+    monkeypatch.setattr(rank_engine, "measure_workspace", run)
+    path = make_checkpoint(tmp_path, "llama")
+    rank = open_engine(path, max_running_requests=5, max_prefill_tokens=20)._rank_0
+    config = ServerConfig(max_running_requests=5, page_size=rank._pool.page_size)
+    assert rank._measure_largest_step(config) == 1
+    counts_RV = rank.runner._adjuster._counts_RV
+    assert rank.memory_plan.token_counts == counts_RV.nbytes == 5 * 384 * 2
+    assert counts_RV[:, 0].eq(1).logical_or(counts_RV[:, 0].eq(-1)).all()
+    assert counts_RV.count_nonzero(1).le(2).all()

@@ -139,6 +139,31 @@ print("all alike")
 """
 )
 
+_COMPARE_PENALTIES = """
+import torch
+from minisrv.engine.kernels.base import PenaltyColumns
+from minisrv.engine.kernels.torch_native import TorchKernels
+from minisrv.engine.kernels.triton_penalize import penalize
+
+torch.manual_seed(0)
+for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 1e-3)):
+    for vocab_size in (1, 100, 5000):
+        counts = (torch.rand(4, vocab_size) * 12 - 8).to(torch.int16).clamp(min=-1)
+        counts[0, -1], counts[2, 0] = 32767, 0
+        columns = PenaltyColumns(
+            torch.tensor([2, 0, 3]), torch.tensor([0, 2, 1]), torch.rand(3, 3) * 2 + 0.01
+        )
+        padded = torch.randn(5, vocab_size + 3).to(dtype) * 5
+        padded[:, ::5] = -torch.inf
+        ours, theirs = padded.clone(), padded.clone()
+        penalize(ours[:, :vocab_size], counts, columns)
+        TorchKernels().penalize_(theirs[:, :vocab_size], counts, columns)
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=10 * tolerance)
+        assert torch.equal(ours[[1, 4]], padded[[1, 4]])
+        assert torch.equal(ours[:, vocab_size:], padded[:, vocab_size:])
+print("all alike")
+"""
+
 _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -194,7 +219,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from minisrv.engine.kernels import triton_moe, triton_sample
+from minisrv.engine.kernels import triton_moe, triton_penalize, triton_sample
 
 def check(kernel, pointers, numbers, constants, **options):
     signature = pointers | dict.fromkeys(numbers, "i32") | dict.fromkeys(constants, "constexpr")
@@ -226,6 +251,13 @@ for pointer, dtype in DTYPES.items():
     check(triton_sample._pick_best, {**given, "out": "*i64"}, sizes, more, num_warps=16)
     pairs = {"logits": pointer, "samples": "*i32", "ids": "*i32", "count": "*i32"}
     check(triton_sample._suppress, pairs, ("row_stride",), {"BLOCK": 256})
+    lists = {"samples": "*i64", "rows": "*i64", "factors": "*fp32"}
+    check(
+        triton_penalize._penalize,
+        {"logits": pointer, "counts": "*i16", **lists},
+        ("num_samples", "vocab_size", "row_stride"),
+        {"BLOCK": triton_penalize._BLOCK},
+    )
 
 lists = {"experts": "*i64", "counts": "*i32", "ranks": "*i32"}
 tables = {"slot_pairs": "*i32", "tile_experts": "*i32"}
@@ -275,6 +307,10 @@ def test_the_interpreted_kernel_stores_fp8_as_torch_does() -> None:
 
 def test_the_interpreted_product_is_that_of_the_rounded_numbers() -> None:
     assert run(_COMPARE_PRODUCT, TRITON_INTERPRET="1") == "all alike\n"
+
+
+def test_the_interpreted_penalties_are_those_of_torch() -> None:
+    assert run(_COMPARE_PENALTIES, TRITON_INTERPRET="1") == "all alike\n"
 
 
 @pytest.mark.parametrize("name", ["moe.py", "sample.py"])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_real_model import default_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from make_real_model import default_folder
 from tests.support.step_driver import StepDriver, open_engine
 
 NUM_TOKENS = 1500

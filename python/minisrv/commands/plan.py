@@ -1,8 +1,8 @@
 """`minisrv plan`: the memory a model needs on a GPU, computed from its config.json only.
 
-Weights and pages are exact. Workspace and CUDA graphs are estimates; the formulas are printed
-beside them, and the engine measures both when it starts. With several ranks the plan is for the
-fullest one.
+Weights, token counts and pages are exact. Workspace and CUDA graphs are estimates; the formulas are
+printed beside them, and the engine measures both when it starts. With several ranks the plan is for
+the fullest one.
 """
 
 from __future__ import annotations
@@ -131,15 +131,17 @@ def make_plan(deployment: Deployment) -> MemoryPlan:
     """The memory of the fullest rank; there may be no room for a single page."""
     model, config, itemsize = deployment.model, deployment.config, _ITEMSIZE[deployment.dtype]
     weights = deployment.parameters.total * itemsize
+    counts = model_size.token_count_bytes(model, config.max_running_requests)
     workspace, workspace_note = _workspace(deployment)
     graphs, graphs_note = _graphs(deployment)
     cache_itemsize = 1 if config.kv_cache_dtype == "fp8" else itemsize
     page_bytes = config.page_size * kv_bytes_per_token(model, cache_itemsize, deployment.partition)
     free = int(deployment.memory * config.memory_fraction)
-    free -= CONTEXT_BYTES + weights + workspace + graphs
+    free -= CONTEXT_BYTES + weights + counts + workspace + graphs
     num_pages = max(0, min(free // page_bytes, useful_pages(config, model.max_seq_len)))
     return MemoryPlan(
         weights=weights,
+        token_counts=counts,
         workspace=workspace,
         graphs=graphs,
         context=CONTEXT_BYTES,
@@ -149,6 +151,7 @@ def make_plan(deployment: Deployment) -> MemoryPlan:
         max_seq_len=model.max_seq_len,
         notes={
             "weights": _weights_note(deployment),
+            "token counts": _token_counts_note(deployment),
             "workspace": workspace_note,
             "CUDA graphs": graphs_note,
             "CUDA context": "estimate",
@@ -227,6 +230,11 @@ def _weights_note(deployment: Deployment) -> str:
         # A GPU with FP8 keeps such matrices as they are; config.json does not say which they are.
         note += f", FP8 in the checkpoint, counted as {deployment.dtype}: a GPU with FP8 needs less"
     return note
+
+
+def _token_counts_note(deployment: Deployment) -> str:
+    rows, vocab_size = deployment.config.max_running_requests, deployment.model.vocab_size
+    return f"for penalties: {rows} rows x {vocab_size} x {model_size.TOKEN_COUNT_BYTES} B"
 
 
 def _workspace(deployment: Deployment) -> tuple[int, str]:

@@ -8,17 +8,18 @@ import numpy as np
 import torch
 
 from minisrv.config import ServerConfig
-from minisrv.engine.forward_batch import ForwardBatch, LogprobColumns, SamplingColumns
+from minisrv.engine.forward_batch import ForwardBatch, LogprobColumns, Penalties, SamplingColumns
 from minisrv.engine.sampling.logprobs import SLICE
 from minisrv.sampling_params import MAX_LOGPROBS
+from minisrv.wire.arrays import Int32Array
 
 
 def largest_batch(
-    num_sequences: int, num_tokens: int, page_size: int, *, with_logprobs: bool
+    num_sequences: int, num_tokens: int, page_size: int, *, on_rank_0: bool
 ) -> ForwardBatch:
     """New prompts of equal length in pages 0, 1, 2...; all of them sample, with every filter.
 
-    with_logprobs: also compute those of all samples and of a slice of prompt tokens (on rank 0).
+    on_rank_0: with penalties, and logprobs of all samples and of a slice of prompt tokens.
     """
     length = max(1, num_tokens // num_sequences)
     columns = -(-length // page_size)
@@ -46,10 +47,31 @@ def largest_batch(
             suppress_samples=np.empty(0, np.int32),
             suppress_ids=np.empty(0, np.int32),
         ),
+        penalties=_penalties(rows, length) if on_rank_0 else None,
         prompt_logprob_tokens=scored,
-        logprobs=LogprobColumns(MAX_LOGPROBS, rows, np.zeros_like(scored))
-        if with_logprobs
-        else None,
+        logprobs=LogprobColumns(MAX_LOGPROBS, rows, np.zeros_like(scored)) if on_rank_0 else None,
+    )
+
+
+def _penalties(rows: Int32Array, length: int) -> Penalties:
+    """All kinds, for samples that begin with `length` zeros.
+
+    Torch's operators allocate more when more tokens occur, but less than torch's sampling.
+    """
+    ones, lens = np.ones(rows.size, np.float32), np.full(rows.size, length, np.int32)
+    return Penalties(
+        samples=rows,
+        rows=rows,
+        presence=ones,
+        frequency=ones,
+        repetition=2 * ones,
+        begin_rows=rows,
+        begin_lens=lens,
+        begin_prompt_lens=lens,
+        begin_ids=np.zeros(rows.size * length, np.int32),
+        bias_samples=rows,
+        bias_ids=np.zeros_like(rows),
+        bias_values=ones,
     )
 
 
@@ -68,4 +90,5 @@ def cuda_cache_bytes(config: ServerConfig, reserved: int) -> tuple[int, str]:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     left = free - int(total * (1 - config.memory_fraction)) - reserved
-    return left, f"--memory-fraction {config.memory_fraction} minus weights, workspace and graphs"
+    used = "weights, token counts, workspace and graphs"
+    return left, f"--memory-fraction {config.memory_fraction} minus {used}"

@@ -76,10 +76,12 @@ class DeviceRunner:
         kernels: DeviceKernels,
         communicator: Communicator,
         limits: StepLimits,
+        adjuster: LogitAdjuster,
         device: torch.device,
     ) -> None:
         self._model, self._attention, self._kernels = model, attention, kernels
         self._communicator, self._limits, self._device = communicator, limits, device
+        self._adjuster = adjuster
         self._tensors = StepTensors(limits, device, spare_page=0)
         self._buffer = StepBuffer(limits, self._tensors)
         attention.read_from(self._tensors)
@@ -92,7 +94,6 @@ class DeviceRunner:
             for _ in range(_RESULTS_IN_FLIGHT)
         ]
         self._next = 0
-        self._adjuster = LogitAdjuster()
 
     def pad_with(self, spare_page: int) -> None:
         """Set the page that padding sequences read and write; no real sequence may own it."""

@@ -36,14 +36,14 @@ class HostRunner:
         kernels: Kernels,
         communicator: Communicator,
         page_table: PageTable,
+        adjuster: LogitAdjuster,
         device: torch.device,
         governor: ThreadGovernor | None = None,
     ) -> None:
         self._model, self._attention, self._kernels = model, attention, kernels
         self._communicator, self._page_table, self._device = communicator, page_table, device
         self._governor = governor
-        num_rows = page_table.pages.shape[0]
-        self._adjuster = LogitAdjuster()
+        self._adjuster, num_rows = adjuster, page_table.pages.shape[0]
         self._last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)
 
     def compute(self, batch: ForwardBatch) -> StepHandle:

@@ -16,11 +16,13 @@ _CPU_LIMIT = 4 * 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Sizes in bytes on one rank; 0 if unknown. `workspace` is what the largest step allocates,
-    `context` what the driver takes. `notes` adds text to rows of the table, by row name.
+    """Sizes in bytes on one rank; 0 if unknown. `token_counts` is what penalties need,
+    `workspace` what the largest step allocates, `context` what the driver takes. `notes` adds text
+    to rows of the table, by row name.
     """
 
     weights: int
+    token_counts: int
     workspace: int
     num_pages: int
     page_bytes: int
@@ -39,6 +41,7 @@ class MemoryPlan:
         """A table with one row per use of memory, then how many full requests the cache holds."""
         sizes = {
             "weights": self.weights,
+            "token counts": self.token_counts,
             "workspace": self.workspace,
             "CUDA graphs": self.graphs,
             "CUDA context": self.context,

@@ -13,6 +13,7 @@ from minisrv.engine.parallel.shard import Sharding
 ATTENTION_WORKSPACE_BYTES = (
     128 + 2 * 8
 ) * 2**20  # FlashInfer's float workspace and two plan buffers
+TOKEN_COUNT_BYTES = 2  # int16, per row and token of the vocabulary
 GRAPH_NODE_BYTES, GRAPH_NODES = 8 * 2**10, 10  # per kernel in a graph; kernels per layer
 
 
@@ -81,6 +82,11 @@ def kv_bytes_per_token(config: ModelConfig, itemsize: int, sharding: Sharding) -
     """Bytes of one token's keys and values, in all layers of one rank."""
     heads = sharding.kv_heads(config).length
     return 2 * config.num_layers * heads * config.head_dim * itemsize
+
+
+def token_count_bytes(config: ModelConfig, num_rows: int) -> int:
+    """Bytes of the token counts of `num_rows` requests, for their penalties; only on rank 0."""
+    return num_rows * config.vocab_size * TOKEN_COUNT_BYTES
 
 
 def widest_layer(config: ModelConfig, tp: int) -> int:

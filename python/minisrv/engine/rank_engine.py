@@ -33,6 +33,7 @@ from minisrv.engine.model_size import graph_bytes, graph_sizes
 from minisrv.engine.models.registry import BLOCKS
 from minisrv.engine.page_table import PageTable
 from minisrv.engine.parallel.communicator import Communicator
+from minisrv.engine.sampling.adjust import LogitAdjuster
 from minisrv.engine.step_buffer import StepLimits
 from minisrv.engine.threads import ThreadGovernor, usable_cores
 from minisrv.engine.weights import CheckpointWeights, DummyWeights, Progress, Weights
@@ -79,11 +80,13 @@ class RankEngine:
         kernels, attention = choose_backends(config, self._pool, num_heads)
         model = _build_model(model_config, weights, kernels, communicator, attention)
         num_rows, max_seq_len = config.max_running_requests, model_config.max_seq_len
+        counted_rows = num_rows if sharding.rank == 0 else 0  # only rank 0 has all the logits
+        adjuster = LogitAdjuster(kernels, counted_rows, model_config.vocab_size, device)
         self.runner: HostRunner | DeviceRunner
         if isinstance(attention, FlashInferAttention):
             limits = StepLimits(num_rows, self.max_prefill_tokens, max_seq_len, config.page_size)
             device_runner = DeviceRunner(
-                model, attention, device_kernels(), communicator, limits, device
+                model, attention, device_kernels(), communicator, limits, adjuster, device
             )
             self.runner, sizes = device_runner, _sizes_to_record(config, model_config, kernels)
         else:
@@ -92,11 +95,17 @@ class RankEngine:
             if device.type == "cpu":
                 governor = ThreadGovernor(num_threads, partial(_set_threads, kernels))
             self.runner = HostRunner(
-                model, attention, kernels, communicator, table, device, governor
+                model, attention, kernels, communicator, table, adjuster, device, governor
             )
             sizes = []
         graphs = graph_bytes(model_config, sizes, weights.dtype.itemsize)
-        self.memory_plan = self._plan_memory(config, max_seq_len, weights.num_bytes, graphs)
+        self.memory_plan = self._plan_memory(
+            config,
+            max_seq_len,
+            weights=weights.num_bytes,
+            token_counts=adjuster.num_bytes,
+            graphs=graphs,
+        )
         self._allocate_cache(self.memory_plan.num_pages)
         if sizes:
             device_runner.record(sizes, new_recorder(), lambda done: progress(_RECORDING, done))
@@ -115,26 +124,34 @@ class RankEngine:
             self._pool.allocate(num_pages)
 
     def _plan_memory(
-        self, config: ServerConfig, max_seq_len: int, weight_bytes: int, graph_bytes: int
+        self,
+        config: ServerConfig,
+        max_seq_len: int,
+        *,
+        weights: int,
+        token_counts: int,
+        graphs: int,
     ) -> MemoryPlan:
-        workspace = 0
-        if self._pool.device.type == "cpu":
+        workspace, on_cpu = 0, self._pool.device.type == "cpu"
+        if on_cpu:
             free_bytes, why = cpu_cache_bytes(config)
         else:
             workspace = self._measure_largest_step(config)
-            free_bytes, why = cuda_cache_bytes(config, workspace + graph_bytes)
+            free_bytes, why = cuda_cache_bytes(config, workspace + graphs)
         page_bytes = self._pool.bytes_per_page
         num_pages = choose_num_pages(
             config, page_bytes=page_bytes, max_seq_len=max_seq_len, free_bytes=free_bytes, why=why
         )
         return MemoryPlan(
-            weights=weight_bytes,
+            weights=weights,
+            token_counts=token_counts,
             workspace=workspace,
-            graphs=graph_bytes,
+            graphs=graphs,
             num_pages=self._communicator.all_reduce_min(num_pages),
             page_bytes=page_bytes,
             page_size=config.page_size,
             max_seq_len=max_seq_len,
+            notes={"token counts": f"for penalties{', taken as requests need it' * on_cpu}"},
         )
 
     def _measure_largest_step(self, config: ServerConfig) -> int:
@@ -143,7 +160,7 @@ class RankEngine:
             min(config.max_running_requests, self.max_prefill_tokens),
             self.max_prefill_tokens,
             config.page_size,
-            with_logprobs=self._communicator.sharding.rank == 0,
+            on_rank_0=self._communicator.sharding.rank == 0,
         )
         self._allocate_cache(batch.page_ids.size)
         return measure_workspace(lambda: self.runner.compute(batch))

@@ -2,7 +2,8 @@
 
 # Shapes: T tokens in the step, S samples, C hidden size, F intermediate size, V vocabulary, H query
 # heads, K key-value heads, A = H + 2 K, D head size, N cache slots, I inputs and O outputs of a
-# matrix. With experts: E experts, N of them per token, G = 2 F.
+# matrix. With penalties: R rows, E of the samples. With experts: E experts, N of them per token,
+# G = 2 F.
 
 from __future__ import annotations
 
@@ -44,6 +45,15 @@ class ExpertWeights:
 
     gate_up_EGC: Tensor  # the F rows of gate, then those of up
     down_ECF: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PenaltyColumns:
+    """The penalties of E samples, on the logits' device; no sample occurs twice."""
+
+    samples_E: Tensor  # int64, indices into S
+    rows_E: Tensor  # int64, their rows of the token counts
+    factors_3E: Tensor  # float32: repetition, frequency, presence
 
 
 RopeRows = tuple[Tensor, Tensor]  # cosines and sines of the step's tokens, each [T, 1, D]
@@ -95,6 +105,12 @@ class Kernels(Protocol):
 
         samples_G: int32 indices into S, on the logits' device. masks_GW: int32, at least V bits per
         row; bit i of word w allows token 32 w + i.
+        """
+
+    def penalize_(self, logits_SV: Tensor, counts_RV: Tensor, penalties: PenaltyColumns) -> None:
+        """Apply repetition, then frequency and presence penalties, to the samples that have any.
+
+        counts_RV: int16; how often a token was output, -1 if it occurs only in the prompt, else 0.
         """
 
     def argmax(self, logits_SV: Tensor) -> Tensor:

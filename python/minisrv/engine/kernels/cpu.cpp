@@ -670,3 +670,50 @@ extern "C" void argmax(const float* x, int64_t* out, long rows, long size, int t
     out[row] = at;
   }
 }
+
+namespace {
+
+inline bool all_zero(const int16_t* x, long count) {
+  if (count < 32) return std::all_of(x, x + count, [](int16_t value) { return value == 0; });
+  uint64_t words[8], any = 0;
+  std::memcpy(words, x, sizeof words);
+  for (uint64_t word : words) any |= word;
+  return any == 0;
+}
+
+}  // namespace
+
+// Repetition, frequency and presence penalties. counts: rows of how often each token was output, -1
+// if it occurs only in the prompt. factors: the three penalties, each for all samples. Few tokens
+// occur: the logits of the others are not read, and those of a block are fetched ahead of their use.
+extern "C" void penalize(float* logits, const int16_t* counts, const int64_t* samples,
+                         const int64_t* rows, const float* factors, long num, long size,
+                         int threads) {
+  constexpr long block = 4096, step = 32;
+  const long parts = (size + block - 1) / block, work = num * size / 16;  // most are only skimmed
+#pragma omp parallel for num_threads(threads) if (work > kParallelWork)
+  for (long task = 0; task < num * parts; ++task) {
+    const long i = task / parts, first = task % parts * block, end = std::min(size, first + block);
+    const float repetition = factors[i], frequency = factors[num + i];
+    const float presence = factors[2 * num + i];
+    const int16_t* times = counts + rows[i] * size;
+    float* x = logits + samples[i] * size;
+    long found[block / step], num_found = 0;
+    for (long at = first; at < end; at += step) {
+      if (all_zero(times + at, std::min(step, end - at))) continue;
+      __builtin_prefetch(x + at, 1);
+      __builtin_prefetch(x + at + step - 1, 1);
+      found[num_found++] = at;
+    }
+    for (long n = 0; n < num_found; ++n) {
+      const long last = std::min(end, found[n] + step);
+#pragma omp simd
+      for (long t = found[n]; t < last; ++t) {
+        const float given = x[t], outputs = times[t] > 0 ? times[t] : 0;
+        const float repeated = given > 0 ? given / repetition : given * repetition;
+        const float value = repeated - outputs * frequency - (outputs > 0 ? presence : 0);
+        x[t] = times[t] ? value : given;
+      }
+    }
+  }
+}

@@ -19,6 +19,7 @@ from torch import Tensor
 from minisrv.engine.kernels.base import (
     CacheSlots,
     MakeProduct,
+    PenaltyColumns,
     Product,
     QKNormWeights,
     RopeRows,
@@ -55,6 +56,7 @@ _PRODUCT_ARGUMENTS: dict[str, list[Any]] = {
 _LOGIT_ARGUMENTS: dict[str, list[Any]] = {
     "mask_logits": [c_void_p] * 3 + [c_long] * 3,
     "argmax": [c_void_p] * 2 + [c_long] * 2,
+    "penalize": [c_void_p] * 5 + [c_long] * 2,
 }
 
 
@@ -80,7 +82,8 @@ class CpuKernels:
         self._add_rms_norm, self._silu_and_mul, self._norm_rotate_store = functions[:3]
         self._prefill_attention, self._decode_attention = functions[3:]
         self._pack, self._multiply = (_function(library, *f) for f in _PRODUCT_ARGUMENTS.items())
-        self._mask_logits, self._argmax = (_function(library, *f) for f in _LOGIT_ARGUMENTS.items())
+        of_logits = [_function(library, *f) for f in _LOGIT_ARGUMENTS.items()]
+        self._mask_logits, self._argmax, self._penalize = of_logits
 
     def _make_product(
         self, weight_OI: Tensor, bias_O: Tensor | None, out_dtype: torch.dtype
@@ -160,6 +163,19 @@ class CpuKernels:
         assert num_words * 32 >= logits_SV.shape[1]
         pointers = (logits_SV.data_ptr(), samples_G.data_ptr(), masks_GW.data_ptr())
         self._mask_logits(*pointers, num_masks, num_words, logits_SV.shape[1], self.num_threads)
+
+    def penalize_(self, logits_SV: Tensor, counts_RV: Tensor, penalties: PenaltyColumns) -> None:
+        assert logits_SV.is_contiguous()
+        assert logits_SV.dtype is torch.float32
+        pointers = (
+            logits_SV.data_ptr(),
+            counts_RV.data_ptr(),
+            penalties.samples_E.data_ptr(),
+            penalties.rows_E.data_ptr(),
+            penalties.factors_3E.data_ptr(),
+        )
+        num_samples, vocab_size = penalties.samples_E.numel(), logits_SV.shape[1]
+        self._penalize(*pointers, num_samples, vocab_size, self.num_threads)
 
     def argmax(self, logits_SV: Tensor) -> Tensor:
         assert logits_SV.is_contiguous()

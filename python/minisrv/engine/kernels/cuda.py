@@ -11,6 +11,7 @@ from minisrv.engine.forward_batch import SamplingColumns
 from minisrv.engine.kernels.base import (
     CacheSlots,
     MakeProduct,
+    PenaltyColumns,
     QKNormWeights,
     RopeRows,
     RunExperts,
@@ -18,6 +19,7 @@ from minisrv.engine.kernels.base import (
 )
 from minisrv.engine.kernels.torch_native import mask_logits_
 from minisrv.engine.kernels.triton_moe import run_experts
+from minisrv.engine.kernels.triton_penalize import penalize
 from minisrv.engine.kernels.triton_rotate import norm_rotate_store
 from minisrv.engine.kernels.triton_sample import sample_on_device
 from minisrv.engine.sampling.device_columns import DeviceColumns
@@ -61,6 +63,9 @@ class CudaKernels:
 
     def mask_logits_(self, logits_SV: Tensor, samples_G: Tensor, masks_GW: Tensor) -> None:
         mask_logits_(logits_SV, samples_G, masks_GW)
+
+    def penalize_(self, logits_SV: Tensor, counts_RV: Tensor, penalties: PenaltyColumns) -> None:
+        penalize(logits_SV, counts_RV, penalties)
 
     def argmax(self, logits_SV: Tensor) -> Tensor:
         return torch.argmax(logits_SV, -1)

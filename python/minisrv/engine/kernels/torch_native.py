@@ -11,6 +11,7 @@ from torch import Tensor
 from minisrv.engine.kernels.base import (
     CacheSlots,
     MakeProduct,
+    PenaltyColumns,
     QKNormWeights,
     RopeRows,
     RunExperts,
@@ -58,6 +59,19 @@ class TorchKernels:
 
     def mask_logits_(self, logits_SV: Tensor, samples_G: Tensor, masks_GW: Tensor) -> None:
         mask_logits_(logits_SV, samples_G, masks_GW)
+
+    def penalize_(self, logits_SV: Tensor, counts_RV: Tensor, penalties: PenaltyColumns) -> None:
+        held_EV = counts_RV.index_select(0, penalties.rows_E)
+        # Few tokens occur: what follows is short. On a GPU the host waits for their number.
+        places, ids = held_EV.nonzero().unbind(1)
+        times = held_EV[places, ids]
+        repetition, frequency, presence = penalties.factors_3E.index_select(1, places).unbind()
+        at = penalties.samples_E.index_select(0, places), ids
+        x = logits_SV[at]
+        x = torch.where(x > 0, x / repetition, x * repetition)
+        times.clamp_(min=0)
+        x.addcmul_(times, frequency, value=-1).addcmul_(times > 0, presence, value=-1)
+        logits_SV[at] = x
 
     def argmax(self, logits_SV: Tensor) -> Tensor:
         return logits_SV.max(-1).indices

@@ -1,85 +1,92 @@
 """Penalties and logit biases, applied to a request's logits before sampling.
 
-The order: repetition penalty on the raw logits, then presence and frequency penalties, then the
-bias. Repetition considers prompt and output (Keskar et al., 2019, arXiv:1909.05858); presence and
-frequency consider only the output, by OpenAI's formula. Token counts are kept on the device, per
-row, and updated there, so that a step need not wait for the tokens of the previous step.
+The order: repetition penalty on the raw logits, then frequency and presence penalties, then the
+bias. Repetition considers prompt and output (Keskar et al., 2019, arXiv:1909.05858); frequency and
+presence consider only the output, by OpenAI's formula. Token counts are kept on the device and
+updated there, so that a step need not wait for the tokens of the previous step. The number of
+operations in a step does not depend on how many requests have penalties.
 """
 
-# Shapes: S samples, V vocabulary.
+# Shapes: R rows, S samples, E samples with penalties, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import numpy as np
 import torch
 from torch import Tensor
 
 from minisrv.engine.forward_batch import Penalties
+from minisrv.engine.kernels.base import Kernels, PenaltyColumns
 from minisrv.engine.transfer import upload
 
-
-@dataclass(frozen=True, slots=True)
-class _Counts:
-    """Of one row: which tokens occur in prompt or output, and how often each was output."""
-
-    seen_V: Tensor  # bool
-    output_V: Tensor  # float32
+_ONLY_IN_PROMPT = -1
+_MOST = int(np.iinfo(np.int16).max)
 
 
 class LogitAdjuster:
-    """Keeps token counts for rows with penalties; steps without penalties do not call it."""
+    """Keeps the token counts of all rows; steps without penalties and biases do not call it.
 
-    def __init__(self) -> None:
-        self._counts: dict[int, _Counts] = {}
+    The counts are one int16 tensor, so a token counts as output at most 32,767 times. Only the rows
+    of a step are read or written.
+    """
+
+    def __init__(
+        self, kernels: Kernels, num_rows: int, vocab_size: int, device: torch.device
+    ) -> None:
+        self._kernels, self._device = kernels, device
+        shape = (num_rows, vocab_size)
+        if device.type == "cpu":
+            # Unlike torch's zeros, these take no memory until a row is used.
+            self._counts_RV = torch.from_numpy(np.zeros(shape, np.int16))
+        else:
+            self._counts_RV = torch.zeros(shape, dtype=torch.int16, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._counts_RV.nbytes
 
     def adjust_(self, logits_SV: Tensor, penalties: Penalties) -> None:
-        """Apply penalties and biases to the logits of a step, in place, before sampling."""
-        self._start_counts(penalties, logits_SV.shape[-1], logits_SV.device)
-        for i, (sample, row) in enumerate(_pairs(penalties)):
-            logits_V = logits_SV[sample].float()
-            counts = self._counts[row]
-            repetition = float(penalties.repetition[i])
-            if repetition != 1:
-                scaled = torch.where(logits_V > 0, logits_V / repetition, logits_V * repetition)
-                logits_V = torch.where(counts.seen_V, scaled, logits_V)
-            logits_V = logits_V - float(penalties.frequency[i]) * counts.output_V
-            logits_V = logits_V - float(penalties.presence[i]) * (counts.output_V > 0)
-            logits_SV[sample] = logits_V.to(logits_SV.dtype)
-        if penalties.bias_ids.size:
-            device = logits_SV.device
-            at = (
-                upload(penalties.bias_samples, device).long(),
-                upload(penalties.bias_ids, device).long(),
+        """Apply penalties and biases to the float32 logits of a step, in place, before sampling."""
+        if penalties.begin_rows.size:
+            self._start_counts(penalties)
+        if penalties.samples.size:
+            factors = (penalties.repetition, penalties.frequency, penalties.presence)
+            columns = PenaltyColumns(
+                self._indices(penalties.samples),
+                self._indices(penalties.rows),
+                upload(np.stack(factors), self._device),
             )
-            logits_SV[at] += upload(penalties.bias_values, device).to(logits_SV.dtype)
+            self._kernels.penalize_(logits_SV, self._counts_RV, columns)
+        if penalties.bias_ids.size:
+            at = self._indices(penalties.bias_samples), self._indices(penalties.bias_ids)
+            values = upload(penalties.bias_values, self._device)
+            logits_SV.index_put_(at, values, accumulate=True)
 
     def count_tokens(self, token_ids_S: Tensor, penalties: Penalties) -> None:
         """Add the sampled tokens to the counts, on the device."""
-        for sample, row in _pairs(penalties):
-            token_id = token_ids_S[sample : sample + 1].long()
-            counts = self._counts[row]
-            counts.seen_V.index_fill_(0, token_id, True)
-            counts.output_V.index_add_(0, token_id, torch.ones_like(token_id, dtype=torch.float32))
+        if not penalties.samples.size:
+            return
+        ids_E = token_ids_S.index_select(0, self._indices(penalties.samples)).long()
+        at = self._indices(penalties.rows), ids_E
+        times_E = self._counts_RV[at].clamp_(0, _MOST - 1).add_(1)
+        self._counts_RV.index_put_(at, times_E)
 
-    def _start_counts(self, penalties: Penalties, vocab_size: int, device: torch.device) -> None:
-        """Count the prompt (and output so far) of rows that sample for the first time."""
-        end = 0
-        begun = zip(
-            penalties.begin_rows.tolist(),
-            penalties.begin_lens.tolist(),
-            penalties.begin_prompt_lens.tolist(),
-            strict=True,
-        )
-        for row, length, prompt_len in begun:
-            ids = upload(penalties.begin_ids[end : end + length], device).long()
-            end += length
-            seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            output_V = torch.zeros(vocab_size, device=device)
-            output = ids[prompt_len:]
-            output_V.index_add_(0, output, torch.ones_like(output, dtype=torch.float32))
-            self._counts[row] = _Counts(seen_V.index_fill_(0, ids, True), output_V)
+    def _start_counts(self, penalties: Penalties) -> None:
+        """Count the prompt (and output so far) of rows that sample for the first time.
 
+        Forgets what these rows counted for earlier requests.
+        """
+        vocab_size = self._counts_RV.shape[1]
+        lens = penalties.begin_lens
+        offsets = np.arange(lens.sum()) - np.repeat(np.cumsum(lens) - lens, lens)
+        is_output = offsets >= np.repeat(penalties.begin_prompt_lens, lens)
+        keys = np.repeat(penalties.begin_rows.astype(np.int64) * vocab_size, lens)
+        places, indices = np.unique(keys + penalties.begin_ids, return_inverse=True)
+        times = np.bincount(indices[is_output], minlength=places.size).clip(max=_MOST)
+        times[times == 0] = _ONLY_IN_PROMPT
+        self._counts_RV.index_fill_(0, self._indices(penalties.begin_rows), 0)
+        values = upload(times.astype(np.int16), self._device)
+        self._counts_RV.view(-1).index_copy_(0, self._indices(places), values)
 
-def _pairs(penalties: Penalties) -> list[tuple[int, int]]:
-    return list(zip(penalties.samples.tolist(), penalties.rows.tolist(), strict=True))
+    def _indices(self, array: np.ndarray) -> Tensor:
+        return upload(array.astype(np.int64), self._device)
