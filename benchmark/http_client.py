@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +31,17 @@ class Timing:
 
 
 @contextmanager
-def served(model_dir: Path, threads: int) -> Iterator[str]:
+def served(
+    model_dir: Path, threads: int, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """The URL of a ready server, which is stopped at the end of the block."""
     command = [sys.executable, "-m", "minisrv.launch_server", "--model", str(model_dir)]
     command += ["--served-model-name", "bench", "--port", "0", "--num-threads", str(threads)]
     process = subprocess.Popen(
-        [*command, "--log-level", "warning"], stdout=subprocess.PIPE, text=True
+        [*command, "--log-level", "warning"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(environment or {})},
     )
     try:
         assert process.stdout is not None

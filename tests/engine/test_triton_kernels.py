@@ -146,21 +146,20 @@ from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kernels.triton_penalize import penalize
 
 torch.manual_seed(0)
-for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 1e-3)):
-    for vocab_size in (1, 100, 5000):
-        counts = (torch.rand(4, vocab_size) * 12 - 8).to(torch.int16).clamp(min=-1)
-        counts[0, -1], counts[2, 0] = 32767, 0
-        columns = PenaltyColumns(
-            torch.tensor([2, 0, 3]), torch.tensor([0, 2, 1]), torch.rand(3, 3) * 2 + 0.01
-        )
-        padded = torch.randn(5, vocab_size + 3).to(dtype) * 5
-        padded[:, ::5] = -torch.inf
-        ours, theirs = padded.clone(), padded.clone()
-        penalize(ours[:, :vocab_size], counts, columns)
-        TorchKernels().penalize_(theirs[:, :vocab_size], counts, columns)
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=10 * tolerance)
-        assert torch.equal(ours[[1, 4]], padded[[1, 4]])
-        assert torch.equal(ours[:, vocab_size:], padded[:, vocab_size:])
+for vocab_size in (1, 100, 5000):
+    counts = (torch.rand(4, vocab_size) * 12 - 8).to(torch.int16).clamp(min=-1)
+    counts[0, -1], counts[2, 0] = 32767, 0
+    columns = PenaltyColumns(
+        torch.tensor([2, 0, 3]), torch.tensor([0, 2, 1]), torch.rand(3, 3) * 2 + 0.01
+    )
+    padded = torch.randn(5, vocab_size + 3) * 5
+    padded[:, ::5] = -torch.inf
+    ours, theirs = padded.clone(), padded.clone()
+    penalize(ours[:, :vocab_size], counts, columns)
+    TorchKernels().penalize_(theirs[:, :vocab_size], counts, columns)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
+    assert torch.equal(ours[[1, 4]], padded[[1, 4]])
+    assert torch.equal(ours[:, vocab_size:], padded[:, vocab_size:])
 print("all alike")
 """
 

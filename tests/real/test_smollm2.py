@@ -46,6 +46,7 @@ def share_of_ties(logits: torch.Tensor) -> float:
     return float((best[:, 0] == best[:, 1]).float().mean())
 
 
+@pytest.mark.timeout(900)
 def test_bfloat16_weights_with_float32_logits_are_close_to_float32(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
