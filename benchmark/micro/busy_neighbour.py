@@ -95,11 +95,12 @@ def main() -> None:
             urls["before"] = stack.enter_context(server)
         for url in urls.values():
             measure(url, warm_up)
-        table = report(urls, 1 if args.quick else 5)
+        repetitions = 1 if args.quick else 5
+        table = report(urls, repetitions)
     text = (
         f"# Beside busy processes, {cores} cores, {date.today()}\n\n"
-        f"`python {' '.join(sys.argv)}`: Python {platform.python_version()}, torch "
-        f"{version('torch')}.\n\n{table}\n"
+        f"`python benchmark/micro/busy_neighbour.py`, medians of {repetitions}: Python "
+        f"{platform.python_version()}, torch {version('torch')}.\n\n{table}\n"
     )
     print(text)
     if args.results is not None:

@@ -244,12 +244,12 @@ def _workspace(deployment: Deployment) -> tuple[int, str]:
     tokens = _prefill_tokens(config) + samples
     width = model_size.widest_layer(model, config.tp)
     rotary = 2 * model.max_seq_len * model.head_dim * itemsize
-    sampling = samples * model.vocab_size * itemsize
+    sampling = samples * model.vocab_size * model_size.LOGIT_BYTES
     total = model_size.ATTENTION_WORKSPACE_BYTES + rotary + tokens * width * itemsize + sampling
     return total, (
         f"estimate: attention {format_size(model_size.ATTENTION_WORKSPACE_BYTES)}, "
         f"rotary table {format_size(rotary)}, {tokens} tokens x {width} x {itemsize} B, "
-        f"{samples} samples x {model.vocab_size} x {itemsize} B"
+        f"{samples} samples x {model.vocab_size} x {model_size.LOGIT_BYTES} B"
     )
 
 
@@ -263,7 +263,8 @@ def _graphs(deployment: Deployment) -> tuple[int, str]:
     layer_bytes = model_size.GRAPH_NODES * model_size.GRAPH_NODE_BYTES
     return model_size.graph_bytes(model, sizes, itemsize), (
         f"estimate: {len(sizes)} sizes x {model.num_layers} layers x {format_size(layer_bytes)}, "
-        f"{largest} tokens x {model_size.graph_width(model)} x {itemsize} B"
+        f"{largest} tokens x ({model_size.widest_layer(model, 1)} x {itemsize} B "
+        f"+ {model.vocab_size} x {model_size.LOGIT_BYTES} B)"
     )
 
 

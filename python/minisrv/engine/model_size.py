@@ -13,6 +13,7 @@ from minisrv.engine.parallel.shard import Sharding
 ATTENTION_WORKSPACE_BYTES = (
     128 + 2 * 8
 ) * 2**20  # FlashInfer's float workspace and two plan buffers
+LOGIT_BYTES = 4  # float32
 TOKEN_COUNT_BYTES = 2  # int16, per row and token of the vocabulary
 GRAPH_NODE_BYTES, GRAPH_NODES = 8 * 2**10, 10  # per kernel in a graph; kernels per layer
 
@@ -132,9 +133,5 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], itemsize: int) -> int
     if not sizes:
         return 0
     kernels = len(sizes) * config.num_layers * GRAPH_NODES * GRAPH_NODE_BYTES
-    return kernels + sizes[-1] * graph_width(config) * itemsize
-
-
-def graph_width(config: ModelConfig) -> int:
-    """Peak number of live elements per token in a decode step."""
-    return widest_layer(config, 1) + config.vocab_size
+    token_bytes = widest_layer(config, 1) * itemsize + config.vocab_size * LOGIT_BYTES
+    return kernels + sizes[-1] * token_bytes
