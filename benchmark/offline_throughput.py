@@ -16,7 +16,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -153,7 +153,9 @@ class Bench:
         seconds = time.perf_counter() - began
         return seconds, self._drain()
 
-    def decode(self, batch: int, context: int, steps: int) -> tuple[float, StepTimes]:
+    def decode(
+        self, batch: int, context: int, steps: int, after_prefill: Callable[[], None] = lambda: None
+    ) -> tuple[float, StepTimes]:
         """Seconds per decode step of `batch` requests around `context` tokens, and step times."""
         length = max(1, context - steps // 2)
         rest = 2 * LONGEST - length
@@ -163,6 +165,7 @@ class Bench:
         while max(self._wanted.values()) == rest:
             self._turn()
         self._timed.take()
+        after_prefill()
         synchronize(self._device)
         began = time.perf_counter()
         for _ in range(steps):
