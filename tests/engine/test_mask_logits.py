@@ -6,18 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minisrv.engine.kernels import compiler
-from minisrv.engine.kernels.base import Kernels
-from minisrv.engine.kernels.cpu import load_cpu_kernels
-from minisrv.engine.kernels.torch_native import TorchKernels
-
-
-def implementations() -> list[Kernels]:
-    if compiler._find_compiler() is None:
-        return [TorchKernels()]
-    compiled = load_cpu_kernels(torch.bfloat16)
-    assert compiled is not None
-    return [TorchKernels(), compiled]
+from tests.support.kernels import implementations
 
 
 @pytest.mark.parametrize("vocab_size", [1, 31, 64, 97, 1000, 40_000])
@@ -32,7 +21,7 @@ def test_only_refused_tokens_of_the_named_samples_change(vocab_size: int) -> Non
     expected = logits.clone()
     for row, sample in enumerate(samples):
         expected[sample][torch.from_numpy(bits[row, :vocab_size] == 0)] = -torch.inf
-    for kernels in implementations():
+    for kernels in implementations(torch.bfloat16):
         ours = logits.clone()
         kernels.mask_logits_(ours, torch.from_numpy(samples), torch.from_numpy(masks))
         assert torch.equal(ours, expected), type(kernels).__name__

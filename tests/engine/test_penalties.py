@@ -11,23 +11,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisrv.engine.forward_batch import Penalties
-from minisrv.engine.kernels import compiler
 from minisrv.engine.kernels.base import Kernels
-from minisrv.engine.kernels.cpu import load_cpu_kernels
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.sampling.adjust import LogitAdjuster
+from tests.support.kernels import implementations
 
 CPU = torch.device("cpu")
 MOST = 2**15 - 1
 TOLERANCE = 1e-6
-
-
-def implementations() -> list[Kernels]:
-    if compiler._find_compiler() is None:
-        return [TorchKernels()]
-    compiled = load_cpu_kernels(torch.float32)
-    assert compiled is not None
-    return [TorchKernels(), compiled]
 
 
 def make_penalties(rows: list[int], seed: int, vocab_size: int, **given: Any) -> Penalties:
@@ -82,7 +73,7 @@ def test_all_implementations_follow_the_formulas(vocab_size: int) -> None:
         logits[torch.rand(6, vocab_size) < 0.2] = -torch.inf
         logits[:, ::7] = 0
         expected = expected_logits(logits, penalties)
-        for kernels in implementations():
+        for kernels in implementations(torch.float32):
             ours = logits.clone()
             LogitAdjuster(kernels, 5, vocab_size, CPU).adjust_(ours, penalties)
             assert not ours.isnan().any()
@@ -111,7 +102,7 @@ def test_only_tokens_that_occur_change() -> None:
     logits = bits.view(torch.bfloat16).float()
     logits[0, :5] = torch.tensor([8.0, 8.0, -8.0, 8.0, 8.0])
     finite = ~logits.isnan()
-    for kernels in implementations():
+    for kernels in implementations(torch.float32):
         ours = logits.clone()
         LogitAdjuster(kernels, 2, 2**16, CPU).adjust_(ours, penalties)
         assert ours[0, :5].tolist() == [8, 4, -16.75, 3.25, 8]
@@ -189,7 +180,7 @@ def test_the_operations_of_a_step_do_not_depend_on_its_rows(
     """With everything at once; `most` includes the start of rows."""
     found = []
     for num_rows in (1, 32, 256):
-        kernels = implementations()[index:]
+        kernels = implementations(torch.float32)[index:]
         if not kernels:
             pytest.skip("there is no C++ compiler here")
         count = OperationCount()

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from minisrv.engine.kernels import compiler
-from minisrv.engine.kernels.base import Kernels
 from minisrv.engine.kernels.cpu import CpuKernels, load_cpu_kernels
-from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.layers import linear
 from minisrv.engine.layers.linear import make_float32_product, make_product
+from tests.support.kernels import implementations
 
 # outputs, inputs: parts of a panel of 16, and more than one piece per thread
 MATRICES = [(1, 2), (5, 32), (16, 16), (100, 64), (333, 66), (1000, 256), (4000, 128)]
@@ -69,9 +68,9 @@ def test_a_row_does_not_depend_on_the_other_rows(
     product = kernels._make_product(normal(outputs, inputs), None, torch.float32)
     assert product is not None
     x = normal(max(ROWS), inputs)
-    alone = torch.cat([product(x[i : i + 1].contiguous()) for i in range(len(x))])
+    one_by_one = torch.cat([product(x[i : i + 1].contiguous()) for i in range(len(x))])
     for rows in ROWS:
-        assert torch.equal(product(x[:rows].contiguous()), alone[:rows])
+        assert torch.equal(product(x[:rows].contiguous()), one_by_one[:rows])
 
 
 @needs_compiler
@@ -95,11 +94,6 @@ def test_weights_that_cannot_be_packed_are_left_to_torch(kernels: CpuKernels) ->
     torch.testing.assert_close(make_product(kernels, odd)(x), x @ odd.T)
 
 
-def implementations() -> list[Kernels]:
-    compiled = load_cpu_kernels(torch.bfloat16) if compiler._find_compiler() else None
-    return [TorchKernels()] if compiled is None else [TorchKernels(), compiled]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("inputs", [64, 65])
 def test_logits_are_summed_and_returned_in_float32(
@@ -109,7 +103,7 @@ def test_logits_are_summed_and_returned_in_float32(
     torch.manual_seed(2)
     x, weight = torch.randn(5, inputs).to(dtype), torch.randn(250, inputs).to(dtype)
     expected, magnitude = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
-    for kernels in implementations():
+    for kernels in implementations(torch.bfloat16):
         logits = make_float32_product(kernels, weight)(x)
         assert logits.dtype is torch.float32
         assert ((logits - expected).abs() <= FLOAT32_SUM * magnitude).all()
@@ -120,7 +114,7 @@ def test_a_layers_product_has_the_dtype_of_its_weights(with_bias: bool) -> None:
     torch.manual_seed(3)
     x, weight, bias = normal(9, 64), normal(48, 64), normal(48) if with_bias else None
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    for kernels in implementations():
+    for kernels in implementations(torch.bfloat16):
         out = make_product(kernels, weight, bias)(x)
         assert out.dtype is torch.bfloat16
         assert ((out - expected).abs() <= BF16 * expected.abs() + 1e-4).all()
