@@ -9,10 +9,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -47,11 +49,16 @@ inline void convert(float& to, float value) { to = value; }
 inline void convert(float& to, bf16 value) { to = load(value); }
 inline void convert(bf16& to, bf16 value) { to = value; }
 
-// 16 floats; the compiler splits them if the machine's registers are smaller.
-typedef float Lanes __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+// One register of floats. Wider vectors than the machine's are split through memory, at a tenth of the
+// speed.
+#ifdef __AVX512F__
 constexpr long kLanes = 16;
+#else
+constexpr long kLanes = 8;
+#endif
+typedef float Lanes __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 
 inline Lanes load_lanes(const float* from) {
   Lanes lanes;
@@ -60,9 +67,14 @@ inline Lanes load_lanes(const float* from) {
 }
 
 inline Lanes load_lanes(const bf16* from) {
+#if defined __AVX2__ && !defined __AVX512F__  // GCC takes five instructions
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (Lanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+#else
   Halves halves;
   std::memcpy(&halves, from, sizeof halves);
   return (Lanes)(__builtin_convertvector(halves, Words) << 16);
+#endif
 }
 
 inline void store_lanes(float* to, Lanes lanes) { std::memcpy(to, &lanes, sizeof lanes); }
@@ -75,10 +87,18 @@ inline void store_lanes(bf16* to, Lanes lanes) {
   std::memcpy(to, &halves, sizeof halves);
 }
 
+using Indices = std::make_integer_sequence<int, kLanes>;
+
+// v[0], v[1], ... with every index i replaced by i ^ STEP.
+template <int STEP, int... I>
+inline Lanes exchange(Lanes v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, (I ^ STEP)...);
+}
+
+template <int STEP = kLanes / 2>
 inline float sum_lanes(Lanes v) {
-  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-  return (v[0] + v[1]) + (v[2] + v[3]);
+  if constexpr (STEP == 0) return v[0];
+  else return sum_lanes<STEP / 2>(v + exchange<STEP>(v, Indices()));
 }
 
 // exp(x) for x <= 0, as 2^n * p(r) with the Taylor polynomial p on |r| <= ln 2 / 2. Error 2e-7.
@@ -190,24 +210,21 @@ void norm_rotate_store(T* qkv, const T* q_weight, const T* k_weight, const T* co
   }
 }
 
-// Lane t of the result is the sum of the lanes of v[t], added pairwise in four rounds.
+// The sums of pairs of lanes STEP apart, those of a and of b by turns.
+template <int STEP, int... I>
+inline Lanes sum_pairs(Lanes a, Lanes b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I & STEP ? kLanes + I - STEP : I)...) +
+         __builtin_shufflevector(a, b, (I & STEP ? kLanes + I : I + STEP)...);
+}
+
+// Lane t of the result is the sum of the lanes of v[t], added pairwise.
+template <int STEP = 1>
 inline Lanes sum_each(Lanes v[kLanes]) {
-#define ROUND(step, low, high)                                                     \
-  for (long i = 0; i < kLanes; i += 2 * step) {                                    \
-    const Lanes a = v[i], b = v[i + step];                                         \
-    v[i] = __builtin_shufflevector(a, b, low) + __builtin_shufflevector(a, b, high); \
+  if constexpr (STEP < kLanes) {
+    for (long i = 0; i < kLanes; i += 2 * STEP)
+      v[i] = sum_pairs<STEP>(v[i], v[i + STEP], Indices());
+    return sum_each<2 * STEP>(v);
   }
-#define LIST(...) __VA_ARGS__
-  ROUND(1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-        LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
-  ROUND(2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-        LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
-  ROUND(4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-        LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
-  ROUND(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-        LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
-#undef ROUND
-#undef LIST
   return v[0];
 }
 
@@ -219,41 +236,95 @@ struct Cache {
   long page_bits, kv_heads;  // P = 2^page_bits
 };
 
-// 16 rows of one key head, positions `first` and up, as floats. Rows at `end` and beyond repeat the
-// last one.
-template <class T, int CHUNKS>
-void read_tile(const T* base, const Cache<T>& cache, const int32_t* pages, long kv_head, long first,
-               long end, Lanes tile[kLanes][CHUNKS]) {
-  constexpr long size = CHUNKS * kLanes;
-  const auto row_of = [&](long position) {
-    position = std::min(position, end - 1);
+// Where the slots of kLanes positions begin, `first` and up; at `end` and beyond, that of the last
+// position.
+template <class T>
+void find_slots(const T* base, const Cache<T>& cache, long slot_size, const int32_t* pages,
+                long first, long end, const T* slots[kLanes]) {
+  const long in_page = (1L << cache.page_bits) - 1;
+  const auto slot_of = [&](long position) {
     const long page = pages[position >> cache.page_bits];
-    const long slot = (page << cache.page_bits) + (position & ((1 << cache.page_bits) - 1));
-    return base + (slot * cache.kv_heads + kv_head) * size;
+    return base + ((page << cache.page_bits) + (position & in_page)) * slot_size;
   };
-  for (long t = 0; t < kLanes; ++t) {
-    const T* row = row_of(first + t);
-    const T* later = row_of(first + t + kLanes);
-    for (long c = 0; c < CHUNKS; ++c) {
-      __builtin_prefetch(later + c * kLanes);
-      tile[t][c] = load_lanes(row + c * kLanes);
-    }
+  const bool in_one_page = kLanes <= in_page + 1 && first + kLanes <= end;
+  for (long t = 0; t < kLanes; ++t)
+    slots[t] = in_one_page && t ? slots[0] + t * slot_size
+                                : slot_of(std::min(first + t, end - 1));
+}
+
+// kLanes rows of one key head as floats; `base` is the head's first row.
+template <class T, int CHUNKS>
+void read_tile(const T* base, const Cache<T>& cache, const int32_t* pages, long first, long end,
+               Lanes tile[kLanes][CHUNKS]) {
+  const T* rows[kLanes];
+  find_slots(base, cache, cache.kv_heads * CHUNKS * kLanes, pages, first, end, rows);
+  for (long t = 0; t < kLanes; ++t)
+    for (long c = 0; c < CHUNKS; ++c) tile[t][c] = load_lanes(rows[t] + c * kLanes);
+}
+
+// The sum of products of q and k over one register of k.
+template <class T>
+inline Lanes add_products(Lanes sum, const float* q, const T* k) {
+  return sum + load_lanes(q) * load_lanes(k);
+}
+
+template <class Q, class T>
+constexpr long kStep = kLanes;
+
+#ifdef __AVX512BF16__
+// One instruction for 32 elements: products are exact, sums are in float.
+inline Lanes add_products(Lanes sum, const bf16* q, const bf16* k) {
+  return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(q),
+                                 (__m512bh)_mm512_loadu_si512(k));
+}
+template <>
+constexpr long kStep<bf16, bf16> = 32;
+template <class T, int CHUNKS>
+using Query = std::conditional_t<std::is_same_v<T, bf16> && CHUNKS % 2 == 0, bf16, float>;
+#else
+template <class T, int CHUNKS>
+using Query = float;
+#endif
+
+// scores[r][t] = scale * q[r] . keys[t], for ROWS rows of q. The keys are at keys[t] + offset.
+template <int CHUNKS, int ROWS, class Q, class T>
+void score(const Q* q, const T* const keys[kLanes], long offset, float scale, float* scores,
+           long row_size) {
+  constexpr long size = CHUNKS * kLanes, together = 4;  // sums whose additions overlap
+  Lanes products[ROWS][kLanes];
+  for (long first = 0; first < kLanes; first += together) {
+    Lanes sums[ROWS][together] = {};
+    for (long d = 0; d < size; d += kStep<Q, T>)
+      for (long t = 0; t < together; ++t)
+        for (long r = 0; r < ROWS; ++r)
+          sums[r][t] = add_products(sums[r][t], q + r * size + d, keys[first + t] + offset + d);
+    for (long r = 0; r < ROWS; ++r) std::copy_n(sums[r], together, products[r] + first);
+  }
+  for (long r = 0; r < ROWS; ++r) store_lanes(scores + r * row_size, sum_each(products[r]) * scale);
+}
+
+// out[r] += the sum of weights[r][t] * values[t], for ROWS rows. The values are at values[t] + offset.
+template <int CHUNKS, int ROWS, class T>
+void add_values(const float* weights, long row_size, const T* const values[kLanes], long offset,
+                float* out) {
+  constexpr long size = CHUNKS * kLanes, together = std::gcd(CHUNKS, 8 / ROWS);
+  for (long d = 0; d < size; d += together * kLanes) {
+    Lanes sums[ROWS][together];
+    for (long r = 0; r < ROWS; ++r) std::memcpy(sums[r], out + r * size + d, sizeof sums[r]);
+    for (long t = 0; t < kLanes; ++t)
+      for (long c = 0; c < together; ++c) {
+        const Lanes value = load_lanes(values[t] + offset + d + c * kLanes);
+        for (long r = 0; r < ROWS; ++r) sums[r][c] += weights[r * row_size + t] * value;
+      }
+    for (long r = 0; r < ROWS; ++r) std::memcpy(out + r * size + d, sums[r], sizeof sums[r]);
   }
 }
 
-// scores[r][t] = q[r] . tile[t], for a few rows: the 16 products of a row are reduced together.
-template <int CHUNKS>
-void score_few(const float* q, long rows, const Lanes tile[kLanes][CHUNKS], float scale,
-               float* scores, long row_size) {
-  for (long r = 0; r < rows; ++r) {
-    const float* query = q + r * CHUNKS * kLanes;
-    Lanes products[kLanes];
-    for (long t = 0; t < kLanes; ++t) {
-      products[t] = load_lanes(query) * tile[t][0];
-      for (long c = 1; c < CHUNKS; ++c) products[t] += load_lanes(query + c * kLanes) * tile[t][c];
-    }
-    store_lanes(scores + r * row_size, sum_each(products) * scale);
-  }
+// use(r, number of rows) for rows begin .. end, 4, 2 or 1 at a time.
+template <int MOST = 4, class Use>
+inline void for_rows(long begin, long end, const Use& use) {
+  for (; begin + MOST <= end; begin += MOST) use(begin, std::integral_constant<int, MOST>());
+  if constexpr (MOST > 1) for_rows<MOST / 2>(begin, end, use);
 }
 
 // The same for many rows: the tile is transposed, so that a lane is a key, and four rows are
@@ -291,23 +362,10 @@ inline float softmax(float* row, long length, long row_size) {
   return top + std::log(sum);
 }
 
-// out += the weighted sum of the rows of the tile.
-template <int CHUNKS>
-void add_values(const float* weights, const Lanes tile[kLanes][CHUNKS], float* out) {
-  Lanes even[CHUNKS] = {}, odd[CHUNKS];
-  std::memcpy(odd, out, sizeof odd);
-  for (long t = 0; t < kLanes; t += 2)
-    for (long c = 0; c < CHUNKS; ++c) {
-      even[c] += weights[t] * tile[t][c];
-      odd[c] += weights[t + 1] * tile[t + 1][c];
-    }
-  for (long c = 0; c < CHUNKS; ++c) store_lanes(out + c * kLanes, even[c] + odd[c]);
-}
-
 // Attention of query rows that share a key head and pages, over positions begin .. end. Row r sees
 // positions below first_end + r / group: the G rows of a query position see one position more than
 // those of the previous one. q and out: [rows, D]; lse: [rows]; scores: space for [rows, number of
-// positions rounded up to 16].
+// positions rounded up to kLanes].
 template <class T, int CHUNKS>
 void attend(const float* q, const Cache<T>& cache, const int32_t* pages, long kv_head, long rows,
             long group, long begin, long first_end, long end, float scale, float* scores,
@@ -318,11 +376,14 @@ void attend(const float* q, const Cache<T>& cache, const int32_t* pages, long kv
     return std::max(0L, (position + 1 - first_end) * group);
   };
   Lanes tile[kLanes][CHUNKS];
+  const float* in_tile[kLanes];
+  for (long t = 0; t < kLanes; ++t) in_tile[t] = reinterpret_cast<const float*>(tile[t]);
   for (long first = begin; first < end; first += kLanes) {
-    read_tile<T, CHUNKS>(cache.keys, cache, pages, kv_head, first, end, tile);
-    const long r = first_row(first);
-    const auto score = rows - r < 8 ? score_few<CHUNKS> : score_many<CHUNKS>;
-    score(q + r * size, rows - r, tile, scale, scores + r * row_size + first - begin, row_size);
+    read_tile<T, CHUNKS>(cache.keys + kv_head * size, cache, pages, first, end, tile);
+    for_rows<2>(first_row(first), rows, [&](long r, auto count) {
+      score<CHUNKS, count>(q + r * size, in_tile, 0, scale, scores + r * row_size + first - begin,
+                           row_size);
+    });
   }
   for (long r = 0; r < rows; ++r) {
     const long length = std::min(end, first_end + r / group) - begin;
@@ -330,63 +391,18 @@ void attend(const float* q, const Cache<T>& cache, const int32_t* pages, long kv
   }
   std::fill_n(out, rows * size, 0.0f);
   for (long first = begin; first < end; first += kLanes) {
-    read_tile<T, CHUNKS>(cache.values, cache, pages, kv_head, first, end, tile);
-    for (long r = first_row(first); r < rows; ++r)
-      add_values<CHUNKS>(scores + r * row_size + first - begin, tile, out + r * size);
+    read_tile<T, CHUNKS>(cache.values + kv_head * size, cache, pages, first, end, tile);
+    for_rows(first_row(first), rows, [&](long r, auto count) {
+      add_values<CHUNKS, count>(scores + r * row_size + first - begin, row_size, in_tile, 0,
+                                out + r * size);
+    });
   }
 }
-
-// The slots of 16 positions, `first` and up; at `end` and beyond, that of the last one.
-template <class T>
-void find_slots(const T* base, const Cache<T>& cache, long slot_size, const int32_t* pages,
-                long first, long end, const T* slots[kLanes]) {
-  const long in_page = (1L << cache.page_bits) - 1;
-  const auto slot_of = [&](long position) {
-    const long page = pages[position >> cache.page_bits];
-    return base + ((page << cache.page_bits) + (position & in_page)) * slot_size;
-  };
-  const bool in_one_page = cache.page_bits >= 4 && first + kLanes <= end;
-  for (long t = 0; t < kLanes; ++t)
-    slots[t] = in_one_page && t ? slots[0] + t * slot_size
-                                : slot_of(std::min(first + t, end - 1));
-}
-
-// products[t] = q . slots[t], not yet reduced over lanes.
-template <int CHUNKS, class T>
-void multiply(const float* q, const T* const slots[kLanes], long offset, Lanes products[kLanes]) {
-  for (long t = 0; t < kLanes; ++t) {
-    const T* row = slots[t] + offset;
-    products[t] = load_lanes(q) * load_lanes(row);
-    for (long c = 1; c < CHUNKS; ++c)
-      products[t] += load_lanes(q + c * kLanes) * load_lanes(row + c * kLanes);
-  }
-}
-
-#ifdef __AVX512BF16__
-// The same with one instruction per 32 elements: products are exact, sums are in float.
-template <int CHUNKS>
-void multiply(const bf16* q, const bf16* const slots[kLanes], long offset,
-              Lanes products[kLanes]) {
-  for (long t = 0; t < kLanes; ++t) {
-    const bf16* row = slots[t] + offset;
-    __m512 sum = _mm512_setzero_ps();
-    for (long d = 0; d < CHUNKS * kLanes; d += 32)
-      sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(q + d),
-                             (__m512bh)_mm512_loadu_si512(row + d));
-    products[t] = (Lanes)sum;
-  }
-}
-template <class T, int CHUNKS>
-using Query = std::conditional_t<std::is_same_v<T, bf16> && CHUNKS % 2 == 0, bf16, float>;
-#else
-template <class T, int CHUNKS>
-using Query = float;
-#endif
 
 // Attention of one new token over positions begin .. end: G query rows for each of the key heads
 // first_head .. first_head + num. The heads of a slot are adjacent, so pages are read once, in memory
 // order, with prefetching. q and out: [num, G, D]; lse: [num, G]; scores: space for [num * G, number
-// of positions rounded up to 16].
+// of positions rounded up to kLanes].
 template <class T, int CHUNKS>
 void attend_to_own(const Query<T, CHUNKS>* q, const Cache<T>& cache, const int32_t* pages,
                    long first_head, long num, long group, long begin, long end, float scale,
@@ -409,21 +425,19 @@ void attend_to_own(const Query<T, CHUNKS>* q, const Cache<T>& cache, const int32
     }
   };
   read(cache.keys + first_head * size, [&](long at, long h) {
-    for (long r = h * group; r < (h + 1) * group; ++r) {
-      Lanes products[kLanes];
-      multiply<CHUNKS>(q + r * size, slots, h * size, products);
-      store_lanes(scores + r * row_size + at, sum_each(products) * scale);
-    }
+    for_rows<2>(h * group, (h + 1) * group, [&](long r, auto count) {
+      score<CHUNKS, count>(q + r * size, slots, h * size, scale, scores + r * row_size + at,
+                           row_size);
+    });
   });
   for (long r = 0; r < num * group; ++r)
     lse[r] = softmax(scores + r * row_size, end - begin, row_size);
   std::fill_n(out, num * group * size, 0.0f);
   read(cache.values + first_head * size, [&](long at, long h) {
-    Lanes tile[kLanes][CHUNKS];
-    for (long t = 0; t < kLanes; ++t)
-      for (long c = 0; c < CHUNKS; ++c) tile[t][c] = load_lanes(slots[t] + h * size + c * kLanes);
-    for (long r = h * group; r < (h + 1) * group; ++r)
-      add_values<CHUNKS>(scores + r * row_size + at, tile, out + r * size);
+    for_rows(h * group, (h + 1) * group, [&](long r, auto count) {
+      add_values<CHUNKS, count>(scores + r * row_size + at, row_size, slots, h * size,
+                                out + r * size);
+    });
   });
 }
 
@@ -559,14 +573,14 @@ void prefill_attention(const T* q, long q_stride, const Cache<T>& cache, const i
   }
 }
 
-#define FOR_EACH_SIZE(kernel, ...)                \
-  switch (size) {                                 \
-    case 16: return kernel<T, 1>(__VA_ARGS__);    \
-    case 32: return kernel<T, 2>(__VA_ARGS__);    \
-    case 64: return kernel<T, 4>(__VA_ARGS__);    \
-    case 80: return kernel<T, 5>(__VA_ARGS__);    \
-    case 96: return kernel<T, 6>(__VA_ARGS__);    \
-    case 128: return kernel<T, 8>(__VA_ARGS__);   \
+#define FOR_EACH_SIZE(kernel, ...)                                \
+  switch (size) {                                                 \
+    case 16: return kernel<T, 16 / kLanes>(__VA_ARGS__);          \
+    case 32: return kernel<T, 32 / kLanes>(__VA_ARGS__);          \
+    case 64: return kernel<T, 64 / kLanes>(__VA_ARGS__);          \
+    case 80: return kernel<T, 80 / kLanes>(__VA_ARGS__);          \
+    case 96: return kernel<T, 96 / kLanes>(__VA_ARGS__);          \
+    case 128: return kernel<T, 128 / kLanes>(__VA_ARGS__);        \
   }
 
 template <class T>
