@@ -1,4 +1,4 @@
-"""The model of the benchmarks: Qwen3 with 14.5 M random weights in bfloat16, and a tokenizer."""
+"""The models of the benchmarks: Qwen3 with random weights in bfloat16, and a tokenizer."""
 
 from __future__ import annotations
 
@@ -9,45 +9,95 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-VOCAB_SIZE = 32_000
 END_OF_TEXT = "<|endoftext|>"
 
 
-def make_model(folder: Path) -> Path:
-    """Write the checkpoint to `folder`, unless it exists already; returns `folder`."""
+TINY = Qwen3Config(
+    vocab_size=32_000,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+    max_position_embeddings=40_960,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    tie_word_embeddings=True,
+)
+
+
+def make_model(folder: Path, shape: Path | None = None) -> Path:
+    """Write the checkpoint to `folder`, unless it exists already; returns `folder`.
+
+    `shape` is a folder with a Qwen3 config.json; without it, the model has 14.5 M weights.
+    """
     if (folder / "tokenizer.json").exists():
         return folder
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=40_960,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=VOCAB_SIZE - 1,
-        pad_token_id=VOCAB_SIZE - 1,
-        dtype="bfloat16",
-    )
+    config = Qwen3Config.from_pretrained(shape) if shape else TINY
+    config.bos_token_id = None
+    config.eos_token_id = config.pad_token_id = config.vocab_size - 1
+    config.dtype = "bfloat16"
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    _make_tokenizer().save_pretrained(folder)
+    _make_tokenizer(config.vocab_size).save_pretrained(folder)
     return folder
 
 
-def _make_tokenizer() -> PreTrainedTokenizerFast:
+def write_gguf(folder: Path) -> Path:
+    """The checkpoint in `folder` as a GGUF file for llama.cpp, in bfloat16; returns its path.
+
+    Needs the package gguf.
+    """
+    import gguf
+
+    path = folder / "model.gguf"
+    if path.exists():
+        return path
+    config = Qwen3Config.from_pretrained(folder)
+    writer = gguf.GGUFWriter(path, "qwen3")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([*sorted(vocabulary, key=vocabulary.__getitem__), END_OF_TEXT])
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(vocabulary) + [gguf.TokenType.CONTROL])
+    writer.add_token_merges(["a b"])  # llama.cpp wants one
+    writer.add_eos_token_id(config.eos_token_id)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
+    for name, tensor in Qwen3ForCausalLM.from_pretrained(folder).state_dict().items():
+        if name == "lm_head.weight":  # tied
+            continue
+        to = names.get_name(name, try_suffixes=(".weight",))
+        if tensor.dim() == 1:
+            writer.add_tensor(to, tensor.float().numpy())
+        else:
+            bits = tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+            writer.add_tensor(to, bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """Bytes first, then filler words: the benchmarks send ids and only need text back."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = [*alphabet, *(f"word{i}" for i in range(len(alphabet), VOCAB_SIZE - 1))]
+    names = [*alphabet, *(f"word{i}" for i in range(len(alphabet), vocab_size - 1))]
     tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT])
-    assert json.loads(tokenizer.to_str())["added_tokens"][0]["id"] == VOCAB_SIZE - 1
+    assert json.loads(tokenizer.to_str())["added_tokens"][0]["id"] == vocab_size - 1
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 from http_client import Timing, measure, served
 from model import make_model
 from transformers_peer import TransformersPeer
-from workloads import NAMES, Workload, make_workload, output_tokens
+from workloads import Workload, make_workload, output_tokens
 
 TARGETS = {"W1": 1.3, "W3": 2.5, "W4": 8.0}
 CACHE = Path.home() / ".cache" / "minisrv-bench" / "tiny"
@@ -74,7 +74,7 @@ def run(url: str, peer: TransformersPeer, repetitions: int) -> list[Row]:
     measure(url, warm_up)
     peer.measure(warm_up)
     rows = []
-    for name in NAMES:
+    for name in TARGETS:
         row = Row(name)
         for repetition in range(repetitions):
             workload = make_workload(name, repetition)
@@ -94,7 +94,7 @@ def report(rows: list[Row], threads: int, repetitions: int) -> str:
     return (
         f"# tiny on CPU, {date.today()}\n\n"
         f"`make bench`: {__doc__.splitlines()[0]}\n\n"
-        f"{_cpu()}, {threads} threads each, bfloat16, medians of {repetitions}. "
+        f"{describe_cpu()}, {threads} threads each, bfloat16, medians of {repetitions}. "
         f"Python {platform.python_version()}, {versions}.\n\n"
         "The model has 14.5 M random weights. W1 is one request (128 tokens in, 128 out), W3 is 16 "
         "requests at once (100-300 in, 50-150 out), W4 is 16 requests at once with a shared "
@@ -105,7 +105,8 @@ def report(rows: list[Row], threads: int, repetitions: int) -> str:
     )
 
 
-def _cpu() -> str:
+def describe_cpu() -> str:
+    """The number of cores and their name."""
     info = Path("/proc/cpuinfo")
     names = [
         line.split(": ")[1]
