@@ -120,6 +120,10 @@ class ServerConfig:
     cuda_graph_max_bs: int = option(
         256, "largest decode batch to capture as a CUDA graph; 0 disables CUDA graphs", at_least=0
     )
+    grammar_cpu_s: float = option(
+        10.0, "CPU seconds that a grammar or JSON schema may take to compile", at_least=0.1
+    )
+    grammar_memory_mib: int = option(512, "memory in MiB that compiling a grammar may take")
     max_open_requests: int = option(
         4096, "maximum unfinished requests; further ones are refused with 503"
     )

@@ -46,7 +46,8 @@ class Grammar:
     kind: json_schema (text: the schema as JSON), regex, choice (text: a JSON array of strings) or
     lark (text: llguidance's Lark, in which `%json {...}` embeds a schema, or GBNF).
     param: the request field it came from, for messages. before: Lark rules for output that comes
-    before the constrained text, which they call `@text`; empty if there is none.
+    before the constrained text, which they call `@text`; empty if there is none. parts: grammars
+    from which this one was written; if it is refused, the first of these that is wrong is named.
     Raises InvalidRequestError for a text over the size limit; the grammar is checked later.
     """
 
@@ -54,6 +55,7 @@ class Grammar:
     text: str
     param: str = "grammar"
     before: str = ""
+    parts: tuple[Grammar, ...] = ()
 
     def __post_init__(self) -> None:
         num_bytes = len(self.text.encode(errors="replace"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import httpx
@@ -37,6 +39,7 @@ class Person(BaseModel):
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     tmp_dir = tmp_path_factory.mktemp("s") / "t"
     arguments = ("--model", "demo", "--num-threads", "1", "--kv-memory", "64MiB")
+    arguments += ("--grammar-cpu-s", "1")
     with running(*arguments, tmp_dir=tmp_dir, hash_engine=False) as server:
         yield server
         server.popen.terminate()
@@ -178,3 +181,25 @@ def test_stop_strings_and_seeds_work_beside_a_grammar(client: openai.OpenAI) -> 
     stopped = client.chat.completions.create(**request, stop=[" "])
     assert stopped.choices[0].finish_reason == "stop"
     assert re.fullmatch("[a-z]{2}", stopped.choices[0].message.content or "")
+
+
+def test_a_hostile_schema_is_a_400_and_stops_nobody(server: ServerProcess) -> None:
+    multiples = [{"multipleOf": 9973}, {"multipleOf": 9967}]
+    schema = {"type": "integer", "allOf": multiples}
+    hostile = {"model": "demo", "prompt": "x", "structured_outputs": {"json": schema}}
+    honest = {"model": "demo", "prompt": "x", "max_tokens": 8, "guided_regex": "[0-9]{4}"}
+    with httpx.Client(base_url=server.url, timeout=30) as http:
+        assert http.post("/v1/completions", json=honest).status_code == 200
+        with ThreadPoolExecutor() as pool:
+            refused = pool.submit(http.post, "/v1/completions", json=hostile)
+            longest = 0.0
+            while not refused.done():
+                began = time.perf_counter()
+                assert http.post("/tokenize", json={"prompt": "hello"}).status_code == 200
+                longest = max(longest, time.perf_counter() - began)
+        reply = refused.result()
+        assert reply.status_code == 400
+        assert "takes more than 1 s or 512 MiB to compile" in reply.json()["error"]["message"]
+        assert reply.json()["error"]["param"] == "structured_outputs.json"
+        assert longest < 0.5
+        assert http.post("/v1/completions", json=honest).json()["choices"][0]["text"].isdigit()

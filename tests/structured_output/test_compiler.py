@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from minisrv.errors import InvalidRequestError, MinisrvError
+from minisrv.errors import InvalidRequestError
 from minisrv.sampling_params import Grammar
 from minisrv.structured_output.compiler import GrammarCompiler, Outcome
 from minisrv.structured_output.matcher import Matcher
@@ -61,20 +61,3 @@ def test_a_grammar_that_cannot_be_compiled_fails_all_who_wait(compiler: GrammarC
     for outcome in outcomes(compiler, 2).values():
         assert isinstance(outcome, InvalidRequestError)
         assert outcome.param == "response_format"
-
-
-def test_one_that_takes_too_long_fails_while_it_is_compiled() -> None:
-    now = [0.0]
-    compiler = GrammarCompiler(demo_vocabulary(), timeout_s=20, clock=lambda: now[0])
-    slow = Grammar.json_schema({"type": "integer", "multipleOf": 99_991})
-    compiler.request(slow, 1)
-    assert compiler.take_done() == []
-    now[0] = 21
-    ((ticket, outcome),) = compiler.take_done()
-    assert ticket == 1
-    assert isinstance(outcome, MinisrvError)
-    assert "20 s" in outcome.message
-    while compiler.request(slow, 2) is None:  # and is kept once it is there
-        compiler.wait(5)
-        compiler.take_done()
-    compiler.close()

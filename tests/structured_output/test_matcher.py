@@ -14,7 +14,7 @@ from minisrv.errors import InvalidRequestError
 from minisrv.sampling_params import Grammar
 from minisrv.structured_output.matcher import Matcher
 from minisrv.structured_output.source import to_source
-from minisrv.structured_output.vocabulary import Vocabulary, open_vocabulary
+from minisrv.structured_output.vocabulary import Vocabulary, open_vocabulary, read_vocabulary
 from tests.support import own_tokenizers
 from tests.support.builders import DEMO_EOS, demo_tokenizer, demo_vocabulary
 
@@ -95,7 +95,7 @@ def test_every_id_of_a_model_has_a_bit_and_every_end_token_ends(name: str) -> No
         Tokenizer.from_str(own_tokenizers.MAKERS[name]().to_str()), own_tokenizers.NAMED, {}
     )
     ends = [tokenizer.eos_id or 0, 0]
-    vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size + 100, ends)
+    vocabulary = Vocabulary(read_vocabulary(tokenizer, tokenizer.vocab_size + 100, ends))
     assert vocabulary.num_words * 32 >= tokenizer.vocab_size + 100
     matcher = vocabulary.compile(to_source(Grammar.regex("[a-z]*")))
     assert set(ends) <= allowed_tokens(matcher, vocabulary.num_words)

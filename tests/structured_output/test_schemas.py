@@ -17,7 +17,7 @@ from jsonschema.protocols import Validator
 
 from minisrv import LLM, Grammar, SamplingParams
 from minisrv.structured_output.source import to_source
-from minisrv.structured_output.vocabulary import Vocabulary
+from minisrv.structured_output.vocabulary import Vocabulary, read_vocabulary
 from tests.support.checkpoints import make_checkpoint
 from tests.support.schemas import FEATURES, make_schema
 
@@ -99,7 +99,7 @@ def validator(schema: dict[str, Any]) -> Validator:
 def completed(llm: LLM, schema: dict[str, Any], token_ids: list[int]) -> str:
     """The text with a short end: proof that it could have gone on to a valid one."""
     eos = llm.model_config.eos_token_ids
-    vocabulary = Vocabulary(llm.tokenizer, llm.model_config.vocab_size, eos)
+    vocabulary = Vocabulary(read_vocabulary(llm.tokenizer, llm.model_config.vocab_size, eos))
     matcher = vocabulary.compile(to_source(Grammar.json_schema(schema)))
     ids = list(token_ids)
     for token_id in ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
 from minisrv.structured_output.compiler import GrammarCompiler
-from minisrv.structured_output.vocabulary import LIMITS, Vocabulary
+from minisrv.structured_output.sandbox import Sandbox
+from minisrv.structured_output.vocabulary import LIMITS, Vocabulary, read_vocabulary
 from minisrv.wire.messages import GenerateMsg
 from tests.support.hash_engine import HashEngine
 
@@ -81,7 +83,13 @@ def hash_loop(
 
 def demo_vocabulary(limits: LLParserLimits = LIMITS) -> Vocabulary:
     """The demo model's 512 tokens; DEMO_EOS ends a text."""
-    return Vocabulary(demo_tokenizer(), 512, [DEMO_EOS], limits)
+    return Vocabulary(read_vocabulary(demo_tokenizer(), 512, [DEMO_EOS]), limits)
+
+
+@cache
+def demo_sandbox() -> Sandbox:
+    """One helper process for all tests of a run; it ends with them."""
+    return Sandbox(demo_vocabulary().source)
 
 
 def demo_tokenizer() -> HFTokenizer:

@@ -18,8 +18,8 @@ from minisrv.detokenizer.worker import DetokenizerWorker
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.sampling_params import Grammar
-from minisrv.structured_output.checker import GrammarChecker
-from minisrv.structured_output.vocabulary import Vocabulary
+from minisrv.structured_output.checker import find_error
+from minisrv.structured_output.vocabulary import Vocabulary, read_vocabulary
 from minisrv.tokenizer.chat_template import ChatTemplate
 from minisrv.tokenizer.worker import TokenizerWorker
 from minisrv.wire.codec import decode, encode
@@ -32,12 +32,14 @@ from minisrv.wire.messages import (
     AbortMsg,
     AnswerMsg,
     DetokenizeMsg,
+    Failure,
     Finish,
     GenerateMsg,
     Start,
     TokenizeMsg,
     TokenizerQuery,
     UserReply,
+    failure_reply,
 )
 from tests.support import own_tokenizers
 from tests.support.http_server import MODEL
@@ -101,7 +103,9 @@ class PlayedModel:
         self.grammars: list[Grammar | None] = []
         self.batch = 1
         self.tokenizer = make_tokenizer(template)
-        self.vocabulary = Vocabulary(self.tokenizer, self.tokenizer.vocab_size, [EOS])
+        self.vocabulary = Vocabulary(
+            read_vocabulary(self.tokenizer, self.tokenizer.vocab_size, [EOS])
+        )
         self.info: ModelInfo = replace(
             MODEL, chat_format=find_chat_format(self.tokenizer.chat_templates)
         )
@@ -111,7 +115,6 @@ class PlayedModel:
             ChatTemplate(self.tokenizer.chat_templates, self.tokenizer.special_tokens),
             1_000_000,
             self.tokenizer.vocab_size,
-            GrammarChecker(self.vocabulary),
         )
         self._detokenizer = DetokenizerWorker(self.tokenizer)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -129,7 +132,13 @@ class PlayedModel:
         elif isinstance(outgoing, GenerateMsg):
             self.messages.append(decode(encode(outgoing), SCHEDULER_INBOX))  # type: ignore[arg-type]
             self.prompts.append(self.tokenizer.decode(outgoing.prompt_ids.tolist(), False))
-            self.grammars.append(outgoing.sampling.grammar)
+            grammar = outgoing.sampling.grammar
+            self.grammars.append(grammar)
+            if grammar and (error := find_error(grammar, self.vocabulary)):
+                uids = range(outgoing.uid, outgoing.uid + outgoing.sampling.n)
+                failures = tuple(Failure.from_error(uid, error) for uid in uids)
+                self._registry.deliver(failure_reply(failures))
+                return
             for uid in range(outgoing.uid, outgoing.uid + outgoing.sampling.n):
                 task = asyncio.create_task(self._generate(uid, outgoing))
                 self._tasks.add(task)

@@ -12,9 +12,9 @@ from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.frontend.tool_calls.formats import CallReading
 from minisrv.frontend.tool_calls.pieces import ToolCallArguments, ToolCallStart
 from minisrv.sampling_params import Grammar
-from minisrv.structured_output.checker import GrammarChecker
+from minisrv.structured_output.checker import check
 from minisrv.structured_output.source import to_source
-from minisrv.structured_output.vocabulary import Vocabulary
+from minisrv.structured_output.vocabulary import Vocabulary, read_vocabulary
 from minisrv.tokenizer.reply_grammar import ReplyGrammars
 from minisrv.wire.messages import Parts
 from tests.support import own_tokenizers
@@ -55,12 +55,14 @@ class Replies:
         named = dict(own_tokenizers.NAMED)
         self.tokenizer = HFTokenizer(backend, named, {"default": TEMPLATES[template]})
         self.chat_format = find_chat_format(self.tokenizer.chat_templates)
-        self.vocabulary = Vocabulary(self.tokenizer, self.tokenizer.vocab_size, [2])
+        self.vocabulary = Vocabulary(
+            read_vocabulary(self.tokenizer, self.tokenizer.vocab_size, [2])
+        )
         self.grammars = ReplyGrammars(self.tokenizer, self.chat_format)
 
     def takes(self, grammar: Grammar, reply: str) -> bool:
         """Whether `reply` may be the whole. Raises AssertionError where it cannot even begin so."""
-        GrammarChecker(self.vocabulary).check(grammar)
+        check(grammar, self.vocabulary)
         matcher = self.vocabulary.compile(to_source(grammar))
         for token_id in self.tokenizer.encode(reply, add_special_tokens=False):
             matcher.advance(token_id)

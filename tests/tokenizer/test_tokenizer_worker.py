@@ -9,8 +9,6 @@ from tokenizers import Tokenizer
 from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.errors import MinisrvError
 from minisrv.sampling_params import SamplingParams, TokenBias
-from minisrv.structured_output.checker import GrammarChecker
-from minisrv.structured_output.vocabulary import open_vocabulary
 from minisrv.tokenizer.chat_template import ChatTemplate
 from minisrv.tokenizer.worker import TokenizerWorker
 from minisrv.wire.codec import decode, encode
@@ -45,8 +43,6 @@ def make_worker(tokenizer: HFTokenizer | None = None, **options: Any) -> Tokeniz
     tokenizer = tokenizer or make_tokenizer()
     template = ChatTemplate({"default": SOURCE}, tokenizer.special_tokens)
     settings = {"max_seq_len": 100, "vocab_size": tokenizer.vocab_size, **options}
-    vocabulary = open_vocabulary(tokenizer, tokenizer.vocab_size, [tokenizer.eos_id or 0])
-    settings["grammar_checker"] = GrammarChecker(vocabulary)
     return TokenizerWorker(tokenizer, template, **settings)
 
 
@@ -238,9 +234,7 @@ def test_tools_reach_the_template_on_request() -> None:
     tokenizer = make_tokenizer()
     source = "{{ tools[0].function.name }}"
     template = ChatTemplate({"default": source}, tokenizer.special_tokens)
-    vocabulary = open_vocabulary(tokenizer, tokenizer.vocab_size, [])
-    checker = GrammarChecker(vocabulary)
-    worker = TokenizerWorker(tokenizer, template, 100, tokenizer.vocab_size, checker)
+    worker = TokenizerWorker(tokenizer, template, 100, tokenizer.vocab_size)
     query = EncodeMsg(
         query=1,
         messages=({"role": "user", "content": "hi"},),

@@ -27,7 +27,6 @@ from minisrv.llm.outputs import RequestOutput, Run, error_of
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.process import model_facts
-from minisrv.structured_output.checker import GrammarChecker
 from minisrv.structured_output.vocabulary import open_vocabulary
 from minisrv.tokenizer.chat_template import ChatTemplate
 from minisrv.tokenizer.worker import TokenizerWorker
@@ -78,7 +77,6 @@ class LLM:
             ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens),
             self._loop.scheduler.max_seq_len,
             model.vocab_size,
-            GrammarChecker(vocabulary),
         )
         self._next_uid = 0
         self._closed = False
@@ -159,6 +157,8 @@ class LLM:
         if isinstance(made, UserReply):
             raise error_of(made.failures[0])
         assert isinstance(made, GenerateMsg)
+        if made.sampling.grammar is not None:
+            self._loop.compile_grammar(made.sampling.grammar)
         self._next_uid += sampling.n
         return made
 
@@ -185,6 +185,7 @@ class LLM:
         """Free the model and its cache; the object cannot be used afterwards."""
         self._closed = True
         if loop := self.__dict__.pop("_loop", None):
+            loop.close()
             loop.engine.close()
 
     def __enter__(self) -> Self:

@@ -20,6 +20,7 @@ from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
 from minisrv.scheduler.stats import LoopStats
 from minisrv.structured_output.compiler import GrammarCompiler
+from minisrv.structured_output.sandbox import Sandbox
 from minisrv.structured_output.vocabulary import Vocabulary
 from minisrv.wire.messages import GenerateMsg
 
@@ -74,7 +75,12 @@ def build_loop(
         eos_ids=model_config.eos_token_ids,
         new_seed=lambda: secrets.randbits(63),
     )
-    compiler = GrammarCompiler(vocabulary) if isinstance(vocabulary, Vocabulary) else None
+    compiler: GrammarCompiler | MinisrvError | None = None
+    if isinstance(vocabulary, Vocabulary):
+        limits = (config.grammar_cpu_s, config.grammar_memory_mib)
+        compiler = GrammarCompiler(vocabulary, Sandbox(vocabulary.source, *limits))
+    else:
+        compiler = vocabulary
     loop = SchedulerLoop(scheduler, engine, channel, engine.overlap_depth, compiler)
     progress("warm-up", 0.0)
     _warm_up(loop)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from minisrv.errors import InvalidRequestError
+from minisrv.sampling_params import Grammar
 from minisrv.scheduler.request import Request, Status
 from minisrv.scheduler.scheduler import Scheduler
 from minisrv.structured_output.compiler import GrammarCompiler
@@ -25,9 +27,17 @@ class Grammars:
         """Request a matcher for each choice of a request that was just added to the scheduler."""
         assert message.sampling.grammar is not None
         for uid in range(message.uid, message.uid + message.sampling.n):
-            matcher = self._compiler.request(message.sampling.grammar, uid)
-            if matcher is not None:
-                self._scheduler.set_matcher(uid, matcher)
+            try:
+                matcher = self._compiler.request(message.sampling.grammar, uid)
+            except InvalidRequestError as error:
+                self._scheduler.fail_request(uid, error)
+            else:
+                if matcher is not None:
+                    self._scheduler.set_matcher(uid, matcher)
+
+    def compile(self, grammar: Grammar) -> None:
+        """Compile a grammar before its request comes. Raises MinisrvError."""
+        self._compiler.compile(grammar)
 
     def deliver(self) -> None:
         """Set the matchers compiled since the last call, and fail what does not compile."""
@@ -40,6 +50,10 @@ class Grammars:
     def wait(self, timeout_s: float) -> None:
         """Block until a grammar is compiled, at most `timeout_s`."""
         self._compiler.wait(timeout_s)
+
+    def close(self) -> None:
+        """End the processes and threads that compile grammars."""
+        self._compiler.close()
 
     def masks(self, requests: Sequence[Request]) -> Int32Array:
         """The allowed next tokens, one row of bits per request, whose earlier steps are settled."""

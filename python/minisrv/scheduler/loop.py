@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from minisrv.engine.forward_batch import ForwardEngine
-from minisrv.errors import InvalidRequestError
+from minisrv.errors import InvalidRequestError, MinisrvError
+from minisrv.sampling_params import Grammar
 from minisrv.scheduler.batch_builder import BatchBuilder
 from minisrv.scheduler.channel import LocalChannel, ZmqChannel
 from minisrv.scheduler.grammars import Grammars
@@ -51,6 +52,7 @@ class SchedulerLoop:
     engine calls `_fill_masks` from inside `launch`, after the forward pass is queued and before
     sampling is: it settles step n-1 and fills the masks while the device computes.
 
+    compiler: the error says why the model has no structured output.
     With MINISRV_CHECK=1 the scheduler's and the cache's invariants are asserted in every turn.
     """
 
@@ -60,13 +62,16 @@ class SchedulerLoop:
         engine: ForwardEngine,
         channel: ZmqChannel | LocalChannel,
         overlap_depth: int,
-        compiler: GrammarCompiler | None = None,
+        compiler: GrammarCompiler | MinisrvError | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.engine = engine
         self.channel = channel
         self.overlap_depth = overlap_depth
-        self._grammars = None if compiler is None else Grammars(scheduler, compiler)
+        self._grammars = (
+            Grammars(scheduler, compiler) if isinstance(compiler, GrammarCompiler) else None
+        )
+        self._no_grammars = str(compiler or "it has no vocabulary")
         self.stats = LoopStats()
         self._builder = BatchBuilder(scheduler.cache.rows.size)
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
@@ -137,7 +142,7 @@ class SchedulerLoop:
             if isinstance(message, GenerateMsg):
                 self.scheduler.add_request(message, self._now)
                 if message.sampling.grammar is not None:
-                    self._request_grammar(message)
+                    self._request_grammar(message, message.sampling.grammar)
             elif isinstance(message, AbortMsg):
                 self.scheduler.abort_requests(message.uids, self._now)
             elif isinstance(message, FlushMsg):
@@ -155,13 +160,30 @@ class SchedulerLoop:
         cache.evict(num_pages)
         return AnswerMsg(query=message.query, value={"pages": num_pages})
 
-    def _request_grammar(self, message: GenerateMsg) -> None:
+    def compile_grammar(self, grammar: Grammar) -> None:
+        """Compile now what a request will need. Raises MinisrvError if that is not possible."""
+        if self._grammars is None:
+            raise self._no_grammars_for(grammar)
+        self._grammars.compile(grammar)
+
+    def close(self) -> None:
+        """End the processes and threads that compile grammars; the engine is the caller's."""
+        if self._grammars is not None:
+            self._grammars.close()
+
+    def _request_grammar(self, message: GenerateMsg, grammar: Grammar) -> None:
         if self._grammars is not None:
             self._grammars.request(message)
             return
-        error = InvalidRequestError("this model has no structured output")
         for uid in range(message.uid, message.uid + message.sampling.n):
-            self.scheduler.fail_request(uid, error)
+            self.scheduler.fail_request(uid, self._no_grammars_for(grammar))
+
+    def _no_grammars_for(self, grammar: Grammar) -> InvalidRequestError:
+        return InvalidRequestError(
+            f"{grammar.param} is not supported with this model: {self._no_grammars}",
+            param=grammar.param,
+            code="unsupported_parameter",
+        )
 
     def _send(self, replies: Replies) -> None:
         if not replies:

@@ -1,19 +1,17 @@
-"""Checks grammars before they reach the scheduler; an error says where a schema is wrong."""
+"""Checks a grammar before it is compiled; an error says where a schema is wrong."""
 
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from minisrv.errors import InvalidRequestError, MinisrvError
+from minisrv.errors import InvalidRequestError
 from minisrv.sampling_params import Grammar
 from minisrv.structured_output.source import json_source, read_schema, to_source
 from minisrv.structured_output.vocabulary import Vocabulary
 
-_REMEMBERED = 256
 _MAX_PROBES = 200
 _MAX_MULTIPLE = 100_000  # takes 0.7 s to compile
 _MAX_SHOWN_CHARS = 300
@@ -22,44 +20,30 @@ _OF_SCHEMA = ("items", "additionalProperties", "additionalItems", "unevaluatedPr
 _OF_LIST = ("prefixItems", "items", "anyOf", "oneOf", "allOf")
 
 
-class GrammarChecker:
-    """Remembers recent valid grammars, so that checking them again is free.
+def find_error(grammar: Grammar, vocabulary: Vocabulary) -> InvalidRequestError | None:
+    """Why the grammar, or the first of its parts that is wrong, cannot be used; None if it can."""
+    try:
+        check(grammar, vocabulary)
+        vocabulary.compile(to_source(grammar))
+    except InvalidRequestError as error:
+        error.param = grammar.param
+        return next(filter(None, (find_error(part, vocabulary) for part in grammar.parts)), error)
+    return None
 
-    vocabulary: or the error that explains why structured output is unavailable for this model.
-    """
 
-    def __init__(self, vocabulary: Vocabulary | MinisrvError) -> None:
-        self._vocabulary = vocabulary
-        self._good: OrderedDict[tuple[str, str, str], None] = OrderedDict()
-
-    def check(self, grammar: Grammar) -> None:
-        """Raise InvalidRequestError unless llguidance accepts the grammar within our limits."""
-        key = (grammar.kind, grammar.text, grammar.before)
-        if key in self._good:
-            self._good.move_to_end(key)
-            return
-        if isinstance(self._vocabulary, MinisrvError):
-            raise InvalidRequestError(
-                f"{grammar.param} is not supported with this model: {self._vocabulary.message}",
-                param=grammar.param,
-                code="unsupported_parameter",
-            )
-        _check_multiples(grammar)
-        error = self._vocabulary.find_error(to_source(grammar))
-        if error is not None:
-            raise self._refusal(grammar, self._vocabulary, error)
-        self._good[key] = None
-        if len(self._good) > _REMEMBERED:
-            self._good.popitem(last=False)
-
-    def _refusal(self, grammar: Grammar, vocabulary: Vocabulary, error: str) -> InvalidRequestError:
-        place = ""
-        if grammar.kind == "json_schema":
-            path = "/".join(_locate(read_schema(grammar), error, vocabulary))
-            place = f" at /{path}" if path else ""
-        return InvalidRequestError(
-            f"{grammar.param} cannot be used{place}: {_shortened(error)}", param=grammar.param
-        )
+def check(grammar: Grammar, vocabulary: Vocabulary) -> None:
+    """Raise InvalidRequestError unless llguidance can read the grammar; compiles nothing."""
+    _check_multiples(grammar)
+    error = vocabulary.find_error(to_source(grammar))
+    if error is None:
+        return
+    place = ""
+    if grammar.kind == "json_schema":
+        path = "/".join(_locate(read_schema(grammar), error, vocabulary))
+        place = f" at /{path}" if path else ""
+    raise InvalidRequestError(
+        f"{grammar.param} cannot be used{place}: {_shortened(error)}", param=grammar.param
+    )
 
 
 def _check_multiples(grammar: Grammar) -> None:
@@ -70,7 +54,7 @@ def _check_multiples(grammar: Grammar) -> None:
             value = Decimal(number)
         except InvalidOperation:  # not JSON: find_error reports that with a better message
             continue
-        digits = int("".join(map(str, value.as_tuple().digits)))
+        digits = Decimal((0, value.as_tuple().digits, 0))
         if digits > _MAX_MULTIPLE or value > _MAX_MULTIPLE:
             raise InvalidRequestError(
                 f"{grammar.param} has a multipleOf of {number[:40]}; the limit is {_MAX_MULTIPLE}, "

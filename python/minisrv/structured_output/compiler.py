@@ -1,41 +1,47 @@
-"""Compiles grammars in background threads, with a cache, while the engine keeps running."""
+"""Compiles grammars in background threads, with a cache, while the engine keeps running.
+
+A thread first lets the sandbox try a grammar out. Two threads work at once, in order of arrival, so
+a grammar waits no longer than those before it may take.
+"""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections import OrderedDict
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.sampling_params import Grammar
 from minisrv.structured_output.matcher import Matcher
+from minisrv.structured_output.sandbox import Sandbox
 from minisrv.structured_output.source import to_source
 from minisrv.structured_output.vocabulary import Vocabulary
 
 logger = logging.getLogger("minisrv.grammar")
 
 MAX_CACHE_BYTES = 128 * 2**20
-TIMEOUT_S = 20.0
 _NUM_THREADS = 2
 
-# Measured memory of a compiled grammar; llguidance does not report it.
+# Measured memory of a compiled grammar; llguidance does not report it. What the sandbox measures
+# counts only where it is more, because a fork copies some pages anyway.
+_NOISE_BYTES = 16 * 2**20
 _BYTES_EACH = 256 * 2**10
 _BYTES_PER_BYTE = 100
 
+_MAX_REFUSALS = 256
+
 Outcome = Matcher | MinisrvError
 _Key = tuple[str, str, str]
+_Compiled = tuple[Matcher, int]  # and its bytes
 
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """A grammar that is being compiled since `since`, and the tickets that wait for it."""
+    """A grammar that is being compiled, and the tickets that wait for it."""
 
     grammar: Grammar
-    future: Future[Matcher]
-    since: float
+    future: Future[_Compiled]
     tickets: list[int] = field(default_factory=list)
 
 
@@ -43,37 +49,48 @@ class GrammarCompiler:
     """`request` returns a matcher at once, or `take_done` returns it later with the ticket.
 
     Compiled grammars are cached up to an estimated `max_cache_bytes`; the least recently used are
-    dropped first. All methods must be called from one thread.
+    dropped first. The last refusals are remembered. All methods must be called from one thread.
     """
 
     def __init__(
         self,
         vocabulary: Vocabulary,
+        sandbox: Sandbox | None = None,
         *,
         max_cache_bytes: int = MAX_CACHE_BYTES,
-        timeout_s: float = TIMEOUT_S,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_words = vocabulary.num_words
         self._vocabulary = vocabulary
-        self._max_cache_bytes, self._timeout_s = max_cache_bytes, timeout_s
-        self._clock = clock
+        self._sandbox = sandbox or Sandbox(vocabulary.source)
+        self._max_cache_bytes = max_cache_bytes
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="grammar")
         self._jobs: dict[_Key, _Job] = {}
-        self._cache: OrderedDict[_Key, Matcher] = OrderedDict()
+        self._cache: OrderedDict[_Key, _Compiled] = OrderedDict()
+        self._refusals: OrderedDict[Grammar, InvalidRequestError] = OrderedDict()
         self.cache_bytes = 0
 
     def request(self, grammar: Grammar, ticket: int) -> Matcher | None:
-        """A new matcher if the grammar is cached; otherwise starts to compile it, returns None."""
+        """A new matcher if the grammar is cached; otherwise starts to compile it, returns None.
+
+        Raises InvalidRequestError if the grammar was refused before.
+        """
         key = (grammar.kind, grammar.text, grammar.before)
         if key in self._cache:
             self._cache.move_to_end(key)
-            return self._cache[key].copy()
+            return self._cache[key][0].copy()
+        if grammar in self._refusals:
+            raise self._refusals[grammar]
         if key not in self._jobs:
-            future = self._threads.submit(_compile, self._vocabulary, grammar)
-            self._jobs[key] = _Job(grammar, future, self._clock())
+            future = self._threads.submit(self._compile, grammar)
+            self._jobs[key] = _Job(grammar, future)
         self._jobs[key].tickets.append(ticket)
         return None
+
+    def compile(self, grammar: Grammar) -> None:
+        """Compile now, so that `request` finds the grammar in the cache. Raises MinisrvError."""
+        key = (grammar.kind, grammar.text, grammar.before)
+        if key not in self._cache:
+            self._add_to_cache(key, self._compile(grammar))
 
     def take_done(self) -> list[tuple[int, Outcome]]:
         """Matchers and errors since the last call; each ticket appears once."""
@@ -82,14 +99,6 @@ class GrammarCompiler:
             if job.future.done():
                 del self._jobs[key]
                 outcomes += self._outcomes(key, job)
-            elif job.tickets and self._clock() - job.since > self._timeout_s:
-                error = InvalidRequestError(
-                    f"{job.grammar.param} was not compiled within {self._timeout_s:g} s; "
-                    "use a smaller grammar",
-                    param=job.grammar.param,
-                )
-                outcomes += [(ticket, error) for ticket in job.tickets]
-                job.tickets.clear()
         return outcomes
 
     def wait(self, timeout_s: float) -> None:
@@ -97,35 +106,39 @@ class GrammarCompiler:
         wait([job.future for job in self._jobs.values()], timeout_s, "FIRST_COMPLETED")
 
     def close(self) -> None:
-        """Stop the threads once their current work is done; its result is dropped."""
+        """End the sandbox, and the threads after their current work, whose result is dropped."""
+        self._sandbox.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _compile(self, grammar: Grammar) -> _Compiled:
+        grown = self._sandbox.try_out(grammar)
+        num_bytes = _BYTES_EACH + _BYTES_PER_BYTE * len(grammar.text)
+        if grown > _NOISE_BYTES:
+            num_bytes = max(num_bytes, grown)
+        return self._vocabulary.compile(to_source(grammar)), num_bytes
 
     def _outcomes(self, key: _Key, job: _Job) -> list[tuple[int, Outcome]]:
         error = job.future.exception()
         if error is not None:
             failure = error if isinstance(error, MinisrvError) else _unexpected(error)
-            failure.param = job.grammar.param
+            failure.param = failure.param or job.grammar.param
+            if isinstance(failure, InvalidRequestError):
+                self._refusals[job.grammar] = failure
+                if len(self._refusals) > _MAX_REFUSALS:
+                    self._refusals.popitem(last=False)
             return [(ticket, failure) for ticket in job.tickets]
-        matcher = job.future.result()
-        self._add_to_cache(key, matcher)
-        return [(ticket, matcher.copy()) for ticket in job.tickets]
+        compiled = job.future.result()
+        self._add_to_cache(key, compiled)
+        return [(ticket, compiled[0].copy()) for ticket in job.tickets]
 
-    def _add_to_cache(self, key: _Key, matcher: Matcher) -> None:
-        self._cache[key] = matcher
-        self.cache_bytes += _estimate(key)
+    def _add_to_cache(self, key: _Key, compiled: _Compiled) -> None:
+        self._cache[key] = compiled
+        self.cache_bytes += compiled[1]
         while self.cache_bytes > self._max_cache_bytes:
-            oldest, _ = self._cache.popitem(last=False)
-            self.cache_bytes -= _estimate(oldest)
-
-
-def _compile(vocabulary: Vocabulary, grammar: Grammar) -> Matcher:
-    return vocabulary.compile(to_source(grammar))
+            _, (_, num_bytes) = self._cache.popitem(last=False)
+            self.cache_bytes -= num_bytes
 
 
 def _unexpected(error: BaseException) -> MinisrvError:
     logger.error("unexpected error while compiling a grammar", exc_info=error)
     return MinisrvError("the grammar could not be compiled")
-
-
-def _estimate(key: _Key) -> int:
-    return _BYTES_EACH + _BYTES_PER_BYTE * len(key[1])

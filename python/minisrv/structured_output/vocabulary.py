@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.structured_output.matcher import Matcher
+
+if TYPE_CHECKING:
+    from minisrv.checkpoint.tokenizer import HFTokenizer
 
 # llguidance counts its work in its own units, not in time, so that a grammar passes on every
 # machine or on none. A state takes 1 to 2 kB. With the default step limits, a mask takes 15 ms at
@@ -21,35 +25,51 @@ def open_vocabulary(
 ) -> Vocabulary | MinisrvError:
     """The vocabulary of a model, or the error that explains why it has none."""
     try:
-        return Vocabulary(tokenizer, vocab_size, eos_ids)
+        return Vocabulary(read_vocabulary(tokenizer, vocab_size, eos_ids))
     except MinisrvError as error:
         return error
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularySource:
+    """A tokenizer.json, the number of ids, and the ids that end a text (at least one)."""
+
+    tokenizer: str
+    size: int
+    eos_ids: list[int]
+
+
+def read_vocabulary(
+    tokenizer: HFTokenizer, vocab_size: int, eos_ids: Iterable[int]
+) -> VocabularySource:
+    """The source of a model's vocabulary.
+
+    vocab_size: number of ids in the model, including ids without a token. eos_ids: tokens that end
+    a text. Raises MinisrvError if none of them exists.
+    """
+    size = max(vocab_size, tokenizer.vocab_size)
+    ends = [token_id for token_id in eos_ids if token_id < size]
+    if not ends:
+        raise MinisrvError("the model defines no end-of-text token")
+    return VocabularySource(tokenizer.to_json(), size, ends)
 
 
 class Vocabulary:
     """Compiles grammars for one model. Thread-safe; compiling releases the GIL.
 
-    vocab_size: number of ids in the model, including ids without a token. eos_ids: tokens that end
-    a text. Raises MinisrvError if llguidance cannot read the tokenizer or there is no eos token.
+    Raises MinisrvError if llguidance cannot read the tokenizer.
     """
 
-    def __init__(
-        self,
-        tokenizer: HFTokenizer,
-        vocab_size: int,
-        eos_ids: Iterable[int],
-        limits: LLParserLimits = LIMITS,
-    ) -> None:
-        size = max(vocab_size, tokenizer.vocab_size)
-        ends = [token_id for token_id in eos_ids if token_id < size]
-        if not ends:
-            raise MinisrvError("the model defines no end-of-text token")
+    def __init__(self, source: VocabularySource, limits: LLParserLimits = LIMITS) -> None:
         try:
-            self._tokens = LLTokenizer(tokenizer.to_json(), n_vocab=size, eos_token=ends)
+            self._tokens = LLTokenizer(
+                source.tokenizer, n_vocab=source.size, eos_token=source.eos_ids
+            )
         except Exception as error:  # the library raises ValueError and its own types
             raise MinisrvError(f"llguidance cannot use the tokenizer: {error}") from error
+        self.source = source
         self._limits = limits
-        self.num_words = (size + 31) // 32
+        self.num_words = (source.size + 31) // 32
 
     def find_error(self, source: str) -> str | None:
         """The error in the source of a grammar, or None; takes as long as compiling it."""

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from minisrv.checkpoint.model_config import load_model_config
 from minisrv.checkpoint.tokenizer import load_tokenizer
-from minisrv.structured_output.checker import GrammarChecker
-from minisrv.structured_output.vocabulary import open_vocabulary
 from minisrv.supervision.child_main import Child, run_child
 from minisrv.supervision.records import ChildReady
 from minisrv.tokenizer.chat_template import ChatTemplate
@@ -33,7 +31,6 @@ def _serve(child: Child) -> None:
         ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens),
         model.max_seq_len,
         model.vocab_size,
-        GrammarChecker(open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)),
     )
     child.report(ChildReady({"chat_format": asdict(worker.chat_format)}))
     while inbox.wait():

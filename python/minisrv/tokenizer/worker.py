@@ -13,7 +13,6 @@ from minisrv.checkpoint.chat_format import find_chat_format
 from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.errors import ContextLengthError, InvalidRequestError, Lengths, MinisrvError
 from minisrv.sampling_params import SamplingParams
-from minisrv.structured_output.checker import GrammarChecker
 from minisrv.tokenizer.chat_template import ChatTemplate, Messages
 from minisrv.tokenizer.reply_grammar import ReplyGrammars
 from minisrv.wire.arrays import Int32Array
@@ -52,7 +51,6 @@ class TokenizerWorker:
         template: ChatTemplate,
         max_seq_len: int,
         vocab_size: int,
-        grammar_checker: GrammarChecker,
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
@@ -60,7 +58,6 @@ class TokenizerWorker:
         self._max_seq_len = max_seq_len
         self._vocab_size = vocab_size
         self._grammars = ReplyGrammars(tokenizer, self.chat_format)
-        self._grammar_checker = grammar_checker
 
     def handle(self, message: TokenizeMsg | AbortMsg | FlushMsg | TokenizerQuery) -> Outgoing:
         """The message to send: a UserReply or AnswerMsg to the frontend, others to the scheduler.
@@ -135,22 +132,19 @@ class TokenizerWorker:
         )
 
     def _sampling(self, message: TokenizeMsg, parts: Parts) -> SamplingParams:
-        """The sampling with the checked grammar of the whole reply."""
+        """The sampling with the grammar of the whole reply, which the scheduler checks."""
         grammar = message.sampling.grammar
         if message.must_call:
             assert message.tools is not None
-            grammar = self._grammars.calls(message.tools, message.must_call, message.parallel_calls)
+            grammar = replace(
+                self._grammars.calls(message.tools, message.must_call, message.parallel_calls),
+                parts=tuple(self._grammars.parameters(message.tools, message.must_call)),
+            )
         if grammar is None:
             return message.sampling
         if message.tools and not message.must_call:
             grammar = self._grammars.or_calls(grammar, message.tools, message.parallel_calls)
         grammar = self._grammars.behind_reasoning(grammar, parts)
-        try:
-            self._grammar_checker.check(grammar)
-        except InvalidRequestError:
-            for parameters in self._grammars.parameters(message.tools or (), message.must_call):
-                self._grammar_checker.check(parameters)
-            raise
         return replace(message.sampling, grammar=grammar)
 
     def _reasoning_part(self, prompt: str, continued: str) -> Parts:

@@ -1,0 +1,133 @@
+"""Hostile grammars end in the sandbox, and honest ones do not wait for them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minisrv.errors import InvalidRequestError, MinisrvError
+from minisrv.sampling_params import Grammar
+from minisrv.structured_output.compiler import GrammarCompiler
+from minisrv.structured_output.matcher import Matcher
+from minisrv.structured_output.sandbox import Sandbox
+from tests.support.builders import demo_vocabulary
+
+LCM = '{"type":"integer","allOf":[{"multipleOf":9973},{"multipleOf":9967}]}'
+HOSTILE = [
+    Grammar.json_schema(LCM, "response_format"),
+    Grammar.json_schema(
+        {"$defs": {"a": {"multipleOf": 9973}}, "$ref": "#/$defs/a", "multipleOf": 7919}
+    ),
+    Grammar.json_schema({"allOf": [{"pattern": f"a.*b{{{i}}}.*c"} for i in range(2, 40)]}),
+    Grammar.lark(f'start: "x" %json {LCM}'),
+]
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    made = Sandbox(demo_vocabulary().source, cpu_seconds=1, memory_mib=256)
+    yield made
+    made.close()
+
+
+def test_an_honest_grammar_passes_and_a_wrong_one_is_refused(sandbox: Sandbox) -> None:
+    sandbox.try_out(Grammar.regex("a+"))
+    with pytest.raises(InvalidRequestError, match="unclosed group") as caught:
+        sandbox.try_out(Grammar.regex("a(b", "guided_regex"))
+    assert caught.value.param == "guided_regex"
+
+
+@pytest.mark.parametrize("grammar", HOSTILE, ids=["lcm", "ref", "patterns", "lark"])
+def test_a_hostile_grammar_is_refused_within_its_time(sandbox: Sandbox, grammar: Grammar) -> None:
+    sandbox.try_out(Grammar.regex("a"))  # the helper has started
+    began = time.monotonic()
+    with pytest.raises(InvalidRequestError, match="more than 1 s or 256 MiB") as caught:
+        sandbox.try_out(grammar)
+    assert time.monotonic() - began < 4
+    assert caught.value.param == grammar.param
+
+
+def test_memory_is_limited_before_time() -> None:
+    sandbox = Sandbox(demo_vocabulary().source, cpu_seconds=60, memory_mib=64)
+    sandbox.try_out(Grammar.regex("a"))
+    began = time.monotonic()
+    with pytest.raises(InvalidRequestError, match="64 MiB"):
+        sandbox.try_out(HOSTILE[0])
+    assert time.monotonic() - began < 20
+    sandbox.close()
+
+
+def test_hostile_grammars_leave_no_process_and_no_memory(sandbox: Sandbox) -> None:
+    sandbox.try_out(Grammar.regex("a"))
+    assert sandbox._helper is not None
+    before = _resident_mib(sandbox._helper.pid)
+    for _ in range(3):
+        with pytest.raises(InvalidRequestError):
+            sandbox.try_out(HOSTILE[0])
+    children = Path(f"/proc/{sandbox._helper.pid}/task/{sandbox._helper.pid}/children")
+    deadline = time.monotonic() + 10
+    while children.read_text() and time.monotonic() < deadline:  # freeing memory takes a moment
+        time.sleep(0.05)
+    assert children.read_text() == ""
+    assert _resident_mib(sandbox._helper.pid) < before + 10
+
+
+def test_the_memory_of_a_large_grammar_is_reported(sandbox: Sandbox) -> None:
+    assert sandbox.try_out(Grammar.regex("a")) < 2**24
+    schema = {"type": "integer", "allOf": [{"multipleOf": 223}, {"multipleOf": 227}]}
+    assert sandbox.try_out(Grammar.json_schema(schema)) > 2**24
+
+
+def test_a_helper_that_was_killed_is_replaced(sandbox: Sandbox) -> None:
+    sandbox.try_out(Grammar.regex("a"))
+    assert sandbox._helper is not None
+    sandbox._helper.kill()
+    sandbox.try_out(Grammar.regex("b"))
+
+
+def test_a_closed_sandbox_has_no_process(sandbox: Sandbox) -> None:
+    sandbox.try_out(Grammar.regex("a"))
+    assert sandbox._helper is not None
+    pid = sandbox._helper.pid
+    sandbox.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    with pytest.raises(MinisrvError, match="closing"):
+        sandbox.try_out(Grammar.regex("b"))
+
+
+def test_an_honest_new_grammar_costs_at_most_50_ms(sandbox: Sandbox) -> None:
+    times = []
+    for i in range(15):
+        began = time.monotonic()
+        sandbox.try_out(Grammar.json_schema({"type": "integer", "minimum": i}))
+        times.append(time.monotonic() - began)
+    assert min(times) < 0.05  # the median, where nothing else runs
+
+
+def test_honest_grammars_wait_for_two_hostile_ones_and_then_pass(sandbox: Sandbox) -> None:
+    compiler = GrammarCompiler(demo_vocabulary(), sandbox)
+    for ticket, grammar in enumerate(HOSTILE[:2]):
+        compiler.request(grammar, ticket)
+    honest = Grammar.regex("a+")
+    compiler.request(honest, 7)
+    done = {}
+    began = time.monotonic()
+    while len(done) < 3:
+        compiler.wait(1)
+        done.update(compiler.take_done())
+    assert time.monotonic() - began < 15
+    assert isinstance(done[7], Matcher)
+    assert isinstance(done[0], InvalidRequestError)
+    with pytest.raises(InvalidRequestError, match="more than"):  # remembered: refused at once
+        compiler.request(HOSTILE[0], 9)
+    compiler.close()
+
+
+def _resident_mib(pid: int) -> float:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
