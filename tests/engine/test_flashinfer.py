@@ -156,8 +156,8 @@ def test_plans_in_flight_are_written_to_buffers_of_their_own() -> None:
             (attention._decode_ring, attention._decode),
             (attention._prefill_ring, attention._prefill),
         ):
-            if wrapper.buffers_planned_in:
-                used.setdefault(id(ring), []).append(wrapper.buffers_planned_in.pop())
+            used.setdefault(id(ring), []).extend(wrapper.buffers_planned_in)
+            wrapper.buffers_planned_in.clear()
     for buffers in used.values():
         assert len(buffers) > 6
         assert all(len(set(buffers[i : i + 3])) == 3 for i in range(len(buffers) - 2))

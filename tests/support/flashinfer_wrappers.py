@@ -1,8 +1,8 @@
 """In the place of FlashInfer's wrappers: what FlashInfer documents of them, in torch.
 
 Each call is bound to the signature of the real one. In CUDA-graph mode a wrapper reads its tables
-from the buffers that it was given, when it runs; its plan is made in two ways, of which the second
-is the call that FlashInfer's own `plan` makes in the end.
+from the buffers that it was given, when it runs; its plan is made by the call that FlashInfer's own
+`plan` makes in the end, after one call of that.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def documented(real: type, plan: Any) -> type:
             self.fixed[1][: len(pages)].copy_(pages)
             self.fixed[2].copy_(last)
             self.tables = tuple(self.fixed)
-            self.planned_lens = (starts.diff() - 1) * self.page_size + last
+            assert names["disable_split_kv"]
 
         def run(self, *args: Any, **options: Any) -> torch.Tensor:
             names = inspect.signature(real.run).bind(self, *args, **options).arguments  # type: ignore[attr-defined]
@@ -135,7 +135,7 @@ class _Module:
         assert (head_dim_vo, page_size) == (head_dim_qk, wrapper.page_size)
         assert (causal, window_left) == (False, -1)
         assert (fixed_split_size, disable_split_kv) == (-1, False)
-        assert (num_colocated_ctas, uniform_q_len) == (0, 0)
+        assert (num_colocated_ctas, uniform_q_len) == (0, 1)
         assert num_rows == batch_size == len(kv_lens) == len(wrapper.fixed[2])
         assert query_starts.tolist() == list(range(batch_size + 1))
         assert query_starts.dtype == page_starts.dtype == kv_lens.dtype == torch.int32

@@ -67,9 +67,9 @@ class FlashInferAttention:
     def plan_for_graph(self, step: SentStep) -> None:
         """For a decode-only step whose forward is in a CUDA graph or being recorded.
 
-        Only the first plan of a size uses the wrapper's `plan`, which also sets the arguments that
-        `forward` passes to the kernel; the graph keeps those. Later plans call only the function
-        behind it, which writes the split of the work to where the graph reads it.
+        The plan is that of the function behind the wrapper's `plan`, which writes the split of the
+        work to where the graph reads it. The wrapper's own is called once per size, because it
+        also sets the arguments that `forward` passes to the kernel; the graph keeps those.
         """
         n = self._num_decodes = step.num_decodes
         self._num_tokens = step.num_tokens
@@ -77,10 +77,10 @@ class FlashInferAttention:
         wrapper = self._graph_decodes.get(n)
         if wrapper is None:
             wrapper = self._graph_decodes[n] = self._make_graph_wrapper(n)
-            self._plan_decodes(wrapper, step)
-        else:
-            with self._decode_ring.lent_to(wrapper):
-                self._replan(wrapper, step)
+            # Without splits it takes none of the workspace.
+            self._plan_decodes(wrapper, step, disable_split_kv=True)
+        with self._decode_ring.lent_to(wrapper):
+            self._plan_uniform(wrapper, step)
         self._decode = wrapper
 
     def cache_slots(self, layer_id: int) -> CacheSlots:
@@ -97,7 +97,7 @@ class FlashInferAttention:
             self._prefill.run(q_THD[n:], pages, out=out_THD[n:])
         return out_THD
 
-    def _plan_decodes(self, wrapper: Any, step: SentStep) -> None:
+    def _plan_decodes(self, wrapper: Any, step: SentStep, **options: Any) -> None:
         assert self._tensors is not None
         n = step.num_decodes
         # A graph reads the page list in place; if it were passed, it would be copied onto itself.
@@ -109,10 +109,15 @@ class FlashInferAttention:
                 step.host["last_page_lens"][:n],
                 *self._heads,
                 **self._types,
+                **options,
             )
 
-    def _replan(self, wrapper: Any, step: SentStep) -> None:
-        """Call the private function behind `wrapper.plan`. It takes only positional arguments."""
+    def _plan_uniform(self, wrapper: Any, step: SentStep) -> None:
+        """Call the private function behind `wrapper.plan`. It takes only positional arguments.
+
+        Unlike the wrapper's, the plan is told that all sequences have one query, so the graph gets
+        a tile per sequence and not one for each way in which the queries might be distributed.
+        """
         n = step.num_decodes
         num_heads, num_kv_heads, head_dim, page_size = self._heads
         wrapper._plan_info = wrapper._cached_module.plan(
@@ -135,7 +140,7 @@ class FlashInferAttention:
             -1,  # fixed_split_size: none
             False,  # disable_split_kv
             0,  # num_colocated_ctas
-            0,  # uniform_q_len: only for several queries per sequence
+            1,  # uniform_q_len: queries per sequence
         )
 
     def _plan_prefills(self, step: SentStep) -> None:
