@@ -128,8 +128,8 @@ def test_a_lower_context_is_advised_where_the_cache_is_short(
 ) -> None:
     status, text = plan(f"{MODELS[1]} --gpu 'RTX 4090'", capsys)
     assert status == 2
-    assert "does not fit: the cache holds 30096 tokens, one full context is 40960" in text
-    assert "run with --tp 2 or --max-seq-len 30096" in text
+    assert "does not fit: the cache holds 30544 tokens, one full context is 40960" in text
+    assert "run with --tp 2 or --max-seq-len 30544" in text
 
 
 def test_a_smaller_prefill_budget_is_advised_where_it_is_enough() -> None:

@@ -19,12 +19,14 @@ import torch
 from minisrv.checkpoint.model_config import ModelConfig, RopeConfig
 from minisrv.engine.attention.flashinfer import FlashInferAttention
 from minisrv.engine.attention.torch_native import TorchNativeAttention
+from minisrv.engine.attention.workspace import workspace_bytes
 from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.page_table import PageTable
 from minisrv.engine.step_buffer import StepBuffer, StepLimits, StepTensors
 from tests.support.device_parts import expand, patch_flashinfer
+from tests.support.flashinfer_planner import NUM_SMS
 from tests.support.step_driver import sampling_columns
 
 flashinfer = pytest.importorskip("flashinfer")
@@ -92,7 +94,14 @@ class Ours:
         self.tensors = StepTensors(self.limits, torch.device("cpu"), spare_page=pool.num_pages)
         self.tensors.page_table[:NUM_ROWS] = torch.from_numpy(table.pages)
         self.buffer = StepBuffer(self.limits, self.tensors)
-        self.attention = FlashInferAttention(pool, NUM_HEADS)
+        num_bytes = workspace_bytes(
+            num_heads=NUM_HEADS,
+            num_kv_heads=NUM_KV_HEADS,
+            head_dim=HEAD_DIM,
+            num_sms=NUM_SMS,
+            largest_graph=NUM_ROWS,
+        )
+        self.attention = FlashInferAttention(pool, NUM_HEADS, num_bytes)
         self.attention.read_from(self.tensors)
 
     def plan(self, batch: ForwardBatch, padded_to: int = 0) -> None:

@@ -15,13 +15,16 @@ import torch
 
 from minisrv.config import ServerConfig
 from minisrv.engine import rank_engine
+from minisrv.engine.attention.workspace import workspace_bytes
 from minisrv.engine.device_runner import DeviceKernels
 from minisrv.engine.forward_batch import SamplingColumns
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
+from minisrv.engine.model_size import largest_graph
 from minisrv.engine.sampling.device_columns import DeviceColumns
 from minisrv.engine.sampling.sampler import sample
 from minisrv.engine.step_buffer import StepLimits, StepTensors
+from tests.support.flashinfer_planner import NUM_SMS
 from tests.support.flashinfer_wrappers import documented
 
 # What a step has not written must not be read: the parts that it does not fill hold this.
@@ -97,7 +100,14 @@ def use_device_runner(monkeypatch: pytest.MonkeyPatch) -> Repeat:
     assert flashinfer
 
     def choose_backends(config: ServerConfig, pool: KVPool, num_heads: int) -> Any:
-        return TorchKernels(), FlashInferAttention(pool, num_heads)
+        num_bytes = workspace_bytes(
+            num_heads=num_heads,
+            num_kv_heads=pool.num_kv_heads,
+            head_dim=pool.head_dim,
+            num_sms=NUM_SMS,
+            largest_graph=largest_graph(config),
+        )
+        return TorchKernels(), FlashInferAttention(pool, num_heads, num_bytes)
 
     repeat = Repeat()
     monkeypatch.setattr(rank_engine, "choose_backends", choose_backends)

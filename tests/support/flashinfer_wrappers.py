@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tests.support.flashinfer_planner import NUM_SMS, Heads, float_bytes
+
 
 def documented(real: type, plan: Any) -> type:
     """A class with the calls of a wrapper, over its CSR tables."""
@@ -54,6 +56,8 @@ def documented(real: type, plan: Any) -> type:
             self.heads = (names["num_qo_heads"], names["num_kv_heads"], head_dim)
             self.q_dtype, self.kv_dtype = names["q_data_type"], names["kv_data_type"]
             if not self.in_graph:
+                kv_lens = (starts.diff() - 1) * self.page_size + last
+                _check_workspace(self, self.query_starts.diff(), kv_lens)
                 self.tables = (starts.clone(), pages, last.clone())
                 return
             assert len(last) == len(self.fixed[2])
@@ -98,6 +102,19 @@ def documented(real: type, plan: Any) -> type:
     return Wrapper
 
 
+def _check_workspace(wrapper: Any, query_lens: torch.Tensor, kv_lens: torch.Tensor) -> None:
+    """Raise as FlashInfer does, where the plan takes more than there is."""
+    size = float_bytes(
+        Heads(*wrapper.heads, wrapper.page_size),
+        query_lens.numpy(),
+        kv_lens.numpy(),
+        num_sms=NUM_SMS,
+        in_graph=wrapper.in_graph,
+    )
+    if size > wrapper._float_workspace_buffer.numel():
+        raise RuntimeError(f"Buffer overflow when allocating memory with size {size}")
+
+
 class _Module:
     """The compiled module of a wrapper: `plan` takes what FlashInfer's own `plan` hands to it."""
 
@@ -140,6 +157,7 @@ class _Module:
         assert query_starts.tolist() == list(range(batch_size + 1))
         assert query_starts.dtype == page_starts.dtype == kv_lens.dtype == torch.int32
         assert page_starts.diff().tolist() == (-(-kv_lens // page_size)).tolist()
+        _check_workspace(wrapper, query_starts.diff(), kv_lens)
         wrapper.buffers_planned_in.append(pinned_int_workspace.data_ptr())
         wrapper.planned_lens = kv_lens.clone()
         return []

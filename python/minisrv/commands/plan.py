@@ -28,39 +28,45 @@ CONTEXT_BYTES = 512 * 2**20  # taken by the driver and the libraries' kernels
 _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 _MAX_RANKS, _MIN_PREFILL, _MIN_REQUESTS, _MIN_CONTEXT = 8, 256, 8, 512
 _MAX_FRACTION = 0.95
+_UNKNOWN_NUM_SMS = 132  # as an H100 or H200; other large GPUs have up to 170
 
 
 @dataclass(frozen=True, slots=True)
 class GPU:
-    """usable_gib: about what the driver leaves to programs. bandwidth: bytes/s (data sheet)."""
+    """usable_gib: about what the driver leaves to programs. bandwidth: bytes/s (data sheet).
+
+    num_sms: multiprocessors, on which the size of FlashInfer's workspace depends.
+    """
 
     name: str
     usable_gib: float
     bandwidth: float
+    num_sms: int
 
 
 GPUS = (
-    GPU("B200", 178.4, 8.0e12),
-    GPU("H200", 139.8, 4.8e12),
-    GPU("H100 80GB", 79.1, 3.35e12),
-    GPU("H100 PCIe", 79.1, 2.0e12),
-    GPU("A100 80GB", 79.1, 2.0e12),
-    GPU("A100 40GB", 39.4, 1.555e12),
-    GPU("L40S", 44.4, 0.864e12),
-    GPU("L4", 22.0, 0.3e12),
-    GPU("RTX 5090", 31.4, 1.79e12),
-    GPU("RTX 4090", 23.6, 1.008e12),
-    GPU("RTX 3090", 23.6, 0.936e12),
+    GPU("B200", 178.4, 8.0e12, 148),
+    GPU("H200", 139.8, 4.8e12, 132),
+    GPU("H100 80GB", 79.1, 3.35e12, 132),
+    GPU("H100 PCIe", 79.1, 2.0e12, 114),
+    GPU("A100 80GB", 79.1, 2.0e12, 108),
+    GPU("A100 40GB", 39.4, 1.555e12, 108),
+    GPU("L40S", 44.4, 0.864e12, 142),
+    GPU("L4", 22.0, 0.3e12, 58),
+    GPU("RTX 5090", 31.4, 1.79e12, 170),
+    GPU("RTX 4090", 23.6, 1.008e12, 128),
+    GPU("RTX 3090", 23.6, 0.936e12, 82),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """What to plan for: a model, the options of its server, and the bytes of one GPU."""
+    """What to plan for: a model, the options of its server, and one GPU: bytes, multiprocessors."""
 
     model: ModelConfig
     config: ServerConfig
     memory: int
+    num_sms: int = _UNKNOWN_NUM_SMS
 
     @property
     def dtype(self) -> str:
@@ -100,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MinisrvError as error:
         print(f"minisrv: {error.message}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    deployment = Deployment(model, config, memory)
+    deployment = Deployment(model, config, memory, gpu.num_sms if gpu else _UNKNOWN_NUM_SMS)
     print(describe(deployment, gpu))
     if fits(deployment):
         return 0
@@ -245,9 +251,12 @@ def _workspace(deployment: Deployment) -> tuple[int, str]:
     width = model_size.widest_layer(model, config.tp)
     rotary = 2 * model.max_seq_len * model.head_dim * itemsize
     sampling = samples * model.vocab_size * model_size.LOGIT_BYTES
-    total = model_size.ATTENTION_WORKSPACE_BYTES + rotary + tokens * width * itemsize + sampling
+    attention = model_size.attention_workspace_bytes(
+        model, deployment.partition, deployment.num_sms, model_size.largest_graph(config)
+    )
+    total = attention + rotary + tokens * width * itemsize + sampling
     return total, (
-        f"estimate: attention {format_size(model_size.ATTENTION_WORKSPACE_BYTES)}, "
+        f"estimate: attention {format_size(attention)}, "
         f"rotary table {format_size(rotary)}, {tokens} tokens x {width} x {itemsize} B, "
         f"{samples} samples x {model.vocab_size} x {model_size.LOGIT_BYTES} B"
     )
@@ -256,8 +265,8 @@ def _workspace(deployment: Deployment) -> tuple[int, str]:
 def _graphs(deployment: Deployment) -> tuple[int, str]:
     """Bytes of the CUDA graphs of decode steps, and the formula."""
     model, config, itemsize = deployment.model, deployment.config, _ITEMSIZE[deployment.dtype]
-    largest = min(config.cuda_graph_max_bs, config.max_running_requests)
-    sizes = model_size.graph_sizes(largest) if config.tp == 1 else []
+    largest = model_size.largest_graph(config)
+    sizes = model_size.graph_sizes(largest)
     if not sizes:
         return 0, "none"
     layer_bytes = model_size.GRAPH_NODES * model_size.GRAPH_NODE_BYTES

@@ -12,12 +12,15 @@ from minisrv.engine.attention.base import AttentionBackend
 from minisrv.engine.attention.cpu import CpuAttention
 from minisrv.engine.attention.flashinfer import FlashInferAttention
 from minisrv.engine.attention.torch_native import TorchNativeAttention
+from minisrv.engine.attention.workspace import workspace_bytes
 from minisrv.engine.cuda_graph import CudaGraphRecorder, Recorder
 from minisrv.engine.device_runner import DeviceKernels
+from minisrv.engine.flashinfer_library import import_flashinfer
 from minisrv.engine.kernels.base import Kernels
 from minisrv.engine.kernels.cpu import ATTENTION_HEAD_DIMS, load_cpu_kernels
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
+from minisrv.engine.model_size import largest_graph
 from minisrv.engine.weights import Weights
 from minisrv.errors import ConfigError
 
@@ -92,7 +95,7 @@ def _cuda_backends(
     kernels, no_kernels = _cuda_kernels(pool) if config.kernels == "auto" else (None, None)
     attention, no_attention = None, None
     if config.attention_backend != "torch_native":
-        attention, no_attention = _cuda_attention(pool, num_heads)
+        attention, no_attention = _cuda_attention(config, pool, num_heads)
     lacking = list(dict.fromkeys(reason for reason in (no_kernels, no_attention) if reason))
     if lacking:
         parts = ["attention"] * bool(no_attention) + ["operators"] * bool(no_kernels)
@@ -116,7 +119,9 @@ def _cuda_kernels(pool: KVPool) -> tuple[Kernels | None, str | None]:
         return None, str(error)
 
 
-def _cuda_attention(pool: KVPool, num_heads: int) -> tuple[FlashInferAttention | None, str | None]:
+def _cuda_attention(
+    config: ServerConfig, pool: KVPool, num_heads: int
+) -> tuple[FlashInferAttention | None, str | None]:
     """The attention, or the reason why it cannot be used."""
     if pool.dtype not in FLASHINFER_DTYPES:
         return None, _no_dtype(pool)
@@ -124,9 +129,17 @@ def _cuda_attention(pool: KVPool, num_heads: int) -> tuple[FlashInferAttention |
         return None, f"FlashInfer does not support a head size of {pool.head_dim}"
     try:
         device_kernels()
-        return FlashInferAttention(pool, num_heads), None
+        import_flashinfer()
     except ImportError as error:
         return None, str(error)
+    num_bytes = workspace_bytes(
+        num_heads=num_heads,
+        num_kv_heads=pool.num_kv_heads,
+        head_dim=pool.head_dim,
+        num_sms=torch.cuda.get_device_properties(pool.device).multi_processor_count,
+        largest_graph=largest_graph(config),
+    )
+    return FlashInferAttention(pool, num_heads, num_bytes), None
 
 
 def _no_dtype(pool: KVPool) -> str:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minisrv.checkpoint.model_config import ModelConfig, MoeConfig
+from minisrv.config import ServerConfig
+from minisrv.engine.attention.workspace import workspace_bytes
 from minisrv.engine.parallel.shard import Sharding
 
-ATTENTION_WORKSPACE_BYTES = (
-    128 + 2 * 8
-) * 2**20  # FlashInfer's float workspace and two plan buffers
+PLAN_BUFFER_BYTES = 8 * 2**20  # FlashInfer's, one each for decodes and prefill chunks
 LOGIT_BYTES = 4  # float32
 TOKEN_COUNT_BYTES = 2  # int16, per row and token of the vocabulary
 GRAPH_NODE_BYTES, GRAPH_NODES = 8 * 2**10, 10  # per kernel in a graph; kernels per layer
@@ -120,6 +120,25 @@ def _feed_forward(config: ModelConfig, sharding: Sharding, moe: MoeConfig | None
     features = config.intermediate_size // sharding.size
     biases = (2 * features + hidden) if config.mlp_bias else 0
     return _Layer(3 * hidden * features, 0, biases)
+
+
+def attention_workspace_bytes(
+    config: ModelConfig, sharding: Sharding, num_sms: int, largest_graph: int
+) -> int:
+    """Bytes that FlashInfer takes on one rank: partial results, and the plans of two wrappers."""
+    partial_results = workspace_bytes(
+        num_heads=sharding.query_heads(config).length,
+        num_kv_heads=sharding.kv_heads(config).length,
+        head_dim=config.head_dim,
+        num_sms=num_sms,
+        largest_graph=largest_graph,
+    )
+    return partial_results + 2 * PLAN_BUFFER_BYTES
+
+
+def largest_graph(config: ServerConfig) -> int:
+    """Sequences in the largest CUDA graph; 0 without graphs, as with several ranks."""
+    return 0 if config.tp > 1 else min(config.cuda_graph_max_bs, config.max_running_requests)
 
 
 def graph_sizes(largest: int) -> list[int]:

@@ -29,7 +29,7 @@ from minisrv.engine.layers.decoder import Decoder
 from minisrv.engine.layers.embedding import HEAD_NAME
 from minisrv.engine.layers.rope import RotaryEmbedding
 from minisrv.engine.memory import MemoryPlan, choose_num_pages, cpu_cache_bytes
-from minisrv.engine.model_size import graph_bytes, graph_sizes
+from minisrv.engine.model_size import graph_bytes, graph_sizes, largest_graph
 from minisrv.engine.models.registry import BLOCKS
 from minisrv.engine.page_table import PageTable
 from minisrv.engine.parallel.communicator import Communicator
@@ -200,13 +200,10 @@ def _sizes_to_record(
 ) -> list[int]:
     """Batch sizes to record as CUDA graphs.
 
-    None with several ranks: if one dies, a replay in which the others wait for it cannot be
-    aborted. None if the experts are chosen by torch, which does that on the host.
+    None if the experts are chosen by torch, which does that on the host.
     """
     experts_on_host = model_config.moe is not None and kernels.run_experts is None
-    if config.tp > 1 or experts_on_host:
-        return []
-    return graph_sizes(min(config.cuda_graph_max_bs, config.max_running_requests))
+    return [] if experts_on_host else graph_sizes(largest_graph(config))
 
 
 def _open_weights(

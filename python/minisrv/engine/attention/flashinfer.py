@@ -17,26 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minisrv.engine.flashinfer_library import import_flashinfer
 from minisrv.engine.kernels.base import CacheSlots
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.step_buffer import SentStep, StepTensors
 
-_WORKSPACE_BYTES = 128 * 2**20
 _PLANS_IN_FLIGHT = 3
 
 
 class FlashInferAttention:
     """A DeviceAttention, planned from a step's words on the host and a page list on the device,
     which need not be filled before `forward`. Raises ImportError if flashinfer is not installed.
+
+    num_bytes: size of the workspace; see `workspace_bytes`.
     """
 
-    def __init__(self, pool: KVPool, num_heads: int) -> None:
-        import flashinfer
-
-        self._flashinfer, self._pool, self._device = flashinfer, pool, pool.device
+    def __init__(self, pool: KVPool, num_heads: int, num_bytes: int) -> None:
+        flashinfer = self._flashinfer = import_flashinfer()
+        self._pool = pool
         self._heads = (num_heads, pool.num_kv_heads, pool.head_dim, pool.page_size)
         self._types = {"q_data_type": pool.dtype, "kv_data_type": pool.stored_dtype}
-        self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
+        self._workspace = torch.zeros(num_bytes, dtype=torch.uint8, device=pool.device)
         self._eager_decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             self._workspace, "NHD", use_tensor_cores=True, backend="fa2"
         )
