@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.page_table import PageTable
 from minisrv.engine.step_buffer import StepBuffer, StepLimits, StepTensors
+from minisrv.errors import EngineDeadError
 from tests.support.device_parts import expand, patch_flashinfer
 from tests.support.flashinfer_planner import NUM_SMS
 from tests.support.step_driver import sampling_columns
@@ -89,19 +91,19 @@ def random_batch(rng: np.random.Generator) -> ForwardBatch:
 class Ours:
     """Our backend with the tables, the words and the buffer that its steps come from."""
 
-    def __init__(self, pool: KVPool, table: PageTable) -> None:
+    def __init__(self, pool: KVPool, table: PageTable, num_bytes: int | None = None) -> None:
         self.limits = StepLimits(NUM_ROWS, 500, MAX_LEN, pool.page_size)
         self.tensors = StepTensors(self.limits, torch.device("cpu"), spare_page=pool.num_pages)
         self.tensors.page_table[:NUM_ROWS] = torch.from_numpy(table.pages)
         self.buffer = StepBuffer(self.limits, self.tensors)
-        num_bytes = workspace_bytes(
+        enough = workspace_bytes(
             num_heads=NUM_HEADS,
             num_kv_heads=NUM_KV_HEADS,
             head_dim=HEAD_DIM,
             num_sms=NUM_SMS,
             largest_graph=NUM_ROWS,
         )
-        self.attention = FlashInferAttention(pool, NUM_HEADS, num_bytes)
+        self.attention = FlashInferAttention(pool, NUM_HEADS, num_bytes or enough)
         self.attention.read_from(self.tensors)
 
     def plan(self, batch: ForwardBatch, padded_to: int = 0) -> None:
@@ -170,6 +172,26 @@ def test_plans_in_flight_are_written_to_buffers_of_their_own() -> None:
     for buffers in used.values():
         assert len(buffers) > 6
         assert all(len(set(buffers[i : i + 3])) == 3 for i in range(len(buffers) - 2))
+
+
+@pytest.mark.parametrize(
+    ("padded_to", "option"), [(0, "--attention-backend torch_native"), (4, "--cuda-graph-max-bs")]
+)
+def test_a_plan_that_fails_names_the_option_to_change(padded_to: int, option: str) -> None:
+    pool = make_pool(16)
+    ours = Ours(pool, make_table(pool, np.random.default_rng(0)), num_bytes=16)
+    one = np.ones(1, np.int32)
+    long_decode = replace(
+        random_batch(np.random.default_rng(0)),
+        num_decodes=1,
+        rows=one,
+        query_lens=one,
+        start_positions=190 * one,
+        prefill_ids=one[:0],
+    )
+    pattern = f"FlashInfer cannot plan .*: Buffer overflow .*; use .*{option}"
+    with pytest.raises(EngineDeadError, match=pattern):
+        ours.plan(long_decode, padded_to)
 
 
 def test_graphs_are_planned_by_the_call_that_flashinfer_itself_makes(

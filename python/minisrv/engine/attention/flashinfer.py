@@ -21,6 +21,7 @@ from minisrv.engine.flashinfer_library import import_flashinfer
 from minisrv.engine.kernels.base import CacheSlots
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.step_buffer import SentStep, StepTensors
+from minisrv.errors import EngineDeadError
 
 _PLANS_IN_FLIGHT = 3
 
@@ -60,10 +61,11 @@ class FlashInferAttention:
         self._num_tokens = step.num_tokens
         self._decode = self._eager_decode
         self._has_prefills = bool(step.num_prefills)
-        if n:
-            self._plan_decodes(self._decode, step)
-        if self._has_prefills:
-            self._plan_prefills(step)
+        with _explaining_failures("use --attention-backend torch_native"):
+            if n:
+                self._plan_decodes(self._decode, step)
+            if self._has_prefills:
+                self._plan_prefills(step)
 
     def plan_for_graph(self, step: SentStep) -> None:
         """For a decode-only step whose forward is in a CUDA graph or being recorded.
@@ -76,12 +78,13 @@ class FlashInferAttention:
         self._num_tokens = step.num_tokens
         self._has_prefills = False
         wrapper = self._graph_decodes.get(n)
-        if wrapper is None:
-            wrapper = self._graph_decodes[n] = self._make_graph_wrapper(n)
-            # Without splits it takes none of the workspace.
-            self._plan_decodes(wrapper, step, disable_split_kv=True)
-        with self._decode_ring.lent_to(wrapper):
-            self._plan_uniform(wrapper, step)
+        with _explaining_failures("use a lower --cuda-graph-max-bs, or 0 to run without graphs"):
+            if wrapper is None:
+                wrapper = self._graph_decodes[n] = self._make_graph_wrapper(n)
+                # Without splits it takes none of the workspace.
+                self._plan_decodes(wrapper, step, disable_split_kv=True)
+            with self._decode_ring.lent_to(wrapper):
+                self._plan_uniform(wrapper, step)
         self._decode = wrapper
 
     def cache_slots(self, layer_id: int) -> CacheSlots:
@@ -174,6 +177,17 @@ class FlashInferAttention:
         )
         wrapper._int_workspace_buffer = self._eager_decode._int_workspace_buffer
         return wrapper
+
+
+@contextmanager
+def _explaining_failures(remedy: str) -> Iterator[None]:
+    """Raise EngineDeadError with the option to change, where FlashInfer's planner fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise EngineDeadError(
+            f"FlashInfer cannot plan the attention of a step: {error}; {remedy}"
+        ) from error
 
 
 class _PinnedRing:
