@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
+from minisrv.engine.parallel.communicator import TPGroup
+from minisrv.engine.step_runner import StepHandle
 from minisrv.errors import ConfigError, EngineDeadError
 from minisrv.llm import LLM
 from minisrv.scheduler.build import build_loop
@@ -98,6 +103,38 @@ def test_the_death_of_a_rank_is_an_error_that_names_it() -> None:
         for _ in range(2):
             with pytest.raises(EngineDeadError, match=r"rank 1 process has died.*SIGKILL"):
                 llm.generate("Count", max_tokens=3, use_tqdm=False)
+
+
+class StuckEvent:
+    """The event of a step whose kernels wait for another rank; `done` after an abort."""
+
+    done = False
+
+    def query(self) -> bool:
+        return self.done
+
+
+@pytest.mark.parametrize("abort_ends_it", [False, True])
+def test_a_step_that_waits_for_a_dead_rank_ends_with_its_error(
+    abort_ends_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event, aborted = StuckEvent(), []
+
+    def abort(group: TPGroup) -> None:
+        aborted.append(group)
+        event.done = abort_ends_it
+
+    monkeypatch.setattr(TPGroup, "abort", abort)
+    with LLM("demo", tp=2, num_threads=1) as llm:
+        engine = llm._loop.engine
+        assert isinstance(engine, Engine)
+        assert engine._ranks is not None
+        threading.Timer(0.3, engine._ranks._children[0]._popen.kill).start()
+        began = time.monotonic()
+        with pytest.raises(EngineDeadError, match=r"rank 1 process has died.*SIGKILL"):
+            engine.wait(StepHandle(torch.zeros(1, dtype=torch.int32), None, event))
+        assert 0.2 < time.monotonic() - began < 5
+    assert len(aborted) == 1
 
 
 def test_what_one_rank_refuses_is_the_error_of_all(tmp_path: Path) -> None:

@@ -158,6 +158,10 @@ def test_a_death_is_noticed_within_100_ms(children: Children, model_dir: Path) -
     [
         ("os._exit(3)", "the scheduler process has died with exit status 3"),
         ("raise RuntimeError('no room')", "the scheduler process has died: RuntimeError: no room"),
+        (
+            "import threading; threading.Thread(target=threading.Event().wait).start(); 1 / 0",
+            "the scheduler process has died: ZeroDivisionError: division by zero",
+        ),
         ("os.kill(os.getpid(), 9)", "the scheduler process has died: it was killed by SIGKILL"),
         ("pass", "the scheduler process has died with exit status 0"),
         (SERVE.replace("60", "0.2"), "the scheduler process has died with exit status 0"),

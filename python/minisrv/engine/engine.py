@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from minisrv.engine.parallel.shard import Sharding, check_divisible
 from minisrv.engine.rank_engine import RankEngine, choose_device
 from minisrv.engine.step_runner import StepHandle
 from minisrv.engine.weights import Progress
+
+_POLL_S = 50e-6
 
 
 class Engine:
@@ -45,7 +49,9 @@ class Engine:
                 self._ranks.wait_until_joining()
                 with self._ranks.explaining_failures():
                     group = TPGroup(Sharding(0, config.tp), self._ranks.run_dir, device)
+                    self._ranks.on_death(group.abort)
                     rank_0 = RankEngine(config, model_dir, model_config, group, device, progress)
+                self._ranks.check()  # what an aborted operation has returned means nothing
             except BaseException:
                 self._ranks.close()
                 raise
@@ -72,12 +78,27 @@ class Engine:
             return self._rank_0.runner.compute(batch)
 
     def wait(self, handle: StepHandle) -> ForwardOutput:
+        """Block until the step is done. Raises EngineDeadError if another rank has died."""
         if handle.done is not None:
-            handle.done.synchronize()
+            self._wait_for(handle.done)
         logprobs = handle.logprobs
         return ForwardOutput(
             handle.token_ids_S.numpy(), None if logprobs is None else logprobs.to_numpy()
         )
+
+    def _wait_for(self, done: Any) -> None:
+        """Wait for an event; with several ranks, not longer than all of them live.
+
+        When one dies, `Ranks` aborts the operations that wait for it, but that may take its time.
+        """
+        if self._ranks is None:
+            done.synchronize()
+            return
+        with self._ranks.explaining_failures():
+            while not done.query():
+                self._ranks.check()
+                time.sleep(_POLL_S)
+        self._ranks.check()  # an aborted step is done, too
 
     def check(self) -> None:
         """Raise EngineDeadError if another rank has died."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from minisrv.engine.memory import MemoryPlan, choose_num_pages, cpu_cache_bytes
 from minisrv.engine.model_size import graph_bytes, graph_sizes, largest_graph
 from minisrv.engine.models.registry import BLOCKS
 from minisrv.engine.page_table import PageTable
-from minisrv.engine.parallel.communicator import Communicator
+from minisrv.engine.parallel.communicator import Communicator, PeerFailedError
 from minisrv.engine.sampling.adjust import LogitAdjuster
 from minisrv.engine.step_buffer import StepLimits
 from minisrv.engine.threads import ThreadGovernor, usable_cores
@@ -47,7 +48,8 @@ class RankEngine:
     """Builds this rank's shard of the model and sizes the KV cache; `runner` computes the steps.
 
     All ranks must be built at the same time: they agree on the number of pages. Raises ConfigError
-    if the checkpoint or the memory does not suit the config.
+    if the checkpoint or the memory does not suit the config, PeerFailedError if that of another
+    rank does not.
     """
 
     def __init__(
@@ -139,15 +141,20 @@ class RankEngine:
             workspace = self._measure_largest_step(config)
             free_bytes, why = cuda_cache_bytes(config, workspace + graphs)
         page_bytes = self._pool.bytes_per_page
-        num_pages = choose_num_pages(
-            config, page_bytes=page_bytes, max_seq_len=max_seq_len, free_bytes=free_bytes, why=why
+        choose = partial(
+            choose_num_pages,
+            config,
+            page_bytes=page_bytes,
+            max_seq_len=max_seq_len,
+            free_bytes=free_bytes,
+            why=why,
         )
         return MemoryPlan(
             weights=weights,
             token_counts=token_counts,
             workspace=workspace,
             graphs=graphs,
-            num_pages=self._communicator.all_reduce_min(num_pages),
+            num_pages=agree_on_pages(self._communicator, choose),
             page_bytes=page_bytes,
             page_size=config.page_size,
             max_seq_len=max_seq_len,
@@ -164,6 +171,22 @@ class RankEngine:
         )
         self._allocate_cache(batch.page_ids.size)
         return measure_workspace(lambda: self.runner.compute(batch))
+
+
+def agree_on_pages(communicator: Communicator, choose: Callable[[], int]) -> int:
+    """The smallest of the numbers that the ranks `choose`.
+
+    If `choose` raises ConfigError on one rank, the others raise PeerFailedError at once.
+    """
+    try:
+        num_pages = choose()
+    except ConfigError:
+        communicator.all_reduce_min(0)
+        raise
+    smallest = communicator.all_reduce_min(num_pages)
+    if not smallest:
+        raise PeerFailedError("another rank has no memory for the KV cache")
+    return smallest
 
 
 def choose_device(config: ServerConfig, rank: int) -> torch.device:

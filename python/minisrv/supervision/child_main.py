@@ -84,12 +84,19 @@ def run_child(name: str, main: Callable[[Child], None]) -> NoReturn:
         main(child)
     except ConfigError as error:
         child.report(ChildFailed(error.message, 2))
-        sys.exit(2)
+        _leave(2)
     except Exception as error:
         logger.exception("the process exits after an unexpected error")
         child.report(ChildFailed(f"{type(error).__name__}: {error}", 1))
-        sys.exit(1)
+        _leave(1)
     sys.exit(0)
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process at once: destructors may wait for a device or for a dead rank."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _die_with_parent(parent_pid: int) -> None:

@@ -10,6 +10,7 @@ can hold several models.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,10 @@ from minisrv.engine.parallel.shard import Sharding
 
 dist: Any = torch.distributed  # the parts used here have no type hints
 TIMEOUT = timedelta(seconds=300)
+
+
+class PeerFailedError(RuntimeError):
+    """Another rank has failed. Its own error says why; rank 0 reports that and ends all ranks."""
 
 
 class Communicator(Protocol):
@@ -61,7 +66,10 @@ class SingleRank:
 
 
 class TPGroup:
-    """A Communicator over a process group. Constructing it waits for all ranks."""
+    """A Communicator over a process group. Constructing it waits for all ranks.
+
+    After `abort` every operation raises RuntimeError.
+    """
 
     def __init__(self, sharding: Sharding, run_dir: Path, device: torch.device) -> None:
         self.sharding, self._device = sharding, device
@@ -69,9 +77,11 @@ class TPGroup:
         store.set_timeout(TIMEOUT)
         make = _nccl_group if device.type == "cuda" else _gloo_group
         self._group: Any = make(store, sharding)
+        self._aborted = False
+        self.all_reduce_min(0)  # NCCL connects at the first operation
 
     def all_reduce(self, x_TC: Tensor) -> Tensor:
-        self._group.allreduce([x_TC]).wait()
+        self._run(self._group.allreduce, [x_TC], options=dist.AllreduceOptions())
         return x_TC
 
     def gather_logits(self, logits: Tensor, vocab_size: int) -> Tensor:
@@ -81,25 +91,39 @@ class TPGroup:
         options = dist.GatherOptions()
         options.rootRank = 0
         if self.sharding.rank:
-            self._group.gather([], [padded], options).wait()
+            self._run(self._group.gather, [], [padded], options=options)
             return logits
         shards = [torch.empty_like(padded) for _ in range(size)]
-        self._group.gather([shards], [padded], options).wait()
+        self._run(self._group.gather, [shards], [padded], options=options)
         lengths = [Sharding(rank, size).vocab(vocab_size).length for rank in range(size)]
         return torch.cat([s[:, :n] for s, n in zip(shards, lengths, strict=True)], 1)
 
     def broadcast(self, x: Tensor) -> Tensor:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        self._group.broadcast([x], options).wait()
+        self._run(self._group.broadcast, [x], options=options)
         return x
 
     def all_reduce_min(self, value: int) -> int:
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MIN
         values = torch.tensor([value], device=self._device)
-        self._group.allreduce([values], options).wait()
+        self._run(self._group.allreduce, [values], options=options)
         return int(values.item())
+
+    def abort(self) -> None:
+        """End the operations in flight, whose results are then undefined. For any thread.
+
+        When a rank dies, gloo's operations fail by themselves, but a kernel of NCCL waits for it.
+        """
+        self._aborted = True
+        if self._device.type == "cuda":
+            self._group.abort()
+
+    def _run(self, operation: Callable[..., Any], *tensors: Any, options: Any) -> None:
+        if self._aborted:
+            raise RuntimeError("a rank has died, and the others no longer exchange anything")
+        operation(*tensors, options).wait()
 
 
 def _gloo_group(store: Any, sharding: Sharding) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 from minisrv.supervision.child_main import Child, run_child
@@ -14,7 +15,7 @@ def main() -> None:
 
 def _follow(child: Child) -> None:
     from minisrv.checkpoint.model_config import load_model_config
-    from minisrv.engine.parallel.communicator import TPGroup
+    from minisrv.engine.parallel.communicator import PeerFailedError, TPGroup
     from minisrv.engine.parallel.plan_pipe import read_plans
     from minisrv.engine.parallel.ranks import JOINING
     from minisrv.engine.parallel.shard import Sharding
@@ -26,7 +27,10 @@ def _follow(child: Child) -> None:
     device = choose_device(config, boot.index)
     child.report_progress(JOINING, 0.0)
     group = TPGroup(Sharding(boot.index, config.tp), Path(boot.run_dir), device)
-    engine = RankEngine(config, model_dir, model_config, group, device)
+    try:
+        engine = RankEngine(config, model_dir, model_config, group, device)
+    except PeerFailedError:
+        threading.Event().wait()  # rank 0 ends this process once it knows why
     child.report(ChildReady())
     with open(boot.fds["plan"], "rb") as pipe:
         for batch in read_plans(pipe):

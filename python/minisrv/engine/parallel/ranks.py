@@ -6,7 +6,7 @@ import contextlib
 import os
 import selectors
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -37,6 +37,7 @@ class Ranks:
         self._pipes: list[int] = []
         self._joining: set[str] = set()
         self._error: MinisrvError | None = None
+        self._on_death: Callable[[], object] = lambda: None
         self._changed = threading.Condition()
         self._wake, self._woken = os.pipe()
         self._thread = threading.Thread(target=self._watch, name="ranks", daemon=True)
@@ -52,6 +53,11 @@ class Ranks:
         self.check()
         if not joined:
             raise EngineDeadError("not all ranks started within --start-timeout-s")
+
+    def on_death(self, act: Callable[[], object]) -> None:
+        """Have a thread call `act` when a rank dies. Raises the error of one that has died."""
+        self._on_death = act
+        self.check()
 
     def send_plan(self, batch: ForwardBatch) -> None:
         """Have all ranks compute a step. Raises EngineDeadError if one has died."""
@@ -126,6 +132,7 @@ class Ranks:
                     self._note_reports(key.data)
                     if key.data.ended:
                         self._notify(error=key.data.error())
+                        self._on_death()
                         return
 
     def _note_reports(self, child: ChildProcess) -> None:
