@@ -35,7 +35,7 @@ class Share:
     def forward(self, ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
         return ids_T
 
-    def logits(self, x_TC: torch.Tensor, sample_tokens_S: torch.Tensor) -> torch.Tensor:
+    def logits(self, x_TC: torch.Tensor, sample_tokens_S: torch.Tensor, out: Any) -> torch.Tensor:
         return torch.zeros(len(sample_tokens_S), SHARE)
 
     def read_from(self, tensors: Any) -> None:

@@ -104,9 +104,12 @@ def test_logits_are_summed_and_returned_in_float32(
     x, weight = torch.randn(5, inputs).to(dtype), torch.randn(250, inputs).to(dtype)
     expected, magnitude = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
     for kernels in implementations(torch.bfloat16):
-        logits = make_float32_product(kernels, weight)(x)
+        logits = make_float32_product(kernels, weight)(x, None)
         assert logits.dtype is torch.float32
         assert ((logits - expected).abs() <= FLOAT32_SUM * magnitude).all()
+        given = torch.empty(5, 250)
+        assert make_float32_product(kernels, weight)(x, given) is given
+        assert torch.equal(given, logits)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

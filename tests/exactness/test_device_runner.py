@@ -8,9 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("flashinfer")
+from minisrv.checkpoint.model_config import load_model_config
 from minisrv.config import ServerConfig
+from minisrv.engine.device_runner import DeviceRunner
+from minisrv.engine.layers.decoder import Decoder
+from minisrv.engine.model_size import (
+    GRAPH_NODE_BYTES,
+    GRAPH_NODES,
+    graph_sizes,
+    widest_layer,
+)
 from minisrv.llm import LLM
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.build import build_loop
@@ -27,6 +37,7 @@ from tests.support.oracle import (
     reference_tokens,
     run,
 )
+from tests.support.step_driver import open_engine
 
 
 def make_loop(model_dir: Path, **options: object) -> SchedulerLoop:
@@ -76,6 +87,32 @@ def test_tokens_equal_those_of_transformers(
         outputs, _ = run(loop, prompts, at_once)
         assert not compare(model, prompts, expected, outputs)
     assert (repeat.replays > recorded) == bool(largest)
+
+
+def test_graphs_of_all_sizes_write_their_logits_to_the_tensor_that_the_plan_counts(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_device_runner(monkeypatch)
+    places = set()
+    logits = Decoder.logits
+
+    def note(model: Decoder, *arguments: Any) -> torch.Tensor:
+        result = logits(model, *arguments)
+        places.add(result.data_ptr())
+        return result
+
+    monkeypatch.setattr(Decoder, "logits", note)
+    config = load_model_config(checkpoint)
+    engine = open_engine(checkpoint, dtype="float32", max_running_requests=20)
+    runner = engine._rank_0.runner
+    assert isinstance(runner, DeviceRunner)
+    sizes = graph_sizes(20)
+    assert sorted(runner._graphs) == sizes
+    shared = runner._graph_logits_SV
+    assert places == {shared.data_ptr()}
+    hidden = 20 * widest_layer(config, 1) * 4
+    kernels = len(sizes) * config.num_layers * GRAPH_NODES * GRAPH_NODE_BYTES
+    assert engine.memory_plan.graphs == kernels + hidden + shared.nbytes
 
 
 @pytest.mark.parametrize("largest", [0, 256])

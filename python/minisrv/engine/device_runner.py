@@ -63,7 +63,6 @@ class DeviceKernels:
 class _Graphs:
     forward: Replay
     sampler: Replay
-    logits: list[Tensor]  # one tensor, which `forward` writes
 
 
 class DeviceRunner:
@@ -87,6 +86,7 @@ class DeviceRunner:
         attention.read_from(self._tensors)
         self._graphs: dict[int, _Graphs] = {}
         self._sizes = np.empty(0, np.int64)
+        self._graph_logits_SV = torch.empty(0)
         self._has_warned = False
         pinned = device.type == "cuda"
         self._results = [
@@ -104,9 +104,13 @@ class DeviceRunner:
     ) -> None:
         """Record graphs for decode batches of `sizes`, which are ascending.
 
-        The largest is recorded first, so that the others reuse its memory.
+        The largest is recorded first, so that the others reuse its memory. They also share the
+        tensor to which they write the logits, which would otherwise stay allocated once per size.
         """
         with torch.inference_mode():
+            self._graph_logits_SV = torch.empty(
+                sizes[-1], self._model.vocab_size, dtype=torch.float32, device=self._device
+            )
             for count, size in enumerate(reversed(sizes)):
                 progress(count / len(sizes))
                 self._graphs[size] = self._record(size, recorder)
@@ -161,7 +165,7 @@ class DeviceRunner:
         step = self._buffer.send(batch, padded_to=size)
         self._attention.plan_for_graph(step)
         self._graphs[size].forward()
-        logits_SV = self._graphs[size].logits[0]
+        logits_SV = self._graph_logits_SV[:size]
         return logits_SV, step, _begin_logprobs(batch, logits_SV)
 
     def _run(self, batch: ForwardBatch) -> tuple[Tensor, SentStep, StepLogprobs | None]:
@@ -184,8 +188,9 @@ class DeviceRunner:
         self._kernels.expand(tensors, self._limits, num_sequences)
         return self._model.forward(tensors.ids_T[:num_tokens], tensors.positions_T[:num_tokens])
 
-    def _logits(self, x_TC: Tensor, num_samples: int) -> Tensor:
-        return self._model.logits(x_TC, self._tensors.words["sample_tokens"][:num_samples])
+    def _logits(self, x_TC: Tensor, num_samples: int, out_SV: Tensor | None = None) -> Tensor:
+        sample_tokens_S = self._tensors.words["sample_tokens"][:num_samples]
+        return self._model.logits(x_TC, sample_tokens_S, out_SV)
 
     def _mask(self, columns: SamplingColumns, logits_SV: Tensor, step: SentStep) -> None:
         """Apply grammar masks, and suppressed tokens when the list was too long for the words."""
@@ -212,16 +217,12 @@ class DeviceRunner:
         """Both graphs of a size, recorded with a step that is all padding."""
         step = self._buffer.send(_NO_SEQUENCES, padded_to=size)
         self._attention.plan_for_graph(step)
-        logits: list[Tensor] = []
-
-        def forward() -> None:
-            logits[:] = [self._logits(self._hidden(size, size), size)]
-
-        replay = recorder.record(forward)
-        replay()
-        sampler = recorder.record(lambda: self._sample(logits[0], size))
+        logits_SV = self._graph_logits_SV[:size]
+        forward = recorder.record(lambda: self._logits(self._hidden(size, size), size, logits_SV))
+        forward()
+        sampler = recorder.record(lambda: self._sample(logits_SV, size))
         self._buffer.mark_launched()
-        return _Graphs(replay, sampler, logits)
+        return _Graphs(forward, sampler)
 
     def _to_host(self, size: int, logprobs: StepLogprobs | None) -> StepHandle:
         host = self._results[self._next][:size]

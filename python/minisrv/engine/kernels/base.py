@@ -64,6 +64,8 @@ SampleRows = Callable[[Tensor, SamplingColumns, Int64Array], Tensor]
 RunExperts = Callable[[Tensor, ExpertWeights, Tensor, Tensor], Tensor]
 # x_TI -> a new x_TI @ weight_OI.T + bias_O, contiguous.
 Product = Callable[[Tensor], Tensor]
+# x_TI, out_TO -> x_TI @ weight_OI.T in float32, contiguous: a new tensor, or `out_TO` if given.
+Float32Product = Callable[[Tensor, Tensor | None], Tensor]
 # weight_OI, bias_O, dtype of the results -> their product, or None if the weights do not suit.
 MakeProduct = Callable[[Tensor, Tensor | None, torch.dtype], Product | None]
 

@@ -49,11 +49,8 @@ class Decoder:
         self, build: BuildContext, block: Callable[[BuildContext, str, int], Block]
     ) -> None:
         config = build.config
-        self._rope, self._vocab_size, self._communicator = (
-            build.rope,
-            config.vocab_size,
-            build.communicator,
-        )
+        self.vocab_size = config.vocab_size
+        self._rope, self._communicator = build.rope, build.communicator
         self._embedding, self._head = load_embedding_and_head(build)
         self._blocks = [block(build, f"model.layers.{i}", i) for i in range(config.num_layers)]
         self._norm = RMSNorm(build, "model.norm")
@@ -67,12 +64,14 @@ class Decoder:
             delta_TC = block(x_TC, delta_TC, rope_rows)
         return x_TC if delta_TC is None else x_TC.add_(delta_TC)
 
-    def logits(self, x_TC: Tensor, sample_tokens_S: Tensor) -> Tensor:
+    def logits(self, x_TC: Tensor, sample_tokens_S: Tensor, out_SV: Tensor | None = None) -> Tensor:
         """float32 logits [S, V] of the tokens at indices `sample_tokens_S`.
 
-        Ranks above 0 return only their shard of the vocabulary.
+        out_SV: where they are written; only with a single rank. Ranks above 0 return only their
+        shard of the vocabulary.
         """
+        assert out_SV is None or self._communicator.sharding.size == 1
         if not sample_tokens_S.numel():
-            return x_TC.new_empty(0, self._vocab_size, dtype=torch.float32)
-        logits = self._head(self._norm(x_TC.index_select(0, sample_tokens_S)))
-        return self._communicator.gather_logits(logits, self._vocab_size)
+            return x_TC.new_empty(0, self.vocab_size, dtype=torch.float32)
+        logits = self._head(self._norm(x_TC.index_select(0, sample_tokens_S)), out_SV)
+        return self._communicator.gather_logits(logits, self.vocab_size)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from minisrv.engine.kernels.base import Product
+from minisrv.engine.kernels.base import Float32Product
 from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.linear import make_float32_product
 from minisrv.engine.parallel.communicator import Communicator
@@ -31,7 +31,7 @@ class Embedding:
         return self._communicator.all_reduce(x_TC.masked_fill_(elsewhere_T.unsqueeze(1), 0.0))
 
 
-def load_embedding_and_head(build: BuildContext) -> tuple[Embedding, Product]:
+def load_embedding_and_head(build: BuildContext) -> tuple[Embedding, Float32Product]:
     """Both ends of the model. The head returns float32, since bfloat16 rounds the best to ties."""
     config, weights, communicator = build.config, build.weights, build.communicator
     shape, shard = (config.vocab_size, config.hidden_size), None

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minisrv.engine.fp8 import Fp8Matrix, join
-from minisrv.engine.kernels.base import Kernels, Product
+from minisrv.engine.kernels.base import Float32Product, Kernels, Product
 from minisrv.engine.layers.fp8_linear import Fp8Linear, can_multiply
 from minisrv.engine.parallel.shard import Shard, Sharding
 from minisrv.engine.weights import Weights
@@ -38,18 +39,27 @@ def make_product(kernels: Kernels, weight_OI: Tensor, bias_O: Tensor | None = No
     return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
 
 
-def make_float32_product(kernels: Kernels, weight_OI: Tensor) -> Product:
+def make_float32_product(kernels: Kernels, weight_OI: Tensor) -> Float32Product:
     """The product with these weights of any dtype, summed and returned in float32."""
     if kernels.make_product is not None:
         product = kernels.make_product(weight_OI, None, torch.float32)
         if product is not None:
-            return product
+            return partial(_store, product)
     if weight_OI.dtype is torch.float32:
-        return lambda x_TI: F.linear(x_TI, weight_OI)
+        return lambda x_TI, out_TO: torch.mm(x_TI, weight_OI.t(), out=out_TO)
     if weight_OI.is_cuda:
-        return lambda x_TI: torch.mm(x_TI, weight_OI.t(), out_dtype=torch.float32)
+        return lambda x_TI, out_TO: torch.mm(
+            x_TI, weight_OI.t(), out_dtype=torch.float32, out=out_TO
+        )
     parts = torch.split(weight_OI, _ROWS_IN_FLOAT32)
-    return lambda x_TI: torch.cat([F.linear(x_TI.float(), part.float()) for part in parts], -1)
+    return partial(
+        _store,
+        lambda x_TI: torch.cat([F.linear(x_TI.float(), part.float()) for part in parts], -1),
+    )
+
+
+def _store(product: Product, x_TI: Tensor, out_TO: Tensor | None) -> Tensor:
+    return product(x_TI) if out_TO is None else out_TO.copy_(product(x_TI))
 
 
 def _onednn_multiplies(weight: Tensor) -> bool:
