@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
+
+KERNELS = Path(__file__).parent.parent.parent / "python" / "minisrv" / "engine" / "kernels"
 
 # The interpreter is chosen when a kernel is defined: another process, so that no test is moved.
 _COMPARE = """
@@ -325,3 +329,46 @@ def test_the_kernels_compile_for_hopper() -> None:
 
 def test_the_kernels_of_sampling_and_experts_compile_for_hopper() -> None:
     assert run(_COMPILE_OTHERS).endswith("compiled\n")
+
+
+def kernels() -> Iterator[tuple[ast.Module, ast.FunctionDef]]:
+    """The functions that Triton compiles, each with its module."""
+    for path in sorted(KERNELS.glob("triton_*.py")):
+        module = ast.parse(path.read_text())
+        for node in module.body:
+            if isinstance(node, ast.FunctionDef) and any(
+                ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list
+            ):
+                yield module, node
+
+
+def calls(tree: ast.AST) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def loads(kernel: ast.FunctionDef) -> list[ast.Call]:
+    return [call for call in calls(kernel) if ast.unparse(call.func) == "tl.load"]
+
+
+def test_no_variant_is_compiled_for_some_numbers_of_tokens() -> None:
+    """Triton would compile one for 1 and one for multiples of 16, at any step while serving."""
+    constant = {"num_outputs"}
+    counts, free = set(), set()
+    for module, kernel in kernels():
+        launched = {
+            ast.unparse(call.func.value)
+            for call in calls(module)
+            if isinstance(call.func, ast.Subscript)
+        }
+        if kernel.name not in launched:
+            continue
+        # What is loaded is on the device, where Triton cannot see its value.
+        loaded = {ast.unparse(load.args[0]) for load in loads(kernel)}
+        names = {argument.arg for argument in kernel.args.args if argument.arg.startswith("num_")}
+        counts |= {(kernel.name, name) for name in names - loaded - constant}
+        for decorator in kernel.decorator_list:
+            for keyword in getattr(decorator, "keywords", ()):
+                assert keyword.arg == "do_not_specialize"
+                free |= {(kernel.name, name) for name in ast.literal_eval(keyword.value)}
+    assert len(counts) == 5
+    assert free == counts

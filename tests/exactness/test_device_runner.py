@@ -13,7 +13,10 @@ import torch
 pytest.importorskip("flashinfer")
 from minisrv.checkpoint.model_config import load_model_config
 from minisrv.config import ServerConfig
+from minisrv.engine import rank_engine
 from minisrv.engine.device_runner import DeviceRunner
+from minisrv.engine.engine import Engine
+from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.engine.layers.decoder import Decoder
 from minisrv.engine.model_size import (
     GRAPH_NODE_BYTES,
@@ -87,6 +90,29 @@ def test_tokens_equal_those_of_transformers(
         outputs, _ = run(loop, prompts, at_once)
         assert not compare(model, prompts, expected, outputs)
     assert (repeat.replays > recorded) == bool(largest)
+
+
+@pytest.mark.parametrize(("context", "lens"), [(None, [1, 17, 65, 513]), (40, [1, 17, 38])])
+def test_prompts_of_the_warm_up_are_computed_whole_one_by_one(
+    checkpoint: Path, context: int | None, lens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_device_runner(monkeypatch)
+    monkeypatch.setattr(rank_engine, "_WARM_UP_LENS", {"cpu": (1, 17, 65, 513)})
+    chunks = []
+    launch = Engine.launch
+
+    def count(engine: Engine, batch: ForwardBatch) -> Any:
+        if batch.prefill_ids.size:
+            assert batch.rows.size == 1
+            chunks.append(batch.prefill_ids.size)
+        return launch(engine, batch)
+
+    monkeypatch.setattr(Engine, "launch", count)
+    loop = make_loop(checkpoint, max_prefill_tokens=1024, max_seq_len=context)
+    assert chunks == lens
+    cache = loop.scheduler.cache
+    assert cache.num_available == cache.pages.num_free == cache.pages.size
+    assert not loop.scheduler.take_replies()
 
 
 def test_graphs_of_all_sizes_write_their_logits_to_the_tensor_that_the_plan_counts(

@@ -26,6 +26,7 @@ class Engine:
     """A ForwardEngine: rank 0 in this process, and the processes of the other ranks.
 
     `max_prefill_tokens` and `overlap_depth` are the configured values, or the device's defaults.
+    `warm_up_lens` are the lengths of the prompts to serve before the first request.
     Raises ConfigError if the checkpoint, the device or its memory does not suit the config.
     """
 
@@ -60,6 +61,7 @@ class Engine:
         self.num_pages, self.placement = rank_0.num_pages, rank_0.placement
         self.max_prefill_tokens = rank_0.max_prefill_tokens
         self.overlap_depth = rank_0.overlap_depth
+        self.warm_up_lens = rank_0.warm_up_lens
         self.memory_plan = rank_0.memory_plan
 
     def describe(self) -> str:

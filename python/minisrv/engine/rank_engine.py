@@ -41,6 +41,9 @@ from minisrv.engine.weights import CheckpointWeights, DummyWeights, Progress, We
 from minisrv.errors import ConfigError
 
 _OVERLAP_DEPTH = {"cpu": 0, "cuda": 1}
+# Prompts served before the first request. On a GPU: one for each size of the tiles of our kernels,
+# which are compiled when they are first used.
+_WARM_UP_LENS = {"cpu": (32,), "cuda": (1, 17, 65, 513)}
 _RECORDING = "record graphs"
 
 
@@ -100,18 +103,21 @@ class RankEngine:
                 model, attention, kernels, communicator, table, adjuster, device, governor
             )
             sizes = []
-        graphs = graph_bytes(model_config, sizes, weights.dtype.itemsize)
         self.memory_plan = self._plan_memory(
             config,
             max_seq_len,
             weights=weights.num_bytes,
             token_counts=adjuster.num_bytes,
-            graphs=graphs,
+            graphs=graph_bytes(model_config, sizes, weights.dtype.itemsize),
         )
         self._allocate_cache(self.memory_plan.num_pages)
         if sizes:
             device_runner.record(sizes, new_recorder(), lambda done: progress(_RECORDING, done))
             progress(_RECORDING, 1.0)
+
+    @property
+    def warm_up_lens(self) -> tuple[int, ...]:
+        return _WARM_UP_LENS[self._pool.device.type]
 
     @property
     def num_pages(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,20 +83,20 @@ def build_loop(
         compiler = vocabulary
     loop = SchedulerLoop(scheduler, engine, channel, engine.overlap_depth, compiler)
     progress("warm-up", 0.0)
-    _warm_up(loop)
+    _warm_up(loop, engine.warm_up_lens)
     progress("warm-up", 1.0)
     return loop
 
 
-def _warm_up(loop: SchedulerLoop) -> None:
-    """Serve one short request, so that the first user does not wait for one-time work."""
-    length = min(32, loop.scheduler.max_seq_len - 2)
-    if length < 1:
-        return
-    prompt = np.zeros(length, np.int32)
-    loop.scheduler.add_request(GenerateMsg(uid=-1, prompt_ids=prompt, sampling=WARM_UP), 0.0)
-    while loop.busy:
-        loop.advance()
+def _warm_up(loop: SchedulerLoop, lens: Sequence[int]) -> None:
+    """Serve prompts of these lengths one by one, so that no user waits for one-time work."""
+    longest = loop.scheduler.max_seq_len - 2
+    for length in sorted({min(length, longest) for length in lens if longest > 0}):
+        prompt = np.zeros(length, np.int32)
+        loop.scheduler.add_request(GenerateMsg(uid=-1, prompt_ids=prompt, sampling=WARM_UP), 0.0)
+        while loop.busy:
+            loop.advance()
+        # Otherwise the next prompt would find its beginning in the cache.
+        loop.scheduler.cache.evict(loop.scheduler.cache.pages.size)
     loop.scheduler.take_replies()
-    loop.scheduler.cache.evict(loop.scheduler.cache.pages.size)
     loop.stats = LoopStats()

@@ -77,9 +77,16 @@ def test_the_grouped_products_are_those_of_float64(
 
 def test_every_pair_has_a_slot_in_a_tile_of_its_expert() -> None:
     torch.manual_seed(1)
-    for tokens, num_experts, rows in ((1, 3, 16), (70, 5, 16), (300, 128, 16), (300, 7, 64)):
+    for tokens, num_experts, rows in (
+        (1, 3, 16),
+        (35, 5, 16),
+        (70, 5, 16),
+        (300, 128, 16),
+        (300, 7, 64),
+    ):
         chosen = torch.rand(tokens, num_experts).topk(2, -1).indices
         slot_pairs, tile_experts = triton_moe._place_pairs(chosen, num_experts, rows)
+        assert slot_pairs.data_ptr() % 16 == tile_experts.data_ptr() % 16 == 0
         pairs = slot_pairs[slot_pairs > 0] - 1
         assert sorted(pairs.tolist()) == list(range(2 * tokens))
         owners = tile_experts.repeat_interleave(rows)[slot_pairs > 0] - 1

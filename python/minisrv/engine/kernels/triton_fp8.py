@@ -35,7 +35,8 @@ def _quantize(
     tl.store(scales + token * tl.num_programs(1) + part, scale)
 
 
-@triton.jit
+# The number of tokens varies from step to step; do not compile variants for some of the values.
+@triton.jit(do_not_specialize=["num_tokens"])
 def _grouped_product(
     x,
     x_scales,

@@ -186,8 +186,13 @@ def _place_pairs(experts_TN: Tensor, num_experts: int, rows: int) -> tuple[Tenso
     # Worst cases: every pair alone in a tile, or every expert with one row in its last tile.
     most = min(num_pairs, (num_pairs + num_experts * (rows - 1)) // rows)
     sizes = (num_experts, num_pairs, most * rows, most)
-    parts = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-    counts, ranks, slot_pairs, tile_experts = parts.split_with_sizes(sizes)
+    # Each part begins at a multiple of 16 bytes: Triton compiles other variants of the kernels for
+    # other alignments, which would depend on the number of pairs.
+    padded = [triton.cdiv(size, 4) * 4 for size in sizes]
+    parts = torch.zeros(sum(padded), dtype=torch.int32, device=device).split_with_sizes(padded)
+    counts, ranks, slot_pairs, tile_experts = (
+        part[:size] for part, size in zip(parts, sizes, strict=True)
+    )
     _count[(triton.cdiv(num_pairs, _PAIRS),)](experts_TN, counts, ranks, num_pairs, BLOCK=_PAIRS)
     _place[(triton.cdiv(max(num_pairs, most), _PAIRS),)](
         experts_TN,

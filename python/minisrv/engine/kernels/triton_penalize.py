@@ -13,7 +13,8 @@ from minisrv.engine.kernels.base import PenaltyColumns
 _BLOCK = 4096
 
 
-@triton.jit
+# The number of samples varies from step to step; do not compile variants for some of the values.
+@triton.jit(do_not_specialize=["num_samples"])
 def _penalize(
     logits, counts, samples, rows, factors, num_samples, vocab_size, row_stride, BLOCK: tl.constexpr
 ):
