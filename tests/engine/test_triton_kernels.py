@@ -350,6 +350,18 @@ def loads(kernel: ast.FunctionDef) -> list[ast.Call]:
     return [call for call in calls(kernel) if ast.unparse(call.func) == "tl.load"]
 
 
+def test_what_a_masked_load_leaves_out_is_defined() -> None:
+    """The interpreter reads zeros there, a GPU anything."""
+    masked = [
+        load
+        for _, kernel in kernels()
+        for load in loads(kernel)
+        if len(load.args) + len(load.keywords) > 1
+    ]
+    assert len(masked) > 20
+    assert not [ast.unparse(load) for load in masked if len(load.args) != 3]
+
+
 def test_no_variant_is_compiled_for_some_numbers_of_tokens() -> None:
     """Triton would compile one for 1 and one for multiples of 16, at any step while serving."""
     constant = {"num_outputs"}

@@ -63,11 +63,14 @@ def _grouped_product(
         columns = first + tl.arange(0, BLOCK_I)
         inside = columns < INPUTS
         x_tile = tl.load(
-            x + tokens[:, None] * INPUTS + columns[None, :], is_token[:, None] & inside[None, :]
+            x + tokens[:, None] * INPUTS + columns[None, :],
+            is_token[:, None] & inside[None, :],
+            0.0,
         )
         matrix_tile = tl.load(
             matrix + outputs[None, :] * INPUTS + columns[:, None],
             is_output[None, :] & inside[:, None],
+            0.0,
         )
         part = first // GROUP
         x_scale = tl.load(x_scales + tokens * num_groups + part, is_token, 0.0)
