@@ -9,7 +9,7 @@ import torch
 
 from minisrv.engine.device_runner import DeviceKernels, DeviceRunner
 from minisrv.engine.forward_batch import ForwardBatch
-from minisrv.engine.kernels.torch_native import TorchKernels
+from minisrv.engine.kernels.torch_native import TorchKernels, mask_logits_
 from minisrv.engine.parallel.communicator import SingleRank
 from minisrv.engine.parallel.shard import Sharding
 from minisrv.engine.sampling.adjust import LogitAdjuster
@@ -48,7 +48,7 @@ class Share:
 def test_more_suppressed_tokens_than_fit_do_not_reach_its_logits() -> None:
     limits = StepLimits(num_rows=2, num_prefill_tokens=8, max_seq_len=16, page_size=4)
     step: Any = Share()
-    kernels = DeviceKernels(expand, sample_by_torch)
+    kernels = DeviceKernels(expand, sample_by_torch, mask_logits_)
     device = torch.device("cpu")
     adjuster = LogitAdjuster(TorchKernels(), 0, SHARE, device)
     rank = DeviceRunner(step, step, kernels, SecondRank(), limits, adjuster, device)

@@ -167,6 +167,25 @@ for vocab_size in (1, 100, 5000):
 print("all alike")
 """
 
+_COMPARE_MASKS = """
+import torch
+from minisrv.engine.kernels.torch_native import mask_logits_
+from minisrv.engine.kernels.triton_mask import mask_logits
+
+torch.manual_seed(0)
+for vocab_size in (1, 31, 97, 3000):
+    masks = torch.randint(-(2**31), 2**31, (3, -(-vocab_size // 32) + 1), dtype=torch.int32)
+    masks[1], masks[2] = -1, 0
+    samples = torch.tensor([2, 0, 3], dtype=torch.int32)
+    padded = torch.randn(5, vocab_size + 3)
+    ours, theirs = padded.clone(), padded.clone()
+    mask_logits(ours[:, :vocab_size], samples, masks)
+    mask_logits_(theirs[:, :vocab_size], samples, masks)
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, padded)
+print("all alike")
+"""
+
 _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -222,7 +241,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from minisrv.engine.kernels import triton_moe, triton_penalize, triton_sample
+from minisrv.engine.kernels import triton_mask, triton_moe, triton_penalize, triton_sample
 
 def check(kernel, pointers, numbers, constants, **options):
     signature = pointers | dict.fromkeys(numbers, "i32") | dict.fromkeys(constants, "constexpr")
@@ -262,6 +281,12 @@ for pointer, dtype in DTYPES.items():
         {"BLOCK": triton_penalize._BLOCK},
     )
 
+check(
+    triton_mask._mask,
+    {"logits": "*fp32", "samples": "*i32", "masks": "*i32"},
+    ("vocab_size", "row_stride", "num_words"),
+    {"BLOCK": triton_mask._BLOCK},
+)
 lists = {"experts": "*i64", "counts": "*i32", "ranks": "*i32"}
 tables = {"slot_pairs": "*i32", "tile_experts": "*i32"}
 check(triton_moe._count, lists, ("num_pairs",), {"BLOCK": triton_moe._PAIRS})
@@ -316,6 +341,10 @@ def test_the_interpreted_penalties_are_those_of_torch() -> None:
     assert run(_COMPARE_PENALTIES, TRITON_INTERPRET="1") == "all alike\n"
 
 
+def test_the_interpreted_masks_are_those_of_torch() -> None:
+    assert run(_COMPARE_MASKS, TRITON_INTERPRET="1") == "all alike\n"
+
+
 @pytest.mark.parametrize("name", ["moe.py", "sample.py"])
 def test_the_interpreted_kernels_pass_their_own_tests(name: str) -> None:
     path = Path(__file__).parent / "run_in_triton_interpreter" / name
@@ -364,7 +393,7 @@ def test_what_a_masked_load_leaves_out_is_defined() -> None:
 
 def test_no_variant_is_compiled_for_some_numbers_of_tokens() -> None:
     """Triton would compile one for 1 and one for multiples of 16, at any step while serving."""
-    constant = {"num_outputs"}
+    constant = {"num_outputs", "num_words"}
     counts, free = set(), set()
     for module, kernel in kernels():
         launched = {

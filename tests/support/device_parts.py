@@ -18,7 +18,7 @@ from minisrv.engine import rank_engine
 from minisrv.engine.attention.workspace import workspace_bytes
 from minisrv.engine.device_runner import DeviceKernels
 from minisrv.engine.forward_batch import SamplingColumns
-from minisrv.engine.kernels.torch_native import TorchKernels
+from minisrv.engine.kernels.torch_native import TorchKernels, mask_logits_
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.model_size import largest_graph
 from minisrv.engine.sampling.device_columns import DeviceColumns
@@ -112,7 +112,7 @@ def use_device_runner(monkeypatch: pytest.MonkeyPatch) -> Repeat:
     repeat = Repeat()
     monkeypatch.setattr(rank_engine, "choose_backends", choose_backends)
     monkeypatch.setattr(
-        rank_engine, "device_kernels", lambda: DeviceKernels(expand, sample_by_torch)
+        rank_engine, "device_kernels", lambda: DeviceKernels(expand, sample_by_torch, mask_logits_)
     )
     monkeypatch.setattr(rank_engine, "new_recorder", lambda: repeat)
     return repeat

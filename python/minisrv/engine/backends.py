@@ -56,9 +56,10 @@ def choose_backends(
 def device_kernels() -> DeviceKernels:
     """The Triton kernels of a DeviceRunner. Raises ImportError if triton is not installed."""
     from minisrv.engine.kernels.triton_expand import expand
+    from minisrv.engine.kernels.triton_mask import mask_logits
     from minisrv.engine.kernels.triton_sample import sample_on_device
 
-    return DeviceKernels(expand, sample_on_device)
+    return DeviceKernels(expand, sample_on_device, mask_logits)
 
 
 def new_recorder() -> Recorder:

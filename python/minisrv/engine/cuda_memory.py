@@ -8,18 +8,24 @@ import numpy as np
 import torch
 
 from minisrv.config import ServerConfig
-from minisrv.engine.forward_batch import ForwardBatch, LogprobColumns, Penalties, SamplingColumns
+from minisrv.engine.forward_batch import (
+    ForwardBatch,
+    GrammarMasks,
+    LogprobColumns,
+    Penalties,
+    SamplingColumns,
+)
 from minisrv.engine.sampling.logprobs import SLICE
 from minisrv.sampling_params import MAX_LOGPROBS
 from minisrv.wire.arrays import Int32Array
 
 
 def largest_batch(
-    num_sequences: int, num_tokens: int, page_size: int, *, on_rank_0: bool
+    num_sequences: int, num_tokens: int, page_size: int, vocab_size: int, *, on_rank_0: bool
 ) -> ForwardBatch:
     """New prompts of equal length in pages 0, 1, 2...; all of them sample, with every filter.
 
-    on_rank_0: with penalties, and logprobs of all samples and of a slice of prompt tokens.
+    on_rank_0: with penalties, masks, and logprobs of all samples and of a slice of prompt tokens.
     """
     length = max(1, num_tokens // num_sequences)
     columns = -(-length // page_size)
@@ -46,6 +52,7 @@ def largest_batch(
             choices=np.zeros(num_sequences, np.int32),
             suppress_samples=np.empty(0, np.int32),
             suppress_ids=np.empty(0, np.int32),
+            grammar=_all_allowed(rows, vocab_size) if on_rank_0 else None,
         ),
         penalties=_penalties(rows, length) if on_rank_0 else None,
         prompt_logprob_tokens=scored,
@@ -73,6 +80,11 @@ def _penalties(rows: Int32Array, length: int) -> Penalties:
         bias_ids=np.zeros_like(rows),
         bias_values=ones,
     )
+
+
+def _all_allowed(samples: Int32Array, vocab_size: int) -> GrammarMasks:
+    shape = (samples.size, -(-vocab_size // 32))
+    return GrammarMasks(samples, lambda: np.full(shape, -1, np.int32))
 
 
 def measure_workspace(run: Callable[[], object]) -> int:

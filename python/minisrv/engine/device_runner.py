@@ -23,7 +23,6 @@ from torch import Tensor
 from minisrv.engine.attention.base import LayerAttention
 from minisrv.engine.cuda_graph import Recorder, Replay
 from minisrv.engine.forward_batch import ForwardBatch, SamplingColumns
-from minisrv.engine.kernels.torch_native import mask_logits_
 from minisrv.engine.layers.decoder import Decoder
 from minisrv.engine.parallel.communicator import Communicator
 from minisrv.engine.sampling.adjust import LogitAdjuster
@@ -53,10 +52,11 @@ class DeviceAttention(LayerAttention, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DeviceKernels:
-    """What a step runs before and after the layers; see `expand` and `sample_on_device`."""
+    """What a step runs outside the layers; see `expand`, `sample_on_device`, `mask_logits`."""
 
     expand: Callable[[StepTensors, StepLimits, int], None]
     sample: Callable[[Tensor, DeviceColumns, Tensor], Tensor]
+    mask: Callable[[Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,8 @@ class DeviceRunner:
         """Apply grammar masks, and suppressed tokens when the list was too long for the words."""
         if columns.grammar is not None:
             samples_G = self._to_device(columns.grammar.samples)
-            mask_logits_(logits_SV, samples_G, self._to_device(columns.grammar.fill()))
+            masks_GW = self._to_device(columns.grammar.fill())
+            self._kernels.mask(logits_SV, samples_G, masks_GW)
         if step.suppress_overflow:
             samples, ids = (
                 self._to_device(array) for array in (columns.suppress_samples, columns.suppress_ids)

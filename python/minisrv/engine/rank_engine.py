@@ -73,6 +73,7 @@ class RankEngine:
         weights = _open_weights(config, model_dir, model_config, device, progress)
         self.placement = _describe_placement(config, model_config, weights)
         self._communicator, sharding = communicator, communicator.sharding
+        self._vocab_size = model_config.vocab_size
         self._pool = KVPool(
             model_config,
             sharding.kv_heads(model_config).length,
@@ -173,6 +174,7 @@ class RankEngine:
             min(config.max_running_requests, self.max_prefill_tokens),
             self.max_prefill_tokens,
             config.page_size,
+            self._vocab_size,
             on_rank_0=self._communicator.sharding.rank == 0,
         )
         self._allocate_cache(batch.page_ids.size)

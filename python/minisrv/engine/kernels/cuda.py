@@ -17,7 +17,7 @@ from minisrv.engine.kernels.base import (
     RunExperts,
     SampleRows,
 )
-from minisrv.engine.kernels.torch_native import mask_logits_
+from minisrv.engine.kernels.triton_mask import mask_logits
 from minisrv.engine.kernels.triton_moe import run_experts
 from minisrv.engine.kernels.triton_penalize import penalize
 from minisrv.engine.kernels.triton_rotate import norm_rotate_store
@@ -62,7 +62,7 @@ class CudaKernels:
         norm_rotate_store(qkv_TAD, num_heads, norm, rope_rows, cache)
 
     def mask_logits_(self, logits_SV: Tensor, samples_G: Tensor, masks_GW: Tensor) -> None:
-        mask_logits_(logits_SV, samples_G, masks_GW)
+        mask_logits(logits_SV, samples_G, masks_GW)
 
     def penalize_(self, logits_SV: Tensor, counts_RV: Tensor, penalties: PenaltyColumns) -> None:
         penalize(logits_SV, counts_RV, penalties)
