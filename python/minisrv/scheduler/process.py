@@ -10,7 +10,7 @@ from minisrv.checkpoint.tokenizer import load_tokenizer
 from minisrv.config import ServerConfig
 from minisrv.scheduler.channel import ZmqChannel
 from minisrv.structured_output.vocabulary import open_vocabulary
-from minisrv.supervision.child_main import Child, run_child
+from minisrv.supervision.child_main import Child, freeze_objects, run_child
 from minisrv.supervision.records import ChildReady
 
 
@@ -31,6 +31,7 @@ def _serve(child: Child) -> None:
     vocabulary = open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
     loop = build_loop(child.config, model_dir, channel, child.report_progress, run_dir, vocabulary)
     assert isinstance(loop.engine, Engine)
+    freeze_objects()
     facts = model_facts(model, child.config, loop.scheduler.max_seq_len)
     facts |= {"placement": loop.engine.placement, "memory_plan": loop.engine.describe()}
     child.report(ChildReady(facts))
