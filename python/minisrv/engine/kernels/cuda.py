@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minisrv.engine.flashinfer_library import import_flashinfer
 from minisrv.engine.forward_batch import SamplingColumns
 from minisrv.engine.kernels.base import (
     CacheSlots,
@@ -32,9 +33,7 @@ class CudaKernels:
     make_product: MakeProduct | None = None
 
     def __init__(self) -> None:
-        import flashinfer
-
-        self._flashinfer = flashinfer
+        self._flashinfer = import_flashinfer()
         self.sample: SampleRows | None = _sample
         self.run_experts: RunExperts | None = run_experts
 
