@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.support.checkpoints import make_checkpoint
 
@@ -67,6 +69,23 @@ def test_a_step_reads_only_the_experts_that_its_tokens_pick() -> None:
     one, many = (roofline.decode_step(model, batch, 0, rates)[0] for batch in (1, 1000))
     assert one == pytest.approx(2 * 3.04e9, rel=0.01)
     assert many == pytest.approx(2 * (30.53e9 - 151936 * 2048), rel=0.001)
+
+
+def test_rates_are_measured_on_random_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    import roofline
+
+    operands: list[torch.Tensor] = []
+
+    def best(device: torch.device, run: Any) -> float:
+        operands.append(run.args[0])
+        return 1.0
+
+    monkeypatch.setattr(roofline, "_best", best)
+    rates = roofline.measure_rates(torch.device("cpu"))
+    assert (rates.bandwidth, rates.flops) == (2.0 * 2**26, 2.0 * 1024**3)
+    assert len(operands) == 3
+    for operand in operands:
+        assert len(operand.flatten()[:4096].unique()) > 200
 
 
 def test_the_whole_script_runs_on_a_cpu_with_its_peer(
