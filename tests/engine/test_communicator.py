@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from minisrv.engine.parallel import communicator
 from minisrv.engine.parallel.communicator import PeerFailedError, TPGroup
 from minisrv.engine.parallel.shard import Sharding
 from minisrv.engine.rank_engine import agree_on_pages
@@ -36,6 +37,43 @@ def on_ranks(run_dir: Path, run: Callable[[TPGroup], Any], size: int = 2) -> lis
         thread.join(60)
         assert not thread.is_alive(), "a rank waits for another"
     return results
+
+
+class InOrder:
+    """A gloo group that returns nothing for an operation in the current stream, as NCCL's does."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def __getattr__(self, name: str) -> Any:
+        operation = getattr(self._group, name)
+
+        def run(*arguments: Any) -> None:
+            assert not arguments[-1].asyncOp
+            operation(*arguments).wait()
+
+        return run
+
+
+def test_operations_stay_in_the_current_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = communicator._gloo_group
+    monkeypatch.setattr(communicator, "_gloo_group", lambda *args: InOrder(make(*args)))
+
+    def run(group: TPGroup) -> list[Any]:
+        rank = group.sharding.rank
+        shard = torch.arange(10.0).view(2, 5)[:, 2 * rank : 2 + 3 * rank]
+        return [
+            group.all_reduce(torch.tensor([1.0 + rank])).tolist(),
+            group.broadcast(torch.tensor([7 + rank])).tolist(),
+            group.all_reduce_min(5 - rank),
+            group.gather_logits(shard, 5).tolist(),
+        ]
+
+    first, second = on_ranks(tmp_path, run)
+    assert first[:3] == second[:3] == [[3.0], [7], 4]
+    assert first[3] == torch.arange(10.0).view(2, 5).tolist()
 
 
 @pytest.mark.parametrize("failing", [0, 1])
