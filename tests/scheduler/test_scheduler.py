@@ -115,6 +115,22 @@ def test_a_step_decodes_for_everybody_and_prefills_beside_it() -> None:
     assert [request.uid for request in plan.samples] == [0, 1, 2]
 
 
+def test_the_longest_decode_comes_first_in_the_batch_and_gets_its_own_token() -> None:
+    driver = Driver(num_pages=60, budget=64)
+    for uid, length in enumerate((3, 17, 9, 17)):
+        driver.add(uid, prompt(uid, length), max_tokens=4)
+    driver.step()
+    for _ in range(3):
+        plan = driver.plan()
+        assert plan is not None
+        assert decodes(plan) == [1, 3, 2, 0], "the older of two of the same length comes first"
+        order = [request.uid for request in plan.samples]
+        driver.scheduler.settle(plan, [100 * uid + plan.step_id for uid in order], driver.now)
+        driver._collect()
+    for uid in range(4):
+        assert driver.tokens[uid][1:] == [100 * uid + step for step in (2, 3, 4)]
+
+
 def test_the_last_page_goes_to_a_decode_and_not_to_a_chunk() -> None:
     driver = Driver(num_pages=8, page_size=1, budget=1)
     driver.add(0, prompt(0, 1), max_tokens=7)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 
 from minisrv.engine.forward_batch import Logprobs
 from minisrv.errors import ContextLengthError, InvalidRequestError, Lengths, MinisrvError
@@ -29,6 +30,7 @@ from minisrv.wire.messages import Failure, Finish, GenerateMsg
 MAX_BYPASSES = 64
 
 _FINISHED = Status.FINISHED  # for each token: looking up an enum member takes 0.1 us
+_POSITION = attrgetter("num_computed")
 
 
 class Scheduler:
@@ -195,7 +197,8 @@ class Scheduler:
         """Schedule the next token of every request that decodes; return those that prefill.
 
         The position counts as computed from now on, since steps run in order. The only loop over
-        all running requests in each step, hence kept lean.
+        all running requests in each step, hence kept lean. In the batch the longest come first:
+        the cores of a device take sequences in order, and should not be left with a long one.
         """
         step_id, page_size = plan.step_id, self.cache.page_size
         decodes, prefilling = plan.decodes, list[Request]()
@@ -215,6 +218,7 @@ class Scheduler:
             request.num_in_flight += 1
             lease.last_step = step_id
             decodes.append(request)
+        decodes.sort(key=_POSITION, reverse=True)
         return prefilling
 
     def _schedule_prefills(self, plan: StepPlan, prefilling: list[Request]) -> None:

@@ -18,7 +18,7 @@ class Chunk:
 
 @dataclass(slots=True, repr=False)
 class StepPlan:
-    """One token of each decode, then the prefill chunks, in the order of the batch.
+    """One token of each decode, longest first, then the prefill chunks, in the order of the batch.
 
     The token that a decode computes is at position `num_computed - 1` of its request.
     `sampling_prefills` are the indices in `prefills` of the chunks that end their prompt: these
