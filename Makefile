@@ -39,6 +39,7 @@ format: setup
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m soak --timeout 7200 $(ARGS)
 	$(BIN)/python scripts/seeded_bugs.py
+	$(BIN)/python scripts/dry_run_faults.py
 
 bench: setup
 	$(BIN)/python benchmark/run.py $(ARGS)

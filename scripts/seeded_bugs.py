@@ -122,7 +122,7 @@ BUGS = [
 ]
 
 
-def run(bug: Bug) -> str | None:
+def run(bug: Bug, tests: list[str]) -> str | None:
     """The first test that fails with the bug in place, or None."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "minisrv"
@@ -133,7 +133,7 @@ def run(bug: Bug) -> str | None:
         # The pythonpath of pyproject.toml would put the unmodified package first.
         options = ["-x", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={folder} ."]
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *TESTS],
+            [sys.executable, "-m", "pytest", *options, *tests],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -149,16 +149,17 @@ def run(bug: Bug) -> str | None:
     return failed and failed[1] + failed[2][:110]
 
 
-def main() -> int:
-    wanted = {int(number) for number in sys.argv[1:]} or set(range(1, len(BUGS) + 1))
+def report(bugs: list[Bug], tests: list[str]) -> int:
+    """Try those bugs whose numbers are arguments of the program, or all; 1 if one is missed."""
+    wanted = {int(number) for number in sys.argv[1:]} or set(range(1, len(bugs) + 1))
     missed = 0
-    for number, bug in enumerate(BUGS, 1):
+    for number, bug in enumerate(bugs, 1):
         if number in wanted:
-            failed = run(bug)
+            failed = run(bug, tests)
             missed += failed is None
             print(f"{number:2} {bug.name}: {failed or 'NOT CAUGHT'}", flush=True)
     return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(BUGS, TESTS))

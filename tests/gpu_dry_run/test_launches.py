@@ -1,0 +1,86 @@
+"""How many launches a decode step takes: the figures in launches.json, exactly.
+
+A launch is an operation of torch, a Triton kernel or a kernel of FlashInfer. Layers are alike, so
+two and three of them give the figures of the whole model. To write the file anew:
+`python -m tests.gpu_dry_run.test_launches`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from minisrv.engine import rank_engine
+from tests.gpu_dry_run.dry_run import decode_batch, dry_run
+from tests.gpu_dry_run.models import MODELS, Model
+from tests.gpu_dry_run.planner import PlanError
+
+BATCHES = (1, 64, 256)
+GOLDEN = Path(__file__).with_name("launches.json")
+Figures = dict[str, dict[str, int]]
+
+
+def measure(model: Model, folder: Path, num_layers: int | None) -> Figures:
+    """Launches of a decode step: plain, and with every filter and penalty, by batch size."""
+    with (
+        mock.patch.object(rank_engine, "graph_sizes", return_value=list(BATCHES)),
+        dry_run(model, folder, num_layers=num_layers) as run,
+    ):
+        return {
+            kind: {
+                str(size): run.launches(decode_batch(size, adjusted=adjusted)).total()
+                for size in BATCHES
+            }
+            for kind, adjusted in (("plain", False), ("filters and penalties", True))
+        }
+
+
+# With 64 heads the workspace is too small for the graph of 256 sequences.
+OVERFLOWS = pytest.mark.xfail(strict=True, raises=PlanError, reason="the workspace is too small")
+names = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[OVERFLOWS] if name == "Qwen3-32B" else []) for name in MODELS],
+)
+
+
+def extrapolate(model: Model, folder: Path) -> Figures:
+    """The figures of all layers from those of two and of three."""
+    two, three = measure(model, folder, 2), measure(model, folder, 3)
+    return {
+        kind: {
+            size: count + (model.num_layers - 2) * (three[kind][size] - count)
+            for size, count in counts.items()
+        }
+        for kind, counts in two.items()
+    }
+
+
+@names
+def test_a_decode_step_takes_as_many_launches_as_agreed(name: str, tmp_path: Path) -> None:
+    golden: dict[str, Figures] = json.loads(GOLDEN.read_text())
+    found = extrapolate(MODELS[name], tmp_path)
+    more = [
+        f"{kind}, batch {size}: {count} launches, not {golden[name][kind][size]}"
+        for kind, counts in found.items()
+        for size, count in counts.items()
+        if count > golden[name][kind][size]
+    ]
+    assert not more, more
+    assert found == golden[name], "fewer launches: write launches.json anew"
+
+
+@pytest.mark.soak
+@names
+def test_all_layers_take_what_two_and_three_foretell(name: str, tmp_path: Path) -> None:
+    golden: dict[str, Figures] = json.loads(GOLDEN.read_text())
+    assert measure(MODELS[name], tmp_path, None) == golden[name]
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        measured = {name: extrapolate(model, Path(scratch)) for name, model in MODELS.items()}
+    GOLDEN.write_text(json.dumps(measured, indent=1) + "\n")

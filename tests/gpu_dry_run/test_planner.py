@@ -1,0 +1,190 @@
+"""FlashInfer's planner on random mixes of lengths never takes more workspace than there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from minisrv.checkpoint.model_config import ModelConfig, RopeConfig
+from minisrv.config import ServerConfig
+from minisrv.engine.attention.flashinfer import FlashInferAttention
+from minisrv.engine.backends import choose_backends
+from minisrv.engine.kv_pool import KVPool
+from tests.gpu_dry_run.dry_run import machine
+from tests.gpu_dry_run.fake_cuda import NUM_SMS
+from tests.gpu_dry_run.planner import PlanError, Planner, Request, load_planner, make_request
+
+PAGE_SIZE, MAX_LEN = 16, 40960
+LARGEST_GRAPH = 256
+MAX_PREFILL_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of a rank."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int = 128
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+
+HEADS = {
+    "Qwen3-0.6B": Heads(16, 8),
+    "Qwen3-8B": Heads(32, 8),
+    "Qwen3-14B": Heads(40, 8),
+    "Qwen3-32B": Heads(64, 8),
+    "Qwen3-32B, one of 2 ranks": Heads(32, 4),
+    "Qwen3-30B-A3B": Heads(32, 4),
+    "Qwen3-30B-A3B, one of 4 ranks": Heads(8, 1),
+    "Qwen2.5-0.5B": Heads(14, 2, 64),
+    "Qwen2.5-7B": Heads(28, 4),
+    "Llama-3.2-1B": Heads(32, 8, 64),
+    "Gemma-2-9B": Heads(16, 8, 256),
+}
+# The workspace has a fixed size, which is too small for 64 heads and for groups of 8.
+TOO_LARGE = {
+    "Qwen3-32B",
+    "Qwen3-32B, one of 2 ranks",
+    "Qwen3-30B-A3B",
+    "Qwen3-30B-A3B, one of 4 ranks",
+}
+OVERFLOW = pytest.mark.xfail(strict=True, raises=PlanError, reason="the workspace is too small")
+
+
+def heads_by_name(overflowing: set[str]) -> list[object]:
+    return [
+        pytest.param(heads, id=name, marks=[OVERFLOW] if name in overflowing else [])
+        for name, heads in HEADS.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def planner() -> Iterator[Planner]:
+    return load_planner()
+
+
+def workspace_bytes(heads: Heads) -> int:
+    """The float workspace of the engine's own FlashInferAttention."""
+    config = ModelConfig(
+        architecture="Qwen3ForCausalLM",
+        vocab_size=1000,
+        hidden_size=1024,
+        intermediate_size=1024,
+        num_layers=1,
+        num_heads=heads.num_heads,
+        num_kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+        max_position=MAX_LEN,
+        max_seq_len=MAX_LEN,
+        norm_eps=1e-6,
+        rope=RopeConfig(),
+    )
+    with machine():
+        device = torch.device("cuda", 0)
+        pool = KVPool(config, heads.num_kv_heads, PAGE_SIZE, torch.bfloat16, device)
+        options = ServerConfig(cuda_graph_max_bs=LARGEST_GRAPH, device="cuda")
+        _, attention = choose_backends(options, pool, heads.num_heads)
+        assert isinstance(attention, FlashInferAttention)
+        return attention._workspace.numel()
+
+
+def request(heads: Heads, query_lens: np.ndarray, kv_lens: np.ndarray, **options: int) -> Request:
+    return make_request(
+        query_lens,
+        kv_lens,
+        num_heads=heads.num_heads,
+        num_kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+        page_size=PAGE_SIZE,
+        **options,
+    )
+
+
+def random_chunks(heads: Heads, rng: np.random.Generator) -> Request:
+    """The prefill chunks of a step."""
+    size = int(rng.choice([1, 1, 2, 3, rng.integers(4, 60)]))
+    most = int(rng.choice([20, 100, 600, 4096]))
+    query_lens = rng.integers(1, max(2, min(most, MAX_PREFILL_TOKENS // size)), size)
+    contexts = rng.integers(0, int(rng.choice([1, 500, 5000, MAX_LEN - 4096])), size)
+    return request(heads, query_lens, query_lens + contexts)
+
+
+def random_decodes(heads: Heads, rng: np.random.Generator, *, in_graph: bool) -> Request:
+    size = int(rng.integers(1, LARGEST_GRAPH + 1))
+    if in_graph and size > 4:
+        size = -(-size // 8) * 8
+    kv_lens = rng.integers(1, int(rng.choice([2, 300, 3000, MAX_LEN])), size)
+    return request(heads, np.ones(size, int), kv_lens, in_graph=in_graph)
+
+
+def largest_chunk(heads: Heads) -> Request:
+    """One chunk that fills a tile, with as many splits of its context as the planner makes."""
+    rows = 64 if heads.head_dim >= 256 else 128
+    splits = 2 * NUM_SMS // heads.num_kv_heads
+    length = max(1, rows // heads.group)
+    return request(heads, np.array([length]), np.array([splits * 128]))
+
+
+def plan_random_mixes(planner: Planner, heads: Heads, count: int, seed: int) -> None:
+    """As many of each kind, with the engine's workspace. Raises PlanError if one overflows."""
+    rng, available = np.random.default_rng(seed), workspace_bytes(heads)
+    for _ in range(count):
+        planner.plan(random_chunks(heads, rng), available)
+        planner.plan(random_decodes(heads, rng, in_graph=False), available)
+        planner.plan(random_decodes(heads, rng, in_graph=True), available)
+
+
+@pytest.mark.parametrize("heads", heads_by_name(TOO_LARGE))
+def test_random_mixes_fit_into_the_workspace(planner: Planner, heads: Heads) -> None:
+    plan_random_mixes(planner, heads, 300, seed=0)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("heads", heads_by_name(TOO_LARGE))
+def test_ten_thousand_mixes_fit_into_the_workspace(planner: Planner, heads: Heads) -> None:
+    plan_random_mixes(planner, heads, 10_000, seed=1)
+
+
+@pytest.mark.parametrize("heads", heads_by_name(TOO_LARGE))
+def test_the_plans_that_take_most_fit_into_the_workspace(planner: Planner, heads: Heads) -> None:
+    available = workspace_bytes(heads)
+    ones = np.ones(LARGEST_GRAPH, int)
+    planner.plan(largest_chunk(heads), available)
+    planner.plan(request(heads, ones, ones, in_graph=True), available)
+
+
+@pytest.mark.parametrize("heads", heads_by_name(set()))
+def test_no_random_mix_takes_more_than_the_largest(planner: Planner, heads: Heads) -> None:
+    """So the test above is the worst case, whatever the size of the workspace."""
+    enough, rng = 2**33, np.random.default_rng(2)
+    chunk = planner.plan(largest_chunk(heads), enough).float_bytes
+    ones = np.ones(LARGEST_GRAPH, int)
+    graph = planner.plan(request(heads, ones, ones, in_graph=True), enough).float_bytes
+    for _ in range(300):
+        assert planner.plan(random_chunks(heads, rng), enough).float_bytes <= chunk
+        decodes = random_decodes(heads, rng, in_graph=True)
+        assert planner.plan(decodes, enough).float_bytes <= graph
+        with pytest.raises(PlanError):
+            planner.plan(largest_chunk(heads), chunk - 1)
+
+
+@pytest.mark.parametrize("heads", heads_by_name(set()))
+def test_the_plans_of_a_graph_differ_only_in_what_it_reads_at_run_time(
+    planner: Planner, heads: Heads
+) -> None:
+    rng = np.random.default_rng(3)
+    for size in (1, 2, 4, 8, 16, 40, 64, 128, 200, 256):
+        ones = np.ones(size, int)
+        recorded = planner.plan(request(heads, ones, ones, in_graph=True), 2**33).info
+        for longest in (2, 100, 2000, MAX_LEN):
+            kv_lens = rng.integers(1, longest, size)
+            later = planner.plan(request(heads, ones, kv_lens, in_graph=True), 2**33).info
+            assert later == recorded

@@ -1,0 +1,152 @@
+"""The engine starts and serves on a fake GPU, without a wait, a mistaken call or a late compile.
+
+See fake_cuda, fake_flashinfer and fake_triton for what makes it fail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minisrv.sampling_params import Grammar, TokenBias
+from minisrv.structured_output.vocabulary import Vocabulary
+from minisrv.wire.messages import Finish, GenerateMsg
+from tests.gpu_dry_run.dry_run import decode_batch, dry_run, step_batch
+from tests.gpu_dry_run.models import MODELS
+from tests.support.builders import DEMO_EOS, demo_tokenizer, generate_msg
+
+VOCAB_SIZE = 151936
+SMALL = {"cuda_graph_max_bs": 8, "max_running_requests": 64}
+
+
+def prompts(lens: list[int], first_uid: int = 0, **sampling: Any) -> list[GenerateMsg]:
+    """Prompts without a common prefix."""
+    return [
+        generate_msg(
+            first_uid + 100 * i,
+            np.full(length, first_uid + i + 1).tolist(),
+            **{"max_tokens": 4, "ignore_eos": True, **sampling},
+        )
+        for i, length in enumerate(lens)
+    ]
+
+
+def of_every_kind() -> list[GenerateMsg]:
+    """Requests that together reach every path of a step except grammars."""
+    messages = prompts([1, 2, 17, 65, 513, 3000], 0, max_tokens=6)
+    messages += prompts([5, 40], 1000, temperature=0.7, top_p=0.9, top_k=20, min_p=0.1, seed=1)
+    messages += prompts([30], 2000, n=3, temperature=1.0)
+    messages += prompts([9], 3000, logit_bias=(TokenBias(7, 2.0), TokenBias(9, -100.0)))
+    messages += prompts([300], 5000, logprobs=5, prompt_logprobs=3)
+    messages += prompts([12], 6000, min_tokens=3, stop_token_ids=(5, 6))
+    # More suppressed tokens than fit into the words of a step.
+    many = tuple(range(100, 356))
+    messages += prompts([8] * 5, 7000, min_tokens=3, stop_token_ids=many)
+    return messages
+
+
+@dataclass(frozen=True)
+class Served:
+    """How the requests of a model ended, and the kernels that were missing when they came."""
+
+    num_choices: int
+    ends: dict[int, Finish]
+    num_replays: int
+    num_plans: int
+    late: list[str]
+    late_for_penalties: list[str]
+
+
+@cache
+def serve(name: str) -> Served:
+    """Start a model; serve requests of every kind, then penalties in batches of several sizes."""
+    messages = of_every_kind()
+    with TemporaryDirectory() as folder, dry_run(MODELS[name], Path(folder), **SMALL) as run:
+        ends, found = run.serve(messages), run.machine
+        late = found.kernels.late
+        for count in (1, 2, 5, 16, 33):
+            penalized = prompts([20] * count, frequency_penalty=0.5, repetition_penalty=1.2)
+            assert set(run.serve(penalized).values()) == {Finish.LENGTH}
+        return Served(
+            sum(message.sampling.n for message in messages),
+            ends,
+            found.gpu.num_replays,
+            found.plans.num_planned,
+            late,
+            found.kernels.late[len(late) :],
+        )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_serves_requests_of_every_kind(name: str) -> None:
+    served = serve(name)
+    assert len(served.ends) == served.num_choices
+    assert set(served.ends.values()) == {Finish.LENGTH}
+    assert served.num_replays > 10
+    assert served.num_plans > served.num_replays // 2 + 20
+
+
+LATE = {
+    "Qwen3-30B-A3B": "the tiles of medium-sized prompts are not met at the start",
+    "Qwen3-8B-FP8-blocks": "_grouped_product is specialised on the number of tokens",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[pytest.mark.xfail(strict=True, reason=LATE[name])] if name in LATE else [],
+        )
+        for name in MODELS
+    ],
+)
+def test_no_kernel_is_first_compiled_while_serving(name: str) -> None:
+    assert not serve(name).late
+
+
+@pytest.mark.xfail(strict=True, reason="_penalize is specialised on the number of samples")
+@pytest.mark.parametrize("name", MODELS)
+def test_no_kernel_is_first_compiled_for_penalties(name: str) -> None:
+    assert not serve(name).late_for_penalties
+
+
+def test_it_preempts(tmp_path: Path) -> None:
+    with dry_run(MODELS["Qwen3-0.6B"], tmp_path, num_pages=20, **SMALL) as run:
+        ends = run.serve(prompts([100, 100, 100], max_tokens=120))
+        assert run.loop.scheduler.num_preemptions
+    assert list(ends.values()) == [Finish.LENGTH] * 3
+
+
+def test_it_serves_grammars_beside_free_texts(tmp_path: Path) -> None:
+    model, tokenizer = MODELS["Qwen3-0.6B"], demo_tokenizer()
+    vocabulary = Vocabulary(tokenizer, VOCAB_SIZE, [DEMO_EOS])
+    (letter,) = tokenizer.encode("a", add_special_tokens=False)
+    with dry_run(model, tmp_path, vocabulary=vocabulary, **SMALL) as run:
+        run.machine.gpu.next_token = letter
+        messages = prompts([10, 40, 7], grammar=Grammar.regex("a{3}"), max_tokens=9)
+        messages += prompts([10, 40, 7], 1000)
+        ends = run.serve(messages)
+    assert [ends[uid] for uid in (0, 100, 200)] == [Finish.COMPLETE] * 3
+    assert [ends[uid] for uid in (1000, 1100, 1200)] == [Finish.LENGTH] * 3
+
+
+def test_steps_of_the_largest_sizes(tmp_path: Path) -> None:
+    """Those of a full server: every row decodes, and a full budget of prompt tokens."""
+    with dry_run(MODELS["Qwen3-0.6B"], tmp_path, cuda_graph_max_bs=8) as run:
+        for batch in (
+            decode_batch(256),
+            decode_batch(256, adjusted=True),
+            decode_batch(250),
+            step_batch(num_decodes=200, chunks=[3000, 77], start=900),
+            step_batch(num_decodes=0, chunks=[1], start=4000),
+            step_batch(num_decodes=0, chunks=[4096, 4096]),
+        ):
+            assert run.launches(batch)
