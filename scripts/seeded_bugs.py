@@ -142,6 +142,7 @@ def run(bug: Bug, tests: list[str]) -> str | None:
                 "PYTHONPATH": folder,
                 "HYPOTHESIS_STORAGE_DIRECTORY": folder,
                 "NO_SHRINK": "1",
+                "COLUMNS": "250",
             },
         )
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)(.*)", done.stdout, re.MULTILINE)

@@ -8,6 +8,7 @@ import pytest
 
 from tests.gpu_dry_run.dry_run import dry_run
 from tests.gpu_dry_run.models import MODELS
+from tests.gpu_dry_run.requests import SMALL, of_every_kind
 
 EXPECTED = {"_write_pages", "_expand", "_norm_rotate_store", "_score_blocks", "_pick_best"}
 
@@ -15,7 +16,8 @@ EXPECTED = {"_write_pages", "_expand", "_norm_rotate_store", "_score_blocks", "_
 def compile_variants(name: str, folder: Path) -> None:
     from tests.gpu_dry_run.fake_triton import SHARED_BYTES
 
-    with dry_run(MODELS[name], folder, cuda_graph_max_bs=8) as run:
+    with dry_run(MODELS[name], folder, **SMALL) as run:
+        run.serve(of_every_kind())
         variants = list(run.machine.kernels.variants)
     assert {variant.name for variant in variants} >= EXPECTED
     for variant in variants:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -14,8 +17,10 @@ from minisrv.config import ServerConfig
 from minisrv.engine.attention.flashinfer import FlashInferAttention
 from minisrv.engine.backends import choose_backends
 from minisrv.engine.kv_pool import KVPool
-from tests.gpu_dry_run.dry_run import machine
+from minisrv.engine.model_size import graph_sizes
+from tests.gpu_dry_run.dry_run import dry_run, machine
 from tests.gpu_dry_run.fake_cuda import NUM_SMS
+from tests.gpu_dry_run.models import MODELS
 from tests.gpu_dry_run.planner import PlanError, Planner, Request, load_planner, make_request
 
 PAGE_SIZE, MAX_LEN = 16, 40960
@@ -117,12 +122,41 @@ def random_chunks(heads: Heads, rng: np.random.Generator) -> Request:
     return request(heads, query_lens, query_lens + contexts)
 
 
-def random_decodes(heads: Heads, rng: np.random.Generator, *, in_graph: bool) -> Request:
-    size = int(rng.integers(1, LARGEST_GRAPH + 1))
-    if in_graph and size > 4:
-        size = -(-size // 8) * 8
-    kv_lens = rng.integers(1, int(rng.choice([2, 300, 3000, MAX_LEN])), size)
-    return request(heads, np.ones(size, int), kv_lens, in_graph=in_graph)
+def graph_request(heads: Heads, kv_lens: np.ndarray) -> Request:
+    """Decodes in a graph, planned with the options of the engine."""
+    ones = np.ones(len(kv_lens), int)
+    return request(heads, ones, kv_lens, in_graph=True, uniform_q_len=uniform_q_len())
+
+
+@cache
+def uniform_q_len() -> int:
+    """Of the plan that a served model has made for a graph."""
+    model = MODELS["Qwen3-0.6B"]
+    with (
+        TemporaryDirectory() as folder,
+        dry_run(model, Path(folder), num_layers=1, cuda_graph_max_bs=1) as run,
+    ):
+        held = [plan.request for plan in run.machine.plans.held.values()]
+        (found,) = [planned for planned in held if planned.in_graph]
+        return found.uniform_q_len
+
+
+def random_kv_lens(rng: np.random.Generator, size: int) -> np.ndarray:
+    return rng.integers(1, int(rng.choice([2, 300, 3000, MAX_LEN])), size)
+
+
+def random_decodes(heads: Heads, rng: np.random.Generator) -> Request:
+    """More than fit into a graph, or of a rank that has no graphs."""
+    size = int(rng.integers(1, 2 * LARGEST_GRAPH))
+    return request(heads, np.ones(size, int), random_kv_lens(rng, size))
+
+
+def random_graph(heads: Heads, rng: np.random.Generator) -> Request:
+    return graph_request(heads, random_kv_lens(rng, int(rng.choice(graph_sizes(LARGEST_GRAPH)))))
+
+
+def largest_graph(heads: Heads) -> Request:
+    return graph_request(heads, np.ones(LARGEST_GRAPH, int))
 
 
 def largest_chunk(heads: Heads) -> Request:
@@ -138,8 +172,8 @@ def plan_random_mixes(planner: Planner, heads: Heads, count: int, seed: int) -> 
     rng, available = np.random.default_rng(seed), workspace_bytes(heads)
     for _ in range(count):
         planner.plan(random_chunks(heads, rng), available)
-        planner.plan(random_decodes(heads, rng, in_graph=False), available)
-        planner.plan(random_decodes(heads, rng, in_graph=True), available)
+        planner.plan(random_decodes(heads, rng), available)
+        planner.plan(random_graph(heads, rng), available)
 
 
 @pytest.mark.parametrize("heads", heads_by_name(TOO_LARGE))
@@ -156,9 +190,8 @@ def test_ten_thousand_mixes_fit_into_the_workspace(planner: Planner, heads: Head
 @pytest.mark.parametrize("heads", heads_by_name(TOO_LARGE))
 def test_the_plans_that_take_most_fit_into_the_workspace(planner: Planner, heads: Heads) -> None:
     available = workspace_bytes(heads)
-    ones = np.ones(LARGEST_GRAPH, int)
     planner.plan(largest_chunk(heads), available)
-    planner.plan(request(heads, ones, ones, in_graph=True), available)
+    planner.plan(largest_graph(heads), available)
 
 
 @pytest.mark.parametrize("heads", heads_by_name(set()))
@@ -166,14 +199,13 @@ def test_no_random_mix_takes_more_than_the_largest(planner: Planner, heads: Head
     """So the test above is the worst case, whatever the size of the workspace."""
     enough, rng = 2**33, np.random.default_rng(2)
     chunk = planner.plan(largest_chunk(heads), enough).float_bytes
-    ones = np.ones(LARGEST_GRAPH, int)
-    graph = planner.plan(request(heads, ones, ones, in_graph=True), enough).float_bytes
+    graph = planner.plan(largest_graph(heads), enough).float_bytes
     for _ in range(300):
-        assert planner.plan(random_chunks(heads, rng), enough).float_bytes <= chunk
-        decodes = random_decodes(heads, rng, in_graph=True)
-        assert planner.plan(decodes, enough).float_bytes <= graph
-        with pytest.raises(PlanError):
-            planner.plan(largest_chunk(heads), chunk - 1)
+        for eager in (random_chunks(heads, rng), random_decodes(heads, rng)):
+            assert planner.plan(eager, enough).float_bytes <= chunk
+        assert planner.plan(random_graph(heads, rng), enough).float_bytes <= graph
+    with pytest.raises(PlanError):
+        planner.plan(largest_chunk(heads), chunk - 1)
 
 
 @pytest.mark.parametrize("heads", heads_by_name(set()))
@@ -181,10 +213,8 @@ def test_the_plans_of_a_graph_differ_only_in_what_it_reads_at_run_time(
     planner: Planner, heads: Heads
 ) -> None:
     rng = np.random.default_rng(3)
-    for size in (1, 2, 4, 8, 16, 40, 64, 128, 200, 256):
-        ones = np.ones(size, int)
-        recorded = planner.plan(request(heads, ones, ones, in_graph=True), 2**33).info
+    for size in graph_sizes(LARGEST_GRAPH):
+        recorded = planner.plan(graph_request(heads, np.ones(size, int)), 2**33).info
         for longest in (2, 100, 2000, MAX_LEN):
             kv_lens = rng.integers(1, longest, size)
-            later = planner.plan(request(heads, ones, kv_lens, in_graph=True), 2**33).info
-            assert later == recorded
+            assert planner.plan(graph_request(heads, kv_lens), 2**33).info == recorded

@@ -5,50 +5,40 @@ See fake_cuda, fake_flashinfer and fake_triton for what makes it fail.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import pytest
 
-from minisrv.sampling_params import Grammar, TokenBias
+from minisrv.sampling_params import Grammar
 from minisrv.structured_output.vocabulary import Vocabulary
-from minisrv.wire.messages import Finish, GenerateMsg
+from minisrv.wire.messages import Finish
 from tests.gpu_dry_run.dry_run import decode_batch, dry_run, step_batch
 from tests.gpu_dry_run.models import MODELS
-from tests.support.builders import DEMO_EOS, demo_tokenizer, generate_msg
+from tests.gpu_dry_run.requests import SMALL, of_every_kind, prompts
+from tests.support.builders import DEMO_EOS, demo_tokenizer
 
 VOCAB_SIZE = 151936
-SMALL = {"cuda_graph_max_bs": 8, "max_running_requests": 64}
 
 
-def prompts(lens: list[int], first_uid: int = 0, **sampling: Any) -> list[GenerateMsg]:
-    """Prompts without a common prefix."""
+# They differ from others only in their sizes.
+SOAK = {"Qwen3-8B", "Qwen3-14B"}
+
+
+def names(marks: Mapping[str, pytest.MarkDecorator] = MappingProxyType({})) -> list[Any]:
+    """The models as parameters of a test, with these marks by name."""
     return [
-        generate_msg(
-            first_uid + 100 * i,
-            np.full(length, first_uid + i + 1).tolist(),
-            **{"max_tokens": 4, "ignore_eos": True, **sampling},
+        pytest.param(
+            name,
+            marks=[pytest.mark.soak] * (name in SOAK) + [marks[name]] * (name in marks),
         )
-        for i, length in enumerate(lens)
+        for name in MODELS
     ]
-
-
-def of_every_kind() -> list[GenerateMsg]:
-    """Requests that together reach every path of a step except grammars."""
-    messages = prompts([1, 2, 17, 65, 513, 3000], 0, max_tokens=6)
-    messages += prompts([5, 40], 1000, temperature=0.7, top_p=0.9, top_k=20, min_p=0.1, seed=1)
-    messages += prompts([30], 2000, n=3, temperature=1.0)
-    messages += prompts([9], 3000, logit_bias=(TokenBias(7, 2.0), TokenBias(9, -100.0)))
-    messages += prompts([300], 5000, logprobs=5, prompt_logprobs=3)
-    messages += prompts([12], 6000, min_tokens=3, stop_token_ids=(5, 6))
-    # More suppressed tokens than fit into the words of a step.
-    many = tuple(range(100, 356))
-    messages += prompts([8] * 5, 7000, min_tokens=3, stop_token_ids=many)
-    return messages
 
 
 @dataclass(frozen=True)
@@ -83,7 +73,7 @@ def serve(name: str) -> Served:
         )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", names())
 def test_it_serves_requests_of_every_kind(name: str) -> None:
     served = serve(name)
     assert len(served.ends) == served.num_choices
@@ -100,20 +90,14 @@ LATE = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            name,
-            marks=[pytest.mark.xfail(strict=True, reason=LATE[name])] if name in LATE else [],
-        )
-        for name in MODELS
-    ],
+    names({name: pytest.mark.xfail(strict=True, reason=reason) for name, reason in LATE.items()}),
 )
 def test_no_kernel_is_first_compiled_while_serving(name: str) -> None:
     assert not serve(name).late
 
 
 @pytest.mark.xfail(strict=True, reason="_penalize is specialised on the number of samples")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", names())
 def test_no_kernel_is_first_compiled_for_penalties(name: str) -> None:
     assert not serve(name).late_for_penalties
 
