@@ -32,11 +32,9 @@ SOAK = {"Qwen3-8B", "Qwen3-14B"}
 
 def names(marks: Mapping[str, pytest.MarkDecorator] = MappingProxyType({})) -> list[Any]:
     """The models as parameters of a test, with these marks by name."""
+    soak = dict.fromkeys(SOAK, pytest.mark.soak)
     return [
-        pytest.param(
-            name,
-            marks=[pytest.mark.soak] * (name in SOAK) + [marks[name]] * (name in marks),
-        )
+        pytest.param(name, marks=[given[name] for given in (soak, marks) if name in given])
         for name in MODELS
     ]
 
