@@ -150,11 +150,11 @@ def run(bug: Bug, tests: list[str]) -> str | None:
     return failed and failed[1] + failed[2][:110]
 
 
-def report(bugs: list[Bug], tests: list[str]) -> int:
-    """Try those bugs whose numbers are arguments of the program, or all; 1 if one is missed."""
+def report(bugs: list[tuple[Bug, list[str]]]) -> int:
+    """Try bugs on their tests, all or those whose numbers are arguments; 1 if one is missed."""
     wanted = {int(number) for number in sys.argv[1:]} or set(range(1, len(bugs) + 1))
     missed = 0
-    for number, bug in enumerate(bugs, 1):
+    for number, (bug, tests) in enumerate(bugs, 1):
         if number in wanted:
             failed = run(bug, tests)
             missed += failed is None
@@ -163,4 +163,4 @@ def report(bugs: list[Bug], tests: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(report(BUGS, TESTS))
+    sys.exit(report([(bug, TESTS) for bug in BUGS]))
