@@ -406,8 +406,8 @@ def _offset(tensor: Tensor) -> int:
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
-    assert tensor.is_contiguous()
-    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+    dense = tensor.contiguous()
+    return ctypes.string_at(dense.data_ptr(), dense.nbytes)
 
 
 def _is_cuda(device: Any) -> bool:
