@@ -10,9 +10,10 @@ from minisrv.errors import RequestFailedError
 from minisrv.frontend.registry.engine_client import EngineClient
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.sampling_params import SamplingParams
+from minisrv.supervision.run_dir import private_directory
 from minisrv.wire.codec import encode
 from minisrv.wire.messages import TOKENIZER_INBOX, AbortMsg, Finish, TokenizeMsg
-from minisrv.wire.sockets import AsyncInbox, Outbox, private_directory
+from minisrv.wire.sockets import AsyncInbox, Outbox
 from tests.support.http_server import MODEL
 from tests.support.scripted_backend import reply
 

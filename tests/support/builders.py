@@ -19,7 +19,7 @@ from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
 from minisrv.structured_output.compiler import GrammarCompiler
 from minisrv.structured_output.sandbox import Sandbox
-from minisrv.structured_output.vocabulary import LIMITS, Vocabulary, read_vocabulary
+from minisrv.structured_output.vocabulary import Vocabulary, read_vocabulary
 from minisrv.wire.messages import GenerateMsg
 from tests.support.hash_engine import HashEngine
 
@@ -81,7 +81,7 @@ def hash_loop(
     return SchedulerLoop(scheduler, engine, LocalChannel(), depth, compiler)
 
 
-def demo_vocabulary(limits: LLParserLimits = LIMITS) -> Vocabulary:
+def demo_vocabulary(limits: LLParserLimits | None = None) -> Vocabulary:
     """The demo model's 512 tokens; DEMO_EOS ends a text."""
     return Vocabulary(read_vocabulary(demo_tokenizer(), 512, [DEMO_EOS]), limits)
 

@@ -14,9 +14,9 @@ from typing import Any
 from minisrv.checkpoint.model_config import load_model_config
 from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.kvcache.manager import KVCacheManager
-from minisrv.scheduler.channel import ZmqChannel
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
+from minisrv.scheduler.zmq_channel import ZmqChannel
 from minisrv.supervision.child_main import Child, run_child
 from minisrv.supervision.records import ChildReady
 from tests.support.hash_engine import HashEngine

@@ -15,9 +15,9 @@ from minisrv.checkpoint.model_config import load_model_config
 from minisrv.checkpoint.tokenizer import load_tokenizer
 from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput
 from minisrv.kvcache.manager import KVCacheManager
-from minisrv.scheduler.channel import ZmqChannel
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
+from minisrv.scheduler.zmq_channel import ZmqChannel
 from minisrv.supervision.child_main import Child, run_child
 from minisrv.supervision.records import ChildReady
 

@@ -26,7 +26,7 @@ from minisrv.errors import ConfigError, InvalidRequestError, MinisrvError
 from minisrv.llm.outputs import RequestOutput, Run, error_of
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.channel import LocalChannel
-from minisrv.scheduler.process import model_facts
+from minisrv.scheduler.facts import model_facts
 from minisrv.structured_output.vocabulary import open_vocabulary
 from minisrv.tokenizer.chat_template import ChatTemplate
 from minisrv.tokenizer.worker import TokenizerWorker

@@ -15,7 +15,7 @@ from minisrv.engine.engine import Engine
 from minisrv.errors import MinisrvError
 from minisrv.kvcache.manager import KVCacheManager
 from minisrv.sampling_params import SamplingParams
-from minisrv.scheduler.channel import LocalChannel, ZmqChannel
+from minisrv.scheduler.channel import Channel
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
 from minisrv.scheduler.stats import LoopStats
@@ -40,7 +40,7 @@ WARM_UP = SamplingParams(
 def build_loop(
     config: ServerConfig,
     model_dir: Path,
-    channel: ZmqChannel | LocalChannel,
+    channel: Channel,
     progress: Callable[[str, float], None],
     run_dir: Path | None = None,
     vocabulary: Vocabulary | MinisrvError | None = None,

@@ -15,7 +15,7 @@ from minisrv.engine.forward_batch import ForwardEngine
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.sampling_params import Grammar
 from minisrv.scheduler.batch_builder import BatchBuilder
-from minisrv.scheduler.channel import LocalChannel, ZmqChannel
+from minisrv.scheduler.channel import Channel
 from minisrv.scheduler.grammars import Grammars
 from minisrv.scheduler.replies import Replies
 from minisrv.scheduler.request import Request
@@ -60,7 +60,7 @@ class SchedulerLoop:
         self,
         scheduler: Scheduler,
         engine: ForwardEngine,
-        channel: ZmqChannel | LocalChannel,
+        channel: Channel,
         overlap_depth: int,
         compiler: GrammarCompiler | MinisrvError | None = None,
     ) -> None:

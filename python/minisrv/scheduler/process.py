@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from minisrv.checkpoint.model_config import SAMPLING_DEFAULTS, ModelConfig, load_model_config
+from minisrv.checkpoint.model_config import load_model_config
 from minisrv.checkpoint.tokenizer import load_tokenizer
-from minisrv.config import ServerConfig
-from minisrv.scheduler.channel import ZmqChannel
+from minisrv.scheduler.facts import model_facts
+from minisrv.scheduler.zmq_channel import ZmqChannel
 from minisrv.structured_output.vocabulary import open_vocabulary
 from minisrv.supervision.child_main import Child, freeze_objects, run_child
 from minisrv.supervision.records import ChildReady
@@ -36,14 +35,3 @@ def _serve(child: Child) -> None:
     facts |= {"placement": loop.engine.placement, "memory_plan": loop.engine.describe()}
     child.report(ChildReady(facts))
     loop.run(loop.engine.check)
-
-
-def model_facts(model: ModelConfig, config: ServerConfig, max_seq_len: int) -> dict[str, Any]:
-    """The model's facts for the frontend."""
-    defaults = model.defaults_of(config.sampling_defaults)
-    return {
-        "max_seq_len": max_seq_len,
-        "vocab_size": model.vocab_size,
-        "sampling_defaults": {name: getattr(defaults, name) for name in SAMPLING_DEFAULTS},
-        "unapplied_defaults": model.unapplied_defaults,
-    }

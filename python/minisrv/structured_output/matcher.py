@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from llguidance import LLMatcher
 
 from minisrv.wire.arrays import Int32Array
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 
 class Matcher:

@@ -1,12 +1,12 @@
-"""Translates a Grammar into the input of llguidance, which constrains the output."""
+"""Translates a Grammar into the input of llguidance, which constrains the output.
+
+llguidance is imported by the functions that call it: an engine without grammars runs without it.
+"""
 
 from __future__ import annotations
 
 import json
 from typing import Any
-
-from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark
 
 from minisrv.errors import InvalidRequestError
 from minisrv.sampling_params import Grammar
@@ -39,6 +39,8 @@ def _prepend_rule(source: str, before: str) -> str:
 
 
 def _text_source(grammar: Grammar) -> str:
+    from llguidance import LLMatcher
+
     match grammar.kind:
         case "json_schema":
             return _json_source(grammar)
@@ -89,6 +91,8 @@ def json_source(schema: Any) -> str:
 
     Raises ValueError if it is nested too deeply.
     """
+    from llguidance import LLMatcher
+
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
 
 
@@ -108,6 +112,8 @@ def _choice_lark(grammar: Grammar) -> str:
 
 
 def _lark(grammar: Grammar) -> str:
+    from llguidance.gbnf_to_lark import any_to_lark
+
     try:
         return any_to_lark(grammar.text)
     except Exception as error:  # the converter raises exceptions of many types

@@ -6,18 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.structured_output.matcher import Matcher
 
 if TYPE_CHECKING:
-    from minisrv.checkpoint.tokenizer import HFTokenizer
+    from llguidance import LLMatcher, LLParserLimits
 
-# llguidance counts its work in its own units, not in time, so that a grammar passes on every
-# machine or on none. A state takes 1 to 2 kB. With the default step limits, a mask takes 15 ms at
-# most.
-LIMITS = LLParserLimits(initial_lexer_fuel=500_000, max_lexer_states=50_000, verbose_errors=False)
+    from minisrv.checkpoint.tokenizer import HFTokenizer
 
 
 def open_vocabulary(
@@ -28,6 +23,17 @@ def open_vocabulary(
         return Vocabulary(read_vocabulary(tokenizer, vocab_size, eos_ids))
     except MinisrvError as error:
         return error
+
+
+def default_limits() -> LLParserLimits:
+    """The work that one grammar may cost.
+
+    llguidance counts in its own units, not in time, so that a grammar passes on every machine or on
+    none. A state takes 1 to 2 kB. With the default step limits, a mask takes 15 ms at most.
+    """
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(initial_lexer_fuel=500_000, max_lexer_states=50_000, verbose_errors=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,30 +63,36 @@ def read_vocabulary(
 class Vocabulary:
     """Compiles grammars for one model. Thread-safe; compiling releases the GIL.
 
-    Raises MinisrvError if llguidance cannot read the tokenizer.
+    limits: None is `default_limits`. Raises MinisrvError if llguidance is not installed or cannot
+    read the tokenizer.
     """
 
-    def __init__(self, source: VocabularySource, limits: LLParserLimits = LIMITS) -> None:
+    def __init__(self, source: VocabularySource, limits: LLParserLimits | None = None) -> None:
         try:
-            self._tokens = LLTokenizer(
+            import llguidance
+        except ImportError as error:
+            raise MinisrvError(f"llguidance cannot be imported: {error}") from error
+        try:
+            self._tokens = llguidance.LLTokenizer(
                 source.tokenizer, n_vocab=source.size, eos_token=source.eos_ids
             )
         except Exception as error:  # the library raises ValueError and its own types
             raise MinisrvError(f"llguidance cannot use the tokenizer: {error}") from error
         self.source = source
-        self._limits = limits
+        self._matcher_type = llguidance.LLMatcher
+        self._limits = default_limits() if limits is None else limits
         self.num_words = (source.size + 31) // 32
 
     def find_error(self, source: str) -> str | None:
         """The error in the source of a grammar, or None; takes as long as compiling it."""
-        wrong, messages = LLMatcher.validate_grammar_with_warnings(
+        wrong, messages = self._matcher_type.validate_grammar_with_warnings(
             source, self._tokens, limits=self._limits
         )
         return messages[0] if wrong else None
 
     def compile(self, source: str) -> Matcher:
         """A matcher at the start of the text. Raises InvalidRequestError."""
-        inner = LLMatcher(self._tokens, source, log_level=0, limits=self._limits)
+        inner = self._matcher_type(self._tokens, source, log_level=0, limits=self._limits)
         # The first mask builds the automata that all copies share.
         inner.compute_bitmask()
         if inner.is_error():

@@ -26,7 +26,7 @@ from minisrv.config import ServerConfig
 from minisrv.errors import MinisrvError
 from minisrv.supervision.child_handle import ChildProcess
 from minisrv.supervision.records import EngineEnded, EngineReady, Notice, StartProgress
-from minisrv.wire.sockets import private_directory
+from minisrv.supervision.run_dir import private_directory
 
 logger = logging.getLogger("minisrv.supervision.supervisor")
 

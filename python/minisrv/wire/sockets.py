@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +22,6 @@ from minisrv.wire.messages import InboxTypes, Message
 logger = logging.getLogger("minisrv.wire.sockets")
 
 HIGH_WATER = 100_000
-
-
-@contextmanager
-def private_directory() -> Iterator[Path]:
-    """A directory of mode 0700 for this run's sockets, removed at the end."""
-    path = Path(tempfile.mkdtemp(prefix="minisrv-"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _endpoint(directory: Path, name: str) -> str:

@@ -16,7 +16,7 @@ from minisrv.engine.parallel.plan_pipe import encode_plan
 from minisrv.errors import EngineDeadError, MinisrvError
 from minisrv.supervision.child_handle import ChildProcess
 from minisrv.supervision.records import StartProgress
-from minisrv.wire.sockets import private_directory
+from minisrv.supervision.run_dir import private_directory
 
 JOINING = "join the other ranks"
 _DEATH_SHOWS_S = 2.0

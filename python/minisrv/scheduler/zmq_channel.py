@@ -1,0 +1,36 @@
+"""The sockets of the scheduler process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minisrv.wire.messages import SCHEDULER_INBOX, AnswerMsg, DetokenizeMsg, Message, StatsMsg
+from minisrv.wire.sockets import Inbox, Outbox
+
+
+class ZmqChannel:
+    """A Channel between processes, over ZeroMQ."""
+
+    WAIT_S = 1.0
+
+    def __init__(self, run_dir: Path, epoch: int) -> None:
+        self._inbox = Inbox(run_dir, "scheduler", SCHEDULER_INBOX, epoch)
+        self._outbox = Outbox(run_dir, "detokenizer", epoch)
+        self._frontend = Outbox(run_dir, "frontend", epoch)
+
+    def receive(self, wait: bool) -> list[Message]:
+        """With `wait`, blocks for at most WAIT_S."""
+        if wait:
+            self._inbox.wait(self.WAIT_S)
+        return self._inbox.drain()
+
+    def send(self, message: DetokenizeMsg) -> None:
+        self._outbox.send(message)
+
+    def send_to_frontend(self, message: AnswerMsg | StatsMsg) -> None:
+        self._frontend.send(message)
+
+    def close(self) -> None:
+        self._inbox.close()
+        self._outbox.close()
+        self._frontend.close()
