@@ -7,6 +7,7 @@ import pytest
 
 from minisrv.config import ServerConfig
 from minisrv.engine import rank_engine
+from minisrv.engine.cuda_memory import largest_batch
 from minisrv.engine.memory import available_memory
 from tests.support.checkpoints import make_checkpoint
 from tests.support.step_driver import open_engine
@@ -41,3 +42,14 @@ def test_the_largest_step_has_penalties_in_all_rows(
     assert rank.memory_plan.token_counts == counts_RV.nbytes == 5 * 384 * 2
     assert counts_RV[:, 0].eq(1).logical_or(counts_RV[:, 0].eq(-1)).all()
     assert counts_RV.count_nonzero(1).le(2).all()
+
+
+def test_the_largest_step_masks_the_samples_of_rank_0() -> None:
+    first, second = (
+        largest_batch(3, 12, 4, 100, on_rank_0=on_rank_0) for on_rank_0 in (True, False)
+    )
+    grammar = first.sampling.grammar
+    assert grammar is not None
+    assert grammar.samples.tolist() == [0, 1, 2]
+    assert grammar.fill().tolist() == [[-1] * 4] * 3
+    assert second.sampling.grammar is None
