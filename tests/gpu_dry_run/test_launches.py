@@ -17,7 +17,6 @@ import pytest
 from minisrv.engine import rank_engine
 from tests.gpu_dry_run.dry_run import decode_batch, dry_run
 from tests.gpu_dry_run.models import MODELS, Model
-from tests.gpu_dry_run.planner import PlanError
 
 BATCHES = (1, 64, 256)
 GOLDEN = Path(__file__).with_name("launches.json")
@@ -39,14 +38,6 @@ def measure(model: Model, folder: Path, num_layers: int | None) -> Figures:
         }
 
 
-# With 64 heads the workspace is too small for the graph of 256 sequences.
-OVERFLOWS = pytest.mark.xfail(strict=True, raises=PlanError, reason="the workspace is too small")
-names = pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[OVERFLOWS] if name == "Qwen3-32B" else []) for name in MODELS],
-)
-
-
 def extrapolate(model: Model, folder: Path) -> Figures:
     """The figures of all layers from those of two and of three."""
     two, three = measure(model, folder, 2), measure(model, folder, 3)
@@ -59,7 +50,7 @@ def extrapolate(model: Model, folder: Path) -> Figures:
     }
 
 
-@names
+@pytest.mark.parametrize("name", MODELS)
 def test_a_decode_step_takes_as_many_launches_as_agreed(name: str, tmp_path: Path) -> None:
     golden: dict[str, Figures] = json.loads(GOLDEN.read_text())
     found = extrapolate(MODELS[name], tmp_path)
@@ -74,7 +65,7 @@ def test_a_decode_step_takes_as_many_launches_as_agreed(name: str, tmp_path: Pat
 
 
 @pytest.mark.soak
-@names
+@pytest.mark.parametrize("name", MODELS)
 def test_all_layers_take_what_two_and_three_foretell(name: str, tmp_path: Path) -> None:
     golden: dict[str, Figures] = json.loads(GOLDEN.read_text())
     assert measure(MODELS[name], tmp_path, None) == golden[name]

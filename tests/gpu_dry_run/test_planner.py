@@ -54,21 +54,7 @@ HEADS = {
     "Llama-3.2-1B": Heads(32, 8, 64),
     "Gemma-2-9B": Heads(16, 8, 256),
 }
-# The workspace has a fixed size, which is too small for 64 heads and for groups of 8.
-TOO_LARGE = {
-    "Qwen3-32B",
-    "Qwen3-32B, one of 2 ranks",
-    "Qwen3-30B-A3B",
-    "Qwen3-30B-A3B, one of 4 ranks",
-}
-OVERFLOW = pytest.mark.xfail(strict=True, raises=PlanError, reason="the workspace is too small")
-
-
-def heads_by_name(overflowing: set[str]) -> list[object]:
-    return [
-        pytest.param(heads, id=name, marks=[OVERFLOW] if name in overflowing else [])
-        for name, heads in HEADS.items()
-    ]
+every_shape = pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 
 
 @pytest.fixture(scope="module")
@@ -176,25 +162,25 @@ def plan_random_mixes(planner: Planner, heads: Heads, count: int, seed: int) -> 
         planner.plan(random_graph(heads, rng), available)
 
 
-@pytest.mark.parametrize("heads", heads_by_name(TOO_LARGE))
+@every_shape
 def test_random_mixes_fit_into_the_workspace(planner: Planner, heads: Heads) -> None:
     plan_random_mixes(planner, heads, 300, seed=0)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("heads", heads_by_name(TOO_LARGE))
+@every_shape
 def test_ten_thousand_mixes_fit_into_the_workspace(planner: Planner, heads: Heads) -> None:
     plan_random_mixes(planner, heads, 10_000, seed=1)
 
 
-@pytest.mark.parametrize("heads", heads_by_name(TOO_LARGE))
+@every_shape
 def test_the_plans_that_take_most_fit_into_the_workspace(planner: Planner, heads: Heads) -> None:
     available = workspace_bytes(heads)
     planner.plan(largest_chunk(heads), available)
     planner.plan(largest_graph(heads), available)
 
 
-@pytest.mark.parametrize("heads", heads_by_name(set()))
+@every_shape
 def test_no_random_mix_takes_more_than_the_largest(planner: Planner, heads: Heads) -> None:
     """So the test above is the worst case, whatever the size of the workspace."""
     enough, rng = 2**33, np.random.default_rng(2)
@@ -208,7 +194,7 @@ def test_no_random_mix_takes_more_than_the_largest(planner: Planner, heads: Head
         planner.plan(largest_chunk(heads), chunk - 1)
 
 
-@pytest.mark.parametrize("heads", heads_by_name(set()))
+@every_shape
 def test_the_plans_of_a_graph_differ_only_in_what_it_reads_at_run_time(
     planner: Planner, heads: Heads
 ) -> None:

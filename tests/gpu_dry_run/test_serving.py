@@ -5,12 +5,10 @@ See fake_cuda, fake_flashinfer and fake_triton for what makes it fail.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -30,13 +28,9 @@ VOCAB_SIZE = 151936
 SOAK = {"Qwen3-8B", "Qwen3-14B"}
 
 
-def names(marks: Mapping[str, pytest.MarkDecorator] = MappingProxyType({})) -> list[Any]:
-    """The models as parameters of a test, with these marks by name."""
-    soak = dict.fromkeys(SOAK, pytest.mark.soak)
-    return [
-        pytest.param(name, marks=[given[name] for given in (soak, marks) if name in given])
-        for name in MODELS
-    ]
+def names() -> list[Any]:
+    """The models as parameters of a test."""
+    return [pytest.param(name, marks=[pytest.mark.soak] if name in SOAK else []) for name in MODELS]
 
 
 @dataclass(frozen=True)
@@ -80,21 +74,11 @@ def test_it_serves_requests_of_every_kind(name: str) -> None:
     assert served.num_plans > served.num_replays // 2 + 20
 
 
-LATE = {
-    "Qwen3-30B-A3B": "the tiles of medium-sized prompts are not met at the start",
-    "Qwen3-8B-FP8-blocks": "_grouped_product is specialised on the number of tokens",
-}
-
-
-@pytest.mark.parametrize(
-    "name",
-    names({name: pytest.mark.xfail(strict=True, reason=reason) for name, reason in LATE.items()}),
-)
+@pytest.mark.parametrize("name", names())
 def test_no_kernel_is_first_compiled_while_serving(name: str) -> None:
     assert not serve(name).late
 
 
-@pytest.mark.xfail(strict=True, reason="_penalize is specialised on the number of samples")
 @pytest.mark.parametrize("name", names())
 def test_no_kernel_is_first_compiled_for_penalties(name: str) -> None:
     assert not serve(name).late_for_penalties
