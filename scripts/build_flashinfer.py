@@ -90,7 +90,7 @@ def cross_build(specs: list[Any], output: Path) -> None:
         (output / spec.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(spec.jit_library_path, output / spec.name)
     (output / MADE_FOR).write_text(json.dumps(made_for(), indent=1) + "\n")
-    sizes = {path.name: path.stat().st_size for path in sorted(output.glob("*/*.so"))}
+    sizes = {spec.name: spec.jit_library_path.stat().st_size for spec in specs}
     for name, size in sizes.items():
         print(f"{size / 2**20:8.2f} MiB  {name}")
     print(f"{sum(sizes.values()) / 2**20:8.2f} MiB  together")
