@@ -1,17 +1,17 @@
-"""Checkpoints in bfloat16 on a GPU, held against transformers in float32 on the same weights."""
+"""Checkpoints in 16 bits on a GPU, held against transformers in float32 on the same weights."""
 
 from __future__ import annotations
 
 import logging
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
@@ -19,51 +19,36 @@ from minisrv.engine.host_runner import HostRunner
 from minisrv.scheduler.build import build_loop
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.loop import SchedulerLoop
-from tests.support.checkpoints import make_model
+from tests.support.half_models import load, logits_of, save_checkpoint
 from tests.support.oracle import NEW_TOKENS, make_prompts, run
 from tests.support.step_driver import StepDriver, open_engine
 
-DEVICE = "cuda"
-CLEAR_MARGIN = 0.1  # of the best logit over the second; below it bfloat16 may choose either
-HAS_GRAPHS = "cuda_graph_max_bs" in {f.name for f in fields(ServerConfig)}
-CASES = [("llama", 64), ("llama", 128), ("qwen3", 64), ("qwen3", 128), ("qwen2", 64)]
+DEVICE = torch.device("cuda")
+CLEAR_MARGIN = 0.1  # of the best logit over the second; below it 16 bits may choose either
+CASES = [
+    ("qwen3", 128, torch.bfloat16),
+    ("llama", 128, torch.bfloat16),
+    ("qwen2", 64, torch.bfloat16),
+    ("llama", 256, torch.bfloat16),
+    ("qwen3", 128, torch.float16),
+    ("qwen3", 64, torch.bfloat16),
+    ("llama", 64, torch.bfloat16),
+]
+
+
+def _name(value: object) -> str:
+    return str(value).removeprefix("torch.")
 
 
 @dataclass
 class Case:
-    """A checkpoint in bfloat16, and transformers' greedy tokens with it in float32."""
+    """A checkpoint in 16 bits, and transformers' greedy tokens with it in float32."""
 
     path: Path
+    dtype: torch.dtype
     model: PreTrainedModel
     prompts: list[list[int]]
     expected: list[list[int]]
-
-
-def save_checkpoint(path: Path, arch: str, head_dim: int) -> Path:
-    """Flatter attention and logits than usual: bfloat16 moves them by 0.03, not by 0.2."""
-    model = make_model(arch, head_dim=head_dim)
-    for name, parameter in model.named_parameters():
-        if "q_proj" in name or "k_proj" in name:
-            parameter.data *= 0.4
-        elif "lm_head" in name:
-            parameter.data *= 0.67
-    model = model.to(torch.bfloat16)
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(path)
-    return path
-
-
-def load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(DEVICE).eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model  # type: ignore[no-any-return]
-
-
-@torch.inference_mode()
-def logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """Of every position, [T, V]."""
-    return model(torch.tensor([ids], device=DEVICE)).logits[0].float()  # type: ignore[no-any-return]
 
 
 def greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
@@ -74,20 +59,22 @@ def greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
     return made[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.fixture(
+    scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}-{str(case[2])[6:]}"
+)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    arch, head_dim = request.param
-    path = save_checkpoint(tmp_path_factory.mktemp("checkpoint"), arch, head_dim)
-    model = load(path, torch.float32)
+    arch, head_dim, dtype = request.param
+    path = save_checkpoint(tmp_path_factory.mktemp("checkpoint"), arch, head_dim, dtype)
+    model = load(path, torch.float32, DEVICE)
     prompts = make_prompts(20, model.config.vocab_size)
-    return Case(path, model, prompts, [greedy(model, prompt) for prompt in prompts])
+    return Case(path, dtype, model, prompts, [greedy(model, prompt) for prompt in prompts])
 
 
 def make_loop(path: Path, **options: Any) -> SchedulerLoop:
     config = ServerConfig(
         **{
             "model": str(path),
-            "device": DEVICE,
+            "device": "cuda",
             "num_pages": 4000,
             "max_prefill_tokens": 256,
             "max_running_requests": 32,
@@ -101,7 +88,7 @@ def assert_agree(case: Case, outputs: list[list[int]]) -> None:
     """Equal up to the first place where the margin in float32 is not clear."""
     num_compared = 0
     for prompt, want, got in zip(case.prompts, case.expected, outputs, strict=True):
-        best = logits(case.model, prompt + want)[len(prompt) - 1 : -1].topk(2).values
+        best = logits_of(case.model, prompt + want)[len(prompt) - 1 : -1].topk(2).values
         unclear = ((best[:, 0] - best[:, 1]) < CLEAR_MARGIN).nonzero().flatten().tolist()
         clear = unclear[0] if unclear else len(want)
         assert got[:clear] == want[:clear]
@@ -111,17 +98,17 @@ def assert_agree(case: Case, outputs: list[list[int]]) -> None:
 
 def test_logits_are_as_near_to_float32_as_those_of_transformers(case: Case) -> None:
     """The prompt goes in chunks; wherever one ends, its logits are compared."""
-    half = load(case.path, torch.bfloat16)
-    driver = StepDriver(open_engine(case.path, device=DEVICE, num_pages=400))
+    half = load(case.path, case.dtype, DEVICE)
+    driver = StepDriver(open_engine(case.path, device="cuda", num_pages=400))
     errors: list[tuple[float, float]] = []
     rng = random.Random(0)
     for prompt in case.prompts:
-        exact, theirs = logits(case.model, prompt), logits(half, prompt)
+        exact, theirs = logits_of(case.model, prompt), logits_of(half, prompt)
         sequence, done = driver.add(), 0
         while done < len(prompt):
             chunk = prompt[done : done + rng.choice([1, 7, 100])]
             done += len(chunk)
-            ours = driver.logits(prefills=[(sequence, chunk)])[0].to(DEVICE)
+            ours = driver.logits(prefills=[(sequence, chunk)])[0].cpu()
             errors.append(
                 (
                     float((ours - exact[done - 1]).square().mean()),
@@ -170,7 +157,7 @@ def test_what_flashinfer_lacks_is_served_by_torch_with_one_warning(
     assert [lacking in message for message in caplog.messages] == [True]
     assert isinstance(loop.engine, Engine)
     assert isinstance(loop.engine._rank_0.runner, HostRunner)
-    model = load(path, torch.float32)
+    model = load(path, torch.float32, DEVICE)
     prompts = make_prompts(8, model.config.vocab_size, longest=200)
     expected = [greedy(model, prompt) for prompt in prompts]
-    assert_agree(Case(path, model, prompts, expected), run(loop, prompts, 8)[0])
+    assert_agree(Case(path, torch.bfloat16, model, prompts, expected), run(loop, prompts, 8)[0])

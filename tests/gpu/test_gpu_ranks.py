@@ -1,0 +1,124 @@
+"""Two ranks: on one device, and with NCCL where there are two GPUs."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minisrv.checkpoint.model_config import load_model_config
+from minisrv.config import ServerConfig
+from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput
+from minisrv.engine.parallel.communicator import TPGroup
+from minisrv.engine.parallel.shard import Sharding
+from minisrv.engine.rank_engine import RankEngine
+from tests.support.half_models import (
+    GREEDY,
+    MARGIN,
+    assert_best,
+    generate,
+    load,
+    logits_of,
+    save_checkpoint,
+)
+from tests.support.oracle import make_prompts
+from tests.support.step_driver import StepDriver
+
+CPU = torch.device("cpu")
+VOCAB_SIZE = 387  # the shards differ in size
+# Every expert is chosen: in 16 bits another one might be, which changes the text.
+ARCHITECTURES = {"qwen3": {}, "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 2}}
+
+
+class HostGroup(TPGroup):
+    """Ranks that share a GPU, which NCCL does not allow, meet in the memory of the host."""
+
+    def __init__(self, sharding: Sharding, run_dir: Path) -> None:
+        super().__init__(sharding, run_dir, CPU)
+
+    def all_reduce(self, x_TC: Tensor) -> Tensor:
+        return x_TC.copy_(super().all_reduce(x_TC.cpu()))
+
+    def gather_logits(self, logits: Tensor, vocab_size: int) -> Tensor:
+        return super().gather_logits(logits.cpu(), vocab_size).to(logits.device)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        return x.copy_(super().broadcast(x.cpu()))
+
+
+class TwoRanks:
+    """A ForwardEngine of two ranks in two threads of this process, on one device."""
+
+    def __init__(self, path: Path, device: torch.device, run_dir: Path) -> None:
+        self._config = ServerConfig(
+            model=str(path),
+            tp=2,
+            num_threads=1,
+            num_pages=400,
+            max_prefill_tokens=256,
+            max_running_requests=8,
+        )
+        self._path, self._device, self._run_dir = path, device, run_dir
+        self._threads = [ThreadPoolExecutor(1), ThreadPoolExecutor(1)]
+        self._ranks = [future.result() for future in self._on_each(self._build)]
+        self.num_pages, self.page_size = self._ranks[0].num_pages, self._config.page_size
+
+    def launch(self, batch: ForwardBatch) -> Any:
+        first, second = self._on_each(lambda rank: self._ranks[rank].runner.compute(batch))
+        second.result()
+        return first.result()
+
+    def wait(self, handle: Any) -> ForwardOutput:
+        if handle.done is not None:
+            handle.done.synchronize()
+        return ForwardOutput(handle.token_ids_S.numpy())
+
+    def close(self) -> None:
+        for thread in self._threads:
+            thread.shutdown()
+
+    def _on_each(self, work: Any) -> list[Future[Any]]:
+        return [thread.submit(work, rank) for rank, thread in enumerate(self._threads)]
+
+    def _build(self, rank: int) -> RankEngine:
+        group = HostGroup(Sharding(rank, 2), self._run_dir)
+        model = load_model_config(self._path)
+        return RankEngine(self._config, self._path, model, group, self._device)
+
+
+@pytest.mark.also_cpu
+@pytest.mark.parametrize(("arch", "variant"), ARCHITECTURES.items())
+def test_two_ranks_on_one_device(
+    tmp_path: Path, device: torch.device, arch: str, variant: dict[str, int]
+) -> None:
+    path = save_checkpoint(tmp_path / "model", arch, 128, vocab_size=VOCAB_SIZE, **variant)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    engine = TwoRanks(path, device, run_dir)
+    driver: Any = StepDriver(engine)  # type: ignore[arg-type]
+    prompts = make_prompts(4, VOCAB_SIZE, longest=60)
+    sequences = [driver.add() for _ in prompts]
+    steps = [driver.run(prefills=list(zip(sequences, prompts, strict=True)))]
+    while len(steps) < 20:
+        steps.append(driver.run(decodes=sequences))
+    engine.close()
+    model = load(path, torch.float32, device)
+    for prompt, *output in zip(prompts, *steps, strict=True):
+        logits = logits_of(model, [*prompt, *output])[len(prompt) - 1 : -1]
+        for token, scores in zip(output, logits, strict=True):
+            assert float(scores.max() - scores[token]) <= MARGIN
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_ranks_on_two_gpus(tmp_path: Path, device: torch.device) -> None:
+    path = save_checkpoint(tmp_path, "qwen3", 128, vocab_size=VOCAB_SIZE)
+    prompts = make_prompts(12, VOCAB_SIZE, longest=150)
+    outputs = generate(path, device, prompts, [GREEDY] * len(prompts), tp=2)
+    model = load(path, torch.float32, device)
+    for output in outputs:
+        prompt, (choice,) = output.prompt_token_ids, output.outputs
+        assert_best(logits_of(model, [*prompt, *choice.token_ids]), prompt, choice, GREEDY)
