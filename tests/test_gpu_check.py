@@ -258,7 +258,7 @@ def test_the_engine_asks_for_the_modules_that_are_built(
     pool = make_pool(module, 16, 8, torch.device("cpu"))
     limits = StepLimits(NUM_ROWS, 1200, MAX_LEN, 16)
     for kind in STEPS:
-        attention = FlashInferAttention(pool, 8)
+        attention = FlashInferAttention(pool, 8, 2**27)
         tensors = StepTensors(limits, pool.device, spare_page=pool.num_pages)
         attention.read_from(tensors)
         step = StepBuffer(limits, tensors).send(make_batch(kind, np.random.default_rng(0)))

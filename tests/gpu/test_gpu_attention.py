@@ -90,7 +90,7 @@ def make_pool(module: Attention, page_size: int, num_heads: int, device: torch.d
 
 def make_attention(pool: KVPool, num_heads: int) -> FlashInferAttention:
     if pool.device.type == "cpu":
-        return FlashInferAttention(pool, num_heads)
+        return FlashInferAttention(pool, num_heads, 2**27)
     kernels, attention = choose_backends(ServerConfig(), pool, num_heads)
     assert type(kernels).__name__ == "CudaKernels"
     assert isinstance(attention, FlashInferAttention)

@@ -90,10 +90,10 @@ def allowed_by(path: Path, params: SamplingParams) -> Allowed | None:
     if params.grammar is None:
         return None
     from minisrv.structured_output.source import to_source
-    from minisrv.structured_output.vocabulary import Vocabulary
+    from minisrv.structured_output.vocabulary import Vocabulary, read_vocabulary
 
     tokenizer = load_tokenizer(path)
-    vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size, [EOS_ID])
+    vocabulary = Vocabulary(read_vocabulary(tokenizer, tokenizer.vocab_size, [EOS_ID]))
     start = vocabulary.compile(to_source(params.grammar))
 
     def allowed(output: Any) -> np.ndarray:

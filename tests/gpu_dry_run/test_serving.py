@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from minisrv.sampling_params import Grammar
-from minisrv.structured_output.vocabulary import Vocabulary
+from minisrv.structured_output.vocabulary import Vocabulary, read_vocabulary
 from minisrv.wire.messages import Finish
 from tests.gpu_dry_run.dry_run import decode_batch, dry_run, step_batch
 from tests.gpu_dry_run.models import MODELS
@@ -93,7 +93,7 @@ def test_it_preempts(tmp_path: Path) -> None:
 
 def test_it_serves_grammars_beside_free_texts(tmp_path: Path) -> None:
     model, tokenizer = MODELS["Qwen3-0.6B"], demo_tokenizer()
-    vocabulary = Vocabulary(tokenizer, VOCAB_SIZE, [DEMO_EOS])
+    vocabulary = Vocabulary(read_vocabulary(tokenizer, VOCAB_SIZE, [DEMO_EOS]))
     (letter,) = tokenizer.encode("a", add_special_tokens=False)
     with dry_run(model, tmp_path, vocabulary=vocabulary, **SMALL) as run:
         run.machine.gpu.next_token = letter
