@@ -51,6 +51,12 @@ def test_a_hostile_grammar_is_refused_within_its_time(sandbox: Sandbox, grammar:
     assert caught.value.param == grammar.param
 
 
+def test_a_fault_in_the_trial_is_not_blamed_on_the_grammar(sandbox: Sandbox) -> None:
+    with pytest.raises(MinisrvError, match="could not be compiled") as caught:
+        sandbox.try_out(Grammar.regex("\ud800"))  # llguidance raises UnicodeEncodeError
+    assert not isinstance(caught.value, InvalidRequestError)
+
+
 def test_memory_is_limited_before_time() -> None:
     sandbox = Sandbox(demo_vocabulary().source, cpu_seconds=60, memory_mib=64)
     sandbox.try_out(Grammar.regex("a"))

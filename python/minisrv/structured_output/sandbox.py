@@ -18,8 +18,10 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +36,7 @@ logger = logging.getLogger("minisrv.grammar")
 _WALL_PER_CPU = 2  # a child is stopped after this many times its CPU time
 _START_SECONDS = 60  # for the helper to load the vocabulary
 _NICENESS = 5
-_STARTED = b"."
+_STARTED, _FAILED = b".", b"!"
 
 
 class Sandbox:
@@ -130,6 +132,8 @@ class Sandbox:
                 f"{self._memory_mib} MiB to compile; use a smaller grammar",
                 param=grammar.param,
             )
+        if verdict == _FAILED:
+            raise MinisrvError("the grammar could not be compiled")
         error, num_bytes = json.loads(verdict)
         if error is not None:
             raise InvalidRequestError(**error)
@@ -171,8 +175,13 @@ def _run_child(
         error = find_error(_read_grammar(json.loads(request)), vocabulary)
         fields = error and {"message": error.message, "param": error.param, "code": error.code}
         connection.sendall(json.dumps([fields, _most_resident() - before]).encode())
+    except MemoryError:
+        pass  # no verdict, as when an allocation of llguidance fails
+    except Exception:
+        traceback.print_exc()
+        connection.sendall(_FAILED)
     finally:
-        os._exit(0)  # also after MemoryError: no verdict then
+        os._exit(0)
 
 
 def _most_resident() -> int:
@@ -187,7 +196,8 @@ def _limit(cpu_seconds: float, memory_mib: int) -> None:
     """Let the kernel kill this process if it exceeds its share."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        Path("/proc/self/oom_score_adj").write_text("1000")
+        with suppress(OSError):  # /proc may be read-only in a container
+            Path("/proc/self/oom_score_adj").write_text("1000")
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         memory = pages * resource.getpagesize() + memory_mib * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))

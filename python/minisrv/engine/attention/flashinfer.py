@@ -119,8 +119,8 @@ class FlashInferAttention:
     def _plan_uniform(self, wrapper: Any, step: SentStep) -> None:
         """Call the private function behind `wrapper.plan`. It takes only positional arguments.
 
-        Unlike the wrapper's, the plan is told that all sequences have one query, so the graph gets
-        a tile per sequence and not one for each way in which the queries might be distributed.
+        Unlike the wrapper's plan, this one states that all sequences have one query, so the graph
+        gets a tile per sequence and not one for each way in which queries might be distributed.
         """
         n = step.num_decodes
         num_heads, num_kv_heads, head_dim, page_size = self._heads
