@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from minisrv.engine.forward_batch import SamplingColumns
-from minisrv.engine.kernels import triton_sample
+from minisrv.engine.kernels import triton_filter, triton_sample
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kernels.triton_noise import gumbel, row_keys
 from minisrv.engine.kernels.triton_sample import sample_on_device
@@ -41,14 +41,30 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three blocks a row, the last of them not full."""
+    """Three blocks a row, the last of them not full; room for an eighth of their parts."""
     monkeypatch.setattr(triton_sample, "_BLOCK", 128)
+    monkeypatch.setattr(triton_sample, "_PART", 4)
+    monkeypatch.setattr(triton_sample, "_MOST_PARTS", 16)
 
 
 def draw(logits: torch.Tensor, columns: SamplingColumns, positions: Int64Array) -> torch.Tensor:
     out = torch.full((logits.shape[0],), -1)
     given = DeviceColumns.from_host(columns, positions, CPU)
     return sample_on_device(logits.clone(), given, out)
+
+
+class SearchCount:
+    """Counts the rows whose tokens are not among the listed parts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows = 0
+        search = triton_filter.draw_filtered
+
+        def counted(*args: Any) -> Any:
+            self.rows += 1
+            return search(*args)
+
+        monkeypatch.setattr(triton_filter, "draw_filtered", counted)
 
 
 def mix_64(value: np.ndarray) -> np.ndarray:
@@ -166,6 +182,18 @@ def test_a_row_is_drawn_alike_alone_in_any_batch_and_beside_padding() -> None:
         assert draw(pair[:1], alone, np.array([i + 10]))[0] == together[i]
 
 
+def test_filtered_rows_return_the_first_nan_or_else_the_first_infinity() -> None:
+    logits = random_logits(3, seed=4)
+    logits[0, [90, 250]] = torch.nan
+    logits[1, [40, 130]] = torch.inf
+    logits[2, [70, 30]] = torch.tensor([torch.nan, torch.inf])
+    for case in CASES[1:]:
+        columns = sampling_columns(3, temperature=0.7, **case)
+        if case != {"top_k": 1000}:  # which is no filter
+            with np.errstate(invalid="ignore"):
+                assert draw(logits, columns, np.arange(3)).tolist() == [90, 40, 70]
+
+
 def test_a_draw_depends_on_seed_choice_and_position_each() -> None:
     logits = torch.zeros(5, VOCAB)
     columns = sampling_columns(5, temperature=1.0, seeds=[3, -4, 3, 3, 3], choices=[0, 0, 1, 0, 0])
@@ -211,6 +239,93 @@ def test_the_sampler_leaves_it_to_the_kernels_of_cuda() -> None:
     assert theirs.tolist() == draw(logits, columns, positions).tolist()
     drawn_on_cpu = sampler.sample(logits.repeat(1, 1), columns, positions, TorchKernels())
     assert theirs[[0, 3]].tolist() == drawn_on_cpu[[0, 3]].tolist()
+
+
+# Temperature, and filters that the listed parts satisfy, or not, at 16 parts of 4 tokens.
+FEW_KEPT = [
+    (0.6, {"top_k": 8, "top_p": 0.95}),
+    (0.05, {"top_k": 8, "top_p": 0.95}),
+    (30.0, {"top_k": 8, "top_p": 0.95}),
+    (0.6, {"top_k": 1}),
+    (2.0, {"top_k": 8}),
+    (0.6, {"top_p": 0.5}),
+    (1.0, {"top_p": 1e-6}),
+    (0.3, {"min_p": 0.05}),
+]
+MANY_KEPT = [
+    (1.0, {"top_k": 100}),
+    (1.0, {"top_k": 299, "top_p": 0.99}),
+    (5.0, {"top_p": 0.99}),
+    (20.0, {"min_p": 0.1}),
+    (20.0, {"min_p": 0.1, "top_p": 0.9}),
+]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "case", "dtype"),
+    [(*case, torch.float32) for case in FEW_KEPT + MANY_KEPT]
+    + [(*case, torch.bfloat16) for case in (FEW_KEPT[0], MANY_KEPT[1])],
+    ids=str,
+)
+def test_the_listed_parts_give_the_tokens_of_the_whole_row(
+    temperature: float,
+    case: dict[str, float],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = 2
+    logits, positions = random_logits(rows, dtype, seed=11), np.arange(rows)
+    columns = sampling_columns(rows, temperature=temperature, seeds=positions, **case)
+    searched = SearchCount(monkeypatch)
+    ours = draw(logits, columns, positions)
+    assert searched.rows == (0 if (temperature, case) in FEW_KEPT else rows)
+    assert ours.tolist() == expected(logits, columns, positions).tolist()
+    monkeypatch.setattr(triton_sample, "_MOST_PARTS", 1)
+    assert ours.tolist() == draw(logits, columns, positions).tolist()
+
+
+def test_equal_maxima_of_more_parts_than_fit_are_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = 3
+    logits, positions = torch.zeros(rows, VOCAB), np.arange(rows)
+    logits[:, 17] = 1.0
+    columns = sampling_columns(rows, temperature=1.0, top_k=[1, 2, 40])
+    searched = SearchCount(monkeypatch)
+    ours = draw(logits, columns, positions)
+    assert searched.rows == rows - 1
+    assert ours.tolist() == expected(logits, columns, positions).tolist()
+
+
+@pytest.mark.parametrize("allowed", [1, 3, 40])
+def test_rows_in_which_few_tokens_are_possible_are_not_searched(
+    allowed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a grammar leaves them: some of the filters keep every token that is possible."""
+    rows = len(CASES)
+    logits, positions = random_logits(rows, seed=2), np.arange(rows)
+    places = torch.arange(VOCAB) % (VOCAB // allowed) == 0
+    logits[:, ~places] = -torch.inf
+    defaults = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    filters = {name: [case.get(name, off) for case in CASES] for name, off in defaults.items()}
+    columns = sampling_columns(rows, temperature=3.0, **filters)
+    searched = SearchCount(monkeypatch)
+    ours = draw(logits, columns, positions)
+    assert ours.tolist() == expected(logits, columns, positions).tolist()
+    assert bool(searched.rows) == (allowed > 16)
+
+
+def test_most_rows_of_a_real_size_are_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Qwen3's defaults, at the sizes of the kernels, over a vocabulary of 152k."""
+    monkeypatch.undo()
+    rows, vocab = 3, 151_936
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, vocab, generator=generator) * 2.5
+    logits[1] = logits[1].sort(descending=True).values  # frequent tokens have low ids
+    logits[2, 5000:5064] += 12
+    columns = sampling_columns(rows, temperature=0.6, top_k=20, top_p=0.95)
+    searched = SearchCount(monkeypatch)
+    ours = draw(logits, columns, np.arange(rows))
+    assert searched.rows == 0
+    assert ours.tolist() == expected(logits, columns, np.arange(rows)).tolist()
 
 
 def assert_follows(seen: np.ndarray, wanted: np.ndarray) -> None:

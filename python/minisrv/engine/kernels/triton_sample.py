@@ -1,15 +1,17 @@
-"""Samples tokens on the device, in three launches of fixed shape, without softmax or sort.
+"""Samples tokens on the device, in four launches of fixed shape, without softmax or sort.
 
 Sampling uses the Gumbel-max rule: the token with the greatest logit + temperature * noise; greedy
 rows have no noise. The noise of a row is derived from its (seed, choice, position), with the same
 64 bits as in sampling/uniform.py, hashed with the token id (triton_noise.py). It depends neither on
 other rows nor on the size of the batch.
 
-The first kernel writes -inf over suppressed tokens. The second reads the logits once, one block per
-program, and stores the best score of each block; or, for a row with a filter, where noise is added
-later, the maximum logit of the block and its mass. The third picks the best block of each row; if
-the row has a filter, it first searches for the least logit that top-k and top-p keep
-(triton_filter.py).
+The first kernel writes -inf over suppressed tokens.
+The second reads the logits once, one block per program, and stores the best score of each block;
+or, for a row with a filter, where noise is added later, the maximum logit and the mass of the
+block, and the maxima of its parts. The third lists the parts of such a row that matter
+(triton_candidates.py). The last picks the best block of each row; if the row has a filter, it first
+searches the listed parts for the least logit that top-k and top-p keep, or the whole row if that is
+not among them (triton_filter.py).
 
 Differences from sampling/sampler.py: the sampled tokens differ, because the rule does. Sums are in
 float32, so top-p may keep one token more or fewer if the mass before it is within about 1e-6 of
@@ -22,12 +24,15 @@ undefined. A row that is all -inf returns token 0.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisrv.engine.kernels.triton_filter import draw_filtered
+from minisrv.engine.kernels.triton_candidates import list_parts
+from minisrv.engine.kernels.triton_filter import draw, is_filtered
 from minisrv.engine.kernels.triton_noise import (
     INF_KEY,
     MINUS_INF_KEY,
@@ -44,6 +49,9 @@ from minisrv.engine.sampling.device_columns import DeviceColumns
 # size must not depend on the batch: masses are summed block by block, and a row's result must not
 # depend on other rows.
 _BLOCK = 4096
+# Tokens of a part, and how many parts are listed at most: 4096 tokens, 8 per thread of the last
+# kernel. A part of 32 float32 logits is one cache line.
+_PART, _MOST_PARTS = 32, 128
 _SUPPRESS_BLOCK = 256
 # Low bits of a float32 that the dtype never sets; the search skips them.
 _SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
@@ -59,12 +67,6 @@ def _suppress(logits, samples, ids, count, row_stride, BLOCK: tl.constexpr) -> N
 
 
 @triton.jit
-def _is_filtered(temperature, top_k, top_p, min_p, vocab_size):
-    ranked = ((top_k > 0) & (top_k < vocab_size)) | (top_p < 1.0)
-    return (temperature > 0) & (ranked | (min_p > 0))
-
-
-@triton.jit
 def _score_blocks(
     logits,
     temperatures,
@@ -76,12 +78,16 @@ def _score_blocks(
     positions,
     best,
     masses,
+    part_tops,
     vocab_size,
     row_stride,
     NUM_BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PART: tl.constexpr,
 ) -> None:
-    """One program per row and block: its best score, or its maximum logit and its mass."""
+    """One program per row and block: its best score; or its maximum logit, its mass, and the keys
+    of its parts' maximum logits.
+    """
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
     inside = at < vocab_size
@@ -89,11 +95,14 @@ def _score_blocks(
     temperature = tl.load(temperatures + row)
     top_p, min_p = tl.load(top_ps + row), tl.load(min_ps + row)
     slot = row * NUM_BLOCKS + block
-    if _is_filtered(temperature, tl.load(top_ks + row), top_p, min_p, vocab_size):
+    if is_filtered(temperature, tl.load(top_ks + row), top_p, min_p, vocab_size):
         top = tl.max(score, 0)
         top = tl.where(top == float("-inf"), 0.0, top)
         weights = tl.exp((score - top) / tl.maximum(temperature, 1e-30))
         tl.store(masses + slot, tl.sum(weights, 0))
+        parts: tl.constexpr = BLOCK // PART
+        keys = tl.max(tl.reshape(ordered_key(score), [parts, PART]), 1)
+        tl.store(part_tops + slot * parts + tl.arange(0, parts), keys)
     elif temperature > 0:
         low, high, fraction = row_keys(
             tl.load(seeds + row), tl.load(choices + row), tl.load(positions + row)
@@ -115,12 +124,17 @@ def _pick_best(
     positions,
     best,
     masses,
+    parts,
+    nums_listed,
+    floors,
     out,
     vocab_size,
     row_stride,
     NUM_BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    PART: tl.constexpr,
+    MOST_PARTS: tl.constexpr,
     SPARE_BITS: tl.constexpr,
 ) -> None:
     """One program per row: the best of its blocks, or a sample of what its filters keep."""
@@ -132,31 +146,23 @@ def _pick_best(
     temperature = tl.load(temperatures + row)
     top_k, top_p, min_p = tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row)
     top_key = (winner >> 32).to(tl.int32)
-    filtered = _is_filtered(temperature, top_k, top_p, min_p, vocab_size)
+    filtered = is_filtered(temperature, top_k, top_p, min_p, vocab_size)
     if filtered & (top_key < INF_KEY) & (top_key > MINUS_INF_KEY):
         top = key_to_float(top_key)
         scale = 1.0 / tl.maximum(temperature, 1e-30)
         block_tops = key_to_float((tops >> 32).to(tl.int32))
         mass = tl.load(masses + row * NUM_BLOCKS + blocks, there, 0.0)
-        shrunk = tl.where(there, mass * tl.exp((block_tops - top) * scale), 0.0)
-        noise = row_keys(tl.load(seeds + row), tl.load(choices + row), tl.load(positions + row))
-        winner = draw_filtered(
-            (
-                logits + row * row_stride,
-                best + row * NUM_BLOCKS,
-                vocab_size,
-                NUM_BLOCKS,
-                top,
-                scale,
-            ),
-            top_key,
-            tl.sum(shrunk, 0),
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            noise,
+        total = tl.sum(tl.where(there, mass * tl.exp((block_tops - top) * scale), 0.0), 0)
+        winner = draw(
+            (logits + row * row_stride, best + row * NUM_BLOCKS, vocab_size, NUM_BLOCKS),
+            (parts + row * MOST_PARTS, tl.load(nums_listed + row), tl.load(floors + row)),
+            (top_key, top, scale),
+            total,
+            (temperature, top_k, top_p, min_p),
+            row_keys(tl.load(seeds + row), tl.load(choices + row), tl.load(positions + row)),
             BLOCK,
+            PART,
+            MOST_PARTS,
             SPARE_BITS,
         )
     tl.store(out + row, 0x7FFFFFFF - (winner & 0x7FFFFFFF))
@@ -169,46 +175,77 @@ def sample_on_device(logits_SV: Tensor, columns: DeviceColumns, out_S: Tensor) -
     are bfloat16, float16 or float32, contiguous within a row; suppressed ones are overwritten.
     """
     assert logits_SV.stride(1) == 1
-    size, vocab_size = logits_SV.shape
+    _suppress_tokens(logits_SV, columns)
+    _draw(logits_SV, columns, out_S)
+    return out_S
+
+
+def _suppress_tokens(logits_SV: Tensor, columns: DeviceColumns) -> None:
     capacity = columns.suppress_ids_P.numel()
-    row_stride = logits_SV.stride(0)
     if capacity:
         _suppress[(triton.cdiv(capacity, _SUPPRESS_BLOCK),)](
             logits_SV,
             columns.suppress_samples_P,
             columns.suppress_ids_P,
             columns.num_suppressed,
-            row_stride,
+            logits_SV.stride(0),
             BLOCK=_SUPPRESS_BLOCK,
         )
+
+
+def _draw(logits_SV: Tensor, columns: DeviceColumns, out_S: Tensor) -> None:
+    size, vocab_size = logits_SV.shape
     num_blocks = triton.cdiv(vocab_size, _BLOCK)
-    best = torch.empty(size, num_blocks, dtype=torch.int64, device=logits_SV.device)
-    masses = torch.empty(size, num_blocks, dtype=torch.float32, device=logits_SV.device)
-    parameters = (
-        columns.temperature_S,
-        columns.top_k_S,
-        columns.top_p_S,
-        columns.min_p_S,
-        columns.seeds_S,
-        columns.choices_S,
-        columns.positions_S,
-    )
-    sizes = (vocab_size, row_stride, num_blocks)
-    # The first has 16 logits per thread, two 16-byte loads in flight. The second has one program
-    # per row, so 16 warps are needed to hide the latency of its loads.
+    num_parts = num_blocks * (_BLOCK // _PART)
+    empty = partial(torch.empty, dtype=torch.int32, device=logits_SV.device)
+    best = empty(size, num_blocks, dtype=torch.int64)
+    masses = empty(size, num_blocks, dtype=torch.float32)
+    part_tops = empty(size, num_parts)
+    listed = empty(size, _MOST_PARTS), empty(size), empty(size)
+    filters = (columns.temperature_S, columns.top_k_S, columns.top_p_S, columns.min_p_S)
+    noise = (columns.seeds_S, columns.choices_S, columns.positions_S)
+    sizes = (vocab_size, logits_SV.stride(0))
+    spare_bits = _SPARE_BITS[logits_SV.dtype]
+    # The first has 16 logits per thread, four 16-byte loads in flight. The others have one program
+    # per row, so 16 warps are needed to hide the latency of their loads.
     _score_blocks[(size, num_blocks)](
-        logits_SV, *parameters, best, masses, *sizes, BLOCK=_BLOCK, num_warps=8
+        logits_SV,
+        *filters,
+        *noise,
+        best,
+        masses,
+        part_tops,
+        *sizes,
+        NUM_BLOCKS=num_blocks,
+        BLOCK=_BLOCK,
+        PART=_PART,
+        num_warps=8,
+    )
+    list_parts[(size,)](
+        part_tops,
+        *filters,
+        *listed,
+        vocab_size,
+        NUM_PARTS=num_parts,
+        PARTS=triton.next_power_of_2(num_parts),
+        MOST_PARTS=_MOST_PARTS,
+        SPARE_BITS=spare_bits,
+        num_warps=16,
     )
     _pick_best[(size,)](
         logits_SV,
-        *parameters,
+        *filters,
+        *noise,
         best,
         masses,
+        *listed,
         out_S,
         *sizes,
+        NUM_BLOCKS=num_blocks,
         BLOCK=_BLOCK,
         BLOCKS=triton.next_power_of_2(num_blocks),
-        SPARE_BITS=_SPARE_BITS[logits_SV.dtype],
+        PART=_PART,
+        MOST_PARTS=_MOST_PARTS,
+        SPARE_BITS=spare_bits,
         num_warps=16,
     )
-    return out_S
