@@ -53,7 +53,7 @@ def test_more_suppressed_tokens_than_fit_do_not_reach_its_logits() -> None:
     adjuster = LogitAdjuster(TorchKernels(), 0, SHARE, device)
     rank = DeviceRunner(step, step, kernels, SecondRank(), limits, adjuster, device)
     one = np.ones(1, np.int32)
-    pairs = [(0, i) for i in range(limits.num_suppressed + 1)]
+    pairs = [(0, i) for i in range(limits.num_biases + 1)]
     batch = ForwardBatch(
         step_id=1,
         num_decodes=0,

@@ -127,20 +127,20 @@ def test_counts_stop_at_the_greatest_number_that_they_hold() -> None:
         adjuster.adjust_(torch.zeros(2, 8), penalties)
         for _ in range(3):
             adjuster.count_tokens(torch.full((2,), 3), penalties)
-        assert adjuster._counts_RV[1, 3] == MOST
-        assert adjuster._counts_RV.count_nonzero() == 1
+        assert adjuster.counts_RV[1, 3] == MOST
+        assert adjuster.counts_RV.count_nonzero() == 1
 
 
 def test_a_row_that_begins_leaves_the_others_as_they_are() -> None:
     adjuster = LogitAdjuster(TorchKernels(), 4, 500, CPU)
     adjuster.adjust_(torch.zeros(8, 500), make_penalties([0, 1, 2], 1, 500))
-    before = adjuster._counts_RV.clone()
+    before = adjuster.counts_RV.clone()
     begun = make_penalties([1, 3], 2, 500)
     adjuster.adjust_(torch.zeros(8, 500), begun)
     fresh = LogitAdjuster(TorchKernels(), 4, 500, CPU)
     fresh.adjust_(torch.zeros(8, 500), begun)
-    assert torch.equal(adjuster._counts_RV[[0, 2]], before[[0, 2]])
-    assert torch.equal(adjuster._counts_RV[[1, 3]], fresh._counts_RV[[1, 3]])
+    assert torch.equal(adjuster.counts_RV[[0, 2]], before[[0, 2]])
+    assert torch.equal(adjuster.counts_RV[[1, 3]], fresh.counts_RV[[1, 3]])
 
 
 class OperationCount(TorchDispatchMode):

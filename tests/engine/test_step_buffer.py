@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from minisrv.engine.forward_batch import ForwardBatch
+from minisrv.engine.forward_batch import ForwardBatch, Penalties
+from minisrv.engine.kernels.base import PenaltyColumns
 from minisrv.engine.page_table import PageTable, token_positions
+from minisrv.engine.sampling.device_columns import TokenBiases
 from minisrv.engine.step_buffer import StepBuffer, StepLimits, StepTensors
 from tests.support.device_parts import expand
 from tests.support.step_driver import sampling_columns
@@ -37,10 +39,11 @@ def random_step(rng: np.random.Generator, table: PageTable, num_writes: int) -> 
     samples = np.flatnonzero(rng.random(size) < 0.7).astype(np.int32)
     samples = np.union1d(np.arange(num_decodes, dtype=np.int32), samples)
     pairs = [(i, int(rng.integers(100))) for i in range(len(samples)) if rng.random() < 0.3]
+    rows = rng.permutation(NUM_ROWS)[:size].astype(np.int32)
     return ForwardBatch(
         step_id=1,
         num_decodes=num_decodes,
-        rows=rng.permutation(NUM_ROWS)[:size].astype(np.int32),
+        rows=rows,
         query_lens=query_lens,
         start_positions=rng.integers(0, MAX_LEN - 70, size).astype(np.int32),
         prefill_ids=rng.integers(0, 100, query_lens[num_decodes:].sum()).astype(np.int32),
@@ -54,6 +57,28 @@ def random_step(rng: np.random.Generator, table: PageTable, num_writes: int) -> 
             seeds=rng.integers(-(2**62), 2**62, len(samples)),
             suppress=pairs,
         ),
+        penalties=random_penalties(rng, rows[samples]) if rng.random() < 0.5 else None,
+    )
+
+
+def random_penalties(rng: np.random.Generator, rows: Any) -> Penalties:
+    """For some of the samples, which are in `rows`; and biases of some tokens."""
+    samples = np.flatnonzero(rng.random(rows.size) < 0.4).astype(np.int32)
+    biased = rng.integers(0, rows.size, 3 * bool(rows.size)).astype(np.int32)
+    none = np.empty(0, np.int32)
+    return Penalties(
+        samples=samples,
+        rows=rows[samples],
+        presence=rng.random(samples.size, np.float32),
+        frequency=rng.random(samples.size, np.float32),
+        repetition=rng.random(samples.size, np.float32),
+        begin_rows=none,
+        begin_lens=none,
+        begin_prompt_lens=none,
+        begin_ids=none,
+        bias_samples=biased,
+        bias_ids=np.arange(biased.size, dtype=np.int32),
+        bias_values=rng.random(biased.size, np.float32),
     )
 
 
@@ -84,7 +109,7 @@ def check(step_size: int, padded: int, batch: ForwardBatch, table: PageTable, t:
 
 def check_sampling(batch: ForwardBatch, padded: int, t: Any) -> None:
     samples, size = batch.sample_indices, batch.sample_indices.size
-    columns = t.columns(size + padded)
+    columns = t.columns(size + padded, torch.empty(0))
     for name in ("temperature", "top_k", "top_p", "min_p", "seeds", "choices"):
         ours = getattr(columns, f"{name}_S").numpy()
         assert np.array_equal(ours[:size], getattr(batch.sampling, name))
@@ -95,9 +120,25 @@ def check_sampling(batch: ForwardBatch, padded: int, t: Any) -> None:
     assert columns.positions_S[:size].tolist() == new_positions.tolist()
     rows = t.words["sample_rows"][: size + padded].tolist()
     assert rows == batch.rows[samples].tolist() + [NUM_ROWS] * padded
-    count = int(columns.num_suppressed)
-    assert columns.suppress_samples_P[:count].tolist() == batch.sampling.suppress_samples.tolist()
-    assert columns.suppress_ids_P[:count].tolist() == batch.sampling.suppress_ids.tolist()
+    biases, expected = columns.biases, TokenBiases.of_step(batch.sampling, batch.penalties)
+    count = int(biases.count)
+    assert biases.samples_P[:count].tolist() == expected.samples.tolist()
+    assert biases.ids_P[:count].tolist() == expected.ids.tolist()
+    assert biases.values_P[:count].tolist() == expected.values.tolist()
+    check_penalties(batch, padded, columns.penalties.columns)
+
+
+def check_penalties(batch: ForwardBatch, padded: int, columns: PenaltyColumns) -> None:
+    size = batch.sample_indices.size
+    factors = np.zeros((3, size + padded), np.float32)
+    factors[0] = 1
+    given = batch.penalties
+    if given is not None:
+        for i, sample in enumerate(given.samples):
+            factors[:, sample] = given.repetition[i], given.frequency[i], given.presence[i]
+    assert np.array_equal(columns.factors_3E.numpy(), factors)
+    assert columns.samples_E.tolist() == list(range(size + padded))
+    assert columns.rows_E[:size].tolist() == batch.rows[batch.sample_indices].tolist()
 
 
 def check_random_steps(expand: Any, seed: int, page_size: int) -> None:
@@ -142,16 +183,40 @@ def test_more_page_writes_than_there_is_room_for_all_arrive() -> None:
     assert np.array_equal(tensors.page_table[:NUM_ROWS].numpy(), table.pages)
 
 
-def test_more_suppressed_ids_than_there_is_room_for_are_left_to_the_step() -> None:
+def test_more_biases_than_there_is_room_for_are_left_to_the_step() -> None:
     rng = np.random.default_rng(0)
     limits = StepLimits(NUM_ROWS, 300, MAX_LEN, 4)
     tensors = StepTensors(limits, CPU, spare_page=1000)
     batch = random_step(rng, PageTable(NUM_ROWS, MAX_LEN, 4), 0)
-    pairs = [(0, i) for i in range(limits.num_suppressed + 1)]
+    pairs = [(0, i) for i in range(limits.num_biases + 1)]
     columns = sampling_columns(len(batch.sample_indices), suppress=pairs)
     step = StepBuffer(limits, tensors).send(replace(batch, sampling=columns))
-    assert step.suppress_overflow
-    assert int(tensors.words["num_suppressed"]) == 0
+    assert step.excess_biases is not None
+    assert step.excess_biases.ids.tolist() == [i for _, i in pairs]
+    assert int(tensors.words["num_biases"]) == 0
+
+
+def test_biases_of_one_token_are_added_up_and_a_suppressed_token_stays_suppressed() -> None:
+    columns = sampling_columns(4, suppress=[(1, 7), (3, 2**31 - 1), (1, 8)])
+    given = random_penalties(np.random.default_rng(0), np.arange(4, dtype=np.int32))
+    samples, ids, values = [2, 1, 2, 0, 3], [5, 7, 5, 7, 0], [1.5, 9.0, -4.0, 2.0, 3.0]
+    penalties = replace(
+        given,
+        bias_samples=np.array(samples, np.int32),
+        bias_ids=np.array(ids, np.int32),
+        bias_values=np.array(values, np.float32),
+    )
+    biases = TokenBiases.of_step(columns, penalties)
+    found = list(zip(biases.samples, biases.ids, biases.values, strict=True))
+    low = -np.inf
+    assert found == [
+        (0, 7, 2.0),
+        (1, 7, low),
+        (1, 8, low),
+        (2, 5, -2.5),
+        (3, 0, 3.0),
+        (3, 2**31 - 1, low),
+    ]
 
 
 def test_a_host_buffer_is_not_written_again_before_three_steps_are_over() -> None:

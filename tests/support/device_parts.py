@@ -18,6 +18,7 @@ from minisrv.engine import rank_engine
 from minisrv.engine.attention.workspace import workspace_bytes
 from minisrv.engine.device_runner import DeviceKernels
 from minisrv.engine.forward_batch import SamplingColumns
+from minisrv.engine.kernels.base import PenaltyColumns
 from minisrv.engine.kernels.torch_native import TorchKernels, mask_logits_
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.model_size import largest_graph
@@ -75,7 +76,13 @@ def expand(tensors: StepTensors, limits: StepLimits, num_sequences: int) -> None
 
 def sample_by_torch(logits_SV: torch.Tensor, columns: DeviceColumns, out_S: torch.Tensor) -> Any:
     """See sample_on_device; the draws are those of the step on the host."""
-    count = int(columns.num_suppressed)
+    counted, biases = columns.penalties, columns.biases
+    if counted is not None:
+        penalties = _not_neutral(counted.columns)
+        TorchKernels().penalize_(logits_SV, counted.counts_RV, penalties)
+    count = int(biases.count)
+    at = biases.samples_P[:count].long(), biases.ids_P[:count].long()
+    logits_SV.index_put_(at, biases.values_P[:count], accumulate=True)
     host = SamplingColumns(
         temperature=columns.temperature_S.numpy(),
         top_p=columns.top_p_S.numpy(),
@@ -83,11 +90,24 @@ def sample_by_torch(logits_SV: torch.Tensor, columns: DeviceColumns, out_S: torc
         min_p=columns.min_p_S.numpy(),
         seeds=columns.seeds_S.numpy(),
         choices=columns.choices_S.numpy(),
-        suppress_samples=columns.suppress_samples_P[:count].numpy(),
-        suppress_ids=columns.suppress_ids_P[:count].numpy(),
+        suppress_samples=np.empty(0, np.int32),
+        suppress_ids=np.empty(0, np.int32),
     )
     positions = columns.positions_S.numpy().astype(np.int64)
-    return out_S.copy_(sample(logits_SV, host, positions, TorchKernels()))
+    out_S.copy_(sample(logits_SV, host, positions, TorchKernels()))
+    if counted is not None:
+        at = penalties.rows_E.long(), out_S[penalties.samples_E].long()
+        counted.counts_RV[at] = counted.counts_RV[at].clamp(0, 2**15 - 2) + 1
+    return out_S
+
+
+def _not_neutral(columns: PenaltyColumns) -> PenaltyColumns:
+    """Those that change something; the rows of the others may lie beyond the counts."""
+    neutral = torch.tensor([[1.0], [0.0], [0.0]])
+    chosen = (columns.factors_3E != neutral).any(0)
+    return PenaltyColumns(
+        columns.samples_E[chosen], columns.rows_E[chosen], columns.factors_3E[:, chosen]
+    )
 
 
 def use_device_runner(monkeypatch: pytest.MonkeyPatch) -> Repeat:

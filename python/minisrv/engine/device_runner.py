@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,7 +26,7 @@ from minisrv.engine.forward_batch import ForwardBatch, SamplingColumns
 from minisrv.engine.layers.decoder import Decoder
 from minisrv.engine.parallel.communicator import Communicator
 from minisrv.engine.sampling.adjust import LogitAdjuster
-from minisrv.engine.sampling.device_columns import DeviceColumns
+from minisrv.engine.sampling.device_columns import BiasColumns, DeviceColumns, TokenBiases
 from minisrv.engine.sampling.logprobs import StepLogprobs, add_prompt_in_slices
 from minisrv.engine.step_buffer import SentStep, StepBuffer, StepLimits, StepTensors
 from minisrv.engine.step_runner import StepHandle
@@ -121,17 +121,14 @@ class DeviceRunner:
             size = self._graph_size(batch)
             logits_SV, step, logprobs = self._replay(batch, size) if size else self._run(batch)
             # Masks and penalties need the full vocabulary, which only rank 0 has.
-            penalties = batch.penalties if self._communicator.sharding.rank == 0 else None
             if self._communicator.sharding.rank == 0:
-                self._mask(batch.sampling, logits_SV, step)
-            if penalties is not None:
-                self._adjuster.adjust_(logits_SV, penalties)
-            if size:
+                self._mask(batch.sampling, logits_SV)
+                if batch.penalties is not None:
+                    self._adjuster.begin(batch.penalties)
+            if size and step.excess_biases is None:
                 self._graphs[size].sampler()
             elif step.num_samples:
-                self._sample(logits_SV, step.num_samples)
-            if penalties is not None:
-                self._adjuster.count_tokens(self._tensors.tokens_S, penalties)
+                self._sample(logits_SV[: step.num_samples], step.excess_biases)
             handle = self._to_host(step.num_samples, logprobs)
         self._buffer.mark_launched()
         return handle
@@ -192,24 +189,22 @@ class DeviceRunner:
         sample_tokens_S = self._tensors.words["sample_tokens"][:num_samples]
         return self._model.logits(x_TC, sample_tokens_S, out_SV)
 
-    def _mask(self, columns: SamplingColumns, logits_SV: Tensor, step: SentStep) -> None:
-        """Apply grammar masks, and suppressed tokens when the list was too long for the words."""
+    def _mask(self, columns: SamplingColumns, logits_SV: Tensor) -> None:
         if columns.grammar is not None:
             samples_G = self._to_device(columns.grammar.samples)
             masks_GW = self._to_device(columns.grammar.fill())
             self._kernels.mask(logits_SV, samples_G, masks_GW)
-        if step.suppress_overflow:
-            samples, ids = (
-                self._to_device(array) for array in (columns.suppress_samples, columns.suppress_ids)
-            )
-            logits_SV[samples.long(), ids.long()] = -torch.inf
 
-    def _sample(self, logits_SV: Tensor, size: int) -> None:
-        """Sample `size` tokens and keep them on the device as input of the next step."""
-        tensors = self._tensors
+    def _sample(self, logits_SV: Tensor, excess_biases: TokenBiases | None = None) -> None:
+        """Sample a token per row and keep them on the device as input of the next step."""
+        tensors, size = self._tensors, logits_SV.shape[0]
         tokens_S = tensors.tokens_S[:size]
         if self._communicator.sharding.rank == 0:
-            self._kernels.sample(logits_SV, tensors.columns(size), tokens_S)
+            columns = tensors.columns(size, self._adjuster.counts_RV)
+            if excess_biases is not None:
+                biases = BiasColumns.from_host(excess_biases, self._device)
+                columns = replace(columns, biases=biases)
+            self._kernels.sample(logits_SV, columns, tokens_S)
         self._communicator.broadcast(tokens_S)
         rows_S = tensors.words["sample_rows"][:size].long()
         tensors.last_token.index_copy_(0, rows_S, tokens_S.long())
@@ -221,7 +216,7 @@ class DeviceRunner:
         logits_SV = self._graph_logits_SV[:size]
         forward = recorder.record(lambda: self._logits(self._hidden(size, size), size, logits_SV))
         forward()
-        sampler = recorder.record(lambda: self._sample(logits_SV, size))
+        sampler = recorder.record(lambda: self._sample(logits_SV))
         self._buffer.mark_launched()
         return _Graphs(forward, sampler)
 

@@ -5,7 +5,7 @@ step can be sent while the previous one still runs. What the device derives from
 ids, positions, cache slots, page lists) is in `StepTensors`, filled by `kernels/triton_expand.py`.
 """
 
-# Sizes: R sequences, T tokens, S samples, W page writes, P suppressed pairs.
+# Sizes: R sequences, T tokens, S samples, W page writes, P pairs of sample and token with a bias.
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from minisrv.engine.forward_batch import ForwardBatch
-from minisrv.engine.sampling.device_columns import DeviceColumns
+from minisrv.engine.kernels.base import PenaltyColumns
+from minisrv.engine.sampling.device_columns import (
+    BiasColumns,
+    CountedPenalties,
+    DeviceColumns,
+    TokenBiases,
+)
 from minisrv.engine.transfer import upload
 
 _STEPS_IN_FLIGHT = 3
@@ -48,8 +54,8 @@ class StepLimits:
         return 2 * self.num_rows + -(-self.num_prefill_tokens // self.page_size)
 
     @property
-    def num_suppressed(self) -> int:
-        """(sample, token) pairs that fit into the buffer."""
+    def num_biases(self) -> int:
+        """(sample, token) pairs with a bias that fit into the buffer."""
         return 4 * self.num_rows
 
     def sections(self) -> dict[str, int]:
@@ -60,7 +66,7 @@ class StepLimits:
             "seeds": 2 * rows,  # 64 bits each; first, so that they are aligned
             "num_decodes": 1,
             "num_writes": 1,
-            "num_suppressed": 1,
+            "num_biases": 1,
             "rows": rows,
             "start_positions": rows,
             "query_starts": starts,
@@ -69,8 +75,10 @@ class StepLimits:
             "sample_tokens": rows,
             "sample_rows": rows,
             **dict.fromkeys(sampling, rows),
-            "suppress_samples": self.num_suppressed,
-            "suppress_ids": self.num_suppressed,
+            "penalties": 3 * rows,  # repetition of each, then frequency, then presence
+            "bias_samples": self.num_biases,
+            "bias_ids": self.num_biases,
+            "bias_values": self.num_biases,
             "write_rows": self.num_writes,
             "write_columns": self.num_writes,
             "write_pages": self.num_writes,
@@ -80,7 +88,7 @@ class StepLimits:
         }
 
 
-_FLOATS = ("temperature", "top_p", "min_p")
+_FLOATS = ("temperature", "top_p", "min_p", "penalties", "bias_values")
 
 
 class StepWords:
@@ -124,10 +132,16 @@ class StepTensors:
         num_pages = limits.num_rows * limits.max_pages
         self.pages = torch.zeros(num_pages, dtype=torch.int32, device=device)
         self.tokens_S = torch.zeros(limits.num_rows, dtype=torch.int32, device=device)
+        self._every_sample = torch.arange(limits.num_rows, device=device)
 
-    def columns(self, size: int) -> DeviceColumns:
-        """The sampling parameters of the first `size` samples."""
+    def columns(self, size: int, counts_RV: Tensor) -> DeviceColumns:
+        """The sampling parameters of the first `size` samples; `counts_RV` is for penalties."""
         words = self.words
+        penalties = PenaltyColumns(
+            self._every_sample[:size],
+            words["sample_rows"][:size],
+            words["penalties"].view(3, -1)[:, :size],
+        )
         return DeviceColumns(
             temperature_S=words["temperature"][:size],
             top_k_S=words["top_k"][:size],
@@ -136,9 +150,10 @@ class StepTensors:
             seeds_S=words["seeds"][:size],
             choices_S=words["choices"][:size],
             positions_S=words["new_positions"][:size],
-            suppress_samples_P=words["suppress_samples"],
-            suppress_ids_P=words["suppress_ids"],
-            num_suppressed=words["num_suppressed"],
+            biases=BiasColumns(
+                words["bias_samples"], words["bias_ids"], words["bias_values"], words["num_biases"]
+            ),
+            penalties=CountedPenalties(counts_RV, penalties),
         )
 
 
@@ -157,7 +172,7 @@ class SentStep:
     num_decode_pages: int
     num_pages: int
     kv_lens: Tensor  # int32 on the host
-    suppress_overflow: bool  # too many suppressed pairs for the words: none are in them
+    excess_biases: TokenBiases | None  # all of them, if too many for the words: none are in these
 
 
 class StepBuffer:
@@ -252,7 +267,7 @@ def _fill(
         num_decode_pages=int(out["page_starts"][num_decodes]),
         num_pages=int(out["page_starts"][size]),
         kv_lens=torch.from_numpy(kv_lens),
-        suppress_overflow=_fill_sampling(out, batch, sample_padding),
+        excess_biases=_fill_sampling(out, batch, sample_padding),
     )
 
 
@@ -264,8 +279,8 @@ def _fill_writes(out: dict[str, Any], batch: ForwardBatch, room: int) -> None:
     out["write_pages"][:count] = batch.page_ids[:count]
 
 
-def _fill_sampling(out: dict[str, Any], batch: ForwardBatch, padding: int) -> bool:
-    """Write the sampling parameters; returns whether the suppressed pairs did not fit."""
+def _fill_sampling(out: dict[str, Any], batch: ForwardBatch, padding: int) -> TokenBiases | None:
+    """Write the sampling parameters; returns the biases if they did not fit."""
     columns = batch.sampling
     _write_padded(out["seeds"], columns.seeds, padding, 0)
     _write_padded(out["choices"], columns.choices, padding, 0)
@@ -273,13 +288,25 @@ def _fill_sampling(out: dict[str, Any], batch: ForwardBatch, padding: int) -> bo
     _write_padded(out["top_k"], columns.top_k, padding, 0)
     _write_padded(out["top_p"], columns.top_p, padding, 1.0)
     _write_padded(out["min_p"], columns.min_p, padding, 0.0)
-    count = columns.suppress_ids.size
-    beyond = count > out["suppress_ids"].size
-    out["num_suppressed"][0] = 0 if beyond else count
-    if not beyond:
-        out["suppress_samples"][:count] = columns.suppress_samples
-        out["suppress_ids"][:count] = columns.suppress_ids
-    return bool(beyond)
+    _fill_penalties(out["penalties"].reshape(3, -1), batch, padding)
+    biases = TokenBiases.of_step(columns, batch.penalties)
+    count = biases.ids.size
+    beyond = count > out["bias_ids"].size
+    out["num_biases"][0] = 0 if beyond else count
+    if beyond:
+        return biases
+    out["bias_samples"][:count] = biases.samples
+    out["bias_ids"][:count] = biases.ids
+    out["bias_values"][:count] = biases.values
+    return None
+
+
+def _fill_penalties(out_3R: Any, batch: ForwardBatch, padding: int) -> None:
+    neutral = out_3R[:, : batch.sample_indices.size + padding]
+    neutral[0], neutral[1:] = 1.0, 0.0
+    given = batch.penalties
+    if given is not None:
+        out_3R[:, given.samples] = given.repetition, given.frequency, given.presence
 
 
 def _write_padded(out: Any, values: Any, padding: int, filler: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,20 @@ import torch
 import triton
 import triton.language as tl
 
-from minisrv.engine.forward_batch import SamplingColumns
+from minisrv.engine.forward_batch import Penalties, SamplingColumns
 from minisrv.engine.kernels import triton_filter, triton_sample
+from minisrv.engine.kernels.base import PenaltyColumns
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kernels.triton_noise import gumbel, row_keys
 from minisrv.engine.kernels.triton_sample import sample_on_device
 from minisrv.engine.sampling import sampler
-from minisrv.engine.sampling.device_columns import DeviceColumns
+from minisrv.engine.sampling.adjust import LogitAdjuster
+from minisrv.engine.sampling.device_columns import (
+    BiasColumns,
+    CountedPenalties,
+    DeviceColumns,
+    TokenBiases,
+)
 from minisrv.wire.arrays import Int64Array
 from tests.support.step_driver import sampling_columns
 
@@ -51,6 +59,26 @@ def draw(logits: torch.Tensor, columns: SamplingColumns, positions: Int64Array) 
     out = torch.full((logits.shape[0],), -1)
     given = DeviceColumns.from_host(columns, positions, CPU)
     return sample_on_device(logits.clone(), given, out)
+
+
+def make_penalties(samples: list[int], rows: list[int]) -> Penalties:
+    """All kinds; each row begins with 30 random tokens, the first 20 of which are the prompt."""
+    rng, count = np.random.default_rng(3), len(samples)
+    none = np.empty(0, np.int32)
+    return Penalties(
+        samples=np.array(samples, np.int32),
+        rows=np.array(rows, np.int32),
+        presence=rng.uniform(0.5, 2, count).astype(np.float32),
+        frequency=rng.uniform(0.5, 2, count).astype(np.float32),
+        repetition=rng.uniform(1, 2, count).astype(np.float32),
+        begin_rows=np.array(rows, np.int32),
+        begin_lens=np.full(count, 30, np.int32),
+        begin_prompt_lens=np.full(count, 20, np.int32),
+        begin_ids=rng.integers(0, VOCAB, 30 * count, np.int32),
+        bias_samples=none,
+        bias_ids=none,
+        bias_values=none.astype(np.float32),
+    )
 
 
 class SearchCount:
@@ -207,9 +235,86 @@ def test_only_the_counted_pairs_are_suppressed() -> None:
     best = logits.argmax(-1).tolist()
     columns = sampling_columns(4, suppress=[(0, best[0]), (2, best[2]), (1, best[1])])
     given = DeviceColumns.from_host(columns, np.arange(4), CPU)
-    given.num_suppressed[0] = 2
+    given.biases.count[0] = 2
     taken = sample_on_device(logits.clone(), given, torch.zeros(4, dtype=torch.int32)).tolist()
     assert [taken[i] == best[i] for i in range(4)] == [False, True, False, True]
+
+
+def test_biases_are_added_and_minus_infinity_suppresses() -> None:
+    logits = random_logits(3)
+    logits[2, 5], logits[2, 6] = torch.nan, torch.inf
+    penalties = make_penalties([], [])
+    penalties = replace(
+        penalties,
+        bias_samples=np.array([0, 1, 1], np.int32),
+        bias_ids=np.array([7, 0, VOCAB - 1], np.int32),
+        bias_values=np.array([2.5, -100.0, 100.0], np.float32),
+    )
+    columns = sampling_columns(3, suppress=[(0, 3), (1, 0), (2, 5), (2, 6)])
+    given = DeviceColumns.from_host(columns, np.arange(3), CPU)
+    biases = BiasColumns.from_host(TokenBiases.of_step(columns, penalties), CPU)
+    changed = logits.clone()
+    out = torch.zeros(3, dtype=torch.int64)
+    with np.errstate(invalid="ignore"):
+        sample_on_device(changed, replace(given, biases=biases), out)
+    expected_logits = logits.clone()
+    expected_logits[0, 7] += 2.5
+    expected_logits[1, VOCAB - 1] += 100
+    expected_logits[[0, 1, 2, 2], [3, 0, 5, 6]] = -torch.inf
+    assert torch.equal(changed, expected_logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_penalties_and_counts_are_those_of_the_adjuster(temperature: float) -> None:
+    """Rows 4, 0 and 3 have penalties, in samples 0, 1 and 3; sample 4 is padding."""
+    logits = random_logits(5)
+    given = make_penalties([0, 1, 3], [4, 0, 3])
+    on_host = LogitAdjuster(TorchKernels(), 5, VOCAB, CPU)
+    on_device = LogitAdjuster(TorchKernels(), 5, VOCAB, CPU)
+    on_device.begin(given)
+    columns = sampling_columns(5, temperature=[temperature] * 4 + [0], top_k=9, top_p=0.9)
+    factors = torch.tensor([[1.0], [0.0], [0.0]]).repeat(1, 7)
+    samples = given.samples.tolist()
+    arrays = given.repetition, given.frequency, given.presence
+    factors[:, samples] = torch.from_numpy(np.stack(arrays))
+    penalties = CountedPenalties(
+        on_device.counts_RV,
+        PenaltyColumns(
+            torch.arange(5), torch.tensor([4, 0, 1, 3, 5], dtype=torch.int32), factors[:, :5]
+        ),
+    )
+    nothing = dict.fromkeys(
+        ("begin_rows", "begin_lens", "begin_prompt_lens", "begin_ids"), np.empty(0, np.int32)
+    )
+    for position in range(3):
+        positions = np.full(5, position)
+        adjusted = logits.clone()
+        on_host.adjust_(adjusted, given if position == 0 else replace(given, **nothing))
+        theirs = adjusted.argmax(-1)
+        if temperature:
+            theirs = expected(adjusted, columns, positions)
+        on_host.count_tokens(theirs, given)
+        plain = DeviceColumns.from_host(columns, positions, CPU)
+        out = torch.zeros(5, dtype=torch.int32)
+        ours = sample_on_device(logits.clone(), replace(plain, penalties=penalties), out)
+        assert ours[:4].tolist() == theirs[:4].tolist()
+        assert torch.equal(on_device.counts_RV, on_host.counts_RV)
+    assert not on_device.counts_RV[[1, 2]].any()
+
+
+def test_counts_stop_at_the_most_that_they_hold() -> None:
+    counts = torch.full((2, VOCAB), 2**15 - 2, dtype=torch.int16)
+    factors = torch.tensor([[1.0], [0.5], [0.0]])
+    columns = PenaltyColumns(torch.zeros(1, dtype=torch.int64), torch.tensor([1]), factors)
+    plain = DeviceColumns.from_host(sampling_columns(1), np.zeros(1, np.int64), CPU)
+    given = replace(plain, penalties=CountedPenalties(counts, columns))
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 7] = 1e6
+    for most in (2**15 - 1, 2**15 - 1):
+        sample_on_device(logits.clone(), given, torch.zeros(1, dtype=torch.int64))
+        assert counts[1, 7] == most
+    counts[1, 7] = 0
+    assert (counts[0] == 2**15 - 2).all()
 
 
 def test_rows_of_logits_may_lie_apart() -> None:

@@ -52,7 +52,7 @@ class PenaltyColumns:
     """The penalties of E samples, on the logits' device; no sample occurs twice."""
 
     samples_E: Tensor  # int64, indices into S
-    rows_E: Tensor  # int64, their rows of the token counts
+    rows_E: Tensor  # integers, their rows of the token counts
     factors_3E: Tensor  # float32: repetition, frequency, presence
 
 

@@ -10,27 +10,60 @@ from torch import Tensor
 
 from minisrv.engine.kernels.base import PenaltyColumns
 
-_BLOCK = 4096
+# 8 counts per thread, one 16-byte load.
+_BLOCK, _WARPS = 4096, 16
+_MOST = tl.constexpr(2**15 - 1)
+
+
+@triton.jit
+def load_penalties(factors, stride, i):
+    """Repetition, frequency and presence penalty, and whether any of them changes a logit."""
+    repetition = tl.load(factors + i)
+    frequency, presence = tl.load(factors + stride + i), tl.load(factors + 2 * stride + i)
+    changes = (repetition != 1.0) | (frequency != 0.0) | (presence != 0.0)
+    return repetition, frequency, presence, changes
+
+
+@triton.jit
+def count_token(counts, rows, factors, stride, i, token, vocab_size) -> None:
+    """Add the token of sample i to the counts of its row, if it has penalties.
+
+    A count stops at the most that it can hold.
+    """
+    _, _, _, changes = load_penalties(factors, stride, i)
+    if changes:
+        at = counts + tl.load(rows + i).to(tl.int64) * vocab_size + token
+        times = tl.maximum(tl.load(at).to(tl.int32), 0) + 1
+        tl.store(at, tl.minimum(times, _MOST).to(tl.int16))
 
 
 # The number of samples varies from step to step; do not compile variants for some of the values.
 @triton.jit(do_not_specialize=["num_samples"])
 def _penalize(
-    logits, counts, samples, rows, factors, num_samples, vocab_size, row_stride, BLOCK: tl.constexpr
-):
+    logits,
+    counts,
+    samples,
+    rows,
+    factors,
+    factor_stride,
+    vocab_size,
+    row_stride,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program per sample and block; those of samples without penalties exit at once."""
     i, block = tl.program_id(0), tl.program_id(1)
-    ids = block * BLOCK + tl.arange(0, BLOCK)
-    times = tl.load(counts + tl.load(rows + i) * vocab_size + ids, ids < vocab_size, 0)
-    occurs = times != 0
-    repetition = tl.load(factors + i)
-    frequency = tl.load(factors + num_samples + i)
-    presence = tl.load(factors + 2 * num_samples + i)
-    at = logits + tl.load(samples + i) * row_stride + ids
-    given = tl.load(at, occurs, 0.0)
-    x = given.to(tl.float32)
-    x = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
-    x = tl.where(times > 0, x - times.to(tl.float32) * frequency - presence, x)
-    tl.store(at, x.to(given.dtype), occurs)
+    repetition, frequency, presence, changes = load_penalties(factors, factor_stride, i)
+    if changes:
+        ids = block * BLOCK + tl.arange(0, BLOCK)
+        row = tl.load(rows + i).to(tl.int64)
+        times = tl.load(counts + row * vocab_size + ids, ids < vocab_size, 0)
+        occurs = times != 0
+        at = logits + tl.load(samples + i) * row_stride + ids
+        given = tl.load(at, occurs, 0.0)
+        x = given.to(tl.float32)
+        x = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
+        x = tl.where(times > 0, x - times.to(tl.float32) * frequency - presence, x)
+        tl.store(at, x.to(given.dtype), occurs)
 
 
 def penalize(logits_SV: Tensor, counts_RV: Tensor, penalties: PenaltyColumns) -> None:
@@ -42,8 +75,9 @@ def penalize(logits_SV: Tensor, counts_RV: Tensor, penalties: PenaltyColumns) ->
         penalties.samples_E,
         penalties.rows_E,
         penalties.factors_3E,
-        num_samples,
+        penalties.factors_3E.stride(0),
         vocab_size,
         logits_SV.stride(0),
         BLOCK=_BLOCK,
+        num_warps=_WARPS,
     )

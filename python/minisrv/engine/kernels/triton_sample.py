@@ -1,14 +1,14 @@
-"""Samples tokens on the device, in four launches of fixed shape, without softmax or sort.
+"""Samples tokens on the device, in launches of fixed shape, without softmax or sort.
 
 Sampling uses the Gumbel-max rule: the token with the greatest logit + temperature * noise; greedy
 rows have no noise. The noise of a row is derived from its (seed, choice, position), with the same
 64 bits as in sampling/uniform.py, hashed with the token id (triton_noise.py). It depends neither on
 other rows nor on the size of the batch.
 
-The first kernel writes -inf over suppressed tokens.
-The second reads the logits once, one block per program, and stores the best score of each block;
+Two kernels apply penalties (triton_penalize.py) and biases; the bias of a suppressed token is -inf.
+The next one reads the logits once, one block per program, and stores the best score of each block;
 or, for a row with a filter, where noise is added later, the maximum logit and the mass of the
-block, and the maxima of its parts. The third lists the parts of such a row that matter
+block, and the maxima of its parts. Another lists the parts of such a row that matter
 (triton_candidates.py). The last picks the best block of each row; if the row has a filter, it first
 searches the listed parts for the least logit that top-k and top-p keep, or the whole row if that is
 not among them (triton_filter.py).
@@ -42,7 +42,8 @@ from minisrv.engine.kernels.triton_noise import (
     pack,
     row_keys,
 )
-from minisrv.engine.sampling.device_columns import DeviceColumns
+from minisrv.engine.kernels.triton_penalize import count_token, penalize
+from minisrv.engine.sampling.device_columns import BiasColumns, CountedPenalties, DeviceColumns
 
 # 38 blocks per row for a vocabulary of 152k: four rows give each of 132 SMs a program, and one row
 # takes only a few microseconds. A block is also the unit that the search of a filter can skip. Its
@@ -52,18 +53,23 @@ _BLOCK = 4096
 # Tokens of a part, and how many parts are listed at most: 4096 tokens, 8 per thread of the last
 # kernel. A part of 32 float32 logits is one cache line.
 _PART, _MOST_PARTS = 32, 128
-_SUPPRESS_BLOCK = 256
+_BIAS_BLOCK = 256
 # Low bits of a float32 that the dtype never sets; the search skips them.
 _SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 
-@triton.jit
-def _suppress(logits, samples, ids, count, row_stride, BLOCK: tl.constexpr) -> None:
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < tl.load(count)
-    row = tl.load(samples + at, inside, 0).to(tl.int64)
-    token = tl.load(ids + at, inside, 0)
-    tl.store(logits + row * row_stride + token, float("-inf"), inside)
+# The pairs are among the words of a step, or, if too many, in tensors of their own: one variant.
+@triton.jit(do_not_specialize_on_alignment=["samples", "ids", "values", "count"])
+def _add_biases(logits, samples, ids, values, count, row_stride, BLOCK: tl.constexpr) -> None:
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < tl.load(count)
+    row = tl.load(samples + i, inside, 0).to(tl.int64)
+    at = logits + row * row_stride + tl.load(ids + i, inside, 0)
+    value = tl.load(values + i, inside, 0.0)
+    given = tl.load(at, inside, 0.0)
+    suppressed = value == float("-inf")
+    x = tl.where(suppressed, value, given.to(tl.float32) + value)
+    tl.store(at, x.to(given.dtype), inside)
 
 
 @triton.jit
@@ -127,6 +133,10 @@ def _pick_best(
     parts,
     nums_listed,
     floors,
+    counts,
+    rows,
+    factors,
+    factor_stride,
     out,
     vocab_size,
     row_stride,
@@ -137,7 +147,7 @@ def _pick_best(
     MOST_PARTS: tl.constexpr,
     SPARE_BITS: tl.constexpr,
 ) -> None:
-    """One program per row: the best of its blocks, or a sample of what its filters keep."""
+    """One program per row. counts: None if there are no penalties."""
     row = tl.program_id(0).to(tl.int64)
     blocks = tl.arange(0, BLOCKS)
     there = blocks < NUM_BLOCKS
@@ -165,32 +175,48 @@ def _pick_best(
             MOST_PARTS,
             SPARE_BITS,
         )
-    tl.store(out + row, 0x7FFFFFFF - (winner & 0x7FFFFFFF))
+    token = 0x7FFFFFFF - (winner & 0x7FFFFFFF)
+    tl.store(out + row, token)
+    if counts is not None:
+        count_token(counts, rows, factors, factor_stride, row, token, vocab_size)
 
 
 def sample_on_device(logits_SV: Tensor, columns: DeviceColumns, out_S: Tensor) -> Tensor:
     """Sample a token per row into `out_S` (int64 or int32); returns `out_S`.
 
     Nothing is read back and no shape depends on the data, so it can be part of a CUDA graph. Logits
-    are bfloat16, float16 or float32, contiguous within a row; suppressed ones are overwritten.
+    are bfloat16, float16 or float32, contiguous within a row; penalties and biases change them.
     """
     assert logits_SV.stride(1) == 1
-    _suppress_tokens(logits_SV, columns)
+    if columns.penalties is not None:
+        penalize(logits_SV, columns.penalties.counts_RV, columns.penalties.columns)
+    _apply_biases(logits_SV, columns.biases)
     _draw(logits_SV, columns, out_S)
     return out_S
 
 
-def _suppress_tokens(logits_SV: Tensor, columns: DeviceColumns) -> None:
-    capacity = columns.suppress_ids_P.numel()
+def _apply_biases(logits_SV: Tensor, biases: BiasColumns) -> None:
+    capacity = biases.ids_P.numel()
     if capacity:
-        _suppress[(triton.cdiv(capacity, _SUPPRESS_BLOCK),)](
+        _add_biases[(triton.cdiv(capacity, _BIAS_BLOCK),)](
             logits_SV,
-            columns.suppress_samples_P,
-            columns.suppress_ids_P,
-            columns.num_suppressed,
+            biases.samples_P,
+            biases.ids_P,
+            biases.values_P,
+            biases.count,
             logits_SV.stride(0),
-            BLOCK=_SUPPRESS_BLOCK,
+            BLOCK=_BIAS_BLOCK,
         )
+
+
+def _counting(
+    penalties: CountedPenalties | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+    """What the last kernel needs to count the tokens."""
+    if penalties is None:
+        return None, None, None, 0
+    factors = penalties.columns.factors_3E
+    return penalties.counts_RV, penalties.columns.rows_E, factors, factors.stride(0)
 
 
 def _draw(logits_SV: Tensor, columns: DeviceColumns, out_S: Tensor) -> None:
@@ -239,6 +265,7 @@ def _draw(logits_SV: Tensor, columns: DeviceColumns, out_S: Tensor) -> None:
         best,
         masses,
         *listed,
+        *_counting(columns.penalties),
         out_S,
         *sizes,
         NUM_BLOCKS=num_blocks,
