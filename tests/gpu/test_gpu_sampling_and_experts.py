@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,11 @@ from tests.support.step_driver import sampling_columns
 
 pytest.importorskip("triton")
 from minisrv.engine.kernels.triton_moe import run_experts
+from minisrv.engine.kernels.triton_norm import add_parts_and_norm
 from minisrv.engine.kernels.triton_penalize import penalize
+from minisrv.engine.kernels.triton_route import route
 from minisrv.engine.kernels.triton_sample import sample_on_device
-from minisrv.engine.sampling.device_columns import DeviceColumns
+from minisrv.engine.sampling.device_columns import CountedPenalties, DeviceColumns
 from tests.engine.run_in_triton_interpreter.sample import CASES, expected
 
 DEVICE = torch.device("cuda")
@@ -81,9 +85,62 @@ def test_experts_eager_and_in_a_graph(num_tokens: int) -> None:
         part = (torch.nn.functional.silu(gate) * up) @ weights.down_ECF[expert].double().T
         theirs.index_add_(0, tokens, part * scores[tokens, which].double()[:, None])
     eager = run_experts(x, weights, scores, chosen)
-    torch.testing.assert_close(eager.double(), theirs, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(eager.sum(1).double(), theirs, rtol=2e-2, atol=2e-2)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run_experts(x, weights, scores, chosen)
     graph.replay()
     assert torch.equal(captured, eager)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 300, 4096])
+def test_the_router_and_the_norm_behind_the_experts(num_tokens: int) -> None:
+    torch.manual_seed(0)
+    reference = TorchKernels()
+    logits = (torch.randn(num_tokens, 128, device=DEVICE) * 4).bfloat16()
+    scores, experts = route(logits, 8, True)
+    theirs, chosen = reference.route(logits, 8, True)
+    torch.testing.assert_close(scores, theirs, rtol=1e-2, atol=1e-6)
+    probs = logits.softmax(-1, dtype=torch.float32)
+    torch.testing.assert_close(probs.gather(1, experts), probs.gather(1, chosen))
+    x, weight = torch.randn(num_tokens, 2048, device=DEVICE), torch.rand(2048, device=DEVICE)
+    parts = torch.randn(num_tokens, 8, 2048, device=DEVICE)
+    ours, expected = x.bfloat16(), x.bfloat16().double()
+    normed = add_parts_and_norm(ours, parts.bfloat16(), weight.bfloat16(), 1e-6)
+    wanted = reference.add_rms_norm_(
+        expected, parts.bfloat16().double(), weight.bfloat16().double(), 1e-6
+    )
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(normed.double(), wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_penalties_biases_and_counts_in_a_graph() -> None:
+    """Three draws of 64 samples, each from the counts that the one before it left."""
+    torch.manual_seed(0)
+    rows, vocab = 64, 151_936
+    logits = torch.randn(rows, vocab, device=DEVICE) * 3
+    counts = torch.randint(-1, 2, (rows, vocab), device=DEVICE).short()
+    factors = torch.rand(3, rows, device=DEVICE) + 0.5
+    factors[:, ::4] = torch.tensor([[1.0], [0.0], [0.0]], device=DEVICE)
+    order = torch.randperm(rows, device=DEVICE)
+    columns = PenaltyColumns(torch.arange(rows, device=DEVICE), order.int(), factors)
+    host = sampling_columns(rows, suppress=[(i, 7 * i) for i in range(rows)])
+    given = DeviceColumns.from_host(host, np.arange(rows), DEVICE)
+    given = replace(given, penalties=CountedPenalties(counts, columns))
+    ours, out = logits.clone(), torch.zeros(rows, dtype=torch.int32, device=DEVICE)
+    sample_on_device(ours, given, out)  # compiles what the graph contains
+    counts_before = counts.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.copy_(logits)
+        sample_on_device(ours, given, out)
+    reference, changing = TorchKernels(), (factors[0] != 1).nonzero().squeeze(1)
+    for _ in range(3):
+        graph.replay()
+        theirs = logits.clone()
+        reference.penalize_(theirs, counts_before, columns)
+        theirs[torch.arange(rows), torch.arange(rows) * 7] = -torch.inf
+        assert out.tolist() == theirs.argmax(-1).tolist()
+        at = order[changing], out[changing].long()
+        counts_before[at] = counts_before[at].clamp(min=0) + 1
+        assert torch.equal(counts, counts_before)

@@ -59,8 +59,8 @@ class PenaltyColumns:
 RopeRows = tuple[Tensor, Tensor]  # cosines and sines of the step's tokens, each [T, 1, D]
 # Does all that `sampler.sample` does, in kernels of the device.
 SampleRows = Callable[[Tensor, SamplingColumns, Int64Array], Tensor]
-# x_TC, weights, scores_TN, experts_TN (int64) -> a new [T, C]: for each token the sum of its
-# experts' outputs, weighted by their scores.
+# x_TC, weights, scores_TN, experts_TN (int64) -> a new [T, N, C]: for each token the outputs of its
+# experts, times their scores.
 RunExperts = Callable[[Tensor, ExpertWeights, Tensor, Tensor], Tensor]
 # x_TI -> a new x_TI @ weight_OI.T + bias_O, contiguous.
 Product = Callable[[Tensor], Tensor]
@@ -78,12 +78,11 @@ class Kernels(Protocol):
     run_experts: RunExperts | None
     make_product: MakeProduct | None
 
-    def add_rms_norm_(
-        self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
-    ) -> Tensor:
-        """Add `delta_TC` to `x_TC` in place; return `x_TC` normalised and scaled by `w_C`.
+    def add_rms_norm_(self, x_TC: Tensor, delta: Tensor | None, w_C: Tensor, eps: float) -> Tensor:
+        """Add `delta` to `x_TC` in place; return `x_TC` normalised and scaled by `w_C`.
 
-        The result is a new tensor, or `delta_TC` overwritten.
+        delta: [T, C], or what `run_experts` returns, which is summed over N. The result is a new
+        tensor, or `delta` overwritten.
         """
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
@@ -113,6 +112,12 @@ class Kernels(Protocol):
         """Apply repetition, then frequency and presence penalties, to the samples that have any.
 
         counts_RV: int16; how often a token was output, -1 if it occurs only in the prompt, else 0.
+        """
+
+    def route(self, logits_TE: Tensor, per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
+        """The most likely experts of each token: scores [T, N], best first, and experts, int64.
+
+        Scores are the softmax of the logits, in their dtype; normalize: divided by their sum.
         """
 
     def argmax(self, logits_SV: Tensor) -> Tensor:

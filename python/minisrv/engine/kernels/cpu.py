@@ -27,6 +27,7 @@ from minisrv.engine.kernels.base import (
     SampleRows,
 )
 from minisrv.engine.kernels.compiler import load_library
+from minisrv.engine.kernels.torch_native import route
 
 DTYPES = (torch.float32, torch.bfloat16)
 ATTENTION_HEAD_DIMS = (16, 32, 64, 80, 96, 128)
@@ -108,14 +109,12 @@ class CpuKernels:
 
         return product
 
-    def add_rms_norm_(
-        self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
-    ) -> Tensor:
+    def add_rms_norm_(self, x_TC: Tensor, delta: Tensor | None, w_C: Tensor, eps: float) -> Tensor:
         assert x_TC.is_contiguous()
-        assert delta_TC is None or delta_TC.is_contiguous()
+        assert delta is None or (delta.dim() == 2 and delta.is_contiguous())
         out_TC = torch.empty_like(x_TC)
-        delta = None if delta_TC is None else delta_TC.data_ptr()
-        pointers = (x_TC.data_ptr(), delta, w_C.data_ptr(), out_TC.data_ptr())
+        added = None if delta is None else delta.data_ptr()
+        pointers = (x_TC.data_ptr(), added, w_C.data_ptr(), out_TC.data_ptr())
         self._add_rms_norm(*pointers, *x_TC.shape, eps, self.num_threads)
         return out_TC
 
@@ -176,6 +175,9 @@ class CpuKernels:
         )
         num_samples, vocab_size = penalties.samples_E.numel(), logits_SV.shape[1]
         self._penalize(*pointers, num_samples, vocab_size, self.num_threads)
+
+    def route(self, logits_TE: Tensor, per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
+        return route(logits_TE, per_token, normalize)
 
     def argmax(self, logits_SV: Tensor) -> Tensor:
         assert logits_SV.is_contiguous()

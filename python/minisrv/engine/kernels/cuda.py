@@ -20,8 +20,10 @@ from minisrv.engine.kernels.base import (
 )
 from minisrv.engine.kernels.triton_mask import mask_logits
 from minisrv.engine.kernels.triton_moe import run_experts
+from minisrv.engine.kernels.triton_norm import add_parts_and_norm
 from minisrv.engine.kernels.triton_penalize import penalize
 from minisrv.engine.kernels.triton_rotate import norm_rotate_store
+from minisrv.engine.kernels.triton_route import route
 from minisrv.engine.kernels.triton_sample import sample_on_device
 from minisrv.engine.sampling.device_columns import DeviceColumns
 from minisrv.wire.arrays import Int64Array
@@ -37,14 +39,14 @@ class CudaKernels:
         self.sample: SampleRows | None = _sample
         self.run_experts: RunExperts | None = run_experts
 
-    def add_rms_norm_(
-        self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
-    ) -> Tensor:
-        if delta_TC is None:
+    def add_rms_norm_(self, x_TC: Tensor, delta: Tensor | None, w_C: Tensor, eps: float) -> Tensor:
+        if delta is None:
             normed: Tensor = self._flashinfer.rmsnorm(x_TC, w_C, eps)
             return normed
-        self._flashinfer.fused_add_rmsnorm(delta_TC, x_TC, w_C, eps)
-        return delta_TC
+        if delta.dim() == 3:
+            return add_parts_and_norm(x_TC, delta, w_C, eps)
+        self._flashinfer.fused_add_rmsnorm(delta, x_TC, w_C, eps)
+        return delta
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         out: Tensor = self._flashinfer.silu_and_mul(gate_up)
@@ -65,6 +67,9 @@ class CudaKernels:
 
     def penalize_(self, logits_SV: Tensor, counts_RV: Tensor, penalties: PenaltyColumns) -> None:
         penalize(logits_SV, counts_RV, penalties)
+
+    def route(self, logits_TE: Tensor, per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
+        return route(logits_TE, per_token, normalize)
 
     def argmax(self, logits_SV: Tensor) -> Tensor:
         return torch.argmax(logits_SV, -1)

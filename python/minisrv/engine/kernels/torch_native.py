@@ -26,11 +26,9 @@ class TorchKernels:
     run_experts: RunExperts | None = None
     make_product: MakeProduct | None = None
 
-    def add_rms_norm_(
-        self, x_TC: Tensor, delta_TC: Tensor | None, w_C: Tensor, eps: float
-    ) -> Tensor:
-        if delta_TC is not None:
-            x_TC += delta_TC
+    def add_rms_norm_(self, x_TC: Tensor, delta: Tensor | None, w_C: Tensor, eps: float) -> Tensor:
+        if delta is not None:
+            x_TC += delta if delta.dim() == 2 else delta.sum(1)
         return F.rms_norm(x_TC, w_C.shape, w_C, eps)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
@@ -73,6 +71,9 @@ class TorchKernels:
         x.addcmul_(times, frequency, value=-1).addcmul_(times > 0, presence, value=-1)
         logits_SV[at] = x
 
+    def route(self, logits_TE: Tensor, per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
+        return route(logits_TE, per_token, normalize)
+
     def argmax(self, logits_SV: Tensor) -> Tensor:
         return logits_SV.max(-1).indices
 
@@ -93,3 +94,11 @@ def mask_logits_(logits_SV: Tensor, samples_G: Tensor, masks_GW: Tensor) -> None
     masked = logits_SV.index_select(0, samples_G)
     masked.masked_fill_(refused[:, : logits_SV.shape[1]], -torch.inf)
     logits_SV.index_copy_(0, samples_G.long(), masked)
+
+
+def route(logits_TE: Tensor, per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    probs_TE = logits_TE.softmax(-1, dtype=torch.float32)
+    scores_TN, experts_TN = probs_TE.topk(per_token, -1)
+    if normalize:
+        scores_TN = scores_TN / scores_TN.sum(-1, keepdim=True)
+    return scores_TN.to(logits_TE.dtype), experts_TN

@@ -3,9 +3,8 @@
 A pair is a token and one of its experts. Each expert's pairs get their own slots, padded to whole
 tiles, so that a tile belongs to one expert. The position of tiles depends on the routing, but their
 maximum number does not, and programs beyond the last tile exit at once: nothing is read back, so
-the launches can be part of a CUDA graph. The order of pairs within an expert is arbitrary and does
-not affect the result: each row is computed independently, and a token's experts are summed in the
-router's order.
+the launches can be part of a CUDA graph. Each row is computed independently, so a token does not
+depend on the others.
 """
 
 # Shapes: T tokens, C hidden size, E experts, N experts per token, P = T N pairs, F features of an
@@ -22,8 +21,7 @@ from torch import Tensor
 
 from minisrv.engine.kernels.base import ExpertWeights
 
-# Per program in the two kernels that place pairs: with 128 experts, 64 registers per thread.
-_PAIRS = 64
+_FEWEST_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +34,9 @@ class _Tile:
 
 
 # The number of pairs varies from step to step; do not compile variants for some of the values.
-@triton.jit(do_not_specialize=["num_pairs"])
-def _count(experts, counts, ranks, num_pairs, BLOCK: tl.constexpr) -> None:
-    """Count the pairs of each expert, and number them within their expert."""
-    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = pair < num_pairs
-    expert = tl.load(experts + pair, inside, 0)
-    tl.store(ranks + pair, tl.atomic_add(counts + expert, 1, inside), inside)
-
-
 @triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def _place(
     experts,
-    counts,
-    ranks,
     slot_pairs,
     tile_experts,
     num_pairs,
@@ -59,20 +46,39 @@ def _place(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program per block of pairs and of tiles: writes the pair of each slot, the expert of
-    each tile. Both are stored plus one; 0 means that the slot or tile is unused.
+    """One program per expert: counts the pairs of all experts, to know where its tiles begin, then
+    writes the pairs of its slots. It also writes the experts of some tiles, not only its own. Both
+    are stored plus one; 0 means that the slot or tile is unused.
     """
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    every = tl.arange(0, EXPERTS)
-    tiles = (tl.load(counts + every, every < NUM_EXPERTS, 0) + ROWS - 1) // ROWS
+    own, every = tl.program_id(0), tl.arange(0, EXPERTS)
+    counts = tl.zeros([EXPERTS], tl.int32)
+    pair = tl.arange(0, BLOCK)
+    start = 0
+    while start < num_pairs:
+        inside = start + pair < num_pairs
+        expert = tl.load(experts + start + pair, inside, 0).to(tl.int32)
+        counts += tl.histogram(expert, EXPERTS, inside)
+        start += BLOCK
+    tiles = (counts + ROWS - 1) // ROWS
+    first_slot = tl.sum(tl.where(every < own, tiles, 0), 0) * ROWS
+    num_slots = tl.sum(tl.where(every == own, tiles, 0), 0) * ROWS
+    num_placed, start = 0, 0
+    while start < num_pairs:
+        expert = tl.load(experts + start + pair, start + pair < num_pairs, -1)
+        is_own = (expert == own).to(tl.int32)
+        rank = num_placed + tl.cumsum(is_own, 0) - is_own
+        tl.store(slot_pairs + first_slot + rank, start + pair + 1, is_own != 0)
+        num_placed += tl.sum(is_own, 0)
+        start += BLOCK
+    rest = num_placed + tl.arange(0, ROWS)
+    tl.store(slot_pairs + first_slot + rest, tl.zeros([ROWS], tl.int32), rest < num_slots)
     ends = tl.cumsum(tiles, 0)
-    inside = at < num_pairs
-    expert = tl.load(experts + at, inside, 0)
-    before = tl.sum(tl.where(every[None, :] == expert[:, None], (ends - tiles)[None, :], 0), 1)
-    slot = before * ROWS + tl.load(ranks + at, inside, 0)
-    tl.store(slot_pairs + slot, at + 1, inside)
-    owner = tl.sum((ends[None, :] <= at[:, None]).to(tl.int32), 1)
-    tl.store(tile_experts + at, tl.where(owner < EXPERTS, owner + 1, 0), at < num_tiles)
+    first_tile = own * ROWS
+    while first_tile < num_tiles:
+        tile = first_tile + tl.arange(0, ROWS)
+        owner = tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), 1)
+        tl.store(tile_experts + tile, tl.where(owner < EXPERTS, owner + 1, 0), tile < num_tiles)
+        first_tile += NUM_EXPERTS * ROWS
 
 
 @triton.jit
@@ -174,30 +180,30 @@ def choose_tiles(num_pairs: int, num_experts: int, bytes_each: int) -> tuple[_Ti
     """
     average, inner = num_pairs / num_experts, 128 // bytes_each
     if average <= 16:
-        return _Tile(16, 32, 2 * inner, 4, 4), _Tile(16, 64, 2 * inner, 4, 4)
+        return _Tile(_FEWEST_ROWS, 32, 2 * inner, 4, 4), _Tile(_FEWEST_ROWS, 64, 2 * inner, 4, 4)
     if average <= 64:
         return _Tile(64, 64, inner, 4, 4), _Tile(64, 128, inner, 4, 4)
     return _Tile(128, 128, inner, 8, 3), _Tile(128, 128, inner, 8, 4)
 
 
+def placing(rows: int) -> tuple[int, int]:
+    """Pairs that a program places at once, and its warps, for tiles of `rows`."""
+    return (1024, 4) if rows == _FEWEST_ROWS else (4096, 16)
+
+
 def _place_pairs(experts_TN: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
-    """The pair of each slot and the expert of each tile, both plus one."""
-    num_pairs, device = experts_TN.numel(), experts_TN.device
+    """The pair of each slot and the expert of each tile, both plus one.
+
+    Slots of unused tiles are not written.
+    """
+    num_pairs = experts_TN.numel()
     # Worst cases: every pair alone in a tile, or every expert with one row in its last tile.
     most = min(num_pairs, (num_pairs + num_experts * (rows - 1)) // rows)
-    sizes = (num_experts, num_pairs, most * rows, most)
-    # Each part begins at a multiple of 16 bytes: Triton compiles other variants of the kernels for
-    # other alignments, which would depend on the number of pairs.
-    padded = [triton.cdiv(size, 4) * 4 for size in sizes]
-    parts = torch.zeros(sum(padded), dtype=torch.int32, device=device).split_with_sizes(padded)
-    counts, ranks, slot_pairs, tile_experts = (
-        part[:size] for part, size in zip(parts, sizes, strict=True)
-    )
-    _count[(triton.cdiv(num_pairs, _PAIRS),)](experts_TN, counts, ranks, num_pairs, BLOCK=_PAIRS)
-    _place[(triton.cdiv(max(num_pairs, most), _PAIRS),)](
+    slot_pairs = torch.empty(most * rows, dtype=torch.int32, device=experts_TN.device)
+    tile_experts = torch.empty(most, dtype=torch.int32, device=experts_TN.device)
+    block, num_warps = placing(rows)
+    _place[(num_experts,)](
         experts_TN,
-        counts,
-        ranks,
         slot_pairs,
         tile_experts,
         num_pairs,
@@ -205,7 +211,8 @@ def _place_pairs(experts_TN: Tensor, num_experts: int, rows: int) -> tuple[Tenso
         NUM_EXPERTS=num_experts,
         EXPERTS=triton.next_power_of_2(num_experts),
         ROWS=rows,
-        BLOCK=_PAIRS,
+        BLOCK=block,
+        num_warps=num_warps,
     )
     return slot_pairs, tile_experts
 
@@ -218,12 +225,12 @@ def run_experts(
     num_tokens, hidden_size = x_TC.shape
     num_experts, _, features = experts.down_ECF.shape
     per_token = experts_TN.shape[1]
+    pairs_TNC = x_TC.new_empty(num_tokens, per_token, hidden_size)
     if not num_tokens:
-        return torch.empty_like(x_TC)
+        return pairs_TNC
     first, second = choose_tiles(experts_TN.numel(), num_experts, x_TC.itemsize)
     slot_pairs, tile_experts = _place_pairs(experts_TN, num_experts, first.rows)
     hidden_LF = x_TC.new_empty(slot_pairs.numel(), features)
-    pairs_TNC = x_TC.new_empty(num_tokens, per_token, hidden_size)
     num_tiles = tile_experts.numel()
     precision = "ieee" if x_TC.dtype is torch.float32 else "tf32"
     _gate_up[(num_tiles, triton.cdiv(features, first.columns))](
@@ -258,4 +265,4 @@ def run_experts(
         num_warps=second.warps,
         num_stages=second.stages,
     )
-    return pairs_TNC.sum(1)
+    return pairs_TNC

@@ -33,9 +33,12 @@ class Block:
         self._post_norm = RMSNorm(build, f"{name}.post_attention_layernorm")
         self._attention, self._feed_forward = attention, feed_forward
 
-    def __call__(self, x_TC: Tensor, delta_TC: Tensor | None, rope_rows: RopeRows) -> Tensor:
-        """Add `delta_TC` and the attention to `x_TC` in place; return the delta still to add."""
-        attention_TC = self._attention(self._input_norm(x_TC, delta_TC), rope_rows)
+    def __call__(self, x_TC: Tensor, delta: Tensor | None, rope_rows: RopeRows) -> Tensor:
+        """Add `delta` and the attention to `x_TC` in place; return the delta still to add.
+
+        A delta is one of Kernels.add_rms_norm_.
+        """
+        attention_TC = self._attention(self._input_norm(x_TC, delta), rope_rows)
         return self._feed_forward(self._post_norm(x_TC, attention_TC))
 
 
@@ -59,10 +62,12 @@ class Decoder:
         """Hidden states [T, C] after the last layer, before the last norm."""
         x_TC = self._embedding(ids_T)
         rope_rows = self._rope.rows(positions_T)
-        delta_TC = None
+        delta = None
         for block in self._blocks:
-            delta_TC = block(x_TC, delta_TC, rope_rows)
-        return x_TC if delta_TC is None else x_TC.add_(delta_TC)
+            delta = block(x_TC, delta, rope_rows)
+        if delta is None:
+            return x_TC
+        return x_TC.add_(delta if delta.dim() == 2 else delta.sum(1))
 
     def logits(self, x_TC: Tensor, sample_tokens_S: Tensor, out_SV: Tensor | None = None) -> Tensor:
         """float32 logits [S, V] of the tokens at indices `sample_tokens_S`.

@@ -17,14 +17,15 @@ from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.linear import Projection, load_linear
 from minisrv.engine.layers.mlp import PartialMLP
 
-Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_TC, scores_TN, experts_TN -> [T, C]
+# x_TC, scores_TN, experts_TN -> [T, C], or [T, N, C] still to be summed over the experts.
+Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class SparseMoe:
-    """x_TC -> a new tensor [T, C]: the weighted sum of N experts' outputs."""
+    """x_TC -> the weighted sum of N experts' outputs, as a `delta` of Kernels.add_rms_norm_."""
 
     def __init__(self, build: BuildContext, name: str, moe: MoeConfig) -> None:
-        self._moe, self._communicator = moe, build.communicator
+        self._moe, self._kernels, self._communicator = moe, build.kernels, build.communicator
         self._router = load_linear(
             build.weights,
             build.kernels,
@@ -37,15 +38,13 @@ class SparseMoe:
         self._experts: Experts = make(build, name, moe)
 
     def __call__(self, x_TC: Tensor) -> Tensor:
-        scores_TN, experts_TN = self._route(x_TC)
-        return self._communicator.all_reduce(self._experts(x_TC, scores_TN, experts_TN))
-
-    def _route(self, x_TC: Tensor) -> tuple[Tensor, Tensor]:
-        probs_TE = self._router(x_TC).softmax(-1, dtype=torch.float32)
-        scores_TN, experts_TN = probs_TE.topk(self._moe.num_experts_per_token, -1)
-        if self._moe.norm_topk_prob:
-            scores_TN = scores_TN / scores_TN.sum(-1, keepdim=True)
-        return scores_TN.to(x_TC.dtype), experts_TN
+        scores_TN, experts_TN = self._kernels.route(
+            self._router(x_TC), self._moe.num_experts_per_token, self._moe.norm_topk_prob
+        )
+        delta = self._experts(x_TC, scores_TN, experts_TN)
+        if self._communicator.sharding.size > 1 and delta.dim() == 3:
+            delta = delta.sum(1)
+        return self._communicator.all_reduce(delta)
 
 
 class SeparateExperts:
@@ -74,7 +73,7 @@ class SeparateExperts:
 
 
 class GroupedExperts:
-    """As SeparateExperts, but all experts in one kernel of the device, with stacked weights."""
+    """All experts in one kernel of the device, with stacked weights; their outputs unsummed."""
 
     def __init__(self, build: BuildContext, name: str, moe: MoeConfig) -> None:
         assert build.kernels.run_experts is not None
