@@ -1,0 +1,351 @@
+"""Registers, shared memory and occupancy of the Triton kernels on sm_90 (H100, H200).
+
+Compiles the kernels ahead of time as they are launched for Qwen3 models, so no GPU is needed:
+
+    python -m benchmark.micro.triton_resources
+
+A kernel that waits for memory needs enough loads in flight: many warps, or loads that run ahead
+into shared memory (cp.async). The table says for each kernel what limits it, and for those that
+load ahead how many bytes are in flight per SM.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import __file__ as nvidia_backend
+from triton.compiler import ASTSource
+
+from minisrv.engine.kernels import (
+    triton_candidates,
+    triton_expand,
+    triton_fp8,
+    triton_moe,
+    triton_norm,
+    triton_penalize,
+    triton_rotate,
+    triton_route,
+    triton_sample,
+)
+
+TARGET = GPUTarget("cuda", 90, 32)
+# Of one SM; from the occupancy tables for compute capability 9.0 in the CUDA programming guide.
+MAX_WARPS, MAX_PROGRAMS, REGISTERS, SHARED = 64, 32, 65_536, 228 * 1024
+REGISTER_UNIT, SHARED_UNIT, RESERVED_SHARED = 256, 128, 1024  # allocated per warp; per program
+# An H200's 4.8 TB/s over 132 SMs, times a latency of about a microsecond.
+BYTES_TO_FLY = 40 * 1024
+DTYPES = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
+
+MEMORY, LATENCY, ARITHMETIC = "memory", "latency", "arithmetic"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel as it is launched. Pointers are given by type, whole numbers by value."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, str | int | float | None]
+    constants: dict[str, Any]
+    limit: str  # MEMORY, LATENCY or ARITHMETIC
+    num_warps: int = 4
+    num_stages: int = 3
+    bytes_per_stage: int = 0  # loaded ahead, in each stage of a loop
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Of one program, and how many of them an SM holds."""
+
+    registers: int  # per thread
+    spilled: int  # bytes per thread
+    shared: int  # bytes
+    num_warps: int
+    in_flight: int  # bytes per program that are loaded ahead
+    ptx: str = field(repr=False)
+
+    @property
+    def programs(self) -> int:
+        per_warp = -(-self.registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+        shared = -(-(self.shared + RESERVED_SHARED) // SHARED_UNIT) * SHARED_UNIT
+        by_registers = REGISTERS // 4 // per_warp * 4 // self.num_warps
+        return min(MAX_PROGRAMS, MAX_WARPS // self.num_warps, by_registers, SHARED // shared)
+
+    @property
+    def occupancy(self) -> float:
+        """Warps of an SM that are in use, at most."""
+        return self.programs * self.num_warps / MAX_WARPS
+
+
+def compile_ahead(launch: Launch) -> Any:
+    """The kernel compiled for sm_90, specialised as for the arguments of the launch."""
+    signature, attributes = {}, {}
+    constants = dict(launch.constants)
+    for i, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments.get(name)
+        if isinstance(value, str):
+            signature[name] = value
+            unaligned = launch.kernel.params[i].do_not_specialize_on_alignment
+            aligned = value.startswith("*") and not unaligned
+        elif isinstance(value, float):
+            signature[name], aligned = "fp32", False
+        elif value is None:
+            signature[name], aligned = "constexpr", False
+            constants.setdefault(name, None)
+        else:
+            signature[name] = "i32"
+            aligned = value % 16 == 0 and not launch.kernel.params[i].do_not_specialize
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return triton.compile(source, target=TARGET, options=options)
+
+
+def measure(launch: Launch) -> Resources:
+    """Compiles the kernel and reads what it needs from its binary."""
+    built = compile_ahead(launch)
+    tool = Path(nvidia_backend).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", shown)}
+    return Resources(
+        registers=found["REG"],
+        spilled=found["STACK"] + found["LOCAL"],
+        shared=built.metadata.shared,
+        num_warps=launch.num_warps,
+        in_flight=launch.bytes_per_stage * (launch.num_stages - 1),
+        ptx=built.asm["ptx"],
+    )
+
+
+def all_launches() -> Iterator[Launch]:
+    """Every kernel, for models in bfloat16, whose logits are float32."""
+    yield from step_launches()
+    yield from rotate_launches()
+    yield from sampling_launches()
+    yield from expert_launches()
+    yield from fp8_launches()
+
+
+def step_launches() -> Iterator[Launch]:
+    long = {"last_token", "ids", "positions", "slots"}
+    for kernel, constants in (
+        (triton_expand._write_pages, {"BLOCK": 256}),
+        (triton_expand._expand, {"PAGE_SIZE": 16, "BLOCK": 256}),
+    ):
+        names = set(kernel.arg_names) - constants.keys() - {"width"}
+        arguments: dict[str, Any] = {name: "*i64" if name in long else "*i32" for name in names}
+        yield Launch(kernel.__name__, kernel, {**arguments, "width": 2560}, constants, LATENCY)
+
+
+def rotate_launches(kind: str = "*bf16") -> Iterator[Launch]:
+    """Qwen3-0.6B's heads, with a cache of the same dtype and one of FP8."""
+    for norm, cache in ((True, kind), (False, kind), (True, "*fp8e4nv")):
+        arguments: dict[str, Any] = dict.fromkeys(
+            ("qkv", "q_weight", "k_weight", "cos", "sin"), kind
+        )
+        arguments |= {"slots": "*i64", "keys": cache, "values": cache, "eps": 1e-6}
+        constants = {"NUM_HEADS": 16, "NUM_KV_HEADS": 8, "HALF": 64, "BLOCK": 64, "NORM": norm}
+        constants |= {"TILE": triton_rotate._TILE, "LIMIT": None if cache == kind else 448.0}
+        name = f"norm_rotate_store{'' if norm else ', no norm'}{'' if cache == kind else ', fp8'}"
+        kernel = triton_rotate._norm_rotate_store
+        yield Launch(name, kernel, arguments, constants, MEMORY, triton_rotate._WARPS)
+
+
+def sampling_launches(kind: str = "*fp32") -> Iterator[Launch]:
+    """With a vocabulary of 151,936; `kind` is the type of the logits."""
+    block, part = triton_sample._BLOCK, triton_sample._PART
+    blocks = triton.cdiv(151_936, block)
+    columns: dict[str, Any] = {
+        "temperatures": "*fp32",
+        "top_ks": "*i32",
+        "top_ps": "*fp32",
+        "min_ps": "*fp32",
+        "seeds": "*i64",
+        "choices": "*i32",
+        "positions": "*i32",
+    }
+    counting = {"counts": "*i16", "rows": "*i32", "factors": "*fp32", "factor_stride": 256}
+    sizes = {"vocab_size": 151_936, "row_stride": 151_936}
+    logits: dict[str, Any] = {"logits": kind, **sizes}
+    tables = {"best": "*i64", "masses": "*fp32", "part_tops": "*i32", "out": "*i32"}
+    listed = {"parts": "*i32", "nums_listed": "*i32", "floors": "*i32"}
+    most, spare = triton_sample._MOST_PARTS, triton_sample._SPARE_BITS[DTYPES[kind]]
+    sizes_of_parts = {"PART": part, "MOST_PARTS": most, "SPARE_BITS": spare}
+
+    def launch(
+        kernel: Any, arguments: dict[str, Any], limit: str, warps: int, **constants: Any
+    ) -> Launch:
+        given = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+        return Launch(kernel.__name__.removeprefix("_"), kernel, given, constants, limit, warps)
+
+    everything = {**logits, **columns, **counting, **tables, **listed}
+    pairs = {"samples": "*i32", "ids": "*i32", "values": "*fp32", "count": "*i32"}
+    yield launch(
+        triton_penalize._penalize,
+        {**everything, "samples": "*i64"},
+        MEMORY,
+        triton_penalize._WARPS,
+        BLOCK=4096,
+    )
+    yield launch(triton_sample._add_biases, {**everything, **pairs}, LATENCY, 4, BLOCK=256)
+    yield launch(
+        triton_sample._score_blocks,
+        everything,
+        MEMORY,
+        8,
+        NUM_BLOCKS=blocks,
+        BLOCK=block,
+        PART=part,
+    )
+    num_parts = blocks * (block // part)
+    yield launch(
+        triton_candidates.list_parts,
+        everything,
+        LATENCY,
+        16,
+        NUM_PARTS=num_parts,
+        PARTS=triton.next_power_of_2(num_parts),
+        MOST_PARTS=most,
+        SPARE_BITS=spare,
+    )
+    yield launch(
+        triton_sample._pick_best,
+        everything,
+        LATENCY,
+        16,
+        NUM_BLOCKS=blocks,
+        BLOCK=block,
+        BLOCKS=triton.next_power_of_2(blocks),
+        **sizes_of_parts,
+    )
+
+
+def expert_launches(kind: str = "*bf16") -> Iterator[Launch]:
+    """Qwen3-30B-A3B's layers, for steps of 1, 512 and 8,192 tokens."""
+    experts, hidden, features, per_token = 128, 2048, 768, 8
+    router: dict[str, Any] = {"logits": kind, "scores": kind, "experts": "*i64"}
+    constants: dict[str, Any] = {"NUM_EXPERTS": experts, "EXPERTS": experts}
+    chosen = {"PER_TOKEN": per_token, "CHOSEN": per_token, "NORMALIZE": True}
+    yield Launch("route", triton_route._route, router, {**constants, **chosen}, LATENCY, 1)
+    norm: dict[str, Any] = {**dict.fromkeys(("x", "parts", "weight", "out"), kind), "eps": 1e-6}
+    sizes = {"NUM_PARTS": per_token, "SIZE": hidden, "BLOCK": hidden}
+    yield Launch(
+        "add_parts_and_norm", triton_norm._add_parts_and_norm, norm, sizes, MEMORY, hidden // 256
+    )
+    tables: dict[str, Any] = {"slot_pairs": "*i32", "tile_experts": "*i32"}
+    itemsize = DTYPES[kind].itemsize
+    precision = "ieee" if kind == "*fp32" else "tf32"
+    for num_tokens in (1, 512, 8192):
+        first, second = triton_moe.choose_tiles(per_token * num_tokens, experts, itemsize)
+        block, warps = triton_moe.placing(first.rows)
+        pairs = {"experts": "*i64", "num_pairs": per_token * num_tokens, "num_tiles": 100}
+        rows = {"ROWS": first.rows, "BLOCK": block}
+        yield Launch(
+            f"place, {first.rows} rows",
+            triton_moe._place,
+            {**tables, **pairs},
+            {**constants, **rows},
+            LATENCY,
+            warps,
+        )
+        for name, kernel, tile, pointers, shape, matrices in (
+            (
+                "gate_up",
+                triton_moe._gate_up,
+                first,
+                ("x", "weights", "hidden"),
+                {"PER_TOKEN": per_token, "INPUTS": hidden, "FEATURES": features},
+                2,
+            ),
+            (
+                "down",
+                triton_moe._down,
+                second,
+                ("hidden", "weights", "scores", "out"),
+                {"FEATURES": features, "OUTPUTS": hidden},
+                1,
+            ),
+        ):
+            of_tile = {"ROWS": tile.rows, "COLUMNS": tile.columns, "INNER": tile.inner}
+            yield Launch(
+                f"{name}, {tile.rows} rows",
+                kernel,
+                {**dict.fromkeys(pointers, kind), **tables},
+                {**shape, **of_tile, "PRECISION": precision},
+                MEMORY if tile.rows == 16 else ARITHMETIC,
+                tile.warps,
+                tile.stages,
+                (tile.rows + matrices * tile.columns) * tile.inner * itemsize,
+            )
+
+
+def fp8_launches(kind: str = "*bf16") -> Iterator[Launch]:
+    """Inputs of 5,120 with a scale per token or per group; products with groups of 128."""
+    for group in (5120, 128):
+        arguments: dict[str, Any] = {"x": kind, "values": "*fp8e4nv", "scales": "*fp32"}
+        block = triton.next_power_of_2(group)
+        constants: dict[str, Any] = {"LIMIT": 448.0, "LEAST": 1e-10, "INPUTS": 5120}
+        yield Launch(
+            f"quantize, groups of {group}",
+            triton_fp8._quantize,
+            arguments,
+            {**constants, "GROUP": group, "BLOCK": block},
+            MEMORY,
+            max(1, min(16, block // 512)),
+        )
+    for num_tokens in (1, 40, 1000):
+        tokens, outputs, warps = triton_fp8.tile(num_tokens)
+        arguments = {"x": "*fp8e4nv", "x_scales": "*fp32", "matrix": "*fp8e4nv", "out": kind}
+        arguments |= {"matrix_scales": "*fp32", "num_tokens": num_tokens, "num_outputs": 5120}
+        constants = {"INPUTS": 4096, "GROUP": 128, "BLOCK_I": 128}
+        yield Launch(
+            f"grouped_product, {tokens} tokens",
+            triton_fp8._grouped_product,
+            arguments,
+            {**constants, "BLOCK_T": tokens, "BLOCK_O": outputs},
+            MEMORY if num_tokens == 1 else ARITHMETIC,
+            warps,
+            4,
+            (tokens + outputs) * 128,
+        )
+
+
+def main() -> None:
+    print(f"triton {triton.__version__}, compiled for sm_90\n")
+    titles = ("kernel", "limited by", "warps", "registers", "spilled B", "shared KiB")
+    print(
+        "| " + " | ".join((*titles, "programs per SM", "occupancy", "KiB in flight per SM")) + " |"
+    )
+    print("|---|---|" + "---:|" * 7)
+    for launch in all_launches():
+        needs = measure(launch)
+        cells = (
+            launch.name,
+            launch.limit,
+            needs.num_warps,
+            needs.registers,
+            needs.spilled,
+            f"{needs.shared / 1024:.1f}",
+            needs.programs,
+            f"{needs.occupancy:.0%}",
+            needs.in_flight * needs.programs // 1024 or "",
+        )
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+if __name__ == "__main__":
+    main()
