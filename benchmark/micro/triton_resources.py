@@ -29,6 +29,7 @@ from minisrv.engine.kernels import (
     triton_candidates,
     triton_expand,
     triton_fp8,
+    triton_mask,
     triton_moe,
     triton_norm,
     triton_penalize,
@@ -202,6 +203,8 @@ def sampling_launches(kind: str = "*fp32") -> Iterator[Launch]:
         BLOCK=4096,
     )
     yield launch(triton_sample._add_biases, {**everything, **pairs}, LATENCY, 4, BLOCK=256)
+    masks = {"samples": "*i32", "masks": "*i32", "num_words": 151_936 // 32}
+    yield launch(triton_mask._mask, {**everything, **masks}, MEMORY, 4, BLOCK=triton_mask._BLOCK)
     yield launch(
         triton_sample._score_blocks,
         everything,

@@ -15,6 +15,7 @@ from minisrv.engine import rank_engine
 from minisrv.engine.device_runner import DeviceKernels, DeviceRunner
 from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.engine.kernels.triton_expand import expand
+from minisrv.engine.kernels.triton_mask import mask_logits
 from minisrv.engine.kernels.triton_sample import sample_on_device
 from minisrv.engine.sampling import adjust
 from minisrv.llm import LLM
@@ -46,7 +47,7 @@ SAMPLER = ["_penalize", "_add_biases", "_score_blocks", "list_parts", "_pick_bes
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ForwardBatch, list[str]]]:
     """The steps of all models built in a test, each with its launches."""
     use_device_runner(monkeypatch)
-    kernels = DeviceKernels(expand, sample_on_device)
+    kernels = DeviceKernels(expand, sample_on_device, mask_logits)
     monkeypatch.setattr(rank_engine, "device_kernels", lambda: kernels)
     launches, found = Launches(monkeypatch), []
     compute, upload = DeviceRunner.compute, adjust.upload

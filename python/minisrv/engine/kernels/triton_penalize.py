@@ -37,8 +37,8 @@ def count_token(counts, rows, factors, stride, i, token, vocab_size) -> None:
         tl.store(at, tl.minimum(times, _MOST).to(tl.int16))
 
 
-# The number of samples varies from step to step; do not compile variants for some of the values.
-@triton.jit(do_not_specialize=["num_samples"])
+# The stride may be the number of samples; do not compile variants for some of the values.
+@triton.jit(do_not_specialize=["factor_stride"])
 def _penalize(
     logits,
     counts,
