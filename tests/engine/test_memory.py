@@ -38,7 +38,7 @@ def test_the_largest_step_has_penalties_in_all_rows(
     rank = open_engine(path, max_running_requests=5, max_prefill_tokens=20)._rank_0
     config = ServerConfig(max_running_requests=5, page_size=rank._pool.page_size)
     assert rank._measure_largest_step(config) == 1
-    counts_RV = rank.runner._adjuster._counts_RV
+    counts_RV = rank.runner._adjuster.counts_RV
     assert rank.memory_plan.token_counts == counts_RV.nbytes == 5 * 384 * 2
     assert counts_RV[:, 0].eq(1).logical_or(counts_RV[:, 0].eq(-1)).all()
     assert counts_RV.count_nonzero(1).le(2).all()
