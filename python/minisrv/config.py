@@ -125,7 +125,7 @@ class ServerConfig:
     )
     grammar_memory_mib: int = option(512, "memory in MiB that compiling a grammar may take")
     max_open_requests: int = option(
-        4096, "maximum unfinished requests; further ones are refused with 503"
+        4096, "maximum unfinished requests and queries; further ones are refused with 503"
     )
     num_tokenizers: int = option(1, "number of tokenizer processes", "--num-tokenizer")
 

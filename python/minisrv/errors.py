@@ -18,12 +18,14 @@ class MinisrvError(Exception):
     """An error with a message for the person who can fix it, and its OpenAI error fields.
 
     lengths: set when a request does not fit the context and the counts are known.
+    retry_after_s: when a retry is likely to succeed, if that is known.
     """
 
     http_status = 500
     error_type = "server_error"
     code: str | None = "internal_error"
     lengths: Lengths | None = None
+    retry_after_s: int | None = None
 
     def __init_subclass__(cls, status: int | None = None, code: str | None = None) -> None:
         """`status` and `code` are those of the class; None leaves them as they are."""
@@ -102,7 +104,15 @@ class NotReadyError(MinisrvError, status=503, code="server_starting"):
 
 
 class OverloadedError(MinisrvError, status=503, code="server_overloaded"):
-    """The limit on open requests is reached; the client may retry later."""
+    """A limit on requests is reached; the client may retry later.
+
+    reason: the limit, for the metrics.
+    """
+
+    def __init__(self, message: str, *, reason: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
 
 
 class EngineDeadError(MinisrvError, code="engine_dead"):

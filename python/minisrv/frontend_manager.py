@@ -89,7 +89,9 @@ class FrontendManager:
         supervisor = Supervisor(self.config, on_notice=hand_over)
         # It binds in the run directory, which a supervisor that fails takes with it.
         num_tokenizers = self.config.num_tokenizers
-        self._client = EngineClient(supervisor.run_dir, self.registry, num_tokenizers, EPOCH)
+        self._client = EngineClient(
+            supervisor.run_dir, self.registry, num_tokenizers, EPOCH, on_error=supervisor.stop
+        )
         self._thread = SupervisorThread(supervisor)
         self._thread.start()
         await self._client.__aenter__()

@@ -30,6 +30,7 @@ from minisrv.wire.messages import (
     OutputIds,
     Start,
     StatsMsg,
+    TakenMsg,
     TokenizeMsg,
     UserReply,
     failure_reply,
@@ -108,6 +109,7 @@ EXAMPLES = [
     FlushMsg(query=2**40),
     AnswerMsg(query=2, value={"ids": [1, 2], "text": "\u4f60", "tokens": ["a", None]}),
     AnswerMsg(query=2, failure=FAILURE),
+    TakenMsg(tokenizer=1, num_bytes=2**40),
     StatsMsg(
         running=1,
         waiting=2,

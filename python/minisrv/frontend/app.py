@@ -62,6 +62,7 @@ def create_app(
         config.served_name,
         lambda: registry.stats,
         unknown_fields.counts.total,
+        registry.refused,
         vllm_names=config.metrics_vllm_names,
     )
     bodies = BodyReader(config.max_body_bytes, unknown_fields, metrics.count_ignored_field)

@@ -64,6 +64,14 @@ async def _serve(child: Child) -> None:
             server.should_exit = True
 
     run_dir, num_tokenizers = Path(child.boot.run_dir), child.config.num_tokenizers
-    async with EngineClient(run_dir, registry, num_tokenizers, child.boot.epoch):
+
+    def leave() -> None:
+        server.should_exit = True
+
+    async with EngineClient(
+        run_dir, registry, num_tokenizers, child.boot.epoch, on_error=leave
+    ) as client:
         child.handle_notices(lambda notice: loop.call_soon_threadsafe(take, notice))
         await server.serve([socket.socket(fileno=child.boot.fds["listener"])])
+        if client.error is not None:
+            raise client.error

@@ -9,10 +9,11 @@ from minisrv.checkpoint.model_config import load_model_config
 from minisrv.checkpoint.tokenizer import load_tokenizer
 from minisrv.supervision.child_main import Child, run_child
 from minisrv.supervision.records import ChildReady
+from minisrv.tokenizer.backlog import Backlog
 from minisrv.tokenizer.chat_template import ChatTemplate
 from minisrv.tokenizer.worker import TokenizerWorker
-from minisrv.wire.messages import TOKENIZER_INBOX, AnswerMsg, UserReply
-from minisrv.wire.sockets import Inbox, Outbox
+from minisrv.wire.messages import TOKENIZER_INBOX, AnswerMsg, Message, TakenMsg, UserReply
+from minisrv.wire.sockets import REPORT_BYTES, Inbox, Outbox
 
 
 def main() -> None:
@@ -33,8 +34,18 @@ def _serve(child: Child) -> None:
         model.vocab_size,
     )
     child.report(ChildReady({"chat_format": asdict(worker.chat_format)}))
-    while inbox.wait():
-        for message in inbox.drain():
-            outgoing = worker.handle(message)
-            receiver = frontend if isinstance(outgoing, UserReply | AnswerMsg) else scheduler
-            receiver.send(outgoing)
+    backlog = Backlog()
+
+    def send(message: Message) -> None:
+        receiver = frontend if isinstance(message, UserReply | AnswerMsg) else scheduler
+        receiver.send(message)
+
+    # One text may take seconds: the inbox is looked at before each, for aborts.
+    while backlog or inbox.wait():
+        for message in backlog.add(inbox.drain_frames()):
+            send(message)
+        if backlog:
+            send(worker.handle(backlog.take()))
+        if backlog.taken_bytes >= REPORT_BYTES:
+            frontend.send(TakenMsg(tokenizer=boot.index, num_bytes=backlog.taken_bytes))
+            backlog.taken_bytes = 0

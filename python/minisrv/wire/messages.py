@@ -91,9 +91,11 @@ class TokenizeMsg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AbortMsg:
-    """Frontend to tokenizer to scheduler, and detokenizer to scheduler: stop these uids.
+    """Stop these uids. Each is answered with one final, its own, ABORT or a failure.
 
-    Each is answered with one finish code, its own or ABORT. Unknown uids are ignored.
+    Frontend to tokenizer to scheduler, behind the request; frontend to scheduler, past what waits
+    at the tokenizer; detokenizer to scheduler. A tokenizer takes the number of a query too. Unknown
+    uids are ignored.
     """
 
     uids: tuple[int, ...]
@@ -297,6 +299,14 @@ class AnswerMsg:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TakenMsg:
+    """Tokenizer to frontend: it has taken frames of `num_bytes` from its inbox since the last."""
+
+    tokenizer: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Histogram:
     """Counts per bucket, of which the last has no upper bound, and the sum of all values."""
 
@@ -329,14 +339,22 @@ class StatsMsg:
 TokenizerQuery = EncodeMsg | DecodeMsg | DescribeMsg
 Query = TokenizerQuery | FlushMsg
 Message = (
-    TokenizeMsg | AbortMsg | Query | GenerateMsg | DetokenizeMsg | UserReply | AnswerMsg | StatsMsg
+    TokenizeMsg
+    | AbortMsg
+    | Query
+    | GenerateMsg
+    | DetokenizeMsg
+    | UserReply
+    | AnswerMsg
+    | StatsMsg
+    | TakenMsg
 )
 InboxTypes = tuple[type[Message], ...]
 
 TOKENIZER_INBOX: InboxTypes = (TokenizeMsg, AbortMsg, EncodeMsg, DecodeMsg, DescribeMsg, FlushMsg)
 SCHEDULER_INBOX: InboxTypes = (GenerateMsg, AbortMsg, FlushMsg)
 DETOKENIZER_INBOX: InboxTypes = (DetokenizeMsg,)
-FRONTEND_INBOX: InboxTypes = (UserReply, AnswerMsg, StatsMsg)
+FRONTEND_INBOX: InboxTypes = (UserReply, AnswerMsg, StatsMsg, TakenMsg)
 
 
 def failure_reply(failures: Sequence[Failure]) -> UserReply:

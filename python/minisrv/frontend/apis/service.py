@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
 
 from minisrv.config import ServerConfig
 from minisrv.frontend.generation.request import ChatPrompt
 from minisrv.frontend.generation.run import Runner
 from minisrv.frontend.http.body import BodyReader
 from minisrv.frontend.registry.registry import RequestRegistry
-from minisrv.wire.messages import EncodeMsg
+from minisrv.wire.messages import EncodeMsg, Query
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +31,32 @@ class Service:
     runner: Runner
 
     async def encode(
-        self, prompt: str | ChatPrompt, *, add_special_tokens: bool = False
+        self, request: Request, prompt: str | ChatPrompt, *, add_special_tokens: bool = False
     ) -> dict[str, Any]:
-        """The prompt's `text`, `ids` and `tokens`. Raises RequestFailedError."""
+        """The prompt's `text`, `ids` and `tokens`. Raises as `ask`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt.fields()
-        return await self.registry.ask(
-            lambda query: EncodeMsg(query=query, add_special_tokens=add_special_tokens, **fields)
+        return await self.ask(
+            request,
+            lambda query: EncodeMsg(query=query, add_special_tokens=add_special_tokens, **fields),
         )
+
+    async def ask(self, request: Request, make: Callable[[int], Query]) -> dict[str, Any]:
+        """The answer to a client's query, which is dropped when the client leaves.
+
+        Raises ClientDisconnect, and as the registry's `ask`.
+        """
+        answer = asyncio.create_task(self.registry.ask(make))
+        gone = asyncio.create_task(_wait_until_gone(request.receive))
+        try:
+            await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise ClientDisconnect
+            return answer.result()
+        finally:
+            answer.cancel()
+            gone.cancel()
+
+
+async def _wait_until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

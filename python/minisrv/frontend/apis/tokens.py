@@ -52,7 +52,7 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
         served_name(fields.get("model"), registry.model)
         special = fields.get("add_special_tokens", "prompt" in fields)
         answer = await service.encode(
-            _read_prompt(fields, registry.model), add_special_tokens=special
+            request, _read_prompt(fields, registry.model), add_special_tokens=special
         )
         body = {
             "count": len(answer["ids"]),
@@ -73,8 +73,8 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
         if fields["tokens"]:
             ids = read_token_ids(fields["tokens"], registry.model, "tokens")
         skip = fields.get("skip_special_tokens", False)
-        answer = await registry.ask(
-            lambda query: DecodeMsg(query=query, token_ids=ids, skip_special_tokens=skip)
+        answer = await service.ask(
+            request, lambda query: DecodeMsg(query=query, token_ids=ids, skip_special_tokens=skip)
         )
         return JSONResponse({"prompt": answer["text"], "text": answer["text"]})
 
@@ -84,14 +84,14 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
         """The prompt that the model would see, and its tokens."""
         fields = await bodies.read(request, template_fields)
         served_name(fields.get("model"), registry.model)
-        answer = await service.encode(read_chat_prompt(fields, registry.model))
+        answer = await service.encode(request, read_chat_prompt(fields, registry.model))
         body = {"prompt": answer["text"], "tokens": answer["ids"], "count": len(answer["ids"])}
         return JSONResponse(body)
 
     @app.get("/tokenizer_info", responses=errors(401, 503))
-    async def tokenizer_info() -> Response:
+    async def tokenizer_info(request: Request) -> Response:
         """Special tokens, chat template and size of the vocabulary."""
-        answer = await registry.ask(lambda query: DescribeMsg(query=query))
+        answer = await service.ask(request, lambda query: DescribeMsg(query=query))
         return JSONResponse({**answer, "max_model_len": registry.model.max_model_len})
 
 

@@ -29,7 +29,7 @@ class ErrorResponse(Response):
     def __init__(self, error: MinisrvError, headers: dict[str, str] | None = None) -> None:
         headers = dict(headers or {})
         if error.http_status == NotReadyError.http_status:
-            headers["Retry-After"] = str(RETRY_AFTER_S)
+            headers["Retry-After"] = str(error.retry_after_s or RETRY_AFTER_S)
         if error.code in _FINAL_CODES:  # clients retry a 500 otherwise
             headers[RETRY_HEADER] = "false"
         super().__init__(b"", error.http_status, headers, "application/json")

@@ -6,7 +6,7 @@ Sources: requests as they end, HTTP responses, and the scheduler's last StatsMsg
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -21,7 +21,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "minisrv:"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # Metrics that vLLM does not have.
-_OWN = ("http_", "unknown_request_fields", "harmless_request_fields")
+_OWN = ("http_", "unknown_request_fields", "harmless_request_fields", "refused_requests")
 
 _GAUGE, _COUNTER = GaugeMetricFamily, CounterMetricFamily
 _Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
@@ -59,7 +59,8 @@ _COUNTED = (
 class ServerMetrics(Collector):
     """stats: returns the scheduler's last statistics.
 
-    num_unknown: returns the count of request fields that no table has.
+    num_unknown: returns the count of request fields that no table has. refused: requests that a
+    limit refused, by its name.
     """
 
     def __init__(
@@ -67,12 +68,14 @@ class ServerMetrics(Collector):
         model_name: str,
         stats: Callable[[], StatsMsg | None],
         num_unknown: Callable[[], int],
+        refused: Mapping[str, int],
         *,
         vllm_names: bool,
     ) -> None:
         self._model = model_name
         self._stats = stats
         self._num_unknown = num_unknown
+        self._refused = refused
         self._vllm_names = vllm_names
         self._registry = registry = CollectorRegistry()
         self._registry.register(self)
@@ -146,6 +149,14 @@ class ServerMetrics(Collector):
             "Unknown request fields, which were ignored.",
             value=self._num_unknown(),
         )
+        refused = CounterMetricFamily(
+            f"{PREFIX}refused_requests",
+            "Requests and queries refused, by limit.",
+            labels=["reason"],
+        )
+        for reason, count in self._refused.items():
+            refused.add_metric([reason], count)
+        yield refused
         stats = self._stats()
         if stats is None:
             return

@@ -1,30 +1,54 @@
-"""The frontend's sockets: an inbox for replies, an outbox to each tokenizer."""
+"""The frontend's sockets: an inbox for replies, outboxes to tokenizers and scheduler."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
-from minisrv.errors import EngineDeadError
+from minisrv.errors import EngineDeadError, MinisrvError
 from minisrv.frontend.registry.registry import RequestRegistry
-from minisrv.wire.messages import FRONTEND_INBOX
-from minisrv.wire.sockets import AsyncInbox, Outbox
+from minisrv.wire.messages import (
+    FRONTEND_INBOX,
+    AbortMsg,
+    AnswerMsg,
+    Query,
+    StatsMsg,
+    TakenMsg,
+    TokenizeMsg,
+    UserReply,
+)
+from minisrv.wire.sockets import AsyncInbox, BoundedOutbox
 
 logger = logging.getLogger("minisrv.frontend")
 
 
 class EngineClient:
-    """Connects a registry to the other processes; create it inside the event loop that runs it."""
+    """Connects a registry to the other processes; create it inside the event loop that runs it.
+
+    error: why replies can no longer be read, after a bug; then every request has failed, and
+    `on_error` is called: the server must end.
+    """
 
     def __init__(
-        self, run_dir: Path, registry: RequestRegistry, num_tokenizers: int, epoch: int
+        self,
+        run_dir: Path,
+        registry: RequestRegistry,
+        num_tokenizers: int,
+        epoch: int,
+        on_error: Callable[[], None],
     ) -> None:
+        self.error: MinisrvError | None = None
         self._registry = registry
+        self._on_error = on_error
         self._inbox = AsyncInbox(run_dir, "frontend", FRONTEND_INBOX, epoch)
-        self._outboxes = [Outbox(run_dir, f"tokenizer-{i}", epoch) for i in range(num_tokenizers)]
+        self._tokenizers = [
+            BoundedOutbox(run_dir, f"tokenizer-{i}", epoch) for i in range(num_tokenizers)
+        ]
+        self._scheduler = BoundedOutbox(run_dir, "scheduler", epoch)
         self._receiving: asyncio.Task[None] | None = None
-        registry.connect(lambda index, message: self._outboxes[index].send(message))
+        registry.connect(self._send)
 
     async def __aenter__(self) -> EngineClient:
         self._receiving = asyncio.create_task(self._receive(), name="receive replies")
@@ -35,12 +59,31 @@ class EngineClient:
         self._receiving.cancel()
         await asyncio.gather(self._receiving, return_exceptions=True)
         self._inbox.close()
-        for outbox in self._outboxes:
+        for outbox in (*self._tokenizers, self._scheduler):
             outbox.close()
+
+    def _send(self, index: int, message: TokenizeMsg | AbortMsg | Query) -> None:
+        """Send to a tokenizer; an abort also to the scheduler, past what the tokenizer works on.
+
+        The scheduler ignores uids that it does not know yet: for those the other abort follows.
+        """
+        if isinstance(message, AbortMsg):
+            self._scheduler.send_always(message)
+            self._tokenizers[index].send_always(message)
+        else:
+            self._tokenizers[index].send(message)
 
     async def _receive(self) -> None:
         try:
-            await self._inbox.deliver_to(self._registry.receive)
+            await self._inbox.deliver_to(self._take)
         except Exception as error:
             logger.exception("replies cannot be read")
-            self._registry.fail_all(EngineDeadError(f"replies cannot be read: {error}"))
+            self.error = EngineDeadError(f"replies cannot be read: {error}")
+            self._registry.fail_all(self.error)
+            self._on_error()
+
+    def _take(self, message: UserReply | AnswerMsg | StatsMsg | TakenMsg) -> None:
+        if isinstance(message, TakenMsg):
+            self._tokenizers[message.tokenizer].count_taken(message.num_bytes)
+        else:
+            self._registry.receive(message)

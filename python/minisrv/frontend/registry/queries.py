@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,34 +14,41 @@ TIMEOUT_S = 30.0
 
 
 class Queries:
-    """The open queries by number. All methods belong to one event loop."""
+    """The open queries by number: those without an answer, even if nobody waits for it any more.
+
+    All methods belong to one event loop.
+    """
 
     def __init__(self) -> None:
-        self._numbers = itertools.count(1)
         self._open: dict[int, asyncio.Future[dict[str, Any]]] = {}
 
-    async def ask(self, send: Callable[[int], None]) -> dict[str, Any]:
-        """The answer to the query that `send(number)` sends.
+    def __len__(self) -> int:
+        return len(self._open)
+
+    async def ask(
+        self, number: int, send: Callable[[], None], abort: Callable[[], None]
+    ) -> dict[str, Any]:
+        """The answer to the query `number`, which `send` sends; `abort` if nobody waits for it.
 
         Raises RequestFailedError for a refused query, MinisrvError after TIMEOUT_S.
         """
-        number = next(self._numbers)
+        send()
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._open[number] = future
         try:
-            send(number)
             async with asyncio.timeout(TIMEOUT_S):
                 return await future
         except TimeoutError:
-            error = MinisrvError(f"no answer came within {TIMEOUT_S:g} s", code="request_timeout")
-            error.http_status = 503
-            raise error from None
+            raise MinisrvError(
+                f"no answer came within {TIMEOUT_S:g} s", code="request_timeout", status=503
+            ) from None
         finally:
-            del self._open[number]
+            if number in self._open:
+                abort()
 
     def deliver(self, answer: AnswerMsg) -> None:
-        """Pass an answer to the caller that waits for it; a late one is dropped."""
-        future = self._open.get(answer.query)
+        """Pass an answer to the caller that waits for it, if it still does."""
+        future = self._open.pop(answer.query, None)
         if future is None or future.done():
             return
         if answer.failure is not None:
@@ -54,3 +60,4 @@ class Queries:
         for future in self._open.values():
             if not future.done():
                 future.set_exception(error)
+        self._open.clear()

@@ -1,15 +1,16 @@
 """Requests and the server's state. Every request that is accepted gets a final event.
 
-A request holds consecutive uids, one per choice. A uid is open from `open` until its final (a
-finish code or a failure) arrives, even if its client has left: so the limit on open requests
-limits the work of the other processes.
+A request holds consecutive uids, one per choice; a query holds one. A uid is open from `open` until
+its final (a finish code, a failure or an answer) arrives, even if its client has left: so the limit
+on open requests limits the work of the other processes.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -54,12 +55,16 @@ class Dead:
 
 
 class RequestRegistry:
-    """Routes replies to the requests they belong to. All methods belong to one event loop."""
+    """Routes replies to the requests they belong to. All methods belong to one event loop.
+
+    refused: requests and queries that a limit refused, by its name.
+    """
 
     def __init__(self, config: ServerConfig) -> None:
         self.state: Starting | Serving | Dead = Starting("start", 0.0)
         self.phases: dict[str, float] = {}
         self.stats: StatsMsg | None = None
+        self.refused: Counter[str] = Counter()
         self._queries = Queries()
         self._status_line = StatusLine()
         self._max_open = config.max_open_requests
@@ -99,8 +104,8 @@ class RequestRegistry:
 
     @property
     def num_open(self) -> int:
-        """Uids without a final event."""
-        return len(self._owners)
+        """Uids without a final event, and queries without an answer."""
+        return len(self._owners) + len(self._queries)
 
     def open(self, n: int = 1, request_id: str = "") -> int:
         """Reserve `n` consecutive uids and return the first, the request's base.
@@ -108,27 +113,38 @@ class RequestRegistry:
         Raises OverloadedError when they would exceed the limit, and as `model` does.
         """
         assert n >= 1
-        _ = self.model
-        if self.num_open + n > self._max_open:
-            raise OverloadedError(
-                f"the server has {self.num_open} open requests of {self._max_open}, "
-                f"and this one counts {n}; try again later"
-            )
-        base = self._next_uid
-        self._next_uid += n
+        base = self._reserve(n)
         request = OpenRequest(base, set(range(base, base + n)), request_id)
         self._requests[base] = request
         self._owners.update(dict.fromkeys(request.live, request))
         return base
 
+    def _reserve(self, n: int) -> int:
+        """The first of `n` uids. Raises OverloadedError past the limit, and as `model` does."""
+        _ = self.model
+        with self._counting_refusals():
+            if self.num_open + n > self._max_open:
+                raise OverloadedError(
+                    f"the server has {self.num_open} open requests of {self._max_open}, "
+                    f"and this one counts {n}; try again later",
+                    reason="open_requests",
+                )
+        base = self._next_uid
+        self._next_uid += n
+        return base
+
     def send(self, message: TokenizeMsg) -> None:
-        """Send a message with open uids to the next tokenizer in turn."""
+        """Send a message with open uids to the next tokenizer in turn.
+
+        Raises OverloadedError if its inbox is full.
+        """
         assert self._send is not None
         request = self._owners.get(message.uid)
         if request is None or request.aborted:
             raise RequestAborted
         index = next(self._tokenizers)
-        self._send(index, message)
+        with self._counting_refusals():
+            self._send(index, message)
         uids = range(message.uid, message.uid + message.sampling.n)
         request.tokenizers.update(dict.fromkeys(uids, index))
 
@@ -137,13 +153,29 @@ class RequestRegistry:
     ) -> dict[str, Any]:
         """The answer to the query `make(number)`, by default from the next tokenizer in turn.
 
-        Raises as `model`, RequestFailedError for a refused query, MinisrvError after a timeout.
+        It counts as an open request until it is answered. When the caller is cancelled, the query
+        is aborted. Raises as `open` and `send`, RequestFailedError for a refused query,
+        MinisrvError after a timeout.
         """
-        _ = self.model
+        number = self._reserve(1)
         assert self._send is not None
         send = self._send
         index = next(self._tokenizers) if tokenizer_index is None else tokenizer_index
-        return await self._queries.ask(lambda number: send(index, make(number)))
+
+        def send_query() -> None:
+            with self._counting_refusals():
+                send(index, make(number))
+
+        abort = AbortMsg(uids=(number,))
+        return await self._queries.ask(number, send_query, lambda: send(index, abort))
+
+    @contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except OverloadedError as refusal:
+            self.refused[refusal.reason] += 1
+            raise
 
     def receive(self, message: UserReply | AnswerMsg | StatsMsg) -> None:
         """Handle a message from the other processes."""

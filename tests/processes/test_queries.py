@@ -1,0 +1,127 @@
+"""Queries and aborts at a tokenizer that is busy, and a reply that makes no sense."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+
+from minisrv.supervision.supervisor import EPOCH
+from minisrv.wire.sockets import INBOX_BYTES, Outbox
+from tests.support.scripted_backend import reply
+from tests.support.server_process import open_requests, running, wait_until
+
+MIB = 2**20
+
+
+@contextmanager
+def suspended(process: psutil.Process) -> Iterator[None]:
+    """The process stands still, as one that works on a long text looks from outside."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
+
+
+def load_of(url: str) -> dict[str, int]:
+    load: dict[str, int] = httpx.get(f"{url}/v1/loads").json()["loads"][0]
+    return load
+
+
+def ask_and_leave(url: str, after_s: float) -> None:
+    try:
+        httpx.post(f"{url}/tokenize", json={"prompt": "hi"}, timeout=after_s)
+    except httpx.TimeoutException:
+        return
+    raise AssertionError("it was answered")
+
+
+def test_queries_count_as_open_requests_and_those_without_a_client_are_dropped(
+    model_dir: Path, socket_dir: Path
+) -> None:
+    arguments = ("--model", str(model_dir), "--max-open-requests", "4")
+    with running(*arguments, tmp_dir=socket_dir) as server, ThreadPoolExecutor(4) as pool:
+        with suspended(server.child("tokenizer")):
+            asked = [pool.submit(ask_and_leave, server.url, 2) for _ in range(4)]
+            wait_until(lambda: load_of(server.url)["num_open_reqs"] == 4)
+            for path, body in (("/tokenize", {"prompt": "hi"}), ("/detokenize", {"tokens": [1]})):
+                refused = httpx.post(server.url + path, json=body)
+                assert refused.status_code == 503
+                assert refused.headers["retry-after"] == "1"
+                assert refused.json()["error"]["code"] == "server_overloaded"
+            assert httpx.get(f"{server.url}/tokenizer_info").status_code == 503
+            for one in asked:
+                one.result()
+        wait_until(lambda: load_of(server.url)["num_open_reqs"] == 0, 10)
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert 'refused_requests_total{reason="open_requests"} 3.0' in metrics
+        assert httpx.post(f"{server.url}/tokenize", json={"prompt": "hi"}).json()["count"] == 2
+
+
+def test_a_tokenizer_that_does_not_keep_up_is_a_503_and_never_a_blocked_frontend(
+    model_dir: Path, socket_dir: Path
+) -> None:
+    text = "x" * (8 * MIB - 1024)
+    num_fit = INBOX_BYTES // len(text)
+    statuses: list[int] = []
+
+    def ask() -> None:
+        answer = httpx.post(f"{server.url}/tokenize", json={"prompt": text}, timeout=60)
+        assert answer.status_code != 503 or answer.headers["retry-after"] == "1"
+        statuses.append(answer.status_code)
+
+    with running("--model", str(model_dir), tmp_dir=socket_dir) as server:
+        with suspended(server.child("tokenizer")):
+            threads = [threading.Thread(target=ask) for _ in range(num_fit + 3)]
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: len(statuses) == 3)
+            assert statuses == [503] * 3
+            started = time.monotonic()
+            assert httpx.get(f"{server.url}/health").status_code == 200
+            assert time.monotonic() - started < 0.5
+        for thread in threads:
+            thread.join()
+        # They do not fit the context, but they were read.
+        assert statuses[3:] == [400] * num_fit
+        assert httpx.post(f"{server.url}/tokenize", json={"prompt": "hi"}).status_code == 200
+
+
+def test_an_abort_does_not_wait_for_the_tokenizer(model_dir: Path, socket_dir: Path) -> None:
+    with running("--model", str(model_dir), tmp_dir=socket_dir, step_s=0.02) as server:
+        body = {"prompt": "go on", "max_tokens": 1500, "stream": True, "ignore_eos": True}
+        url = f"{server.url}/v1/completions"
+        with httpx.stream("POST", url, json=body, timeout=30) as response:
+            chunks = response.iter_text()
+            next(chunks)
+            wait_until(lambda: load_of(server.url)["num_running_reqs"] == 1)
+            server.child("tokenizer").suspend()
+        try:
+            del chunks
+            wait_until(lambda: load_of(server.url)["num_running_reqs"] == 0, 5)
+            wait_until(lambda: load_of(server.url)["num_open_reqs"] == 0, 5)
+        finally:
+            server.child("tokenizer").resume()
+
+
+def test_a_reply_that_makes_no_sense_ends_the_server(model_dir: Path, socket_dir: Path) -> None:
+    with running("--model", str(model_dir), tmp_dir=socket_dir, step_s=0.02) as server:
+        (stream,) = open_requests(server.url, num_streams=1, num_whole=0)
+        (path,) = socket_dir.rglob("frontend")
+        outbox = Outbox(path.parent, "frontend", EPOCH)
+        outbox.send(reply(1, "a", 1, finish=99))  # type: ignore[arg-type]
+        *_, error, done = stream.join().events
+        assert (json.loads(error)["error"]["code"], done) == ("engine_dead", "[DONE]")
+        assert server.wait(10) == 1
+        assert "the frontend" in server.output
+        assert "99" in server.output
+        server.assert_nothing_is_left()
+        outbox.close()
