@@ -127,6 +127,18 @@ class ServerConfig:
     max_open_requests: int = option(
         4096, "maximum unfinished requests and queries; further ones are refused with 503"
     )
+    max_waiting_requests: int | None = option(
+        None,
+        "maximum requests that wait behind running ones; further ones are refused with 503 "
+        "(default: no limit of its own)",
+        at_least=0,
+    )
+    max_queue_wait: float | None = option(
+        None,
+        "seconds that a request may have to wait for its first step, as predicted when it comes; "
+        "longer waits are refused with 503 (default: no limit)",
+        at_least=0,
+    )
     num_tokenizers: int = option(1, "number of tokenizer processes", "--num-tokenizer")
 
     api_key: tuple[str, ...] = option(

@@ -40,16 +40,17 @@ def serve(child: Child) -> None:
     child.report_progress("weights", 0.5)
     while GATE and not Path(GATE).exists():
         time.sleep(0.01)
+    num_rows = min(NUM_ROWS, child.config.max_running_requests)
     engine = SlowHashEngine(
         num_pages=NUM_PAGES,
         page_size=PAGE_SIZE,
-        num_rows=NUM_ROWS,
+        num_rows=num_rows,
         max_seq_len=model.max_seq_len,
         vocab_size=model.vocab_size,
         lazy=False,
     )
     scheduler = Scheduler(
-        KVCacheManager(NUM_PAGES, NUM_ROWS, PAGE_SIZE, radix_cache=True),
+        KVCacheManager(NUM_PAGES, num_rows, PAGE_SIZE, radix_cache=True),
         max_seq_len=model.max_seq_len,
         max_prefill_tokens=64,
         eos_ids=model.eos_token_ids,

@@ -111,6 +111,7 @@ EXAMPLES = [
     AnswerMsg(query=2, failure=FAILURE),
     TakenMsg(tokenizer=1, num_bytes=2**40),
     StatsMsg(
+        admitted=7,
         running=1,
         waiting=2,
         pages_used=3,

@@ -99,4 +99,4 @@ def _warm_up(loop: SchedulerLoop, lens: Sequence[int]) -> None:
         # Otherwise the next prompt would find its beginning in the cache.
         loop.scheduler.cache.evict(loop.scheduler.cache.pages.size)
     loop.scheduler.take_replies()
-    loop.stats = LoopStats()
+    loop.stats = LoopStats(loop.scheduler.num_admitted)

@@ -56,6 +56,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.waiting = WaitingQueue()
         self.num_preemptions = 0
+        self.num_admitted = 0
         self._eos_ids = frozenset(eos_ids)
         self._new_seed = new_seed
         self._requests: dict[int, Request] = {}
@@ -300,6 +301,7 @@ class Scheduler:
         request.demand, request.bypassed = None, 0
         if request.admitted_at is None:
             request.admitted_at = plan.scheduled_at
+            self.num_admitted += 1
         insort(self.running, request, key=lambda r: r.arrival)
         return self._take_cached_pages(plan, request)
 

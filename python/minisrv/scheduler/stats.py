@@ -18,7 +18,9 @@ class LoopStats:
     request that decodes is in every step. One that had to wait for a page counts as one step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, admitted_before: int = 0) -> None:
+        """admitted_before: requests of the warm-up, which do not count."""
+        self._admitted_before = admitted_before
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._output_tokens = 0
@@ -75,6 +77,7 @@ class LoopStats:
             output_tokens=self._output_tokens,
             preemptions=scheduler.num_preemptions,
             steps=self._steps,
+            admitted=scheduler.num_admitted - self._admitted_before,
             inter_token=self._inter_token.message(),
             step_tokens=self._step_tokens.message(),
         )

@@ -319,7 +319,8 @@ class StatsMsg:
     """Scheduler to frontend, periodically: its state now, and its counts since the start.
 
     pages_used: held by running requests, without pages that only the cache holds.
-    prompt_tokens and cached_tokens: of requests that got a first token. Buckets: wire.histogram.
+    admitted: requests that got their first step. prompt_tokens and cached_tokens: of requests that
+    got a first token. Buckets: wire.histogram.
     """
 
     running: int
@@ -332,6 +333,7 @@ class StatsMsg:
     output_tokens: int
     preemptions: int
     steps: int
+    admitted: int
     inter_token: Histogram
     step_tokens: Histogram
 

@@ -20,6 +20,7 @@ from minisrv.errors import MinisrvError, NotReadyError, OverloadedError
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.open_request import OpenRequest, RequestAborted
 from minisrv.frontend.registry.queries import Queries
+from minisrv.frontend.registry.queue_gauge import QueueGauge
 from minisrv.frontend.registry.status_line import StatusLine
 from minisrv.wire.events import Event, failure_error, gather_reply
 from minisrv.wire.messages import (
@@ -66,6 +67,9 @@ class RequestRegistry:
         self.stats: StatsMsg | None = None
         self.refused: Counter[str] = Counter()
         self._queries = Queries()
+        self._queue = QueueGauge(config.max_running_requests)
+        self._max_waiting = config.max_waiting_requests
+        self._max_queue_wait = config.max_queue_wait
         self._status_line = StatusLine()
         self._max_open = config.max_open_requests
         self._tokenizers = cycle(range(config.num_tokenizers))
@@ -73,6 +77,7 @@ class RequestRegistry:
         self._send: Send | None = None
         self._requests: dict[int, OpenRequest] = {}
         self._owners: dict[int, OpenRequest] = {}
+        self._unstarted: set[int] = set()
 
     def connect(self, send: Send) -> None:
         """Send messages by `send(tokenizer_index, message)` from now on."""
@@ -110,14 +115,43 @@ class RequestRegistry:
     def open(self, n: int = 1, request_id: str = "") -> int:
         """Reserve `n` consecutive uids and return the first, the request's base.
 
-        Raises OverloadedError when they would exceed the limit, and as `model` does.
+        Raises OverloadedError when they would exceed a limit, and as `model` does.
         """
         assert n >= 1
+        _ = self.model
+        with self._counting_refusals():
+            self._check_queue(n)
         base = self._reserve(n)
         request = OpenRequest(base, set(range(base, base + n)), request_id)
         self._requests[base] = request
         self._owners.update(dict.fromkeys(request.live, request))
+        self._unstarted |= request.live
         return base
+
+    def _check_queue(self, n: int) -> None:
+        """Raise OverloadedError if `n` more uids would make the queue too long."""
+        num_open, num_unstarted = len(self._owners), len(self._unstarted)
+        waiting = self._queue.waiting(num_open, num_unstarted)
+        after = self._queue.waiting(num_open + n, num_unstarted + n)
+        if self._max_waiting is not None and after > self._max_waiting:
+            raise OverloadedError(
+                f"{waiting} requests wait, and of this one's {n} would {after - waiting}; the "
+                f"limit is {self._max_waiting}; try again later",
+                reason="waiting_requests",
+                retry_after_s=self._queue.retry_after_s(waiting),
+            )
+        wait_s = self._queue.wait_s(waiting)
+        if (
+            self._max_queue_wait is not None
+            and wait_s is not None
+            and wait_s > self._max_queue_wait
+        ):
+            raise OverloadedError(
+                f"this request would wait for about {wait_s:.1f} s behind {waiting} others; the "
+                f"limit is {self._max_queue_wait:g} s; try again later",
+                reason="queue_wait",
+                retry_after_s=self._queue.retry_after_s(waiting),
+            )
 
     def _reserve(self, n: int) -> int:
         """The first of `n` uids. Raises OverloadedError past the limit, and as `model` does."""
@@ -185,7 +219,9 @@ class RequestRegistry:
             self._queries.deliver(message)
         else:
             self.stats = message
-            self._status_line.log_if_due(message, time.monotonic())
+            now = time.monotonic()
+            self._queue.take(message, len(self._unstarted), now)
+            self._status_line.log_if_due(message, now)
 
     def deliver(self, reply: UserReply) -> None:
         """Pass each part of `reply` to its request; parts of uids that are not open are dropped."""
@@ -201,6 +237,8 @@ class RequestRegistry:
                 event = request.pending[uid] = Event(uid, uid - request.base)
             return event
 
+        if reply.starts:
+            self._unstarted.difference_update([start.uid for start in reply.starts])
         for event in gather_reply(reply, event_of, time.monotonic()):
             if (request := self._owners.get(event.uid)) is not None:
                 request.failed |= event.failure is not None
@@ -302,6 +340,7 @@ class RequestRegistry:
 
     def _release(self, request: OpenRequest, uid: int) -> None:
         request.live.discard(uid)
+        self._unstarted.discard(uid)
         del self._owners[uid]
 
     def _reading(self, base: int, *, wants_deltas: bool) -> OpenRequest:
