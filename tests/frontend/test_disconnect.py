@@ -1,14 +1,18 @@
 """Clients that leave, that wait long, or that read slowly."""
 
+import json
 import logging
 import socket
+import struct
 import time
 from typing import Any
 
+import httpx
 import pytest
 
 from minisrv.frontend.generation import run as responder
 from minisrv.frontend.http import body as http_body
+from minisrv.frontend.http import protocol
 from minisrv.wire.messages import Finish
 from tests.support.http_server import HttpServer, serve
 from tests.support.scripted_backend import TEXT, reply
@@ -137,25 +141,95 @@ def test_the_openai_client_ignores_pings(
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == TEXT
 
 
-def test_a_slow_reader_gets_all_and_delays_nobody(server: HttpServer) -> None:
-    """The connection is not read while 20 MB come from behind; another client is served."""
-    num_steps, word = 2000, "Q" * 10_000
+WORD = "Q" * 10_000
 
-    def deliver(text: str, output_tokens: int, finish: Finish = Finish.NONE) -> None:
-        server.backend.deliver(reply(uid, text, output_tokens, finish))
 
-    def flood() -> None:
+def flood(server: HttpServer, uid: int, num_steps: int) -> None:
+    """Deliver more at once than the client can have read."""
+
+    def deliver() -> None:
         for i in range(num_steps):
-            deliver(word, i + 2)
+            server.backend.deliver(reply(uid, WORD, i + 2))
 
+    server.in_loop(deliver)
+
+
+def fill_the_way(server: HttpServer, uid: int) -> None:
+    """What the kernel and the server's buffer take, in pieces far below the limit."""
+    for _ in range(100):
+        flood(server, uid, 20)
+        time.sleep(0.005)
+        pending = server.in_loop(lambda: server.registry._owners[uid].pending)
+        if pending:
+            return
+
+
+def test_output_that_is_not_read_waits_and_delays_nobody(server: HttpServer) -> None:
     with server.http.stream("POST", CHAT, json=body("stall", stream=True)) as response:
         uid = server.backend.requests[-1].uid
-        server.in_loop(flood)
+        fill_the_way(server, uid)
+        flood(server, uid, 60)
         began = time.monotonic()
         assert server.chat().status_code == 200
         assert time.monotonic() - began < 2
-        server.in_loop(lambda: deliver("", num_steps + 1, Finish.LENGTH))
+        server.in_loop(lambda: server.backend.deliver(reply(uid, "", 90, Finish.LENGTH)))
         text = response.read().decode()
-    assert text.count("Q") == num_steps * len(word)
-    assert text.count("data: ") < 100
+    assert text.count("Q") % len(WORD) == 0
     assert text.endswith("data: [DONE]\n\n")
+
+
+def test_output_beyond_the_limit_aborts_the_request_and_closes_the_connection(
+    server: HttpServer,
+) -> None:
+    dropped = server.registry.num_dropped
+    with server.http.stream("POST", CHAT, json=body("stall", stream=True)) as response:
+        uid = server.backend.requests[-1].uid
+        fill_the_way(server, uid)
+        flood(server, uid, 400)
+        server.wait_until(lambda: server.registry.num_open == 0)
+        assert uid in server.backend.aborted
+        with pytest.raises(httpx.TransportError):
+            response.read()
+    assert server.registry.num_dropped == dropped + 1
+    assert "minisrv:dropped_streams_total" in server.http.get("/metrics").text
+    assert server.chat().status_code == 200
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_connection_is_closed_when_its_client_reads_nothing_at_all(
+    server: HttpServer, monkeypatch: pytest.MonkeyPatch, reads: bool
+) -> None:
+    """One that reads slowly keeps it."""
+    monkeypatch.setattr(protocol, "UNREAD_S", 0.5)
+    with server.http.stream("POST", CHAT, json=body("stall", stream=True)) as response:
+        uid = server.backend.requests[-1].uid
+        fill_the_way(server, uid)
+        chunks = response.iter_raw(2**18)
+        for _ in range(15):
+            time.sleep(0.1)
+            if reads:
+                next(chunks)
+        assert server.in_loop(lambda: server.registry.num_open) == int(reads)
+        if reads:
+            server.in_loop(lambda: server.backend.deliver(reply(uid, "", 90, Finish.LENGTH)))
+            *_, last = chunks
+            assert last.endswith(b"data: [DONE]\n\n")
+    assert server.chat().status_code == 200
+
+
+def test_a_pipelined_request_does_not_hide_that_the_client_has_left(server: HttpServer) -> None:
+    text = json.dumps(body("stall", stream=True)).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    one = f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(one + one)
+        receive_until(connection, b"data: ")
+        uid = server.backend.requests[-1].uid
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    for _ in range(50):
+        flood(server, uid, 1)
+        time.sleep(0.02)
+        if not server.in_loop(lambda: server.registry.num_open):
+            break
+    assert server.in_loop(lambda: server.registry.num_open) == 0

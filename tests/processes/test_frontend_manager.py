@@ -22,7 +22,9 @@ from minisrv.errors import ConfigError, InvalidRequestError, NotReadyError, Requ
 from minisrv.frontend_manager import Ack
 from minisrv.supervision import supervisor
 from minisrv.wire.messages import TokenizeMsg
+from minisrv.wire.sockets import Outbox
 from tests.support.hash_engine import expected_output
+from tests.support.scripted_backend import reply
 from tests.support.server_process import VOCAB_SIZE, environment
 
 PROMPT = (5, 6, 7)
@@ -178,6 +180,26 @@ def test_a_death_raises_in_every_open_stream(model_dir: Path) -> None:
 
     asyncio.run(run())
     assert not psutil.Process().children()
+
+
+def test_a_reply_that_makes_no_sense_ends_the_engine_and_not_the_program(model_dir: Path) -> None:
+    async def run() -> None:
+        manager = FrontendManager(model=str(model_dir))
+        await manager.start()
+        assert manager._thread is not None
+        outbox = Outbox(manager._thread._supervisor.run_dir, "frontend", supervisor.EPOCH)
+        uid = manager.new_user()
+        await manager.send_one(message(uid, max_tokens=2000))
+        outbox.send(reply(uid, "a", 1, finish=99))  # type: ignore[arg-type]
+        with pytest.raises(RequestFailedError, match="99"):
+            async for _ in manager.wait_for_ack(uid):
+                pass
+        while psutil.Process().children():
+            await asyncio.sleep(0.02)
+        outbox.close()
+        await manager.aclose()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_before_its_start_the_manager_says_what_to_do(model_dir: Path) -> None:

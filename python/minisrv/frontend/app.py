@@ -63,6 +63,7 @@ def create_app(
         lambda: registry.stats,
         unknown_fields.counts.total,
         registry.refused,
+        lambda: registry.num_dropped,
         vllm_names=config.metrics_vllm_names,
     )
     bodies = BodyReader(config.max_body_bytes, unknown_fields, metrics.count_ignored_field)

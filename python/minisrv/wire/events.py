@@ -53,6 +53,13 @@ class Event:
         return "".join(self.reasoning)
 
     @property
+    def num_bytes(self) -> int:
+        """About how many bytes a reply needs for what the event holds."""
+        parts = sum(map(len, self.deltas)) + sum(map(len, self.reasoning)) + 8 * len(self.token_ids)
+        entries = sum(len(part.tokens) + len(part.top_tokens) for part in self.logprobs)
+        return parts + 64 * entries
+
+    @property
     def final(self) -> bool:
         """Whether this is the last event of its uid."""
         return self.finish is not Finish.NONE or self.failure is not None

@@ -23,6 +23,7 @@ from minisrv.frontend.generation.renderer import Renderer, whole_reply
 from minisrv.frontend.generation.request import GenerationRequest
 from minisrv.frontend.generation.timings import RequestTimings
 from minisrv.frontend.http.context import CLIENT_GONE, context_of
+from minisrv.frontend.http.protocol import drop_connection_of
 from minisrv.frontend.http.sse import json_bytes
 from minisrv.frontend.registry.open_request import RequestAborted
 from minisrv.frontend.registry.registry import RequestRegistry
@@ -72,7 +73,10 @@ class _GenerationResponse(Response):
         context = self._context = context_of(scope)
         context.warnings += self._request.warnings
         self._timings = RequestTimings(self._request.num_choices, context.arrived_at)
-        base = self._registry.open(self._request.num_choices, context.request_id)
+        drop_reader = drop_connection_of(scope) if self._request.reply.stream else None
+        base = self._registry.open(
+            self._request.num_choices, context.request_id, drop_reader=drop_reader
+        )
         self._log_start()
         watch = asyncio.create_task(self._abort_when_gone(receive, base))
         try:

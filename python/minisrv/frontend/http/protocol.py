@@ -1,26 +1,85 @@
-"""HTTP as uvicorn reads it, with a bound on a request's head and errors in OpenAI's form."""
+"""HTTP as uvicorn reads it, with bounds on a request's head and on a client that does not read."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import Scope
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from minisrv.errors import InvalidRequestError
 from minisrv.frontend.http.error_format import error_body
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 100
+UNREAD_S = 30.0
+_DROP_KEY = "minisrv.drop"
+
+logger = logging.getLogger("minisrv.frontend")
+
+
+def drop_connection_of(scope: Scope) -> Callable[[], None] | None:
+    """What closes the connection of a request at once; None under another server."""
+    drop: Callable[[], None] | None = scope.get("state", {}).get(_DROP_KEY)
+    return drop
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection. The application sees a request only when its head is complete and bounded."""
+    """One connection. The application sees a request only when its head is complete and bounded.
+
+    While the client does not read, uvicorn makes the application wait. When it has read nothing at
+    all for UNREAD_S, the connection is closed, which aborts its request.
+    """
 
     _in_head = False
     _begun = False  # whether the head begins in the data at hand
     _too_large = False
     _head_bytes = 0
+    _unread_timer: asyncio.TimerHandle | None = None
+    _cycles: Sequence[RequestResponseCycle] = ()
+
+    def pause_writing(self) -> None:
+        """The client does not keep up: the buffer is full."""
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_watching()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_watching()
+        # uvicorn informs only the last of several pipelined requests, which has not begun.
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+
+    def _watch_reader(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+
+        def look() -> None:
+            if self.transport.get_write_buffer_size() < unread:
+                return self._watch_reader()
+            logger.warning("closed a connection whose client read nothing for %g s", UNREAD_S)
+            self.drop()
+
+        self._stop_watching()
+        self._unread_timer = self.loop.call_later(UNREAD_S, look)
+
+    def _stop_watching(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
+
+    def drop(self) -> None:
+        """Close the connection without sending what the client has not read."""
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Parse the data; refuse a head that grows too large before it is complete."""
@@ -35,6 +94,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["state"][_DROP_KEY] = self.drop
         self._in_head, self._begun, self._head_bytes = True, True, 0
 
     def on_headers_complete(self) -> None:
@@ -44,6 +104,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._too_large = True
             raise ValueError("the head is too large")  # becomes a parsing error
         super().on_headers_complete()
+        open_cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
+        self._cycles = [*open_cycles, self.cycle]
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what cannot be read, and close."""

@@ -21,7 +21,10 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "minisrv:"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # Metrics that vLLM does not have.
-_OWN = ("http_", "unknown_request_fields", "harmless_request_fields", "refused_requests")
+_OWN = (
+    *("http_", "unknown_request_fields", "harmless_request_fields"),
+    *("refused_requests", "dropped_streams"),
+)
 
 _GAUGE, _COUNTER = GaugeMetricFamily, CounterMetricFamily
 _Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
@@ -60,7 +63,7 @@ class ServerMetrics(Collector):
     """stats: returns the scheduler's last statistics.
 
     num_unknown: returns the count of request fields that no table has. refused: requests that a
-    limit refused, by its name.
+    limit refused, by its name. num_dropped: returns the count of streams that were not read.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class ServerMetrics(Collector):
         stats: Callable[[], StatsMsg | None],
         num_unknown: Callable[[], int],
         refused: Mapping[str, int],
+        num_dropped: Callable[[], int],
         *,
         vllm_names: bool,
     ) -> None:
@@ -76,6 +80,7 @@ class ServerMetrics(Collector):
         self._stats = stats
         self._num_unknown = num_unknown
         self._refused = refused
+        self._num_dropped = num_dropped
         self._vllm_names = vllm_names
         self._registry = registry = CollectorRegistry()
         self._registry.register(self)
@@ -157,6 +162,11 @@ class ServerMetrics(Collector):
         for reason, count in self._refused.items():
             refused.add_metric([reason], count)
         yield refused
+        yield CounterMetricFamily(
+            f"{PREFIX}dropped_streams",
+            "Streams ended because too much output was not read.",
+            value=self._num_dropped(),
+        )
         stats = self._stats()
         if stats is None:
             return

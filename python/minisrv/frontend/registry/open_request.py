@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from minisrv.errors import MinisrvError
 from minisrv.wire.events import Event
+
+MAX_UNREAD_BYTES = 2**20
+_LOOK_EVERY = 64  # deliveries
 
 
 class RequestAborted(Exception):
@@ -19,17 +23,20 @@ class OpenRequest:
 
     live: uids without a final. tokenizers: which one each sent uid went to.
     changed: the reader has something to do. silence: the timer that ends its wait without events.
-    unread: the events that nobody had read when it was closed.
+    unread: the events that nobody had read when it was closed. num_late: deliveries since the
+    reader last took events, other than the first.
     cancelled: the error that its reader gets instead of further events.
     """
 
     base: int
     live: set[int]
     request_id: str = ""
+    drop_reader: Callable[[], None] | None = None
     tokenizers: dict[int, int] = field(default_factory=dict)
     pending: dict[int, Event] = field(default_factory=dict)
     unread: list[Event] = field(default_factory=list)
     changed: bool = False
+    num_late: int = 0
     waiter: asyncio.Future[None] | None = None
     silence: asyncio.TimerHandle | None = None
     wants_deltas: bool = True
@@ -72,7 +79,17 @@ class OpenRequest:
         if self.aborted:
             self.pending.clear()
         elif self.wants_deltas or self.settled:
+            self.num_late += self.changed
             self.wake_reader()
+
+    def leaves_too_much(self) -> bool:
+        """Whether the reader, which can be dropped, has left more than MAX_UNREAD_BYTES.
+
+        The bytes are counted only every few deliveries.
+        """
+        if self.drop_reader is None or self.aborted or self.num_late % _LOOK_EVERY:
+            return False
+        return sum(event.num_bytes for event in self.pending.values()) > MAX_UNREAD_BYTES
 
     def close(self) -> None:
         """Nobody will read further events; a waiting reader is woken."""
@@ -87,7 +104,7 @@ class OpenRequest:
         """The pending events. Raises RequestAborted after `close`, or the error of `cancelled`."""
         if self.aborted:
             raise self.cancelled or RequestAborted
-        self.changed = False
+        self.changed, self.num_late = False, 0
         events = list(self.pending.values())
         self.pending.clear()
         return events

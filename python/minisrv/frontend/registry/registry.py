@@ -58,7 +58,8 @@ class Dead:
 class RequestRegistry:
     """Routes replies to the requests they belong to. All methods belong to one event loop.
 
-    refused: requests and queries that a limit refused, by its name.
+    refused: requests and queries that a limit refused, by its name. num_dropped: requests aborted
+    because their output was not read.
     """
 
     def __init__(self, config: ServerConfig) -> None:
@@ -66,6 +67,7 @@ class RequestRegistry:
         self.phases: dict[str, float] = {}
         self.stats: StatsMsg | None = None
         self.refused: Counter[str] = Counter()
+        self.num_dropped = 0
         self._queries = Queries()
         self._queue = QueueGauge(config.max_running_requests)
         self._max_waiting = config.max_waiting_requests
@@ -112,9 +114,13 @@ class RequestRegistry:
         """Uids without a final event, and queries without an answer."""
         return len(self._owners) + len(self._queries)
 
-    def open(self, n: int = 1, request_id: str = "") -> int:
+    def open(
+        self, n: int = 1, request_id: str = "", drop_reader: Callable[[], None] | None = None
+    ) -> int:
         """Reserve `n` consecutive uids and return the first, the request's base.
 
+        drop_reader: called when the reader of deltas leaves more than MAX_UNREAD_BYTES unread; the
+        request is aborted. Without it they are kept.
         Raises OverloadedError when they would exceed a limit, and as `model` does.
         """
         assert n >= 1
@@ -122,7 +128,7 @@ class RequestRegistry:
         with self._counting_refusals():
             self._check_queue(n)
         base = self._reserve(n)
-        request = OpenRequest(base, set(range(base, base + n)), request_id)
+        request = OpenRequest(base, set(range(base, base + n)), request_id, drop_reader)
         self._requests[base] = request
         self._owners.update(dict.fromkeys(request.live, request))
         self._unstarted |= request.live
@@ -140,15 +146,11 @@ class RequestRegistry:
                 reason="waiting_requests",
                 retry_after_s=self._queue.retry_after_s(waiting),
             )
-        wait_s = self._queue.wait_s(waiting)
-        if (
-            self._max_queue_wait is not None
-            and wait_s is not None
-            and wait_s > self._max_queue_wait
-        ):
+        wait_s, longest_s = self._queue.wait_s(waiting), self._max_queue_wait
+        if longest_s is not None and wait_s is not None and wait_s > longest_s:
             raise OverloadedError(
                 f"this request would wait for about {wait_s:.1f} s behind {waiting} others; the "
-                f"limit is {self._max_queue_wait:g} s; try again later",
+                f"limit is {longest_s:g} s; try again later",
                 reason="queue_wait",
                 retry_after_s=self._queue.retry_after_s(waiting),
             )
@@ -245,6 +247,8 @@ class RequestRegistry:
                 self._release(request, event.uid)
         for request in touched:
             request.end_delivery()
+            if request.num_late and request.leaves_too_much():
+                self._drop(request)
 
     def fail_all(self, error: MinisrvError) -> None:
         """Fail every open request and every later one with `error`; later calls do nothing."""
@@ -320,6 +324,13 @@ class RequestRegistry:
             request.cancelled = error
             self._stop(request)
         return len(matching)
+
+    def _drop(self, request: OpenRequest) -> None:
+        assert request.drop_reader is not None
+        self.num_dropped += 1
+        self._stop(request)
+        request.unread.clear()
+        request.drop_reader()
 
     def _stop(self, request: OpenRequest) -> bool:
         """Stop what still runs; False if nothing did, or if it was stopped before."""
