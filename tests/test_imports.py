@@ -49,6 +49,7 @@ LIGHT = [
 PURE = [
     "scheduler/scheduler.py",
     "scheduler/waiting_queue.py",
+    "scheduler/fair_shares.py",
     "scheduler/request.py",
     "scheduler/step_plan.py",
     "structured_output/matcher.py",

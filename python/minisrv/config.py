@@ -139,6 +139,9 @@ class ServerConfig:
         "longer waits are refused with 503 (default: no limit)",
         at_least=0,
     )
+    fair_keys: bool = option(
+        False, "give the API keys equal shares of the prompt tokens of each step"
+    )
     num_tokenizers: int = option(1, "number of tokenizer processes", "--num-tokenizer")
 
     api_key: tuple[str, ...] = option(

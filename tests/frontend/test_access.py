@@ -318,3 +318,22 @@ def test_a_websocket_is_refused(guarded: HttpServer) -> None:
     )
     assert raw_status(guarded, b"/health", b"GET", *upgrade) in (200, 403)
     assert raw_status(guarded, b"/v1/models", b"GET", *upgrade) in (401, 403)
+
+
+def test_the_number_of_a_key_is_its_place_and_0_without_exactly_one() -> None:
+    keys = Keys(["a", "b"], "c", loopback=False)
+    for number, key in enumerate("abc", 1):
+        assert keys.number(Headers(bearer(key))) == number
+        assert keys.number(Headers({"x-api-key": key})) == number
+    for headers in ({}, bearer("d"), {**bearer("a"), "x-api-key": "b"}):
+        assert keys.number(Headers(headers)) == 0
+
+
+@pytest.mark.parametrize("fair", [True, False])
+def test_with_fair_keys_a_request_carries_the_number_of_its_key(fair: bool) -> None:
+    with serve(api_key=("a", "b"), fair_keys=fair) as server:
+        for key in "ab":
+            chat = {"messages": [{"role": "user", "content": "hi"}]}
+            answer = server.http.post("/v1/chat/completions", json=chat, headers=bearer(key))
+            assert answer.status_code == 200
+        assert [message.key for message in server.backend.requests] == ([1, 2] if fair else [0, 0])

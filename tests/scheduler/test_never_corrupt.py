@@ -30,6 +30,7 @@ class CacheMachine(RuleBasedStateMachine):
         budget=st.sampled_from([2, 4, 5, 6, 7, 8, 16]),
         depth=st.integers(0, 1),
         radix_cache=st.sampled_from([True, True, True, False]),
+        fair_keys=st.booleans(),
     )
     def start(self, **options: Any) -> None:
         self.loop = hash_loop(vocab_size=VOCAB, eos_ids=[EOS], **options)
@@ -53,6 +54,7 @@ class CacheMachine(RuleBasedStateMachine):
         choices=st.sampled_from([1, 1, 1, 2]),
         scored=st.sampled_from(["", "", "output", "prompt", "both", "prompt alone"]),
         salt=st.sampled_from(["", "", "a", "b"]),
+        key=st.integers(0, 3),
     )
     def add(
         self,
@@ -62,9 +64,10 @@ class CacheMachine(RuleBasedStateMachine):
         choices: int,
         scored: str,
         salt: str,
+        key: int,
     ) -> None:
         for tail in tails:
-            self.add_one([*stem, *tail], max_tokens, choices, scored, salt)
+            self.add_one([*stem, *tail], max_tokens, choices, scored, salt, key)
 
     @rule(turns=st.integers(1, 5))
     def step(self, turns: int) -> None:
@@ -88,14 +91,14 @@ class CacheMachine(RuleBasedStateMachine):
         self.loop.channel.inbox.append(AbortMsg(uids=(*uids, 10**6)))
 
     def add_one(
-        self, prompt: list[int], max_tokens: int, choices: int, scored: str, salt: str
+        self, prompt: list[int], max_tokens: int, choices: int, scored: str, salt: str, key: int
     ) -> None:
         max_tokens = 0 if scored == "prompt alone" else max_tokens
         fits = prompt and len(prompt) + max_tokens <= self.scheduler.max_seq_len
         wanted = {"logprobs": 1 if scored in ("output", "both") else None}
         wanted["prompt_logprobs"] = 2 if scored in ("prompt", "both", "prompt alone") else None
         message = generate_msg(
-            self.next_uid, prompt, salt, max_tokens=max_tokens, n=choices, **wanted
+            self.next_uid, prompt, salt, key=key, max_tokens=max_tokens, n=choices, **wanted
         )
         self.loop.channel.inbox.append(message)
         for _ in range(choices):

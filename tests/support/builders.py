@@ -28,7 +28,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 def generate_msg(
-    uid: int, prompt: Sequence[int], cache_salt: str = "", **sampling: Any
+    uid: int, prompt: Sequence[int], cache_salt: str = "", *, key: int = 0, **sampling: Any
 ) -> GenerateMsg:
     params = SamplingParams(**{"temperature": 0.0, **sampling}).with_defaults(GREEDY)
     return GenerateMsg(
@@ -36,6 +36,7 @@ def generate_msg(
         prompt_ids=np.asarray(prompt, np.int32),
         sampling=params,
         cache_salt=cache_salt,
+        key=key,
     )
 
 
@@ -47,6 +48,7 @@ def make_scheduler(
     budget: int = 8,
     radix_cache: bool = True,
     eos_ids: Sequence[int] = (),
+    fair_keys: bool = False,
 ) -> Scheduler:
     """A scheduler whose context is what its cache holds."""
     return Scheduler(
@@ -55,6 +57,7 @@ def make_scheduler(
         max_prefill_tokens=budget,
         eos_ids=eos_ids,
         new_seed=lambda: 0,
+        fair_keys=fair_keys,
     )
 
 

@@ -55,6 +55,7 @@ def serve(child: Child) -> None:
         max_prefill_tokens=64,
         eos_ids=model.eos_token_ids,
         new_seed=lambda: 0,
+        fair_keys=child.config.fair_keys,
     )
     child.report_progress("weights", 1.0)
     facts = {

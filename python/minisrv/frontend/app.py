@@ -83,7 +83,9 @@ def create_app(
     add_admin_routes(app, config, VERSION, bodies, registry, REPLY_PREFIXES)
 
     # The last one added is the outermost.
-    app.add_middleware(AccessMiddleware, keys=keys, public_paths=public_paths)
+    app.add_middleware(
+        AccessMiddleware, keys=keys, public_paths=public_paths, numbers_keys=config.fair_keys
+    )
     app.add_middleware(BugMiddleware)
     if config.cors_origins:
         id_headers = [form.id_header for form in ERROR_FORMATS.values() if form.id_header]

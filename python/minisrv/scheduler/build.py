@@ -74,6 +74,7 @@ def build_loop(
         max_prefill_tokens=engine.max_prefill_tokens,
         eos_ids=model_config.eos_token_ids,
         new_seed=lambda: secrets.randbits(63),
+        fair_keys=config.fair_keys,
     )
     compiler: GrammarCompiler | MinisrvError | None = None
     if isinstance(vocabulary, Vocabulary):

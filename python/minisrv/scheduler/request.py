@@ -28,12 +28,13 @@ from enum import Enum
 import numpy as np
 
 from minisrv.engine.forward_batch import Logprobs
+from minisrv.errors import ContextLengthError, InvalidRequestError, Lengths
 from minisrv.kvcache.manager import Demand, Lease
 from minisrv.sampling_params import SamplingParams
 from minisrv.structured_output.matcher import Matcher
 from minisrv.wire.arrays import Int32Array
 from minisrv.wire.logprobs import TokenLogprobs
-from minisrv.wire.messages import Finish, ShownPrompt, Start
+from minisrv.wire.messages import Finish, GenerateMsg, ShownPrompt, Start
 
 _CONTINUES = Finish.NONE  # for each token: looking up an enum member takes 0.1 us
 
@@ -55,11 +56,13 @@ _MAY_BECOME = {
 class Request:
     """The fields of each group are described above it; times are on the scheduler's clock."""
 
-    # Identity. `uid` is the message's uid plus `choice`, `arrival` the place in the order of all.
+    # Identity. `uid` is the message's uid plus `choice`, `arrival` the place in the order of all,
+    # `key` that of the message if keys have shares, otherwise 0.
     uid: int
     choice: int
     arrival: int
     arrived_at: float
+    key: int
 
     # What to compute. It shares cached pages with requests of the same `salt` only.
     prompt_ids: Int32Array
@@ -215,3 +218,15 @@ class Request:
             top_ids=kept.top_ids.reshape(-1),
             top_logprobs=kept.top_logprobs.reshape(-1),
         )
+
+
+def output_limit(message: GenerateMsg, max_seq_len: int) -> int:
+    """The max_tokens of a request. Raises InvalidRequestError when it exceeds the context."""
+    prompt = len(message.prompt_ids)
+    asked = message.sampling.max_tokens
+    output = 1 if asked is None else asked
+    if prompt and prompt + output <= max_seq_len:
+        return max_seq_len - prompt if asked is None else asked
+    if not prompt:
+        raise InvalidRequestError("the prompt has no tokens", param="prompt")
+    raise ContextLengthError(Lengths(prompt, output, max_seq_len), "messages")

@@ -4,6 +4,8 @@
   a token budget (chunked prefill as in Sarathi-Serve, Agrawal et al., 2024, arXiv:2403.02310).
 - The budget goes to the oldest prompt first, which leaves up to a quarter of it to the next one, so
   that a short prompt does not wait for the end of a long one.
+- With `fair_keys` each API key has a share of the budget (`fair_shares`), within which its own
+  prompts take turns as above.
 - A waiting request is admitted when its whole prompt has pages. One that does not fit is bypassed
   by at most MAX_BYPASSES younger ones; then all wait for it.
 - Pages are taken on demand. When none is free: evict from the radix tree, or wait for pages that a
@@ -14,16 +16,19 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from operator import attrgetter
 
 from minisrv.engine.forward_batch import Logprobs
-from minisrv.errors import ContextLengthError, InvalidRequestError, Lengths, MinisrvError
+from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.kvcache.manager import KVCacheManager
+from minisrv.scheduler.fair_shares import FairShares, wanted_tokens
+from minisrv.scheduler.invariants import check_requests
 from minisrv.scheduler.logprobs import take_logprobs
 from minisrv.scheduler.replies import Replies
-from minisrv.scheduler.request import Request, Status
+from minisrv.scheduler.request import Request, Status, output_limit
 from minisrv.scheduler.step_plan import Chunk, StepOutcome, StepPlan
-from minisrv.scheduler.waiting_queue import WaitingQueue
+from minisrv.scheduler.waiting_queue import KeyQueue, WaitingQueue, next_prompt_need
 from minisrv.structured_output.matcher import Matcher
 from minisrv.wire.messages import Failure, Finish, GenerateMsg
 
@@ -49,6 +54,7 @@ class Scheduler:
         max_prefill_tokens: int,
         eos_ids: Iterable[int],
         new_seed: Callable[[], int],
+        fair_keys: bool = False,
     ) -> None:
         self.cache = cache
         self.max_seq_len = max_seq_len
@@ -59,6 +65,7 @@ class Scheduler:
         self.num_admitted = 0
         self._eos_ids = frozenset(eos_ids)
         self._new_seed = new_seed
+        self._shares = FairShares() if fair_keys else None
         self._requests: dict[int, Request] = {}
         self._replies = Replies()
         self._arrivals = 0
@@ -77,7 +84,7 @@ class Scheduler:
     def add_request(self, message: GenerateMsg, now: float) -> None:
         """Queue each choice of a request, or reply to each with a failure."""
         try:
-            max_tokens = self._output_limit(message)
+            max_tokens = output_limit(message, self.max_seq_len)
         except MinisrvError as error:
             for choice in range(message.sampling.n):
                 self._replies.failures.append(Failure.from_error(message.uid + choice, error))
@@ -97,6 +104,7 @@ class Scheduler:
                 max_tokens=max_tokens,
                 eos_ids=self._eos_ids,
                 salt=message.cache_salt.encode(),
+                key=message.key if self._shares is not None else 0,
                 parts=message.parts,
                 shown_prompt=message.shown_prompt,
                 show_progress=message.show_progress and not choice,
@@ -165,34 +173,8 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert that requests, leases and pages agree. May be called between any two calls."""
-        running = {id(request) for request in self.running}
-        waiting = {id(request) for request in self.waiting}
-        assert running.isdisjoint(waiting)
-        assert running | waiting == {id(request) for request in self._requests.values()}
-        leases = []
-        for request in self.running:
-            assert request.status is Status.RUNNING
-            assert request.lease is not None
-            assert len(request.lease.pages) >= self.cache.pages_for(request.num_computed)
-            leases.append(request.lease)
-        for request in self.waiting:
-            assert request.status is Status.WAITING
-            assert request.lease is None
-            if request.demand is not None:
-                self.cache.check_demand(request.demand, self._step_id + 1)
-        assert [r.arrival for r in self.running] == sorted(r.arrival for r in self.running)
-        self.cache.check(leases)
-
-    def _output_limit(self, message: GenerateMsg) -> int:
-        """The request's max_tokens. Raises InvalidRequestError when it exceeds the context."""
-        prompt = len(message.prompt_ids)
-        asked = message.sampling.max_tokens
-        output = 1 if asked is None else asked
-        if prompt and prompt + output <= self.max_seq_len:
-            return self.max_seq_len - prompt if asked is None else asked
-        if not prompt:
-            raise InvalidRequestError("the prompt has no tokens", param="prompt")
-        raise ContextLengthError(Lengths(prompt, output, self.max_seq_len), "messages")
+        requests = self._requests.values()
+        check_requests(requests, self.running, self.waiting, self.cache, self._step_id + 1)
 
     def _schedule_decodes(self, plan: StepPlan) -> list[Request]:
         """Schedule the next token of every request that decodes; return those that prefill.
@@ -223,30 +205,81 @@ class Scheduler:
         return prefilling
 
     def _schedule_prefills(self, plan: StepPlan, prefilling: list[Request]) -> None:
-        """Spend the budget, oldest first; the oldest leaves a quarter of it to the next."""
-        budget = self.max_prefill_tokens
-        candidates = self._prefill_candidates(plan, prefilling)
-        first = next(candidates, None)
-        if first is None:
+        """Spend the budget of a step, all of it by arrival or by keys."""
+        if self._shares is not None:
+            self._schedule_by_keys(plan, prefilling, self._shares)
             return
-        reserve = min(budget // 4, self._next_prompt_need(first))
+        queue = self.waiting.of(0)
+        candidates = self._prefill_candidates(plan, prefilling, prefilling, queue, [])
+        need = partial(next_prompt_need, prefilling, queue)
+        self._spend(plan, self.max_prefill_tokens, candidates, need)
+
+    def _schedule_by_keys(
+        self, plan: StepPlan, prefilling: list[Request], shares: FairShares
+    ) -> None:
+        """Spend the budget by keys. What a key leaves of its share is for those after it, and in
+        the end for the prompts that the step computes already.
+        """
+        own: dict[int, list[Request]] = {}
+        for request in prefilling:
+            own.setdefault(request.key, []).append(request)
+        queues = self.waiting.by_key() if self._room(plan, prefilling) > 0 else {}
+        wanted = wanted_tokens(own, queues, self.max_prefill_tokens)
+        left, bypassed, unserved = 0, list[Request](), list[int]()
+        for key, share in shares.divide(wanted, self.max_prefill_tokens).items():
+            mine, queue = own.get(key, []), self.waiting.of(key)
+            candidates = self._prefill_candidates(plan, mine, prefilling, queue, bypassed)
+            need = partial(next_prompt_need, mine, queue)
+            num_chunks = len(plan.prefills)
+            left = self._spend(plan, left + share, candidates, need)
+            if len(plan.prefills) == num_chunks:
+                unserved.append(key)
+        shares.put_first(unserved)
+        for chunk in plan.prefills:
+            left -= self._extend_chunk(plan, chunk, left)
+
+    def _spend(
+        self,
+        plan: StepPlan,
+        budget: int,
+        candidates: Iterator[Request],
+        next_need: Callable[[Request], int],
+    ) -> int:
+        """Schedule chunks of up to `budget` tokens, oldest first; returns what is left.
+
+        The oldest leaves a quarter of it to the next, which needs `next_need(oldest)`.
+        """
+        first, at = next(candidates, None), len(plan.prefills)
+        if first is None:
+            return budget
+        reserve = min(budget // 4, next_need(first))
         budget -= self._schedule_chunk(plan, first, budget - reserve)
         while budget > 0 and (request := next(candidates, None)) is not None:
             budget -= self._schedule_chunk(plan, request, budget)
-        if budget > 0 and plan.prefills and plan.prefills[0].request is first:
-            self._extend_first_chunk(plan, budget)
+        if budget > 0 and len(plan.prefills) > at and plan.prefills[at].request is first:
+            budget -= self._extend_chunk(plan, plan.prefills[at], budget)
+        return budget
 
-    def _prefill_candidates(self, plan: StepPlan, prefilling: list[Request]) -> Iterator[Request]:
-        """Requests that may prefill now, with their cached pages: running, then newly admitted.
+    def _prefill_candidates(
+        self,
+        plan: StepPlan,
+        own: list[Request],
+        prefilling: list[Request],
+        queue: KeyQueue,
+        bypassed: list[Request],
+    ) -> Iterator[Request]:
+        """Requests that may prefill now, with their cached pages: of `own`, then of the queue.
 
-        A step that had to preempt admits nobody.
+        A step that had to preempt admits nobody. prefilling: all running prompts. bypassed: the
+        requests that did not fit in this step.
         """
-        for request in prefilling:
+        for request in own:
             if request.lease is not None and self._take_cached_pages(plan, request):
                 yield request
-        bypassed: list[Request] = []
+        if any(request.bypassed >= MAX_BYPASSES for request in bypassed):
+            return
         room = self._room(plan, prefilling)
-        for request in self.waiting:
+        for request in queue:
             if room <= 0 or len(bypassed) >= MAX_BYPASSES:
                 return
             if request.compiling:
@@ -261,14 +294,6 @@ class Scheduler:
             bypassed.append(request)
             if request.bypassed >= MAX_BYPASSES:
                 return
-
-    def _next_prompt_need(self, first: Request) -> int:
-        """Tokens that the next request after `first` has to prefill: a running one or a waiter."""
-        for request in self.running:
-            if request is not first and request.prefilling:
-                return len(request.prefill_ids) - request.num_computed
-        head = next(iter(self.waiting), None)
-        return 0 if head is None else len(head.prefill_ids)
 
     def _room(self, plan: StepPlan, prefilling: list[Request]) -> int:
         """Pages left for a waiting request when all running prompts, those of `prefilling`, are
@@ -333,13 +358,14 @@ class Scheduler:
         self._grow_chunk(plan, chunk, length)
         return length
 
-    def _extend_first_chunk(self, plan: StepPlan, budget: int) -> None:
-        """Give the first chunk what the others left of the budget."""
-        chunk = plan.prefills[0]
+    def _extend_chunk(self, plan: StepPlan, chunk: Chunk, budget: int) -> int:
+        """Give a chunk what the others left of the budget; returns how many tokens it takes."""
         request, end = chunk.request, chunk.start + chunk.length
         assert request.lease is not None
         fits = self.cache.grow(request.lease, min(len(request.prefill_ids), end + budget))
-        self._grow_chunk(plan, chunk, max(0, fits - end))
+        length = max(0, fits - end)
+        self._grow_chunk(plan, chunk, length)
+        return length
 
     def _grow_chunk(self, plan: StepPlan, chunk: Chunk, length: int) -> None:
         request = chunk.request

@@ -91,6 +91,7 @@ class TokenizerWorker:
             shown_prompt=self._shown(message, prompt_ids, text),
             show_progress=message.show_progress,
             cache_salt=message.cache_salt,
+            key=message.key,
         )
 
     def _prompt(self, message: TokenizeMsg) -> tuple[Int32Array, str | None, Parts]:

@@ -68,7 +68,8 @@ class TokenizeMsg:
     split_reasoning: reasoning is separated from the text. continue_final_message: the prompt ends
     where the last message's content ends. chat_template: a source in place of the model's.
     show_prompt_ids, show_prompt_text: in the first `Start`. show_progress: by `PrefillProgress`.
-    cache_salt: pages are shared only between requests with the same salt.
+    cache_salt: pages are shared only between requests with the same salt. key: the number of the
+    API key that sent it, if keys have fair shares.
     """
 
     uid: int
@@ -87,6 +88,7 @@ class TokenizeMsg:
     show_prompt_text: bool = False
     show_progress: bool = False
     cache_salt: str = ""
+    key: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +114,7 @@ class GenerateMsg:
     shown_prompt: ShownPrompt | None = None
     show_progress: bool = False
     cache_salt: str = ""
+    key: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.responses import Response
@@ -22,6 +22,7 @@ from minisrv.frontend.generation.event_reader import ChoiceReader
 from minisrv.frontend.generation.renderer import Renderer, whole_reply
 from minisrv.frontend.generation.request import GenerationRequest
 from minisrv.frontend.generation.timings import RequestTimings
+from minisrv.frontend.http.access import key_number_of
 from minisrv.frontend.http.context import CLIENT_GONE, context_of
 from minisrv.frontend.http.protocol import drop_connection_of
 from minisrv.frontend.http.sse import json_bytes
@@ -80,8 +81,9 @@ class _GenerationResponse(Response):
         self._log_start()
         watch = asyncio.create_task(self._abort_when_gone(receive, base))
         try:
+            key = key_number_of(scope)
             for message in self._request.tokenize_messages(base):
-                self._registry.send(message)
+                self._registry.send(replace(message, key=key) if key else message)
             if self._request.reply.stream:
                 await self._send_stream(send, base)
             else:

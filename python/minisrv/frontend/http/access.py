@@ -24,6 +24,7 @@ from minisrv.frontend.http.errors import ErrorResponse
 PUBLIC_PATHS = frozenset({b"/health", b"/ready"})
 METRICS_PATH = b"/metrics"
 _SCOPE_KEY = "minisrv.access"
+_NUMBER_KEY = "minisrv.key"
 
 
 class Access(IntEnum):
@@ -59,11 +60,7 @@ class Keys:
 
     def access(self, headers: Headers) -> Access:
         """The level that the request's key gives; with two keys in one request, neither counts."""
-        sent = headers.getlist("x-api-key")
-        for value in headers.getlist("authorization"):
-            scheme, _, key = value.partition(" ")
-            # A header of another scheme counts as an unknown key.
-            sent.append(key.strip() if scheme.lower() == "bearer" else "")
+        sent = _sent_keys(headers)
         if not sent or not self._levels:
             # Any page in a browser can have it send requests to this machine: no administrator.
             return self._open if "origin" in headers else self._without_key
@@ -71,11 +68,29 @@ class Keys:
         found = [level for known, level in self._levels if hmac.compare_digest(known, digest)]
         return max(found) if found and len(sent) == 1 else self._open
 
+    def number(self, headers: Headers) -> int:
+        """The place of the request's key among the server's, from 1; 0 without one of them."""
+        sent = _sent_keys(headers)
+        if len(sent) != 1:
+            return 0
+        digest = _digest(sent[0])
+        found = [hmac.compare_digest(known, digest) for known, _ in self._levels]
+        return found.index(True) + 1 if any(found) else 0
+
 
 class AccessMiddleware:
     """Answers 401 to a request without a valid key before anything else of it is read."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, *, public_paths: frozenset[bytes]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        *,
+        public_paths: frozenset[bytes],
+        numbers_keys: bool = False,
+    ) -> None:
+        """numbers_keys: requests carry the number of their key, for `key_number_of`."""
+        self._numbers_keys = numbers_keys
         self._app = app
         self._keys = keys
         self._public = public_paths
@@ -83,6 +98,8 @@ class AccessMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             level = scope[_SCOPE_KEY] = self._keys.access(Headers(scope=scope))
+            if self._numbers_keys:
+                scope[_NUMBER_KEY] = self._keys.number(Headers(scope=scope))
             path = scope.get("raw_path")
             is_public = path in self._public and path == scope["path"].encode()
             if level is Access.NONE and not is_public:
@@ -96,12 +113,27 @@ class AccessMiddleware:
         await self._app(scope, receive, send)
 
 
+def key_number_of(scope: Scope) -> int:
+    """The number of a request's key, if the middleware was to find it; 0 without a key."""
+    number: int = scope.get(_NUMBER_KEY, 0)
+    return number
+
+
 async def require_admin(request: Request) -> None:
     """A dependency of the admin routes. Raises ForbiddenError."""
     if request.scope[_SCOPE_KEY] is not Access.ADMIN:
         raise ForbiddenError(
             "this route needs the key of --admin-key (if no keys are set: a loopback --host)"
         )
+
+
+def _sent_keys(headers: Headers) -> list[str]:
+    sent = headers.getlist("x-api-key")
+    for value in headers.getlist("authorization"):
+        scheme, _, key = value.partition(" ")
+        # A header of another scheme counts as an unknown key.
+        sent.append(key.strip() if scheme.lower() == "bearer" else "")
+    return sent
 
 
 def _digest(key: str) -> bytes:
