@@ -13,15 +13,25 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from minisrv.config import ServerConfig
 from minisrv.errors import (
     EngineDeadError,
+    MinisrvError,
     NotReadyError,
     OverloadedError,
     RequestFailedError,
 )
+from minisrv.frontend.registry import queries
 from minisrv.frontend.registry.open_request import RequestAborted
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.sampling_params import SamplingParams
 from minisrv.wire.events import Event
-from minisrv.wire.messages import AbortMsg, Failure, Finish, TokenizeMsg, failure_reply
+from minisrv.wire.messages import (
+    AbortMsg,
+    AnswerMsg,
+    DescribeMsg,
+    Failure,
+    Finish,
+    TokenizeMsg,
+    failure_reply,
+)
 from tests.support.http_server import MODEL
 from tests.support.scripted_backend import reply, start_of
 
@@ -353,3 +363,89 @@ class RegistryMachine(RuleBasedStateMachine):
 
 TestRegistryMachine = RegistryMachine.TestCase
 TestRegistryMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def ask(registry: RequestRegistry) -> asyncio.Task[Any]:
+    return asyncio.create_task(registry.ask(lambda query: DescribeMsg(query=query)))
+
+
+def test_a_query_counts_until_its_answer_comes_even_if_nobody_waits_for_it() -> None:
+    async def check() -> None:
+        registry, sent = make_registry(max_open_requests=1)
+        asking = ask(registry)
+        await asyncio.sleep(0)
+        assert registry.num_open == 1
+        with pytest.raises(OverloadedError):
+            registry.open()
+        with pytest.raises(OverloadedError):
+            await ask(registry)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        assert registry.num_open == 1
+        assert sent == [(0, DescribeMsg(query=1)), (0, AbortMsg(uids=(1,)))]
+        registry.receive(AnswerMsg(query=1))
+        registry.receive(AnswerMsg(query=1))
+        assert registry.num_open == 0
+        assert registry.open() == 2, "uids and queries share their numbers"
+
+    finish_within_a_second(check())
+
+
+def test_an_answered_query_is_not_aborted() -> None:
+    async def check() -> None:
+        registry, sent = make_registry()
+        asking = ask(registry)
+        await asyncio.sleep(0)
+        registry.receive(AnswerMsg(query=1, value={"a": 1}))
+        assert await asking == {"a": 1}
+        assert sent == [(0, DescribeMsg(query=1))]
+        assert registry.num_open == 0
+
+    finish_within_a_second(check())
+
+
+def test_a_query_without_an_answer_is_a_503_and_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def check() -> None:
+        registry, sent = make_registry()
+        with pytest.raises(MinisrvError, match="no answer came") as failure:
+            await ask(registry)
+        assert (failure.value.http_status, failure.value.code) == (503, "request_timeout")
+        assert sent[1] == (0, AbortMsg(uids=(1,)))
+        assert registry.num_open == 1
+
+    monkeypatch.setattr(queries, "TIMEOUT_S", 0.01)
+    finish_within_a_second(check())
+
+
+def test_what_cannot_be_sent_is_refused_counted_and_holds_nothing() -> None:
+    async def check() -> None:
+        registry, _ = make_registry()
+
+        def refuse(index: int, message: Any) -> None:
+            raise OverloadedError("full", reason="inbox")
+
+        registry.connect(refuse)
+        base = registry.open()
+        with pytest.raises(OverloadedError):
+            registry.send(make_message(base))
+        with pytest.raises(OverloadedError):
+            await ask(registry)
+        assert registry.refused == {"inbox": 2}
+        registry.abort(base)
+        assert registry.num_open == 0
+
+    finish_within_a_second(check())
+
+
+def test_the_end_of_the_engine_fails_queries_and_frees_their_permits() -> None:
+    async def check() -> None:
+        registry, sent = make_registry()
+        asking = ask(registry)
+        await asyncio.sleep(0)
+        registry.fail_all(EngineDeadError("gone"))
+        with pytest.raises(EngineDeadError):
+            await asking
+        assert registry.num_open == 0
+        assert len(sent) == 1
+
+    finish_within_a_second(check())

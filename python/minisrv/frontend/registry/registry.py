@@ -114,6 +114,11 @@ class RequestRegistry:
         """Uids without a final event, and queries without an answer."""
         return len(self._owners) + len(self._queries)
 
+    @property
+    def _num_waiting(self) -> int:
+        """About how many uids wait behind running ones."""
+        return self._queue.waiting(len(self._owners), len(self._unstarted))
+
     def open(
         self, n: int = 1, request_id: str = "", drop_reader: Callable[[], None] | None = None
     ) -> int:
@@ -136,9 +141,8 @@ class RequestRegistry:
 
     def _check_queue(self, n: int) -> None:
         """Raise OverloadedError if `n` more uids would make the queue too long."""
-        num_open, num_unstarted = len(self._owners), len(self._unstarted)
-        waiting = self._queue.waiting(num_open, num_unstarted)
-        after = self._queue.waiting(num_open + n, num_unstarted + n)
+        waiting = self._num_waiting
+        after = self._queue.waiting(len(self._owners) + n, len(self._unstarted) + n)
         if self._max_waiting is not None and after > self._max_waiting:
             raise OverloadedError(
                 f"{waiting} requests wait, and of this one's {n} would {after - waiting}; the "
@@ -164,6 +168,7 @@ class RequestRegistry:
                     f"the server has {self.num_open} open requests of {self._max_open}, "
                     f"and this one counts {n}; try again later",
                     reason="open_requests",
+                    retry_after_s=self._queue.retry_after_s(self._num_waiting),
                 )
         base = self._next_uid
         self._next_uid += n
