@@ -15,8 +15,8 @@ from minisrv.wire.messages import (
 )
 
 
-def request(uid: int, n: int = 1) -> TokenizeMsg:
-    return TokenizeMsg(uid=uid, prompt="hi", sampling=SamplingParams(n=n))
+def request(uid: int, n: int = 1, key: int = 0) -> TokenizeMsg:
+    return TokenizeMsg(uid=uid, prompt="hi", sampling=SamplingParams(n=n), key=key)
 
 
 def test_work_is_taken_in_order_and_its_bytes_count_when_it_is_taken() -> None:
@@ -66,3 +66,24 @@ def test_a_flush_is_answered_by_the_scheduler_even_if_nobody_waits_for_it() -> N
     flush = FlushMsg(query=3)
     assert backlog.add([(flush, 10), (AbortMsg(uids=(3,)), 5)]) == [AbortMsg(uids=(3,))]
     assert backlog.take() == flush
+
+
+def test_keys_take_turns_and_each_has_its_own_order() -> None:
+    backlog = Backlog()
+    backlog.add([(request(uid, key=1), 10) for uid in range(1, 6)])
+    backlog.add([(request(uid, key=2), 10) for uid in (6, 7)] + [(request(8, key=3), 10)])
+    order = [backlog.take() for _ in range(8)]
+    assert [work.uid for work in order if isinstance(work, TokenizeMsg)] == [1, 6, 8, 2, 7, 3, 4, 5]
+    assert not backlog
+
+
+def test_a_flush_waits_for_what_came_before_it_from_any_key_and_not_for_what_came_after() -> None:
+    backlog = Backlog()
+    flush = FlushMsg(query=9)
+    backlog.add([(request(1, key=1), 10), (request(2, key=2), 10), (request(3, key=2), 10)])
+    backlog.add([(flush, 10), (request(4, key=1), 10), (request(5, key=3), 10)])
+    order = [backlog.take() for _ in range(6)]
+    before = order[: order.index(flush)]
+    assert all(request(uid, key=key) in before for uid, key in ((1, 1), (2, 2), (3, 2)))
+    backlog.add([(request(6), 10), (flush, 10), (request(7), 10)])
+    assert [backlog.take() for _ in range(3)] == [request(6), flush, request(7)]

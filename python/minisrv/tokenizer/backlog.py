@@ -1,9 +1,10 @@
-"""What a tokenizer process has received and not yet begun, oldest first."""
+"""What a tokenizer process has received and not yet begun."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from minisrv.errors import MinisrvError
 from minisrv.wire.messages import (
@@ -20,18 +21,31 @@ from minisrv.wire.messages import (
 Work = TokenizeMsg | TokenizerQuery | FlushMsg
 
 
-class Backlog:
-    """An abort removes its requests and queries from here without waiting for its turn.
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """number: its place by arrival. num_bytes: of its frame."""
 
+    number: int
+    work: Work
+    num_bytes: int
+
+
+class Backlog:
+    """Work in the order of arrival; with fair keys, the API keys take turns.
+
+    A flush of the cache waits for all that came before it. An abort removes its requests and
+    queries from here without waiting for its turn.
     taken_bytes: in the frames of work that was begun or removed, since it was last set to 0.
     """
 
     def __init__(self) -> None:
-        self._work: deque[tuple[Work, int]] = deque()
+        self._queues: dict[int, deque[_Waiting]] = {}  # by key, in the order of their turns
+        self._flushes: deque[_Waiting] = deque()
+        self._num_added = 0
         self.taken_bytes = 0
 
     def __bool__(self) -> bool:
-        return bool(self._work)
+        return bool(self._queues or self._flushes)
 
     def add(
         self, messages: Iterable[tuple[Work | AbortMsg, int]]
@@ -47,27 +61,47 @@ class Backlog:
                 self.taken_bytes += num_bytes
                 aborted.update(message.uids)
             else:
-                self._work.append((message, num_bytes))
+                self._append(message, num_bytes)
         return self._remove(aborted) if aborted else []
 
     def take(self) -> Work:
-        """The oldest work, to be done now."""
-        work, num_bytes = self._work.popleft()
-        self.taken_bytes += num_bytes
-        return work
+        """The work whose turn it is."""
+        before = self._flushes[0].number if self._flushes else None
+        if before is not None and all(q[0].number > before for q in self._queues.values()):
+            waiting = self._flushes.popleft()
+        else:
+            key, queue = next(iter(self._queues.items()))
+            waiting = queue.popleft()
+            del self._queues[key]
+            if queue:
+                self._queues[key] = queue
+        self.taken_bytes += waiting.num_bytes
+        return waiting.work
+
+    def _append(self, work: Work, num_bytes: int) -> None:
+        self._num_added += 1
+        waiting = _Waiting(self._num_added, work, num_bytes)
+        if isinstance(work, FlushMsg):
+            self._flushes.append(waiting)
+        else:
+            key = work.key if isinstance(work, TokenizeMsg) else 0
+            self._queues.setdefault(key, deque()).append(waiting)
 
     def _remove(self, uids: set[int]) -> list[UserReply | AnswerMsg | AbortMsg]:
-        kept: deque[tuple[Work, int]] = deque()
         finals: list[UserReply | AnswerMsg | AbortMsg] = []
-        for work, num_bytes in self._work:
-            number = work.uid if isinstance(work, TokenizeMsg) else work.query
-            if number not in uids or isinstance(work, FlushMsg):
-                kept.append((work, num_bytes))
-                continue
-            uids -= _uids_of(work)
-            finals.append(_aborted(work))
-            self.taken_bytes += num_bytes
-        self._work = kept
+        for key, queue in list(self._queues.items()):
+            kept: deque[_Waiting] = deque()
+            for waiting in queue:
+                if uids.isdisjoint(_uids_of(waiting.work)):
+                    kept.append(waiting)
+                    continue
+                uids -= _uids_of(waiting.work)
+                finals.append(_aborted(waiting.work))
+                self.taken_bytes += waiting.num_bytes
+            if kept:
+                self._queues[key] = kept
+            else:
+                del self._queues[key]
         return [*finals, AbortMsg(uids=tuple(sorted(uids)))] if uids else finals
 
 
