@@ -140,6 +140,20 @@ def test_a_socket_refuses_the_types_of_others(message: object) -> None:
         decode(encode(message), others)  # type: ignore[arg-type]
 
 
+@given(st.integers() | st.integers(60, 70).map(lambda bits: 2**bits) | st.just(10**4299))
+def test_integers_of_any_size_survive_the_wire(number: int) -> None:
+    arguments = {"numbers": [number, -number, number - 1, -number - 1, float(number % 2**60)]}
+    message = EncodeMsg(query=1, messages=(arguments,), add_special_tokens=False)
+    assert repr(decode(encode(message), ALL)) == repr(message)
+
+
+def test_an_unknown_extension_is_refused() -> None:
+    values = msgpack.unpackb(encode(EXAMPLES[0]))  # type: ignore[arg-type]
+    values[3] = msgpack.ExtType(5, b"1")
+    with pytest.raises(DecodeError, match="extension"):
+        decode(msgpack.packb(values), ALL)
+
+
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused(frame: bytes) -> None:
     with pytest.raises(DecodeError):

@@ -12,6 +12,8 @@ class ZmqChannel:
     """A Channel between processes, over ZeroMQ."""
 
     WAIT_S = 1.0
+    # A request of thousands of prompts arrives faster than it is read; steps must go on meanwhile.
+    MAX_MESSAGES = 64
 
     def __init__(self, run_dir: Path, epoch: int) -> None:
         self._inbox = Inbox(run_dir, "scheduler", SCHEDULER_INBOX, epoch)
@@ -19,10 +21,10 @@ class ZmqChannel:
         self._frontend = Outbox(run_dir, "frontend", epoch)
 
     def receive(self, wait: bool) -> list[Message]:
-        """With `wait`, blocks for at most WAIT_S."""
+        """With `wait`, blocks for at most WAIT_S. The rest is returned by later calls."""
         if wait:
             self._inbox.wait(self.WAIT_S)
-        return self._inbox.drain()
+        return self._inbox.drain(self.MAX_MESSAGES)
 
     def send(self, message: DetokenizeMsg) -> None:
         self._outbox.send(message)

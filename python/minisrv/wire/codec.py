@@ -1,7 +1,8 @@
 """The wire form of a message: a frame is msgpack of [tag, epoch, field, ...].
 
-Arrays travel as bytes, dataclasses as lists of their fields. The decoder follows the types that
-the receiving socket accepts and the annotations of their fields, never a name found in the data.
+Arrays travel as bytes, dataclasses as lists of their fields, integers that do not fit 64 bits as an
+extension type. The decoder follows the types that the receiving socket accepts and the annotations
+of their fields, never a name found in the data.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from minisrv.errors import DecodeError, InvalidRequestError
 from minisrv.wire.messages import DetokenizeMsg, InboxTypes, Message, UserReply
 
 _TAGS: dict[type[Any], int] = {kind: tag for tag, kind in enumerate(get_args(Message), 1)}
+_BIG_INTEGER = 1  # the code of the extension type; its bytes are little-endian and signed
 _COLUMNS = {
     DetokenizeMsg: ("uids", "token_ids", "finishes"),
     UserReply: ("uids", "texts", "output_tokens", "finishes", "stop_reasons"),
@@ -37,7 +39,7 @@ def decode(frame: bytes, types: InboxTypes, epoch: int = 0) -> Message:
     Raises DecodeError unless the frame is of this epoch and holds a whole message of `types`.
     """
     try:
-        values = msgpack.unpackb(frame)
+        values = msgpack.unpackb(frame, ext_hook=_unpack_extension)
     except (ValueError, msgpack.UnpackException) as error:
         raise DecodeError(f"the frame is not msgpack: {error}") from None
     if not isinstance(values, list) or len(values) < 2:
@@ -55,7 +57,18 @@ def decode(frame: bytes, types: InboxTypes, epoch: int = 0) -> Message:
 
 def _pack(value: Any) -> Any:
     """What msgpack packs in place of a type that it does not know."""
-    return value.tobytes() if isinstance(value, np.ndarray) else _field_values(value)
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    if isinstance(value, int):
+        data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        return msgpack.ExtType(_BIG_INTEGER, data)
+    return _field_values(value)
+
+
+def _unpack_extension(code: int, data: bytes) -> int:
+    if code != _BIG_INTEGER:
+        raise ValueError(f"unknown extension type {code}")
+    return int.from_bytes(data, "little", signed=True)
 
 
 def _field_values(value: Any) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,14 +66,14 @@ class Inbox:
         """Block until a frame is there; False when `timeout_s` has passed without one."""
         return bool(self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)))
 
-    def drain(self) -> list[Any]:
-        """All messages that have arrived, oldest first and of the inbox's types; never blocks."""
-        return [message for message, _ in self.drain_frames()]
+    def drain(self, max_messages: int = sys.maxsize) -> list[Any]:
+        """The messages that have arrived, oldest first and of the inbox's types; never blocks."""
+        return [message for message, _ in self.drain_frames(max_messages)]
 
-    def drain_frames(self) -> list[tuple[Any, int]]:
+    def drain_frames(self, max_messages: int = sys.maxsize) -> list[tuple[Any, int]]:
         """As `drain`, each message with the bytes of its frame."""
         messages: list[tuple[Any, int]] = []
-        while True:
+        while len(messages) < max_messages:
             try:
                 frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -80,6 +81,7 @@ class Inbox:
             message = _accept(frame, self._types, self._epoch)
             if message is not None:
                 messages.append((message, len(frame)))
+        return messages
 
     def close(self) -> None:
         self._socket.close()
