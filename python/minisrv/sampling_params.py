@@ -214,7 +214,8 @@ def _refuse(param: str, problem: str) -> NoReturn:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and -math.inf < value < math.inf  # an integer may be of any size
 
 
 def _check_count(param: str, count: int, what: str, limit: int) -> None:
@@ -243,6 +244,7 @@ def _checked_biases(biases: tuple[TokenBias, ...]) -> tuple[TokenBias, ...]:
 
 def read_logit_bias(biases: Mapping[str, float]) -> tuple[TokenBias, ...]:
     """The biases in a request, keyed by token id as a string. Raises InvalidRequestError."""
+    _check_count("logit_bias", len(biases), "tokens", MAX_BIASES)
     for key in biases:
         digits = key.isascii() and key.isdigit() and len(key) <= 10
         if not digits or str(int(key)) != key:  # "05" and "5" would be the same token

@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from minisrv import sampling_params
 from minisrv.frontend.apis.native import PARAMETERS
 from minisrv.frontend.fields.common import MAX_SALT_CHARS
+from minisrv.frontend.http import body_size
 from minisrv.frontend.http.body import MAX_DEPTH
 from minisrv.frontend.http.protocol import MAX_HEAD_BYTES, MAX_HEADERS
 from tests.support.http_server import serve
@@ -67,6 +68,9 @@ def test_the_page_has_the_limits_of_the_code() -> None:
     head = limits["line and headers of a request"]
     assert head == f"{MAX_HEAD_BYTES // 1024} KiB, {MAX_HEADERS} headers"
     assert limits["nesting of a body"] == f"{MAX_DEPTH} levels"
+    assert limits["JSON values in a body"].startswith(f"{body_size.MAX_VALUES:,},")
+    assert limits["token ids in a body"].startswith(f"{body_size.MAX_TOKEN_IDS:,},")
+    assert limits["long numbers in a body"].startswith(f"{body_size.MAX_LONG_DIGITS:,} digits")
 
 
 def test_the_page_has_the_sampling_parameters_of_generate() -> None:

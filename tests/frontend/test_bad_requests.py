@@ -1,6 +1,7 @@
 """Malformed requests get a 4xx in OpenAI's form that names the field; the server goes on."""
 
 import json
+import math
 from typing import Any
 
 import openai
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from minisrv.frontend.apis.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS, ROLES
 from minisrv.frontend.http.error_format import ERROR_SCHEMA
 from tests.support.http_server import HttpServer, serve
+from tests.support.refusals import json_with_infinity
 from tests.support.scripted_backend import TEXT
 
 CHAT = "/v1/chat/completions"
@@ -55,9 +57,9 @@ CHAT_CASES: list[tuple[dict[str, Any], str | None]] = [
     (message(tool_calls=[{"id": "1"}]), "messages.0.tool_calls.0.function"),
     (message(tool_calls=[{"id": "1", "function": {}}]), "messages.0.tool_calls.0.function"),
     (message(tool_calls=5), "messages.0.tool_calls"),
-    (message(extra=2**63), "messages.0.extra"),
-    (message(extra={"deep": [-(2**70)]}), "messages.0.extra.deep.0"),
-    ({"messages": HI, "chat_template_kwargs": {"seed": 2**64}}, "chat_template_kwargs.seed"),
+    (message(extra=math.inf), "messages.0.extra"),
+    (message(extra={"deep": ["a", {}, -math.inf]}), "messages.0.extra.deep.2"),
+    ({"messages": HI, "chat_template_kwargs": {"a": math.inf}}, "chat_template_kwargs.a"),
     ({"messages": HI, "prompt": "hi"}, "messages"),
     ({"prompt": []}, "prompt"),
     ({"prompt": ["a", "b"]}, "prompt.0"),
@@ -148,7 +150,7 @@ def still_answers(server: HttpServer) -> None:
 def test_a_malformed_chat_names_the_field(
     server: HttpServer, body: dict[str, Any], param: str | None
 ) -> None:
-    response = server.http.post(CHAT, json=body)
+    response = server.http.post(CHAT, content=json_with_infinity(body), headers=JSON)
     assert response.status_code == 400
     assert error_of(response)["param"] == param
     still_answers(server)

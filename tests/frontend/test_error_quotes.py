@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -251,7 +252,7 @@ def test_an_unknown_sampling_parameter_is_named_as_sent(hermes: HttpServer, word
 def test_a_variable_of_the_template_is_named_as_sent(
     hermes: HttpServer, path: str, word: str
 ) -> None:
-    body = {"chat_template_kwargs": {word: 2**64}}
+    body = {"chat_template_kwargs": {word: math.inf}}
     refusal(hermes, path, body, f"chat_template_kwargs.{word}")
 
 

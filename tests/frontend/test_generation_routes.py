@@ -9,6 +9,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from minisrv.frontend.apis.openai.fields import ROLES
+from minisrv.tokenizer.tool_arguments import with_read_arguments
 from tests.support.http_server import MODEL, HttpServer
 from tests.support.scripted_backend import TEXT, WORDS
 
@@ -193,7 +194,7 @@ def test_messages_reach_the_template_as_it_knows_them(server: HttpServer) -> Non
         {
             "role": "assistant",
             "content": None,
-            "tool_calls": [{**call, "function": {"name": "add", "arguments": {"a": 1}}}],
+            "tool_calls": [call],
             "reasoning": "hm",
             "reasoning_content": "hm",
         },
@@ -214,7 +215,8 @@ def test_arguments_that_are_no_object_reach_the_template_as_written(
     sent = server.backend.requests[-1].messages
     assert sent is not None
     assert sent[1]["content"] is None
-    assert sent[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": seen}
+    (read,) = with_read_arguments(sent[1])["tool_calls"]
+    assert read["function"] == {"name": "f", "arguments": seen}
 
 
 def test_any_role_and_any_script_of_text_pass_unchanged(server: HttpServer) -> None:

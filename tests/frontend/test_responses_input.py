@@ -7,8 +7,8 @@ import pytest
 from tests.support.http_server import HttpServer
 from tests.support.response_wire import CALL_ITEM, OUTPUT_ITEM, USER, last_request
 
-READ_CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
-READ_OUTPUT = {"role": "tool", "tool_call_id": "c1", "content": "2"}
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+OUTPUT = {"role": "tool", "tool_call_id": "c1", "content": "2"}
 
 
 def thought(text: str, part: str = "content") -> dict[str, Any]:
@@ -69,9 +69,9 @@ def thought(text: str, part: str = "content") -> dict[str, Any]:
                     "role": "assistant",
                     "reasoning_content": "hm",
                     "content": "a",
-                    "tool_calls": [READ_CALL, READ_CALL],
+                    "tool_calls": [CALL, CALL],
                 },
-                READ_OUTPUT,
+                OUTPUT,
             ],
         ),
         (
@@ -90,16 +90,16 @@ def thought(text: str, part: str = "content") -> dict[str, Any]:
                     "role": "assistant",
                     "reasoning_content": "s",
                     "content": None,
-                    "tool_calls": [READ_CALL],
+                    "tool_calls": [CALL],
                 },
-                READ_OUTPUT,
+                OUTPUT,
                 {
                     "role": "assistant",
                     "reasoning_content": "t",
                     "content": None,
-                    "tool_calls": [READ_CALL],
+                    "tool_calls": [CALL],
                 },
-                READ_OUTPUT,
+                OUTPUT,
             ],
         ),
         (
@@ -109,7 +109,7 @@ def thought(text: str, part: str = "content") -> dict[str, Any]:
                 CALL_ITEM,
                 {"role": "assistant", "content": "b"},
             ],
-            [USER, {"role": "assistant", "content": "ab", "tool_calls": [READ_CALL]}],
+            [USER, {"role": "assistant", "content": "ab", "tool_calls": [CALL]}],
         ),
         (
             [USER, {"role": "assistant", "content": "a"}, thought("t"), CALL_ITEM],
@@ -120,7 +120,7 @@ def thought(text: str, part: str = "content") -> dict[str, Any]:
                     "role": "assistant",
                     "reasoning_content": "t",
                     "content": None,
-                    "tool_calls": [READ_CALL],
+                    "tool_calls": [CALL],
                 },
             ],
         ),
@@ -130,7 +130,7 @@ def thought(text: str, part: str = "content") -> dict[str, Any]:
                 {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "xyz"},
                 {**OUTPUT_ITEM, "output": [{"type": "input_text", "text": "2"}]},
             ],
-            [USER, READ_OUTPUT],
+            [USER, OUTPUT],
         ),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minisrv.errors import InvalidRequestError
 from minisrv.frontend.apis.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS
-from minisrv.frontend.fields.schema import Schema, check_value
+from minisrv.frontend.fields.schema import INTEGER, Schema, check_value
 from minisrv.frontend.fields.table import Treatment, request_schema
 
 SCHEMAS = {
@@ -62,10 +62,10 @@ def test_the_schema_in_the_docs_is_a_valid_json_schema(table: dict[str, Any]) ->
 @pytest.mark.parametrize("whole", [1.0, 2.0])
 def test_a_whole_float_is_no_integer(whole: float) -> None:
     with pytest.raises(InvalidRequestError, match="an integer"):
-        check_value(whole, {"type": "integer"}, "n")
+        check_value(whole, INTEGER, "n")
 
 
 def test_a_message_shows_little_of_a_long_value() -> None:
     with pytest.raises(InvalidRequestError) as raised:
-        check_value("x" * 10_000, {"type": "integer"}, "n")
+        check_value("x" * 10_000, INTEGER, "n")
     assert raised.value.message == "n is a string of 10000 characters; it must be an integer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from tests.support import anthropic_bodies
@@ -20,6 +21,11 @@ BASE: dict[str, Body] = {
 }
 
 
+def json_with_infinity(body: Body) -> str:
+    """JSON, in which an infinite float is a number that no double can hold."""
+    return json.dumps(body).replace("Infinity", "1e999")
+
+
 def refusal(
     server: HttpServer, path: str, body: Body, param: str, *, status: int = 400, code: Any = None
 ) -> str:
@@ -28,7 +34,8 @@ def refusal(
     Anthropic's errors have none: they begin with it, or at least speak of a short one.
     """
     sent = {name: value for name, value in {**BASE[path], **body}.items() if value is not None}
-    response = server.http.post(path, json=sent)
+    headers = {"Content-Type": "application/json"}
+    response = server.http.post(path, content=json_with_infinity(sent), headers=headers)
     assert response.status_code == status, response.text
     if path == MESSAGES:
         kind = "not_found_error" if status == 404 else "invalid_request_error"

@@ -78,6 +78,7 @@ class ServerProcess:
         *arguments: str,
         tmp_dir: Path,
         hash_engine: bool = True,
+        check: bool = True,
         step_s: float = 0.0,
         gate: Path | str = "",
     ) -> None:
@@ -93,7 +94,7 @@ class ServerProcess:
                 MINISRV_TEST_STEP_S=str(step_s),
                 MINISRV_TEST_GATE=str(gate),
                 # A check takes time by the page: 0.4 ms here, 40 ms in the cache of a real engine.
-                MINISRV_CHECK=str(int(hash_engine)),
+                MINISRV_CHECK=str(int(hash_engine and check)),
                 TMPDIR=str(tmp_dir),
             ),
             start_new_session=True,

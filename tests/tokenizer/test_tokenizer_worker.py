@@ -1,3 +1,4 @@
+import json
 import time
 from dataclasses import replace
 from typing import Any
@@ -199,27 +200,40 @@ def answer(worker: TokenizerWorker, query: EncodeMsg | DecodeMsg | DescribeMsg) 
     return out
 
 
+def shown(worker: TokenizerWorker, query: EncodeMsg | DecodeMsg) -> dict[str, Any]:
+    """What an answer shows, read from JSON."""
+    if isinstance(query, EncodeMsg):
+        count = answer(worker, query).value
+        query = replace(query, show_tokens=True)
+        value = answer(worker, query).value
+        assert count == {"count": value.pop("count")}
+        assert count["count"] == len(json.loads(value["ids"]))
+    else:
+        value = answer(worker, query).value
+    return {name: json.loads(text) for name, text in value.items()}
+
+
 def test_a_text_is_encoded_and_decoded_on_request() -> None:
     tokenizer = make_tokenizer()
     worker = make_worker(tokenizer)
     for special in (True, False):
-        value = answer(worker, EncodeMsg(query=1, prompt="hi", add_special_tokens=special)).value
+        value = shown(worker, EncodeMsg(query=1, prompt="hi", add_special_tokens=special))
         assert value["ids"] == tokenizer.encode("hi", special)
         assert value["tokens"] == [tokenizer.token(id) for id in value["ids"]]
         assert value["text"] == "hi"
     ids = np.array([1, *tokenizer.encode("hi", False)], np.int32)
     for skip, text in ((False, "<s> hi"), (True, "hi")):
         query = DecodeMsg(query=2, token_ids=ids, skip_special_tokens=skip)
-        assert answer(worker, query).value["text"] == text
+        assert shown(worker, query)["text"] == text
 
 
 def test_messages_are_rendered_on_request_with_or_without_the_assistants_turn() -> None:
     worker = make_worker()
     chat = ({"role": "user", "content": "hi"},)
     query = EncodeMsg(query=1, messages=chat, add_special_tokens=False)
-    assert answer(worker, query).value["text"] == "<s>[user]hi[assistant]"
+    assert shown(worker, query)["text"] == "<s>[user]hi[assistant]"
     query = replace(query, continue_final_message=True)
-    assert answer(worker, query).value["text"] == "<s>[user]hi"
+    assert shown(worker, query)["text"] == "<s>[user]hi"
     refused = answer(
         worker,
         EncodeMsg(
@@ -241,7 +255,23 @@ def test_tools_reach_the_template_on_request() -> None:
         tools=({"type": "function", "function": {"name": "add"}},),
         add_special_tokens=False,
     )
-    assert answer(worker, query).value["text"] == "add"
+    assert shown(worker, query)["text"] == "add"
+
+
+def test_arguments_as_text_reach_the_template_as_objects_where_the_frontend_says_so() -> None:
+    tokenizer = make_tokenizer()
+    source = "{{ messages[0].tool_calls[0].function.arguments | tojson }}"
+    template = ChatTemplate({"default": source}, tokenizer.special_tokens)
+    worker = TokenizerWorker(tokenizer, template, 100, tokenizer.vocab_size)
+    text = '{"wei": 1000000000000000000000}'
+    call = {"type": "function", "function": {"name": "f", "arguments": text}}
+    query = EncodeMsg(
+        query=1,
+        messages=({"role": "assistant", "tool_calls": [call]},),
+        add_special_tokens=False,
+    )
+    assert shown(worker, query)["text"] == json.dumps(text)
+    assert shown(worker, replace(query, text_arguments=True))["text"] == text
 
 
 def test_the_tokenizer_describes_itself() -> None:

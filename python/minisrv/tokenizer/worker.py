@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from minisrv.errors import ContextLengthError, InvalidRequestError, Lengths, Min
 from minisrv.sampling_params import SamplingParams
 from minisrv.tokenizer.chat_template import ChatTemplate, Messages
 from minisrv.tokenizer.reply_grammar import ReplyGrammars
+from minisrv.tokenizer.tool_arguments import with_read_arguments
 from minisrv.wire.arrays import Int32Array
 from minisrv.wire.messages import (
     AbortMsg,
@@ -113,6 +115,8 @@ class TokenizerWorker:
         return np.array(self._encode(text, False, "messages"), np.int32), text, parts
 
     def _render(self, message: TokenizeMsg | EncodeMsg, messages: Messages) -> str:
+        if message.text_arguments:
+            messages = [with_read_arguments(one) for one in messages]
         return self._template.render(
             messages,
             message.template_kwargs,
@@ -170,10 +174,14 @@ class TokenizerWorker:
             if query.messages is not None:
                 text, param = self._render(query, query.messages), "messages"
             ids = self._encode(text, query.add_special_tokens, param)
-            return {"text": text, "ids": ids, "tokens": [self._tokenizer.token(id) for id in ids]}
+            if not query.show_tokens:
+                return {"count": len(ids)}
+            tokens = [self._tokenizer.token(id) for id in ids]
+            shown = {"text": text, "ids": ids, "tokens": tokens}
+            return {"count": len(ids), **{name: _json(value) for name, value in shown.items()}}
         if isinstance(query, DecodeMsg):
             ids = query.token_ids.tolist()
-            return {"text": self._tokenizer.decode(ids, query.skip_special_tokens)}
+            return {"text": _json(self._tokenizer.decode(ids, query.skip_special_tokens))}
         return self._tokenizer.describe()
 
     def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
@@ -217,6 +225,10 @@ class TokenizerWorker:
                 f"{param} holds {word}{wrong[0]}; token ids go from 0 to {self._vocab_size - 1}",
                 param=param,
             )
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _check_prompt_logprobs(num_prompt: int, sampling: SamplingParams) -> None:

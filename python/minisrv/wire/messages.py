@@ -67,6 +67,7 @@ class TokenizeMsg:
     must_call: the reply must call one of these tools, or several with `parallel_calls`.
     split_reasoning: reasoning is separated from the text. continue_final_message: the prompt ends
     where the last message's content ends. chat_template: a source in place of the model's.
+    text_arguments: the arguments of earlier calls are JSON text, and the template gets objects.
     show_prompt_ids, show_prompt_text: in the first `Start`. show_progress: by `PrefillProgress`.
     cache_salt: pages are shared only between requests with the same salt. key: the number of the
     API key that sent it, if keys have fair shares.
@@ -84,6 +85,7 @@ class TokenizeMsg:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template: str | None = None
+    text_arguments: bool = False
     show_prompt_ids: bool = False
     show_prompt_text: bool = False
     show_progress: bool = False
@@ -119,10 +121,11 @@ class GenerateMsg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeMsg:
-    """Frontend to tokenizer: tokenize this. Answered with text, ids and tokens.
+    """Frontend to tokenizer: tokenize this. Answered with the count of tokens.
 
     Either a prompt or messages for the template. Templates usually write special tokens themselves;
-    then `add_special_tokens` is False for messages.
+    then `add_special_tokens` is False for messages. show_tokens: also answered with text, ids and
+    tokens, each as JSON, since the frontend only passes them on.
     """
 
     query: int
@@ -134,11 +137,13 @@ class EncodeMsg:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template: str | None = None
+    text_arguments: bool = False
+    show_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeMsg:
-    """Frontend to tokenizer: the text of these ids. Answered with text."""
+    """Frontend to tokenizer: the text of these ids. Answered with the text as JSON."""
 
     query: int
     token_ids: Int32Array

@@ -23,8 +23,8 @@ from minisrv.frontend.generation.renderer import Choice, Renderer
 from minisrv.frontend.generation.request import (
     TextRequest,
     read_common,
+    read_prompt_ids,
     read_sampling,
-    read_token_ids,
 )
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
@@ -84,9 +84,11 @@ def read_native(fields: Mapping[str, Any], model: ModelInfo) -> TextRequest:
             code="unsupported_parameter",
         )
     max_tokens = given.get("max_new_tokens", given.get("max_tokens", DEFAULT_MAX_TOKENS))
-    text = fields.get("text")
+    prompt = fields.get("text")
+    if prompt is None:
+        prompt = read_prompt_ids(fields["input_ids"], model, "prompt", max_tokens)
     return TextRequest(
-        prompts=(read_token_ids(fields["input_ids"], model, "prompt") if text is None else text,),
+        prompts=(prompt,),
         sampling=read_sampling(given, model, max_tokens=max_tokens, return_token_ids=True),
         **common,
     )

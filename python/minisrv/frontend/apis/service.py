@@ -33,11 +33,31 @@ class Service:
     async def encode(
         self, request: Request, prompt: str | ChatPrompt, *, add_special_tokens: bool = False
     ) -> dict[str, Any]:
-        """The prompt's `text`, `ids` and `tokens`. Raises as `ask`."""
+        """The prompt's `text`, `ids` and `tokens` as JSON, and their `count`. Raises as `ask`."""
+        return await self._encode(request, prompt, add_special_tokens, show_tokens=True)
+
+    async def count(self, request: Request, prompt: ChatPrompt) -> int:
+        """The number of the prompt's tokens. Raises as `ask`."""
+        answer = await self._encode(request, prompt, add_special_tokens=False, show_tokens=False)
+        return int(answer["count"])
+
+    async def _encode(
+        self,
+        request: Request,
+        prompt: str | ChatPrompt,
+        add_special_tokens: bool,
+        show_tokens: bool,
+    ) -> dict[str, Any]:
+        await asyncio.sleep(0)  # as before a generation
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt.fields()
         return await self.ask(
             request,
-            lambda query: EncodeMsg(query=query, add_special_tokens=add_special_tokens, **fields),
+            lambda query: EncodeMsg(
+                query=query,
+                add_special_tokens=add_special_tokens,
+                show_tokens=show_tokens,
+                **fields,
+            ),
         )
 
     async def ask(self, request: Request, make: Callable[[int], Query]) -> dict[str, Any]:

@@ -54,13 +54,12 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
         answer = await service.encode(
             request, _read_prompt(fields, registry.model), add_special_tokens=special
         )
-        body = {
-            "count": len(answer["ids"]),
-            "max_model_len": registry.model.max_model_len,
-            "tokens": answer["ids"],
-            "token_strs": answer["tokens"],
-        }
-        return JSONResponse(body)
+        return _json_response(
+            count=b"%d" % answer["count"],
+            max_model_len=b"%d" % registry.model.max_model_len,
+            tokens=answer["ids"],
+            token_strs=answer["tokens"],
+        )
 
     @app.post("/detokenize", openapi_extra=request_body(DETOKENIZE_FIELDS), responses=statuses)
     async def detokenize(request: Request) -> Response:
@@ -76,7 +75,7 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
         answer = await service.ask(
             request, lambda query: DecodeMsg(query=query, token_ids=ids, skip_special_tokens=skip)
         )
-        return JSONResponse({"prompt": answer["text"], "text": answer["text"]})
+        return _json_response(prompt=answer["text"], text=answer["text"])
 
     @app.post("/apply-template", include_in_schema=False)
     @app.post("/apply_template", openapi_extra=request_body(template_fields), responses=statuses)
@@ -85,14 +84,21 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
         fields = await bodies.read(request, template_fields)
         served_name(fields.get("model"), registry.model)
         answer = await service.encode(request, read_chat_prompt(fields, registry.model))
-        body = {"prompt": answer["text"], "tokens": answer["ids"], "count": len(answer["ids"])}
-        return JSONResponse(body)
+        return _json_response(
+            prompt=answer["text"], tokens=answer["ids"], count=b"%d" % answer["count"]
+        )
 
     @app.get("/tokenizer_info", responses=errors(401, 503))
     async def tokenizer_info(request: Request) -> Response:
         """Special tokens, chat template and size of the vocabulary."""
         answer = await service.ask(request, lambda query: DescribeMsg(query=query))
         return JSONResponse({**answer, "max_model_len": registry.model.max_model_len})
+
+
+def _json_response(**members: bytes) -> Response:
+    """An object whose values are JSON texts. They may be long, so they are only joined here."""
+    body = b",".join(b'"%b":%b' % (name.encode(), value) for name, value in members.items())
+    return Response(b"{%b}" % body, media_type="application/json")
 
 
 def _read_prompt(fields: Mapping[str, Any], model: ModelInfo) -> str | ChatPrompt:

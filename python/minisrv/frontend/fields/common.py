@@ -12,6 +12,7 @@ from minisrv.frontend.fields.schema import (
     OBJECT,
     STRING,
     STRINGS,
+    Schema,
     any_of,
     object_of,
 )
@@ -27,7 +28,7 @@ _SYNONYMS = {
 MAX_SALT_CHARS = 128
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
-SALT = {**STRING, "minLength": 1, "maxLength": MAX_SALT_CHARS}
+SALT = Schema({**STRING, "minLength": 1, "maxLength": MAX_SALT_CHARS})
 _STREAM_OPTIONS = object_of(
     include_usage=BOOLEAN, continuous_usage_stats=BOOLEAN, include_obfuscation=BOOLEAN
 )

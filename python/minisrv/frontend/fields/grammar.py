@@ -81,9 +81,10 @@ def _read_structured_outputs(value: dict[str, Any]) -> list[Grammar]:
         elif name == "json_object":
             found += [Grammar.json_object(f"{path}.{name}")] if part else []
         elif part is not False:
+            shown = f"{path}.{name[:64]}"
             raise InvalidRequestError(
-                f"{path}.{name} is not supported by this server; leave it out",
-                param=f"{path}.{name}",
+                f"{shown} is not supported by this server; leave it out",
+                param=shown,
                 code="unsupported_parameter",
             )
     if value and not found:

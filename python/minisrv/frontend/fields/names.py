@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minisrv.errors import InvalidRequestError, MinisrvError
+from minisrv.frontend.fields.schema import describe
 
 logger = logging.getLogger("minisrv.frontend")
 
@@ -32,10 +33,7 @@ def merge_aliases(fields: Mapping[str, Any]) -> dict[str, Any]:
     merged = {name: value for name, value in fields.items() if name not in ALIASES}
     for alias, name in ALIASES.items():
         if alias in fields and merged.setdefault(name, fields[alias]) != fields[alias]:
-            own, other = (
-                str(value).lower() if isinstance(value, bool) else value
-                for value in (fields[alias], merged[name])
-            )
+            own, other = (describe(value).strip('"') for value in (fields[alias], merged[name]))
             raise InvalidRequestError(
                 f"{alias} is {own} and {name} is {other}; send one of them", param=alias
             )
@@ -87,7 +85,8 @@ NEUTRAL_NAMES = FieldNames({})
 class UnknownFields:
     """Fields that no table names: counted, logged once, reported to the client or refused.
 
-    `counts` is by name; names beyond a limit are counted together under "*".
+    `counts` is by name; names beyond a limit, of one request or of all, are counted together under
+    "*".
     """
 
     def __init__(self, *, strict: bool) -> None:
@@ -98,7 +97,7 @@ class UnknownFields:
         """Sentences for the client, none without names. Raises InvalidRequestError if strict."""
         if not names:
             return []
-        shown = [_printable(name) for name in names]
+        shown = [_printable(name) for name in names[:_MAX_SHOWN_NAMES]]
         if self._strict:
             raise InvalidRequestError(
                 f"unknown field {shown[0]}; the server runs with --strict-params", param=shown[0]
@@ -108,12 +107,14 @@ class UnknownFields:
                 logger.warning("unknown request field %s is ignored", name)
                 self.counts[name] = 0
             self.counts[name if name in self.counts else "*"] += 1
-        num_more = len(names) - _MAX_SHOWN_NAMES
-        more = f" and {num_more} more" if num_more > 0 else ""
-        return [f"unknown fields ignored: {', '.join(shown[:_MAX_SHOWN_NAMES])}{more}"]
+        num_more = len(names) - len(shown)
+        if not num_more:
+            return [f"unknown fields ignored: {', '.join(shown)}"]
+        self.counts["*"] += num_more
+        return [f"unknown fields ignored: {', '.join(shown)} and {num_more} more"]
 
 
 def _printable(name: str) -> str:
     """The name in printable ASCII, for a header and a log line."""
-    text = name.encode("unicode_escape").decode("ascii")
+    text = name[: _MAX_SHOWN_CHARS + 1].encode("unicode_escape").decode("ascii")
     return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."

@@ -23,13 +23,18 @@ def check_kind(part: Mapping[str, Any], schemas: Mapping[str, Schema], path: str
     return kind
 
 
-def read_text(content: str | list[dict[str, Any]], names: Mapping[str, str], path: str) -> str:
-    """The text of a string, or of all parts of a list. Raises InvalidRequestError.
+class TextParts:
+    """The types of parts that a content may have, all of which are text."""
 
-    names: of the property that holds the text, for each type of part.
-    """
-    if isinstance(content, str):
-        return content
-    schemas = {kind: object_of([name], **{name: STRING}) for kind, name in names.items()}
-    kinds = [check_kind(part, schemas, f"{path}.{i}") for i, part in enumerate(content)]
-    return "".join(part[names[kind]] for part, kind in zip(content, kinds, strict=True))
+    def __init__(self, **names: str) -> None:
+        """names: of the property that holds the text, for each type."""
+        self._names = names
+        self._schemas = {kind: object_of([name], **{name: STRING}) for kind, name in names.items()}
+
+    def read(self, content: str | list[dict[str, Any]], path: str) -> str:
+        """The text of a string, or of all parts of a list. Raises InvalidRequestError."""
+        if isinstance(content, str):
+            return content
+        for i, part in enumerate(content):
+            check_kind(part, self._schemas, f"{path}.{i}")
+        return "".join([part[self._names[part["type"]]] for part in content])

@@ -3,68 +3,88 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
 
-Schema = Mapping[str, Any]
-
-ANY: Schema = {}
-BOOLEAN: Schema = {"type": "boolean"}
-INTEGER: Schema = {"type": "integer"}
-NUMBER: Schema = {"type": "number"}
-STRING: Schema = {"type": "string"}
-OBJECT: Schema = {"type": "object"}
-INTEGERS: Schema = {"type": "array", "items": INTEGER}
-STRINGS: Schema = {"type": "array", "items": STRING}
-
 _MAX_SHOWN_CHARS = 60
-# By `type`: its name in a sentence, and the check.
-_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "boolean": ("true or false", lambda value: isinstance(value, bool)),
-    "integer": ("an integer", lambda value: type(value) is int),
-    "number": ("a number", lambda value: type(value) is int or type(value) is float),
-    "string": ("a string", lambda value: isinstance(value, str)),
-    "array": ("an array", lambda value: isinstance(value, list)),
-    "object": ("an object", lambda value: isinstance(value, dict)),
+_MIN_INTEGER, _MAX_INTEGER = -(2**63), 2**63 - 1
+# By `type`: its name in a sentence, and the Python types of its values.
+_TYPES: dict[str, tuple[str, frozenset[type[Any]]]] = {
+    "boolean": ("true or false", frozenset({bool})),
+    "integer": ("an integer", frozenset({int})),
+    "number": ("a number", frozenset({int, float})),
+    "string": ("a string", frozenset({str})),
+    "array": ("an array", frozenset({list})),
+    "object": ("an object", frozenset({dict})),
 }
 
 
+_Fits = Callable[[Any], bool]
+
+
+class Schema(dict[str, Any]):
+    """A JSON schema. `fits` says whether a value fits, `check_value` also where it does not."""
+
+    @cached_property
+    def fits(self) -> _Fits:
+        """Compiled at the first use, since a body may hold thousands of values to check."""
+        return _compile(self)
+
+
+ANY = Schema()
+BOOLEAN = Schema(type="boolean")
+INTEGER = Schema(type="integer")
+NUMBER = Schema(type="number")
+STRING = Schema(type="string")
+OBJECT = Schema(type="object")
+
+
 def array_of(items: Schema) -> Schema:
-    return {"type": "array", "items": items}
+    return Schema(type="array", items=items)
+
+
+INTEGERS = array_of(INTEGER)
+STRINGS = array_of(STRING)
 
 
 def any_of(*schemas: Schema) -> Schema:
-    return {"anyOf": list(schemas)}
+    return Schema(anyOf=list(schemas))
 
 
 def one_of(*texts: str) -> Schema:
-    return {"type": "string", "enum": list(texts)}
+    return Schema(type="string", enum=list(texts))
 
 
 def object_of(required: Sequence[str] = (), /, **properties: Schema) -> Schema:
     """An object with these properties, of which the `required` ones must be there."""
-    return {"type": "object", "required": list(required), "properties": properties}
+    return Schema(type="object", required=list(required), properties=properties)
 
 
 def between(low: float, high: float, schema: Schema = NUMBER) -> Schema:
     """A number from `low` to `high`."""
-    return {**schema, "minimum": low, "maximum": high}
+    return Schema({**schema, "minimum": low, "maximum": high})
 
 
 def check_value(value: Any, schema: Schema, path: str) -> None:
     """Raise InvalidRequestError, naming the dotted path, unless `value` fits `schema`.
 
-    Strict: no string is a number, no boolean an integer. A null property counts as absent.
+    Strict: no string is a number, no boolean an integer, and a number fits 64 bits. A null property
+    counts as absent.
     """
+    if schema.fits(value):
+        return
     if "anyOf" in schema:
         return _check_any(value, schema["anyOf"], path)
-    if "type" not in schema:
-        return
-    type_name, is_type = _TYPES[schema["type"]]
-    if not is_type(value):
+    type_name, kinds = _TYPES[schema["type"]]
+    if type(value) not in kinds:
         raise _wrong(value, type_name, path)
+    if type(value) is int and not _MIN_INTEGER <= value <= _MAX_INTEGER:
+        sentence = f"{path} is an integer that does not fit 64 bits"
+        raise InvalidRequestError(sentence, param=path)
     if "enum" in schema and value not in schema["enum"]:
         raise _wrong(value, "one of " + ", ".join(schema["enum"]), path)
     if "minimum" in schema and not schema["minimum"] <= value <= schema["maximum"]:
@@ -72,8 +92,8 @@ def check_value(value: Any, schema: Schema, path: str) -> None:
     if "minLength" in schema and not schema["minLength"] <= len(value) <= schema["maxLength"]:
         expected = f"{schema['minLength']} to {schema['maxLength']} characters long"
         raise _wrong(value, expected, path)
-    if "items" in schema:
-        _check_items(value, schema["items"], path)
+    for i, item in enumerate(value if "items" in schema else ()):
+        check_value(item, schema["items"], f"{path}.{i}")
     for name in schema.get("required", ()):
         if value.get(name) is None:
             raise InvalidRequestError(f"{path}.{name} is missing", param=f"{path}.{name}")
@@ -88,12 +108,16 @@ def describe(value: Any) -> str:
         return "an object" if isinstance(value, dict) else "an array"
     if isinstance(value, str) and len(value) > _MAX_SHOWN_CHARS:
         return f"a string of {len(value)} characters"
+    if type(value) is int and value.bit_length() > _MAX_INTEGER.bit_length():
+        return "an integer that does not fit 64 bits"
     return json.dumps(value)
 
 
 def _check_any(value: Any, schemas: list[Schema], path: str) -> None:
     errors = []
     for schema in schemas:
+        if type(value) not in _TYPES[schema["type"]][1]:
+            continue
         try:
             return check_value(value, schema, path)
         except InvalidRequestError as error:
@@ -112,15 +136,68 @@ def _check_any(value: Any, schemas: list[Schema], path: str) -> None:
     raise first
 
 
-def _check_items(value: list[Any], items: Schema, path: str) -> None:
-    if set(items) == {"type"}:  # a loop without calls of check_value: there may be 100,000 ids
-        type_name, is_type = _TYPES[items["type"]]
-        for i, item in enumerate(value):
-            if not is_type(item):
-                raise _wrong(item, type_name, f"{path}.{i}")
-        return
-    for i, item in enumerate(value):
-        check_value(item, items, f"{path}.{i}")
+def _compile(schema: Schema) -> _Fits:
+    if "anyOf" in schema:
+        return _compile_any(schema["anyOf"])
+    if "type" not in schema:
+        return lambda value: True
+    kinds = _TYPES[schema["type"]][1]
+    if "items" in schema:
+        return _compile_items(schema["items"])
+    if "properties" in schema:
+        return _compile_object(schema["required"], schema["properties"])
+    if "enum" in schema:
+        texts = frozenset(schema["enum"])
+        return lambda value: type(value) is str and value in texts
+    if "minLength" in schema:
+        shortest, longest = schema["minLength"], schema["maxLength"]
+        return lambda value: type(value) is str and shortest <= len(value) <= longest
+    if int in kinds:
+        low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
+        return lambda value: (
+            type(value) in kinds
+            and low <= value <= high
+            and (type(value) is float or _MIN_INTEGER <= value <= _MAX_INTEGER)
+        )
+    return lambda value: type(value) in kinds
+
+
+def _compile_any(schemas: list[Schema]) -> _Fits:
+    by_kind: dict[type[Any], list[_Fits]] = {}
+    for schema in schemas:
+        for kind in _TYPES[schema["type"]][1]:
+            by_kind.setdefault(kind, []).append(schema.fits)
+
+    def fits(value: Any) -> bool:
+        choices = by_kind.get(type(value), [])
+        return choices[0](value) if len(choices) == 1 else any(fits(value) for fits in choices)
+
+    return fits
+
+
+def _compile_items(items: Schema) -> _Fits:
+    if set(items) == {"type"}:
+        # There may be half a million token ids. Their range is checked where they are read.
+        kinds = _TYPES[items["type"]][1]
+        return lambda value: type(value) is list and kinds.issuperset(map(type, value))
+    return lambda value: type(value) is list and all(map(items.fits, value))
+
+
+def _compile_object(required: list[str], properties: dict[str, Schema]) -> _Fits:
+    checks = {name: schema.fits for name, schema in properties.items()}
+
+    def fits(value: Any) -> bool:
+        if type(value) is not dict:
+            return False
+        for name in required:
+            if value.get(name) is None:
+                return False
+        for name, part in value.items():
+            if name in checks and part is not None and not checks[name](part):
+                return False
+        return True
+
+    return fits
 
 
 def _name(schema: Schema) -> str:

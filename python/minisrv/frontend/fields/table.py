@@ -39,11 +39,11 @@ class Field:
 
 
 def supported(schema: Schema, description: str) -> Field:
-    return Field(Treatment.SUPPORTED, {**schema, "description": description})
+    return Field(Treatment.SUPPORTED, Schema({**schema, "description": description}))
 
 
 def ignored(reason: str = "it has no effect here") -> Field:
-    return Field(Treatment.IGNORED, {**ANY, "description": f"Accepted; {reason}."})
+    return Field(Treatment.IGNORED, Schema(description=f"Accepted; {reason}."))
 
 
 def rejected(*neutral: Any, reason: str = "") -> Field:

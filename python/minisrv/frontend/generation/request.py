@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
-from minisrv.errors import InvalidRequestError, ModelNotFoundError
+from minisrv.errors import ContextLengthError, InvalidRequestError, Lengths, ModelNotFoundError
+from minisrv.frontend.fields.schema import describe
 from minisrv.frontend.fields.tools import ToolUse
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.tool_calls.formats import CallReading
@@ -57,9 +58,9 @@ class GenerationRequest(ABC):
     warnings: tuple[str, ...] = ()
 
     @property
+    @abstractmethod
     def num_prompts(self) -> int:
         """Prompts, each with `sampling.n` choices."""
-        return len(self._prompts())
 
     @property
     def num_choices(self) -> int:
@@ -72,13 +73,13 @@ class GenerationRequest(ABC):
         return None
 
     @abstractmethod
-    def _prompts(self) -> list[dict[str, Any]]:
+    def _prompts(self) -> Iterator[dict[str, Any]]:
         """For each prompt, the fields of a TokenizeMsg that say what it is."""
 
-    def tokenize_messages(self, base: int) -> list[TokenizeMsg]:
+    def tokenize_messages(self, base: int) -> Iterator[TokenizeMsg]:
         """One message per prompt; choice i of the reply answers under uid `base + i`."""
-        return [
-            TokenizeMsg(
+        for i, prompt in enumerate(self._prompts()):
+            yield TokenizeMsg(
                 uid=base + i * self.sampling.n,
                 sampling=self.sampling,
                 cache_salt=self.cache_salt,
@@ -87,18 +88,10 @@ class GenerationRequest(ABC):
                 show_prompt_text=self.reply.prompt_text,
                 **prompt,
             )
-            for i, prompt in enumerate(self._prompts())
-        ]
 
     def check_fits(self, max_open_requests: int) -> None:
         """Raise InvalidRequestError if even an idle server cannot run all choices at once."""
-        if self.num_choices > max_open_requests:
-            prompts = f"{self.num_prompts} prompt{'s' if self.num_prompts > 1 else ''}"
-            raise InvalidRequestError(
-                f"the request asks for {self.num_choices} choices ({prompts}, "
-                f"n={self.sampling.n}); the server takes at most {max_open_requests}",
-                param="prompt" if self.num_prompts > 1 else "n",
-            )
+        check_num_choices(self.num_prompts, self.sampling.n, max_open_requests)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +100,12 @@ class TextRequest(GenerationRequest):
 
     prompts: tuple[Prompt, ...]
 
-    def _prompts(self) -> list[dict[str, Any]]:
-        return [{"prompt": prompt} for prompt in self.prompts]
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompts)
+
+    def _prompts(self) -> Iterator[dict[str, Any]]:
+        return ({"prompt": prompt} for prompt in self.prompts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +133,7 @@ class ChatPrompt:
             "chat_template": self.template,
             "add_generation_prompt": self.begins_turn,
             "continue_final_message": self.continues_last,
+            "text_arguments": True,
         }
 
 
@@ -144,6 +142,10 @@ class ChatRequest(GenerationRequest):
     """A conversation to answer."""
 
     prompt: ChatPrompt
+
+    @property
+    def num_prompts(self) -> int:
+        return 1
 
     def __post_init__(self) -> None:
         tools, grammar = self.prompt.tools, self.sampling.grammar
@@ -158,14 +160,26 @@ class ChatRequest(GenerationRequest):
     def calls(self) -> CallReading | None:
         return self.prompt.tools.reading if self.prompt.tools else None
 
-    def _prompts(self) -> list[dict[str, Any]]:
+    def _prompts(self) -> Iterator[dict[str, Any]]:
         tools = self.prompt.tools
         fields = {
             "must_call": tools.must_call if tools else (),
             "parallel_calls": tools is None or tools.reading.parallel,
             "split_reasoning": True,
         }
-        return [fields | self.prompt.fields()]
+        yield fields | self.prompt.fields()
+
+
+def check_num_choices(num_prompts: int, n: int, max_open_requests: int) -> None:
+    """Raise InvalidRequestError if even an idle server cannot run all choices at once."""
+    num_choices = num_prompts * n
+    if num_choices > max_open_requests:
+        prompts = f"{num_prompts} prompt{'s' if num_prompts > 1 else ''}"
+        raise InvalidRequestError(
+            f"the request asks for {num_choices} choices ({prompts}, n={n}); the server takes at "
+            f"most {max_open_requests}",
+            param="prompt" if num_prompts > 1 else "n",
+        )
 
 
 def served_name(name: str | None, model: ModelInfo) -> str:
@@ -214,8 +228,18 @@ def read_common(fields: Mapping[str, Any], model: ModelInfo, **reply: bool) -> d
     }
 
 
+def read_prompt_ids(
+    ids: list[int], model: ModelInfo, path: str, max_tokens: int | None
+) -> Int32Array:
+    """As read_token_ids, for a prompt. Raises ContextLengthError before it reads too many."""
+    if len(ids) > model.max_model_len:
+        lengths = Lengths(len(ids), 1 if max_tokens is None else max_tokens, model.max_model_len)
+        raise ContextLengthError(lengths, "prompt", param=path)
+    return read_token_ids(ids, model, path)
+
+
 def read_token_ids(ids: list[int], model: ModelInfo, path: str) -> Int32Array:
-    """A prompt of token ids: at least one, all in the vocabulary. Raises InvalidRequestError."""
+    """Token ids: at least one, all in the vocabulary. Raises InvalidRequestError."""
     if not ids:
         raise InvalidRequestError(f"{path} is empty; it must hold at least one token", param=path)
     _check_ids(path, ids, model)
@@ -227,5 +251,6 @@ def _check_ids(path: str, ids: Sequence[int], model: ModelInfo) -> None:
     if ids and (min(ids) < 0 or max(ids) >= size):
         wrong = next(id for id in ids if not 0 <= id < size)
         raise InvalidRequestError(
-            f"{path} holds {wrong}; token ids go from 0 to {model.vocab_size - 1}", param=path
+            f"{path} holds {describe(wrong)}; token ids go from 0 to {model.vocab_size - 1}",
+            param=path,
         )

@@ -34,6 +34,7 @@ logger = logging.getLogger("minisrv.frontend")
 
 FIRST_PING_S = 5.0
 PING_S = 15.0
+PROMPTS_AT_ONCE = 64  # sent to the tokenizers before other requests run
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class _GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the reply. Raises MinisrvError for a failure before any output."""
+        await asyncio.sleep(0)  # to read a large request took long; others run before it is packed
         context = self._context = context_of(scope)
         context.warnings += self._request.warnings
         self._timings = RequestTimings(self._request.num_choices, context.arrived_at)
@@ -82,8 +84,10 @@ class _GenerationResponse(Response):
         watch = asyncio.create_task(self._abort_when_gone(receive, base))
         try:
             key = key_number_of(scope)
-            for message in self._request.tokenize_messages(base):
+            for i, message in enumerate(self._request.tokenize_messages(base), 1):
                 self._registry.send(replace(message, key=key) if key else message)
+                if i % PROMPTS_AT_ONCE == 0:
+                    await asyncio.sleep(0)
             if self._request.reply.stream:
                 await self._send_stream(send, base)
             else:

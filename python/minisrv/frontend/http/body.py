@@ -1,24 +1,27 @@
-"""Reads the JSON body of a request, bounded in size, depth and time, by a table of fields.
+"""Reads the JSON body of a request, bounded in size, values, depth and time, by a table of fields.
 
-Integers must fit 64 bits, other numbers must be finite doubles, keys in an object must be unique
-and strings must be Unicode. Whatever passes can be written as JSON or packed for another process.
+Numbers must be finite doubles or integers that Python reads, keys in an object must be unique and
+strings must be Unicode. Whatever passes can be written as JSON or packed for another process.
+No part of the work holds the event loop for more than some 30 ms: other streams go on in between.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
-from collections import Counter
+import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jiter
 from starlette.requests import ClientDisconnect, Request
 
 from minisrv.errors import InvalidRequestError, RequestTooLargeError
 from minisrv.frontend.fields.names import UnknownFields
 from minisrv.frontend.fields.table import Field, Treatment, read_fields
+from minisrv.frontend.http.body_size import PIECE_BYTES, BodySize
 from minisrv.frontend.http.context import RequestContext, context_of
 
 logger = logging.getLogger("minisrv.frontend")
@@ -28,7 +31,7 @@ Fields = dict[str, Any]
 
 MAX_DEPTH = 64
 BODY_TIMEOUT_S = 60.0
-_MIN_INTEGER, _MAX_INTEGER = -(2**63), 2**63 - 1
+_SCALARS = {str, int, bool, type(None)}
 
 
 class BodyReader:
@@ -49,61 +52,64 @@ class BodyReader:
 
         Raises InvalidRequestError naming the field, RequestTooLargeError or ClientDisconnect.
         """
-        return self._fields(await self._json(request, required), table, context_of(request.scope))
+        data = await self._data(request, required)
+        body = await _parse(data) if data or required else {}
+        return await self._fields(data, body, table, context_of(request.scope))
 
     async def read_generation(self, request: Request, table: Table) -> Fields:
         """As `read`; the body may set the request id, also for an error response."""
-        body, context = await self._json(request, required=True), context_of(request.scope)
+        data, context = await self._data(request, required=True), context_of(request.scope)
+        body = await _parse(data)
         context.take_id(body)
-        return self._fields(body, table, context)
+        return await self._fields(data, body, table, context)
 
-    async def _json(self, request: Request, required: bool) -> Any:
+    async def _data(self, request: Request, required: bool) -> bytes:
         if required:
             _check_content_type(request)
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
-                body = await _read_body(request, self._max_bytes)
+                data = await _read_body(request, self._max_bytes)
         except TimeoutError:
             sentence = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
             raise InvalidRequestError(sentence, status=408) from None
-        if not body and not required:
-            return {}
-        _check_content_type(request)
-        return parse_json(body)
+        if data or required:
+            _check_content_type(request)
+        return data
 
-    def _fields(self, body: Any, table: Table, context: RequestContext) -> Fields:
+    async def _fields(
+        self, data: bytes, body: Any, table: Table, context: RequestContext
+    ) -> Fields:
         fields, unknown = read_fields(body, table)
         for name in body.keys() & table.keys():
             if table[name].treatment is Treatment.IGNORED and body[name] is not None:
                 logger.debug("request field %s has no effect", name)
                 self._count_ignored(name)
         context.warnings += self._unknown_fields.report(unknown)
+        await _let_others_run(data)
         return fields
 
 
-def parse_json(body: bytes) -> Any:
-    """The value of a JSON text in UTF-8; numbers outside arrays and objects may have any size.
-
-    Raises InvalidRequestError.
-    """
-    try:
-        value = json.loads(
-            body.decode("utf-8"),
-            parse_constant=_refuse_constant,
-            # Python refuses to convert many digits. What is cut off here is refused below.
-            parse_int=lambda digits: int(digits[:25]),
-            object_pairs_hook=_parse_object,
-        )
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"the body is not UTF-8: {error.reason}") from None
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno} column {error.colno}"
-        raise InvalidRequestError(f"the body is not JSON: {error.msg}, {place}") from None
-    except RecursionError:
-        raise _too_deep() from None
-    if isinstance(value, dict | list):
-        _check_parts(value, "", 1)
+def parse_json(data: bytes) -> Any:
+    """The value of a JSON text in UTF-8. Raises InvalidRequestError."""
+    value = _parse_text(data)
+    _check_value(value)
     return value
+
+
+async def _parse(data: bytes) -> Any:
+    """As parse_json, in steps."""
+    await _let_others_run(data)
+    value = _parse_text(data)
+    await _let_others_run(data)
+    _check_value(value)
+    await _let_others_run(data)
+    return value
+
+
+async def _let_others_run(data: bytes) -> None:
+    """Give way to other requests if the work on this body takes long."""
+    if len(data) > PIECE_BYTES:
+        await asyncio.sleep(0)
 
 
 def _check_content_type(request: Request) -> None:
@@ -120,67 +126,77 @@ def _check_content_type(request: Request) -> None:
 async def _read_body(request: Request, max_bytes: int) -> bytes:
     announced = request.headers.get("content-length", "")
     num_bytes = int(announced) if announced.isdecimal() else 0
-    chunks: list[bytes] = []
+    data, size, num_counted = bytearray(), BodySize(), 0
     more = True
     while more and num_bytes <= max_bytes:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        num_bytes = len(message.get("body", b"")) + (num_bytes if chunks else 0)
-        chunks.append(message.get("body", b""))
+        data += message.get("body", b"")
+        num_bytes = len(data)
         more = message.get("more_body", False)
+        # What is refused is still received: a client that sends may not see an early answer.
+        while size.fits and num_counted + PIECE_BYTES < num_bytes:
+            size.add(data[num_counted : num_counted + PIECE_BYTES])
+            num_counted += PIECE_BYTES
+            await asyncio.sleep(0)
     if num_bytes > max_bytes:
         raise RequestTooLargeError(
             f"the body has more than {max_bytes} bytes, the limit; send less or raise "
             "--max-body-bytes"
         )
-    return b"".join(chunks)
+    if num_counted and size.fits:
+        size.add(data[num_counted:])
+    size.check()
+    return bytes(data)
 
 
-def _refuse_constant(name: str) -> Any:
-    raise InvalidRequestError(f"the body is not JSON: {name} is not a JSON number")
+def _parse_text(data: bytes) -> Any:
+    try:
+        return jiter.from_json(
+            data, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="keys"
+        )
+    except ValueError as error:
+        raise _not_json(str(error)) from None
 
 
-def _parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise InvalidRequestError(f"the body has the key {twice[:40]!a} twice in one object")
-    return value
+def _not_json(problem: str) -> InvalidRequestError:
+    """The error for what the parser reports."""
+    if problem.startswith("recursion limit exceeded"):
+        return _too_deep()
+    if problem.startswith("number out of range"):
+        digits = sys.get_int_max_str_digits()
+        return InvalidRequestError(f"the body has an integer of more than {digits} digits")
+    if twice := re.fullmatch(r'Detected duplicate key "(.*)" at (.*)', problem, re.DOTALL):
+        return InvalidRequestError(
+            f"the body has the key {twice[1][:40]!a} twice in one object, {twice[2]}"
+        )
+    if "hex escape" in problem:
+        problem += "; a lone surrogate (\\ud800 to \\udfff) is not a character"
+    return InvalidRequestError(f"the body is not JSON: {problem}")
 
 
-def _check_parts(value: Any, path: str, depth: int) -> None:
-    """Raise InvalidRequestError for a part that is refused; `path` is empty or ends with a dot."""
+def _check_value(value: Any) -> None:
+    """Raise InvalidRequestError for a value that is nested too deeply or has an infinite number."""
+    if isinstance(value, dict | list) and (path := _find_infinite(value, 1)):
+        name = ".".join(str(part)[:64] for part in reversed(path))
+        raise InvalidRequestError(f"{name} is outside the range of a double", param=name)
+
+
+def _find_infinite(value: dict[str, Any] | list[Any], depth: int) -> list[str | int] | None:
+    """The path to a number that a double cannot hold, innermost name first."""
     if depth > MAX_DEPTH:
         raise _too_deep()
-    if isinstance(value, dict):
-        for name in value:
-            _check_text(name)
+    if type(value) is list and _SCALARS.issuperset(map(type, value)):  # maybe many token ids
+        return None
     for name, part in value.items() if isinstance(value, dict) else enumerate(value):
         kind = type(part)
-        if kind is str:
-            _check_text(part)
-        elif kind is dict or kind is list:
-            _check_parts(part, f"{path}{str(name)[:64]}.", depth + 1)
-        elif kind is int and not _MIN_INTEGER <= part <= _MAX_INTEGER:
-            raise _wrong_number(f"{path}{str(name)[:64]}", "an integer that does not fit 64 bits")
-        elif kind is float and not math.isfinite(part):
-            raise _wrong_number(f"{path}{str(name)[:64]}", "outside the range of a double")
-
-
-def _wrong_number(path: str, what: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{path} is {what}", param=path)
-
-
-def _check_text(text: str) -> None:
-    if text.isascii():
-        return
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InvalidRequestError(
-            "the body contains a lone surrogate (\\ud800 to \\udfff), which is not a character"
-        ) from None
+        if kind is dict or kind is list:
+            if (path := _find_infinite(part, depth + 1)) is not None:
+                return [*path, name]
+        elif kind is float and math.isinf(part):
+            return [name]
+    return None
 
 
 def _too_deep() -> InvalidRequestError:

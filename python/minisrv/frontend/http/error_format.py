@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from minisrv.errors import MinisrvError
-from minisrv.frontend.fields.schema import INTEGER, STRING, any_of, object_of
+from minisrv.frontend.fields.schema import INTEGER, STRING, Schema, any_of, object_of
 from minisrv.wire.messages import Failure
 
-_STRING_OR_NULL = any_of(STRING, {"type": "null"})
+_STRING_OR_NULL = any_of(STRING, Schema(type="null"))
 ERROR_SCHEMA = object_of(
     ["error"],
     error=object_of(

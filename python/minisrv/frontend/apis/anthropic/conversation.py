@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.fields.parts import check_kind, read_text
+from minisrv.frontend.fields.parts import TextParts, check_kind
 from minisrv.frontend.fields.schema import (
     BOOLEAN,
     OBJECT,
@@ -21,7 +21,8 @@ ChatMessage = dict[str, Any]
 Block = dict[str, Any]
 Blocks = str | list[Block]
 
-_TEXT_BLOCKS = {"text": "text"}
+_TEXT_BLOCKS = TextParts(text="text")
+_TEXTS = ("content", "reasoning_content")
 _TEXT = object_of(["text"], text=STRING)
 _TOOL_RESULT = object_of(
     ["tool_use_id"],
@@ -53,37 +54,44 @@ def chat_messages(system: Blocks | None, turns: list[dict[str, Any]]) -> list[Ch
         raise InvalidRequestError("messages is empty; it must hold a turn", param="messages")
     conversation = _Conversation()
     if system is not None:
-        conversation.add({"role": "system", "content": read_text(system, _TEXT_BLOCKS, "system")})
+        conversation.add({"role": "system", "content": _TEXT_BLOCKS.read(system, "system")})
     for i, turn in enumerate(turns):
         conversation.read_turn(turn, f"messages.{i}.content")
-    last = conversation.messages[-1]
-    if last["role"] == "assistant" and "tool_calls" in last:
+    messages = conversation.messages()
+    if messages[-1]["role"] == "assistant" and "tool_calls" in messages[-1]:
         path = f"messages.{len(turns) - 1}.content"
         raise InvalidRequestError(
             f"{path} ends with a call; send its result, or a turn of text to go on with", param=path
         )
-    return conversation.messages
+    return messages
 
 
 class _Conversation:
-    """The messages so far, and the names of the tools by the ids of their calls."""
+    """The messages so far, and the names of the tools by the ids of their calls.
+
+    The texts of a message are lists of pieces, of which there may be many.
+    """
 
     def __init__(self) -> None:
-        self.messages: list[ChatMessage] = []
+        self._messages: list[ChatMessage] = []
         self._names: dict[str, str] = {}
+
+    def messages(self) -> list[ChatMessage]:
+        return [_joined(message) for message in self._messages]
 
     def add(self, message: ChatMessage) -> None:
         """Another message, or more of the last one."""
-        last = self.messages[-1] if self.messages else {}
-        if message["role"] != last.get("role") or message["role"] == "tool":
-            self.messages.append(message)
-            return
-        for name in ("content", "reasoning_content"):
-            texts = [text for part in (last, message) if (text := part.get(name))]
-            if texts:
-                last[name] = "\n\n".join(texts)
+        role = message["role"]
+        if not self._messages or role == "tool" or role != self._messages[-1]["role"]:
+            begun: ChatMessage = {**message, "content": [], "reasoning_content": []}
+            begun.pop("tool_calls", None)
+            self._messages.append(begun)
+        last = self._messages[-1]
+        for name in _TEXTS:
+            if text := message.get(name):
+                last[name].append(text)
         if "tool_calls" in message:
-            last["tool_calls"] = [*last.get("tool_calls", []), *message["tool_calls"]]
+            last.setdefault("tool_calls", []).extend(message["tool_calls"])
 
     def read_turn(self, turn: dict[str, Any], path: str) -> None:
         """The message or messages of one turn."""
@@ -109,7 +117,7 @@ class _Conversation:
                 self.add(self._result(block, f"{path}.{i}.content"))
 
     def _result(self, block: Block, path: str) -> ChatMessage:
-        content = read_text(block.get("content") or "", _TEXT_BLOCKS, path)
+        content = _TEXT_BLOCKS.read(block.get("content") or "", path)
         if block.get("is_error"):
             content = f"Error: {content}" if content else "Error"
         call_id = block["tool_use_id"]
@@ -126,6 +134,13 @@ class _Conversation:
             message["tool_calls"] = calls
             self._names |= {call["id"]: call["function"]["name"] for call in calls}
         self.add(message)
+
+
+def _joined(message: ChatMessage) -> ChatMessage:
+    joined = {**message, **{name: "\n\n".join(message[name]) for name in _TEXTS}}
+    if not joined["reasoning_content"]:
+        del joined["reasoning_content"]
+    return joined
 
 
 def _join(blocks: list[Block], kind: str) -> str:

@@ -35,6 +35,7 @@ NAMES = FieldNames(
 )
 _CHOICES: dict[str, ToolChoice] = {"auto": "auto", "any": "required", "none": "none"}
 _FORMAT = "output_config.format"
+_WITH_SCHEMA = object_of(["input_schema"])
 
 
 def read_message_request(fields: Fields, model: ModelInfo) -> ChatRequest:
@@ -114,7 +115,7 @@ def _function(tool: dict[str, Any], path: str) -> dict[str, Any]:
         raise _unsupported(f"{path}.defer_loading", "all tools are shown to the model at once")
     if "direct" not in (tool.get("allowed_callers") or ["direct"]):
         raise _unsupported(f"{path}.allowed_callers", "only the model calls tools")
-    check_value(tool, object_of(["input_schema"]), path)
+    check_value(tool, _WITH_SCHEMA, path)
     schema = tool["input_schema"]
     if tool.get("input_examples"):
         schema = {**schema, "examples": tool["input_examples"]}

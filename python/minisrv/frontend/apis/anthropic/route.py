@@ -52,8 +52,7 @@ def add_message_routes(app: FastAPI, service: Service) -> None:
         fields = await bodies.read(request, COUNT_FIELDS)
         context_of(request.scope).names = NAMES
         prompt = read_prompt(fields, registry.model)
-        answer = await service.encode(request, prompt)
-        return JSONResponse({"input_tokens": len(answer["ids"])})
+        return JSONResponse({"input_tokens": await service.count(request, prompt)})
 
 
 class MessageRenderer(Renderer):

@@ -32,7 +32,7 @@ from minisrv.frontend.generation.request import (
     ChatRequest,
     GenerationRequest,
     TextRequest,
-    read_token_ids,
+    read_prompt_ids,
 )
 from minisrv.frontend.http.sse import encode_json
 from minisrv.frontend.registry.model_info import ModelInfo
@@ -40,6 +40,7 @@ from minisrv.wire.events import Event
 from minisrv.wire.logprobs import SpelledLogprobs
 
 CHAT_PREFIX = "chatcmpl-"
+_WITH_FUNCTION = object_of(["function"])
 
 
 def read_chat(fields: Fields, model: ModelInfo) -> ChatRequest | TextRequest:
@@ -56,7 +57,9 @@ def read_chat(fields: Fields, model: ModelInfo) -> ChatRequest | TextRequest:
         return ChatRequest(prompt=prompt, warnings=warnings, **common)
     check_no_template(fields)
     text = fields["prompt"]
-    ids_or_text = text if isinstance(text, str) else read_token_ids(text, model, "prompt")
+    ids_or_text = text
+    if not isinstance(text, str):
+        ids_or_text = read_prompt_ids(text, model, "prompt", max_tokens)
     return TextRequest(prompts=(ids_or_text,), **common)
 
 
@@ -82,7 +85,7 @@ def _read_tools(fields: Fields, model: ModelInfo) -> ToolUse | None:
     tools = fields.get("tools", [])
     for i, tool in enumerate(tools):
         check_is_function(tool, f"tools.{i}")
-        check_value(tool, object_of(["function"]), f"tools.{i}")
+        check_value(tool, _WITH_FUNCTION, f"tools.{i}")
     choice = read_choice(fields.get("tool_choice", "auto"), nested=True)
     return read_tools(tools, choice, fields.get("parallel_tool_calls", True), model.chat_format)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from minisrv.frontend.apis.openai.fields import Fields, read_generation
 from minisrv.frontend.apis.openai.logprobs import echo_logprobs, moved_logprobs, text_logprobs
 from minisrv.frontend.apis.openai.render import NO_OPTIONS, OpenAIRenderer
 from minisrv.frontend.generation.pieces import Piece, finish_of
-from minisrv.frontend.generation.request import Prompt, TextRequest, read_token_ids
+from minisrv.frontend.generation.request import TextRequest, check_num_choices, read_prompt_ids
 from minisrv.frontend.http.sse import encode_json
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.wire.events import Event
@@ -20,13 +21,16 @@ COMPLETION_PREFIX = "cmpl-"
 DEFAULT_MAX_TOKENS = 16
 
 
-def read_completion(fields: Fields, model: ModelInfo) -> TextRequest:
-    """Read a completion. Raises InvalidRequestError."""
+def read_completion(
+    fields: Fields, model: ModelInfo, max_choices: int = sys.maxsize
+) -> TextRequest:
+    """Read a completion. Raises InvalidRequestError, before it reads more than `max_choices`."""
     echo, logprobs = fields.get("echo", False), fields.get("logprobs")
+    max_tokens = fields.get("max_tokens", DEFAULT_MAX_TOKENS)
     common = read_generation(
         fields,
         model,
-        max_tokens=fields.get("max_tokens", DEFAULT_MAX_TOKENS),
+        max_tokens=max_tokens,
         echo=echo,
         logprobs=logprobs,
         prompt_logprobs=logprobs if echo else None,
@@ -40,21 +44,24 @@ def read_completion(fields: Fields, model: ModelInfo) -> TextRequest:
         )
     if "prompt" not in fields:
         raise InvalidRequestError("prompt is missing", param="prompt")
-    return TextRequest(prompts=_read_prompts(fields["prompt"], model), **common)
-
-
-def _read_prompts(prompt: Any, model: ModelInfo) -> tuple[Prompt, ...]:
-    """The four forms, whose types have been checked."""
-    if isinstance(prompt, str):
-        return (prompt,)
-    if not prompt:
-        raise InvalidRequestError("prompt is empty; it must hold a prompt", param="prompt")
-    if isinstance(prompt[0], int):
-        return (read_token_ids(prompt, model, "prompt"),)
-    return tuple(
-        item if isinstance(item, str) else read_token_ids(item, model, f"prompt.{i}")
-        for i, item in enumerate(prompt)
+    prompts = _list_prompts(fields["prompt"])
+    check_num_choices(len(prompts), common["sampling"].n, max_choices)
+    return TextRequest(
+        prompts=tuple(
+            prompt if isinstance(prompt, str) else read_prompt_ids(prompt, model, path, max_tokens)
+            for path, prompt in prompts
+        ),
+        **common,
     )
+
+
+def _list_prompts(prompt: Any) -> list[tuple[str, str | list[int]]]:
+    """The prompts and their paths. There are four forms, whose types have been checked."""
+    if not prompt and prompt != "":
+        raise InvalidRequestError("prompt is empty; it must hold a prompt", param="prompt")
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [("prompt", prompt)]
+    return [(f"prompt.{i}", item) for i, item in enumerate(prompt)]
 
 
 class CompletionRenderer(OpenAIRenderer):

@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.fields.parts import read_text
+from minisrv.frontend.fields.parts import TextParts
 from minisrv.frontend.generation.request import Messages
-from minisrv.frontend.generation.tool_arguments import read_arguments
 
-_TEXT_PARTS = {"text": "text"}
-_ASSISTANT_PARTS = {"text": "text", "refusal": "refusal"}
+_TEXT_PARTS = TextParts(text="text")
+_ASSISTANT_PARTS = TextParts(text="text", refusal="refusal")
 
 
 def read_messages(messages: list[dict[str, Any]] | None) -> Messages:
-    """Messages with text content, tool arguments as objects, and no nulls.
+    """Messages with text content and no nulls. Tool arguments stay as they came.
 
     Raises InvalidRequestError naming the part.
     """
@@ -31,14 +30,16 @@ def _read_message(message: dict[str, Any], path: str) -> dict[str, Any]:
     if "reasoning" in read:
         read.setdefault("reasoning_content", read["reasoning"])
     if "tool_calls" in read:
-        read["tool_calls"] = [
-            _read_call(call["function"], call, f"{path}.tool_calls.{i}.function")
-            for i, call in enumerate(read["tool_calls"])
-        ]
+        for i, call in enumerate(read["tool_calls"]):
+            if not isinstance(call["function"].get("name"), str):
+                function = f"{path}.tool_calls.{i}.function"
+                raise InvalidRequestError(
+                    f"{function} must be an object with a name", param=function
+                )
     by_assistant = read["role"] == "assistant"
     if "content" in read:
         parts = _ASSISTANT_PARTS if by_assistant else _TEXT_PARTS
-        read["content"] = read_text(read["content"], parts, f"{path}.content")
+        read["content"] = parts.read(read["content"], f"{path}.content")
     elif by_assistant and (read.get("tool_calls") or "function_call" in read):
         read["content"] = None
     else:
@@ -47,10 +48,3 @@ def _read_message(message: dict[str, Any], path: str) -> dict[str, Any]:
             param=f"{path}.content",
         )
     return read
-
-
-def _read_call(function: dict[str, Any], call: dict[str, Any], path: str) -> dict[str, Any]:
-    if not isinstance(function.get("name"), str):
-        raise InvalidRequestError(f"{path} must be an object with a name", param=path)
-    arguments = read_arguments(function.get("arguments"))
-    return {**call, "function": {**function, "arguments": arguments}}

@@ -41,7 +41,7 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
         fields = await bodies.read_generation(request, COMPLETION_FIELDS)
         context = context_of(request.scope)
         context.names = field_names(fields)
-        completion = read_completion(fields, model)
+        completion = read_completion(fields, model, config.max_open_requests)
         options = fields.get("stream_options", {})
         renderer = CompletionRenderer(context.request_id, system_fingerprint, completion, options)
         return service.runner.response(completion, renderer)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.fields.parts import check_kind, read_text
+from minisrv.frontend.fields.parts import TextParts, check_kind
 from minisrv.frontend.fields.schema import (
     OBJECT,
     STRING,
@@ -21,7 +21,6 @@ from minisrv.frontend.fields.schema import (
     one_of,
 )
 from minisrv.frontend.generation.request import Messages
-from minisrv.frontend.generation.tool_arguments import read_arguments
 
 Item = dict[str, Any]
 Message = dict[str, Any]
@@ -39,9 +38,11 @@ _ITEMS: dict[str, Schema] = {
     "function_call_output": object_of(["call_id", "output"], call_id=STRING, output=_CONTENT),
     "reasoning": object_of(content=array_of(OBJECT), summary=array_of(OBJECT)),
 }
-_TEXT_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
-_REASONING_PARTS = {"reasoning_text": "text", "summary_text": "text", "text": "text"}
-_SYSTEM_ROLES = ("system", "developer")
+_WITH_TYPE = object_of(["type"], type=STRING)
+_TEXT_PARTS = TextParts(input_text="text", output_text="text", text="text", refusal="refusal")
+_REASONING_PARTS = TextParts(reasoning_text="text", summary_text="text", text="text")
+_SYSTEM_ROLES = frozenset({"system", "developer"})
+_TEXTS = ("content", "reasoning_content")
 
 
 def read_conversation(fields: Mapping[str, Any]) -> Messages:
@@ -60,63 +61,71 @@ def read_conversation(fields: Mapping[str, Any]) -> Messages:
     else:
         for i, item in enumerate(given):
             _add_item(conversation, item, f"input.{i}")
-    return tuple(_without_empty_content(message) for message in conversation.messages)
+    return conversation.messages()
 
 
 class _Conversation:
+    """The messages so far. Their texts are lists of pieces, of which there may be many."""
+
     def __init__(self) -> None:
-        self.messages: list[Message] = []
+        self._messages: list[Message] = []
+
+    def messages(self) -> Messages:
+        return tuple(map(_joined, self._messages))
 
     def add_message(self, role: str, text: str) -> None:
         """A message of anybody but the model. Templates take one system message, in front."""
-        first = self.messages[0] if len(self.messages) == 1 else None
-        if first is not None and {role, first["role"]} <= set(_SYSTEM_ROLES):
-            self.messages[0] = {"role": "system", "content": f"{first['content']}\n\n{text}"}
+        first = self._messages[0] if len(self._messages) == 1 else None
+        if first is not None and {role, first["role"]} <= _SYSTEM_ROLES:
+            first["role"] = "system"
+            first["content"] += ["\n\n", text]
         else:
-            self.messages.append({"role": role, "content": text})
+            self._messages.append({"role": role, "content": [text]})
 
     def add_output(self, call_id: str, text: str) -> None:
-        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
+        self._messages.append({"role": "tool", "tool_call_id": call_id, "content": [text]})
 
     def add_reasoning(self, text: str) -> None:
         turn = self._turn()
         if turn["content"] or "tool_calls" in turn:
             turn = self._begin_turn()
-        turn["reasoning_content"] = turn.get("reasoning_content", "") + text
+        turn.setdefault("reasoning_content", []).append(text)
 
     def add_text(self, text: str) -> None:
         turn = self._turn()
         if turn["content"] and "tool_calls" not in turn:
             turn = self._begin_turn()
-        turn["content"] += text
+        turn["content"] += [text] if text else []
 
     def add_call(self, item: Item) -> None:
-        arguments = read_arguments(item["arguments"])
-        function = {"name": item["name"], "arguments": arguments}
+        function = {"name": item["name"], "arguments": item["arguments"]}
         call = {"id": item["call_id"], "type": "function", "function": function}
         self._turn().setdefault("tool_calls", []).append(call)
 
     def _turn(self) -> Message:
-        if self.messages and self.messages[-1]["role"] == "assistant":
-            return self.messages[-1]
+        if self._messages and self._messages[-1]["role"] == "assistant":
+            return self._messages[-1]
         return self._begin_turn()
 
     def _begin_turn(self) -> Message:
-        self.messages.append({"role": "assistant", "content": ""})
-        return self.messages[-1]
+        self._messages.append({"role": "assistant", "content": []})
+        return self._messages[-1]
 
 
-def _without_empty_content(message: Message) -> Message:
-    """Calls without text have no content, as in a chat."""
-    if message["content"] or "tool_calls" not in message:
-        return message
-    return {**message, "content": None}
+def _joined(message: Message) -> Message:
+    """The message with its texts. Calls without text have no content, as in a chat."""
+    texts = {name: "".join(message[name]) for name in _TEXTS if name in message}
+    joined = {**message, **texts}
+    if not joined["content"] and "tool_calls" in joined:
+        joined["content"] = None
+    return joined
 
 
 def _add_item(conversation: _Conversation, item: Item, path: str) -> None:
-    if "role" in item:
-        item = {**item, "type": item.get("type") or "message"}
-    check_value(item, object_of(["type"], type=STRING), path)
+    if "role" in item and not item.get("type"):
+        item = {**item, "type": "message"}
+    if not isinstance(item.get("type"), str):
+        check_value(item, _WITH_TYPE, path)
     if item["type"] == "item_reference":
         raise InvalidRequestError(
             f"{path}.type is item_reference, but this server keeps no state; send the item itself",
@@ -125,7 +134,7 @@ def _add_item(conversation: _Conversation, item: Item, path: str) -> None:
         )
     match check_kind(item, _ITEMS, path):
         case "message":
-            text = read_text(item["content"], _TEXT_PARTS, f"{path}.content")
+            text = _TEXT_PARTS.read(item["content"], f"{path}.content")
             if item["role"] == "assistant":
                 conversation.add_text(text)
             else:
@@ -133,7 +142,7 @@ def _add_item(conversation: _Conversation, item: Item, path: str) -> None:
         case "function_call":
             conversation.add_call(item)
         case "function_call_output":
-            text = read_text(item["output"], _TEXT_PARTS, f"{path}.output")
+            text = _TEXT_PARTS.read(item["output"], f"{path}.output")
             conversation.add_output(item["call_id"], text)
         case "reasoning":
             if reasoning := _read_reasoning(item, path):
@@ -143,6 +152,6 @@ def _add_item(conversation: _Conversation, item: Item, path: str) -> None:
 def _read_reasoning(item: Item, path: str) -> str:
     """The reasoning, or else its summary; encrypted reasoning cannot be read."""
     for name in ("content", "summary"):
-        if text := read_text(item.get(name) or [], _REASONING_PARTS, f"{path}.{name}"):
+        if text := _REASONING_PARTS.read(item.get(name) or [], f"{path}.{name}"):
             return text
     return ""

@@ -35,6 +35,7 @@ NAMES = FieldNames(
         "reasoning_effort": "reasoning.effort",
     }
 )
+_WITH_NAME = object_of(["name"])
 
 
 def read_response(fields: Fields, model: ModelInfo) -> ChatRequest:
@@ -93,7 +94,7 @@ def _read_tools(fields: Fields, model: ModelInfo) -> ToolUse | None:
 
 def _function(tool: dict[str, Any], path: str) -> dict[str, Any]:
     check_is_function(tool, path)
-    check_value(tool, object_of(["name"]), path)
+    check_value(tool, _WITH_NAME, path)
     names = ("name", "description", "parameters", "strict")
     function = {name: tool[name] for name in names if tool.get(name) is not None}
     return {"type": "function", "function": function}

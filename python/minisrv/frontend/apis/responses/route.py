@@ -58,9 +58,8 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
         fields = await bodies.read(request, COUNT_FIELDS)
         context_of(request.scope).names = NAMES
         prompt = read_response(fields, registry.model).prompt
-        answer = await service.encode(request, prompt)
-        body = {"object": "response.input_tokens", "input_tokens": len(answer["ids"])}
-        return JSONResponse(body)
+        num_tokens = await service.count(request, prompt)
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": num_tokens})
 
     _add_stored_routes(app)
 
