@@ -9,15 +9,22 @@ from typing import Any
 
 from minisrv.errors import InvalidRequestError
 from minisrv.sampling_params import Grammar
-from minisrv.structured_output.source import json_source, read_schema, to_source
+from minisrv.structured_output.json_schema import OF_LIST, OF_SCHEMA, OF_SCHEMAS
+from minisrv.structured_output.source import json_source, read_schema, show_place, to_source
 from minisrv.structured_output.vocabulary import Vocabulary
 
 _MAX_PROBES = 200
 _MAX_MULTIPLE = 100_000  # takes 0.7 s to compile
 _MAX_SHOWN_CHARS = 300
-_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
-_OF_SCHEMA = ("items", "additionalProperties", "additionalItems", "unevaluatedProperties", "not")
-_OF_LIST = ("prefixItems", "items", "anyOf", "oneOf", "allOf")
+
+# What llguidance says of a schema, and a sentence for the person who wrote it.
+_SENTENCES = (
+    (r"^Unimplemented keys: \[(.*)\]$", r"this server does not implement \1"),
+    (r"^Unsatisfiable schema: Regex is empty: .*$", "no text matches pattern, format and lengths"),
+    (r"^Unsatisfiable schema: ", "no value is valid: "),
+    (r"^Resource '(.*)' is not present in a registry.*$", r"'\1' is not within the schema"),
+    (r"^Expected \w+ for '(.*)', got (.*)$", r"\1 is \2, which has the wrong type"),
+)
 
 
 def find_error(grammar: Grammar, vocabulary: Vocabulary) -> InvalidRequestError | None:
@@ -39,8 +46,7 @@ def check(grammar: Grammar, vocabulary: Vocabulary) -> None:
         return
     place = ""
     if grammar.kind == "json_schema":
-        path = "/".join(_locate(read_schema(grammar), error, vocabulary))
-        place = f" at /{path}" if path else ""
+        place = show_place(_locate(read_schema(grammar), error, vocabulary))
     raise InvalidRequestError(
         f"{grammar.param} cannot be used{place}: {_shortened(error)}", param=grammar.param
     )
@@ -78,7 +84,7 @@ def _locate(schema: Any, error: str, vocabulary: Vocabulary) -> list[str]:
         names, value = part
         isolated = {**shared, **value} if isinstance(value, dict) else value
         if vocabulary.find_error(json_source(isolated)) == error:
-            path += [name.replace("~", "~0").replace("/", "~1") for name in names]
+            path += names
             parts = _parts(value)
     return path
 
@@ -88,11 +94,11 @@ def _parts(schema: Any) -> Iterator[tuple[tuple[str, str] | tuple[str], Any]]:
     if not isinstance(schema, dict):
         return
     for name, value in schema.items():
-        if name in _OF_SCHEMAS and isinstance(value, dict):
+        if name in OF_SCHEMAS and isinstance(value, dict):
             yield from (((name, key), part) for key, part in value.items())
-        elif name in _OF_LIST and isinstance(value, list):
+        elif name in OF_LIST and isinstance(value, list):
             yield from (((name, str(i)), part) for i, part in enumerate(value))
-        elif name in _OF_SCHEMA and isinstance(value, dict):
+        elif name in OF_SCHEMA and isinstance(value, dict):
             yield (name,), value
 
 
@@ -103,4 +109,6 @@ def _shortened(error: str) -> str:
         place = len(diagram[2]) - 4
         return f"regex, at character {place}: {diagram[3]}"
     text = " ".join(line.strip() for line in error.splitlines() if line.strip(" ^"))
+    for pattern, sentence in _SENTENCES:
+        text = re.sub(pattern, sentence, text)
     return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."

@@ -6,10 +6,14 @@ llguidance is imported by the functions that call it: an engine without grammars
 from __future__ import annotations
 
 import json
-from typing import Any
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from minisrv.errors import InvalidRequestError
 from minisrv.sampling_params import Grammar
+from minisrv.structured_output.json_schema import SchemaError, simplify
 
 MAX_CHOICES = 10_000
 
@@ -64,9 +68,9 @@ def _json_source(grammar: Grammar) -> str:
 
 
 def read_schema(grammar: Grammar) -> Any:
-    """The schema object of a json_schema grammar. Raises InvalidRequestError."""
+    """The schema of a json_schema grammar, simplified. Raises InvalidRequestError."""
     try:
-        schema = json.loads(grammar.text)
+        schema = _DECODER.decode(grammar.text)
     except RecursionError:
         raise InvalidRequestError(
             f"{grammar.param} is nested too deeply", param=grammar.param
@@ -75,6 +79,7 @@ def read_schema(grammar: Grammar) -> Any:
         raise InvalidRequestError(
             f"{grammar.param} is not valid JSON: {error}", param=grammar.param
         ) from None
+    schema = _simplified(schema, grammar.param)
     if schema is False:
         raise InvalidRequestError(f"{grammar.param} allows no text", param=grammar.param)
     if schema is True:
@@ -84,6 +89,41 @@ def read_schema(grammar: Grammar) -> Any:
             f"{grammar.param} must be a JSON schema (an object)", param=grammar.param
         )
     return schema
+
+
+def _simplified(schema: Any, param: str) -> Any:
+    try:
+        return simplify(schema)
+    except SchemaError as error:
+        place = show_place(error.path)
+        raise InvalidRequestError(
+            f"{param} cannot be used{place}: {error.problem}", param=param
+        ) from None
+    except RecursionError:
+        raise InvalidRequestError(f"{param} is nested too deeply", param=param) from None
+
+
+def show_place(path: Sequence[str]) -> str:
+    """ " at " and the JSON pointer of keys; nothing for the whole schema."""
+    names = (name.replace("~", "~0").replace("/", "~1") for name in path)
+    return f" at /{'/'.join(names)}" if path else ""
+
+
+def _refuse_number(text: str) -> NoReturn:
+    shown = text if len(text) <= 20 else f"{text[:20]}..."
+    raise ValueError(f"{shown} is not a number in the range of a double")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_number(text)
+
+
+def _int(text: str) -> int:
+    return int(text) if math.isfinite(float(text)) else _refuse_number(text)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_number, parse_float=_float, parse_int=_int)
 
 
 def json_source(schema: Any) -> str:
@@ -115,8 +155,26 @@ def _lark(grammar: Grammar) -> str:
     from llguidance.gbnf_to_lark import any_to_lark
 
     try:
-        return any_to_lark(grammar.text)
+        return any_to_lark(_with_simplified_schemas(grammar))
+    except InvalidRequestError:
+        raise
     except Exception as error:  # the converter raises exceptions of many types
         raise InvalidRequestError(
             f"{grammar.param} is not a valid grammar: {error}", param=grammar.param
         ) from None
+
+
+def _with_simplified_schemas(grammar: Grammar) -> str:
+    """The text of a Lark grammar in which each schema behind `%json` is simplified."""
+    parts, at = [], 0
+    for match in re.finditer(r"%json\s*(?=\{)", grammar.text):
+        if match.start() < at:
+            continue
+        try:
+            schema, end = _DECODER.raw_decode(grammar.text, match.end())
+        except (ValueError, RecursionError):  # llguidance says what is wrong
+            continue
+        simplified = json.dumps(_simplified(schema, grammar.param))
+        parts += [grammar.text[at : match.end()], simplified]
+        at = end
+    return "".join([*parts, grammar.text[at:]])
