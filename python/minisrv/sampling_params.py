@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
+from ctypes import c_float
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
 
@@ -20,14 +21,16 @@ MAX_BIASES = 1024
 MAX_GRAMMAR_BYTES = 2**17
 MAX_LOGPROBS = 20
 _MAX_INT = 2**31 - 1
-# The range of each number; "(" excludes the lower end. max_tokens is checked with other fields.
+# The range of each number; "(" excludes the lower end, also for what becomes it as the 32-bit float
+# that the engine computes with. A repetition penalty divides the logits, which must stay finite.
+# max_tokens is checked with other fields.
 _NUMBERS = {
     "temperature": ("[", 0, 2),
     "top_p": ("(", 0, 1),
     "min_p": ("[", 0, 1),
     "presence_penalty": ("[", -2, 2),
     "frequency_penalty": ("[", -2, 2),
-    "repetition_penalty": ("(", 0, 2),
+    "repetition_penalty": ("[", 1e-6, 2),
 }
 _INTEGERS = {
     "top_k": (-1, _MAX_INT),
@@ -106,7 +109,7 @@ class SamplingParams:
     n: number of choices. max_tokens: output tokens; `None` allows the rest of the context; 0
     computes only the prompt, for `echo` or `prompt_logprobs`.
     min_tokens: output tokens before which neither end-of-text nor a stop token is sampled.
-    presence_penalty, frequency_penalty: -2 to 2, over the output. repetition_penalty: in (0, 2],
+    presence_penalty, frequency_penalty: -2 to 2, over the output. repetition_penalty: 1e-6 to 2,
     over prompt and output; 1 is off. logit_bias: added to the logits, clamped to -100..100.
     stop: the text ends before the first of these strings. stop_token_ids: it ends at these tokens.
     include_stop_str_in_output: keep the stop string that ended the text.
@@ -152,8 +155,8 @@ class SamplingParams:
         for name, (bracket, low, high) in _NUMBERS.items():
             value = getattr(self, name)
             inside = value is None or (_is_number(value) and low <= value <= high)
-            if not inside or (bracket == "(" and value == low):
-                _refuse(name, f"is {value!r}; it must be in {bracket}{low}, {high}]")
+            if not inside or (bracket == "(" and value is not None and c_float(value).value == low):
+                _refuse(name, f"is {_shown(value)}; it must be in {bracket}{low}, {high}]")
         for name, (least, most) in _INTEGERS.items():
             _check_integer(name, getattr(self, name), least, most)
         without_output = self.echo or self.prompt_logprobs is not None
@@ -214,8 +217,17 @@ def _refuse(param: str, problem: str) -> NoReturn:
 
 
 def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and -math.inf < value < math.inf  # an integer may be of any size
+    """Whether `value` is a finite number in the range of a double."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and abs(value) >= 10**40:  # Python writes no integer of 5,000 digits
+        return f"an integer of {value.bit_length()} bits"
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."
 
 
 def _check_count(param: str, count: int, what: str, limit: int) -> None:
@@ -227,9 +239,9 @@ def _check_integer(param: str, value: int | None, low: int, high: int) -> None:
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool):
-        _refuse(param, f"is {value!r}; it must be an integer")
+        _refuse(param, f"is {_shown(value)}; it must be an integer")
     if not low <= value <= high:
-        _refuse(param, f"is {value}; it must be from {low} to {high}")
+        _refuse(param, f"is {_shown(value)}; it must be from {low} to {high}")
 
 
 def _checked_biases(biases: tuple[TokenBias, ...]) -> tuple[TokenBias, ...]:
@@ -237,7 +249,7 @@ def _checked_biases(biases: tuple[TokenBias, ...]) -> tuple[TokenBias, ...]:
     for bias in biases:
         _check_integer("logit_bias", bias.token_id, 0, _MAX_INT)
         if not _is_number(bias.value):
-            shown = "null" if bias.value is None else repr(bias.value)[:60]
+            shown = "null" if bias.value is None else _shown(bias.value)
             _refuse(f"logit_bias.{bias.token_id}", f"is {shown}; it must be a number")
     return tuple(TokenBias(b.token_id, min(100.0, max(-100.0, b.value))) for b in biases)
 

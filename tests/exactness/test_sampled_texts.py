@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -39,14 +40,25 @@ ALONE: list[dict[str, Any]] = [
     {"logit_bias": tuple(TokenBias(i, 9.0 if i % 2 else -100.0) for i in range(0, 200, 5))},
     {"min_tokens": 20, "stop_token_ids": tuple(range(0, 384, 2))},
 ]
+# Numbers that are others, or zero, as the 32-bit floats that the engine computes with.
+EXTREME: list[dict[str, Any]] = [
+    *({"temperature": t} for t in (5e-324, 1e-46, 1e-45, 1e-40, 1e-30, 1e-6, 2 - 1e-9)),
+    *({"top_p": p} for p in (1e-45, 1e-40, 1e-30, 1e-9, math.nextafter(1, 0), 1 - 1e-9)),
+    *({"min_p": p} for p in (5e-324, 1e-46, 1e-40, 1e-9, 1 - 1e-9, math.nextafter(1, 0), 1)),
+    *({"repetition_penalty": r} for r in (1e-6, 1e-3, math.nextafter(1, 0), 1 + 1e-12, 2.0)),
+    *({"presence_penalty": p} for p in (5e-324, -1e-46, 1e-12, -2.0, 2.0)),
+    *({"frequency_penalty": p} for p in (5e-324, -1e-46, 1e-12, -2.0, 2.0)),
+    *({"logit_bias": (TokenBias(3, b),)} for b in (5e-324, -1e-46, 1e39, -1.7e308)),
+    *({"top_k": k} for k in (1, 383, 384, 2**31 - 1)),
+]
 OPTIONS: dict[str, Any] = {"dtype": "float32", "num_threads": 1, "num_pages": 1000}
 
 
-def combined(seed: int) -> dict[str, Any]:
-    """Some of the fields of ALONE, one value for each."""
+def combined(seed: int, fields_of: Sequence[dict[str, Any]] = ALONE) -> dict[str, Any]:
+    """Some of the fields, one value for each."""
     rng = random.Random(seed)
     chosen: dict[str, Any] = {}
-    for fields in rng.sample(ALONE, rng.randint(2, 9)):
+    for fields in rng.sample(fields_of, rng.randint(2, 9)):
         chosen.update(fields)
     return chosen
 
@@ -76,6 +88,12 @@ def test_each_token_is_drawn_after_transformers_processors_in_the_stated_order(
     fields = [*ALONE, *map(combined, range(60))]
     params = [params_of(f, seed) for seed, f in enumerate(fields, 1)]
     check_texts(make_checkpoint(tmp_path, architecture), params, max_prefill_tokens=50)
+
+
+def test_each_token_of_extreme_numbers_is_the_one_of_the_exact_processors(tmp_path: Path) -> None:
+    fields = [*EXTREME, *(combined(seed, EXTREME) for seed in range(100))]
+    params = [replace(BASE, seed=seed, **f) for seed, f in enumerate(fields, 1)]
+    check_texts(make_checkpoint(tmp_path, "llama"), params)
 
 
 @pytest.mark.soak

@@ -86,7 +86,8 @@ def probabilities(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         warpers.append(TopPLogitsWarper(params.top_p))
     if params.min_p:
         warpers.append(MinPLogitsWarper(params.min_p))
-    return warpers(None, scores[None])[0].softmax(-1)
+    # Below the best, so that no temperature makes infinities of finite scores.
+    return warpers(None, scores[None] - scores.max())[0].softmax(-1)
 
 
 @torch.inference_mode()

@@ -424,8 +424,14 @@ class Scheduler:
         assert request.matcher is not None
         assert request.matcher.error is not None
         assert request.sampling.grammar is not None
-        param = request.sampling.grammar.param
-        error = InvalidRequestError(request.matcher.error, param=param, code="grammar_too_complex")
+        if request.matcher.misfit:
+            error = MinisrvError("a token was sampled that the grammar does not allow")
+        else:
+            error = InvalidRequestError(
+                request.matcher.error,
+                param=request.sampling.grammar.param,
+                code="grammar_too_complex",
+            )
         self.fail_request(request.uid, error)
         return False
 

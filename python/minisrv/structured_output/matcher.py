@@ -17,11 +17,13 @@ class Matcher:
     """The state after all tokens given to `advance`.
 
     error: set permanently once the grammar became too complex to continue, or a token did not fit.
+    misfit: the latter, which a mask rules out: a fault of the engine, not of the grammar.
     """
 
     def __init__(self, inner: LLMatcher) -> None:
         self._inner = inner
         self.error: str | None = None
+        self.misfit = False
 
     def copy(self) -> Matcher:
         """An independent copy of the state; the compiled grammar is shared."""
@@ -40,6 +42,7 @@ class Matcher:
     def advance(self, token_id: int) -> None:
         if self.error is None and not self._inner.consume_token(token_id):
             self._fail()
+            self.misfit = "doesn't satisfy the grammar" in self._inner.get_error()
 
     def fill(self, words: Int32Array, banned: Sequence[int] = ()) -> None:
         """Write the mask of tokens that may come next: bit i of word w allows token 32 * w + i.

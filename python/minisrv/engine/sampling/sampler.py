@@ -89,7 +89,8 @@ def _top_k_top_p(probs_FV: Tensor, top_k_F: Tensor, top_p_F: Tensor) -> Tensor:
     before = mass - ranked
     wanted = mass[:, -1:] * top_p_F.double().unsqueeze(1)
     # top_p is float32, where 1 is exact: it keeps all tokens regardless of rounding in the sum.
-    ranked.masked_fill_((before >= wanted) & (top_p_F < 1).unsqueeze(1), 0.0)
+    dropped = (before >= wanted) & (top_p_F < 1).unsqueeze(1)
+    ranked[:, 1:].masked_fill_(dropped[:, 1:], 0.0)
     return torch.zeros_like(probs_FV).scatter_(1, order, ranked)
 
 

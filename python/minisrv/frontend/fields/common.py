@@ -73,7 +73,7 @@ PENALTY_FIELDS: dict[str, Field] = {
         NUMBER, "-2 to 2, subtracted from a token's logit once per occurrence in the output."
     ),
     "repetition_penalty": supported(
-        NUMBER, "Above 0, up to 2, over prompt and output; 1 is off. Default: the model's, else 1."
+        NUMBER, "1e-6 to 2, over prompt and output; 1 is off. Default: the model's, else 1."
     ),
     "logit_bias": supported(OBJECT, "A bias by token id, -100 to 100, added to the logit."),
 }
