@@ -147,6 +147,49 @@ def test_a_stop_string_cuts_the_text_and_aborts_the_request() -> None:
     assert frontend.worker.num_requests == 0, "the scheduler's own final ends the tombstone"
 
 
+PAD = "<pad>"
+
+
+@pytest.mark.parametrize(
+    ("stop", "include", "text"),
+    [
+        (PAD, False, "over the dog"),
+        (PAD, True, "over the dog<pad>"),
+        (f"dog{PAD}", False, "over the "),
+        (f"dog{PAD}", True, "over the dog<pad>"),
+        (f"{PAD} and", False, "over the dog"),
+    ],
+)
+def test_a_special_token_in_a_stop_string_ends_the_text_though_it_is_not_shown(
+    stop: str, include: bool, text: str
+) -> None:
+    frontend = Frontend()
+    ids = [TOKENIZER.token_id(PAD), *ids_of("over the dog"), TOKENIZER.token_id(PAD)]
+    ids = ids[1:] if stop == PAD else ids
+    frontend.run(1, [*ids, *ids_of(" and more")], Finish.LENGTH, stop=(stop,), include_stop=include)
+    assert frontend.texts[1] == text
+    assert frontend.ends[1] == (Finish.STOP, stop)
+    assert frontend.aborted == [1]
+
+
+def test_a_special_token_that_begins_no_stop_string_is_not_shown() -> None:
+    frontend = Frontend()
+    pad = TOKENIZER.token_id(PAD)
+    ids = [*ids_of("the"), pad, *ids_of(" quick"), pad]
+    frontend.run(1, ids, Finish.LENGTH, stop=(f"{PAD} slow", f"quick{PAD}{PAD}"))
+    assert frontend.texts[1] == "the quick"
+    assert frontend.ends[1] == (Finish.LENGTH, None)
+
+
+def test_before_min_tokens_a_special_token_neither_ends_the_text_nor_is_shown() -> None:
+    frontend = Frontend()
+    pad = TOKENIZER.token_id(PAD)
+    ids = [pad, *ids_of("the"), pad, *ids_of(" quick")]
+    frontend.run(1, ids, Finish.LENGTH, stop=(PAD,), min_tokens=2)
+    assert frontend.texts[1] == "the"
+    assert frontend.ends[1] == (Finish.STOP, PAD)
+
+
 def test_nothing_follows_a_stop_string_until_the_final_of_the_scheduler() -> None:
     frontend = Frontend()
     frontend.step([(1, ids_of("x")[0], Finish.NONE)], start(1, stop=("x",)))

@@ -45,6 +45,30 @@ def test_text_and_stop_equal_a_search_of_the_whole_text(
     assert shown + matcher.flush() == text
 
 
+PIECES = st.lists(st.tuples(st.text(alphabet="ab", max_size=4), st.sampled_from(["", "aba", "b"])))
+
+
+@given(PIECES, STOPS, st.booleans())
+def test_hidden_text_is_compared_and_shown_only_in_the_stop_string(
+    pieces: list[tuple[str, str]], stops: list[str], include: bool
+) -> None:
+    matcher, shown = StopMatcher(stops, include), ""
+    text = "".join(plain + hidden for plain, hidden in pieces)
+    marks = [keep for p, h in pieces for keep in [*[True] * len(p), *[False] * len(h)]]
+    expected = first_stop(text, stops)
+    for plain, hidden in pieces:
+        new, stop = matcher.push(plain + hidden, len(hidden))
+        shown += new
+        if stop is not None:
+            assert expected is not None
+            begin, wanted = expected
+            before = "".join(itertools.compress(text[:begin], marks))
+            assert (shown, stop) == (before + wanted if include else before, wanted)
+            return
+    assert expected is None
+    assert shown + matcher.flush() == "".join(itertools.compress(text, marks))
+
+
 @given(SHORT, STOPS, st.lists(st.integers(0, 100)))
 def test_just_what_may_begin_a_stop_string_is_held_back(
     text: str, stops: list[str], cuts: list[int]

@@ -73,6 +73,15 @@ def test_an_included_stop_string_is_the_end_of_the_text(llm: LLM) -> None:
     assert text == whole[: whole.index(stop) + len(stop)]
 
 
+def test_a_special_token_that_is_not_shown_ends_the_text_as_a_stop_string() -> None:
+    fields = {"logit_bias": (TokenBias(1, 100.0),), "max_tokens": 5, "temperature": 0}
+    with LLM("demo", num_threads=1, num_pages=100) as demo:
+        (output,) = demo.generate_outputs("a", SamplingParams(**fields), stop="<|im_start|>")
+    (choice,) = output.outputs
+    assert (choice.text, len(choice.token_ids)) == ("", 1)
+    assert (choice.finish_reason, choice.stop_reason) == ("stop", "<|im_start|>")
+
+
 def test_a_biased_id_outside_the_vocabulary_is_refused(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="logit_bias holds 100000"):
         llm.generate("abc", logit_bias=(TokenBias(100000, 1.0),))

@@ -18,7 +18,7 @@ class StopMatcher:
     not depend on how the text was cut.
     """
 
-    __slots__ = ("_failures", "_held", "_include", "_states", "_stops")
+    __slots__ = ("_failures", "_held", "_hidden", "_include", "_states", "_stops")
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         """`stops` are not empty strings. include: the text goes up to the end of the stop."""
@@ -27,9 +27,14 @@ class StopMatcher:
         self._failures = [_failure_function(stop) for stop in self._stops]
         self._states = [0] * len(self._stops)
         self._held = ""
+        self._hidden: list[tuple[int, int]] = []  # where in `_held`; the first may begin before it
 
-    def push(self, delta: str) -> tuple[str, str | None]:
-        """The text that is safe to show, and the stop string when `delta` completes one."""
+    def push(self, delta: str, num_hidden: int = 0) -> tuple[str, str | None]:
+        """The text that is safe to show, and the stop string when `delta` completes one.
+
+        The last `num_hidden` characters of `delta` are compared with the stop strings but not
+        shown, except as a part of the stop string.
+        """
         first: tuple[int, int] | None = None  # (end in delta, which stop string)
         for i, stop in enumerate(self._stops):
             end = self._advance(i, delta)
@@ -38,19 +43,29 @@ class StopMatcher:
             if first is None or (end, -len(stop)) < (first[0], -len(self._stops[first[1]])):
                 first = (end, i)
         text, num_held = self._held + delta, len(self._held)
+        if num_hidden:
+            self._hidden.append((len(text) - num_hidden, len(text)))
         if first is not None:
-            self._held = ""
             stop = self._stops[first[1]]
-            end_of_text = num_held + first[0]
-            return text[: end_of_text if self._include else end_of_text - len(stop)], stop
-        num_shown = len(text) - max(self._states, default=0)
-        self._held = text[num_shown:]
-        return text[:num_shown], None
+            end = num_held + first[0]
+            shown = self._show(text, end - len(stop))
+            return shown + stop if self._include else shown, stop
+        return self._show(text, len(text) - max(self._states, default=0)), None
 
     def flush(self) -> str:
         """The held text, after the last delta."""
-        held, self._held = self._held, ""
-        return held
+        return self._show(self._held, len(self._held))
+
+    def _show(self, text: str, end: int) -> str:
+        """`text` up to `end` without what is hidden; the rest is held."""
+        shown, at = "", 0
+        for low, high in self._hidden:
+            shown += text[at : max(at, min(low, end))]
+            at = max(at, min(high, end))
+        shown += text[at:end]
+        self._held = text[end:]
+        self._hidden = [(low - end, high - end) for low, high in self._hidden if high > end]
+        return shown
 
     def _advance(self, i: int, delta: str) -> int | None:
         """Characters of `delta` up to the end of the stop string, None if it is not complete."""

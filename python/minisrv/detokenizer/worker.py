@@ -40,6 +40,7 @@ class _Request:
     """start: kept until it is forwarded. started_at: of its first token, on the scheduler's clock.
 
     matcher: None without stop strings. splitter: None when no (further) reasoning is possible.
+    hidden: by id, special tokens that are not shown but occur in a stop string.
     new_ids: token ids not sent yet, None if they are not wanted. speller: None likewise.
     """
 
@@ -53,6 +54,7 @@ class _Request:
     started_at: float = 0.0
     new_ids: list[int] | None = None
     speller: LogprobSpeller | None = None
+    hidden: dict[int, str] = field(default_factory=dict)
 
 
 _Row = tuple[int, str, int, int, str | int | None]  # the columns of UserReply
@@ -110,6 +112,9 @@ class DetokenizerWorker:
         self._format = find_chat_format(tokenizer.chat_templates)
         self._call_ids = _special_ids(tokenizer, self._format.call_markers)
         self._reasoning_ids = _special_ids(tokenizer, self._format.reasoning_markers or ())
+        self._special_names = {
+            id: name for id in tokenizer.special_ids if (name := tokenizer.token(id))
+        }
         self._requests: dict[int, _Request] = {}
         self._ended: set[int] = set()
 
@@ -158,6 +163,9 @@ class DetokenizerWorker:
             splitter = ReasoningSplitter(*self._format.reasoning_markers, opened)
             kept_ids |= self._reasoning_ids
         stream = self._decoder.stream(start.skip_special_tokens, kept_ids)
+        hidden = {}
+        if start.skip_special_tokens and start.stop:
+            hidden = self._special_tokens_in(start.stop, kept_ids)
         num_chars = 0
         if start.prompt_ids is not None:
             echo = echo_prompt(start, start.prompt_ids, stream, self._decoder)
@@ -173,7 +181,15 @@ class DetokenizerWorker:
             started_at=start.at,
             new_ids=[] if start.return_token_ids else None,
             speller=LogprobSpeller(self._decoder, num_chars) if start.logprobs else None,
+            hidden=hidden,
         )
+
+    def _special_tokens_in(self, stop: Sequence[str], kept: frozenset[int]) -> dict[int, str]:
+        """By id, the special tokens that are a part of a stop string."""
+        text = "\0".join(stop)
+        return {
+            id: name for id, name in self._special_names.items() if name in text and id not in kept
+        }
 
     def _push_token(self, uid: int, token_id: int, finish: int, reply: _Reply) -> None:
         request = self._requests.get(uid)
@@ -253,13 +269,18 @@ def _next_text(
         request.speller.spell_next(text)
     if finish:
         text += request.stream.flush()
+    hidden = request.hidden.get(token_id, "") if is_text else ""
+    if hidden and request.splitter is not None and request.splitter.in_reasoning:
+        hidden = ""
+    if hidden:
+        text += request.stream.flush_whole() + hidden
     reasoning = None
     if request.splitter is not None:
         text, reasoning = _split(request, request.splitter, text, finish)
     num_text_tokens = request.num_tokens if is_text else request.num_tokens - 1
     if request.matcher is None or num_text_tokens <= request.min_tokens:
-        return text, None, reasoning
-    text, stop = request.matcher.push(text)
+        return text.removesuffix(hidden), None, reasoning
+    text, stop = request.matcher.push(text, len(hidden))
     if finish and stop is None:
         text += request.matcher.flush()
     return text, stop, reasoning
