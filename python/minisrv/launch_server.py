@@ -159,6 +159,7 @@ def banner(config: ServerConfig, url: str, facts: dict[str, Any], seconds: float
     ]
     if facts["unapplied_defaults"]:
         lines.append(f"  not used  {', '.join(facts['unapplied_defaults'])}")
+    lines += [f"  note      {note}" for note in facts["notes"]]
     return "\n".join(lines)
 
 

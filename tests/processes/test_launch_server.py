@@ -170,10 +170,12 @@ def test_the_banner_names_what_the_generation_config_asks_in_vain() -> None:
         "memory_plan": "weights 1 MiB",
         "sampling_defaults": {"temperature": None, "top_k": 20},
         "unapplied_defaults": ["typical_p=0.9"],
+        "notes": ["a note"],
     }
     text = banner(ServerConfig(), "http://x", facts, 1.0)
     assert "sampling  top_k 20 (generation_config.json)" in text
     assert "not used  typical_p=0.9" in text
+    assert "note      a note" in text
 
 
 def test_importing_the_package_loads_nothing_and_its_names_are_lazy() -> None:

@@ -63,6 +63,7 @@ def serve(child: Child) -> None:
         "vocab_size": model.vocab_size,
         "sampling_defaults": {"temperature": 0.0},
         "unapplied_defaults": [],
+        "notes": [],
         "placement": "hashes on cpu",
         "memory_plan": "a hash a slot",
     }

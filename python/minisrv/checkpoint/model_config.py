@@ -61,7 +61,9 @@ class ModelConfig:
     """One checkpoint. `max_position` is the model's context, `max_seq_len` the one to serve.
 
     dtype: None if the checkpoint does not state it. eos_token_ids: each of them ends a text.
+    eos_is_assumed: no file states them; they are the default of the class in transformers.
     unapplied_defaults: entries of generation_config.json that are not supported.
+    notes: sentences on what was decided where the files leave it open, for the start.
     """
 
     architecture: str
@@ -85,8 +87,10 @@ class ModelConfig:
     dtype: Dtype | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    eos_is_assumed: bool = False
     sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
     unapplied_defaults: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def defaults_of(self, kind: Literal["model", "openai"]) -> SamplingParams:
         """The sampling defaults that --sampling-defaults `kind` selects."""
@@ -97,7 +101,8 @@ class ModelConfig:
 class _Family:
     """Defaults of an architecture's config class in transformers.
 
-    qkv_bias: None means that `attention_bias` decides, also for o_proj.
+    qkv_bias: None means that `attention_bias` decides, also for o_proj. num_kv_heads: None is the
+    number of heads.
     """
 
     qkv_bias: bool | None = None
@@ -105,14 +110,27 @@ class _Family:
     head_dim: int | None = None
     window: Literal["never", "always", "if_used", "per_layer"] = "never"
     moe: bool = False
+    num_kv_heads: int | None = 32
+    max_position: int = 32768
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
 
 
 _FAMILIES = {
-    "LlamaForCausalLM": _Family(reads_mlp_bias=True),
-    "MistralForCausalLM": _Family(qkv_bias=False, window="always"),
+    "LlamaForCausalLM": _Family(
+        reads_mlp_bias=True, num_kv_heads=None, max_position=2048, bos_token_id=1, eos_token_id=2
+    ),
+    "MistralForCausalLM": _Family(
+        qkv_bias=False,
+        window="always",
+        num_kv_heads=8,
+        max_position=131072,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
     "Qwen2ForCausalLM": _Family(qkv_bias=True, window="per_layer"),
     "Qwen3ForCausalLM": _Family(head_dim=128, window="per_layer"),
-    "Qwen3MoeForCausalLM": _Family(moe=True, window="if_used"),
+    "Qwen3MoeForCausalLM": _Family(moe=True, window="if_used", num_kv_heads=4),
 }
 
 # Keys that change the result unless they are null, and that no family reads.
@@ -174,12 +192,16 @@ def load_model_config(path: str | Path, max_seq_len: int | None = None) -> Model
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     _check_supported("dtype", [dtype], get_args(Dtype))
     heads = _positive(raw, "num_attention_heads")
-    max_position, rope = _rope(raw, max_seq_len)
+    max_position, rope = _rope(raw, family, max_seq_len)
     if max_seq_len is not None and max_seq_len > max_position:
         raise ConfigError(
             f"--max-seq-len is {max_seq_len}; the model's context is {max_position} tokens"
         )
+    kv_heads = heads if "num_key_value_heads" in raw else family.num_kv_heads or heads
     attention_bias = bool(raw.get("attention_bias", False))
+    # Without a generation_config.json, what config.json leaves out is as the class has it.
+    classes = {"bos_token_id": family.bos_token_id, "eos_token_id": family.eos_token_id}
+    own = generation or {**classes, **raw}
     config = ModelConfig(
         architecture=architecture,
         vocab_size=_positive(raw, "vocab_size"),
@@ -187,7 +209,7 @@ def load_model_config(path: str | Path, max_seq_len: int | None = None) -> Model
         intermediate_size=_positive(raw, "intermediate_size"),
         num_layers=_positive(raw, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=_positive(raw, "num_key_value_heads", heads),
+        num_kv_heads=_positive(raw, "num_key_value_heads", kv_heads),
         head_dim=_positive(raw, "head_dim", family.head_dim or raw["hidden_size"] // heads),
         max_position=max_position,
         max_seq_len=max_seq_len or max_position,
@@ -200,8 +222,9 @@ def load_model_config(path: str | Path, max_seq_len: int | None = None) -> Model
         moe=_moe(raw) if family.moe else None,
         fp8=_fp8(raw.get("quantization_config")),
         dtype=dtype,
-        bos_token_id=next(iter(_token_ids("bos_token_id", generation, raw)), None),
-        eos_token_ids=_token_ids("eos_token_id", generation, raw),
+        bos_token_id=next(iter(_token_ids("bos_token_id", own, raw)), None),
+        eos_token_ids=_token_ids("eos_token_id", own, raw),
+        eos_is_assumed=not generation and "eos_token_id" not in raw,
         sampling_defaults=_sampling_defaults(generation),
         unapplied_defaults=tuple(
             f"{key}={generation[key]}"
@@ -287,7 +310,7 @@ def _positive(raw: Json, key: str, default: int | None = None) -> int:
     return value
 
 
-def _rope(raw: Json, max_seq_len: int | None) -> tuple[int, RopeConfig]:
+def _rope(raw: Json, family: _Family, max_seq_len: int | None) -> tuple[int, RopeConfig]:
     """The model's context after scaling, and the rotary parameters.
 
     transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`.
@@ -305,7 +328,7 @@ def _rope(raw: Json, max_seq_len: int | None) -> tuple[int, RopeConfig]:
     if rope_type in ("linear", "llama3") and len(given) < len(keys):
         missing = ", ".join(key for key in keys if key not in given)
         raise ConfigError(f"config.json has rope_type {rope_type!r} but lacks its {missing}")
-    position = _positive(raw, "max_position_embeddings", 2048)
+    position = _positive(raw, "max_position_embeddings", family.max_position)
     original = int(given.pop("original_max_position_embeddings", position))
     if rope_type == "dynamic":
         if max_seq_len is None or max_seq_len > original:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from tqdm import tqdm
 
 from minisrv.checkpoint.chat_format import find_chat_format
+from minisrv.checkpoint.end_tokens import add_end_token
 from minisrv.checkpoint.hub import resolve_model
 from minisrv.checkpoint.model_config import load_model_config
 from minisrv.checkpoint.tokenizer import load_tokenizer, needs_conversion
@@ -35,6 +37,8 @@ from minisrv.wire.messages import AbortMsg, GenerateMsg, TokenizeMsg, UserReply
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger("minisrv.llm")
 
 Prompt = str | list[int]
 Chat = list[dict[str, Any]]
@@ -62,6 +66,9 @@ class LLM:
         with ExitStack() as stack:
             tokenizer_dir = _tokenizer_dir(model_dir, stack)
             tokenizer = load_tokenizer(tokenizer_dir, config.chat_template)
+        model = add_end_token(model, tokenizer)
+        for note in model.notes:
+            logger.warning("%s", note)
         self.config = config
         self.model_config = model
         self.sampling_defaults = model.defaults_of(config.sampling_defaults)
@@ -70,7 +77,12 @@ class LLM:
         self._channel = LocalChannel()
         vocabulary = open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
         self._loop = build_loop(
-            config, model_dir, self._channel, lambda phase, fraction: None, vocabulary=vocabulary
+            config,
+            model_dir,
+            self._channel,
+            lambda phase, fraction: None,
+            vocabulary=vocabulary,
+            model_config=model,
         )
         self._tokenizer = TokenizerWorker(
             tokenizer,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minisrv.checkpoint.model_config import load_model_config
+from minisrv.checkpoint.model_config import ModelConfig, load_model_config
 from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
 from minisrv.errors import MinisrvError
@@ -44,15 +44,18 @@ def build_loop(
     progress: Callable[[str, float], None],
     run_dir: Path | None = None,
     vocabulary: Vocabulary | MinisrvError | None = None,
+    model_config: ModelConfig | None = None,
 ) -> SchedulerLoop:
     """Load the model and make a loop that is ready to turn; `progress` gets (phase, fraction).
 
     run_dir: where tensor-parallel ranks meet; by default a directory of their own.
-    vocabulary: for structured output; without it there is none.
+    vocabulary: for structured output; without it there is none. model_config: that of model_dir,
+    which is read if it is None.
     The context is the model's or --max-seq-len, and no more than the cache holds.
     Raises ConfigError for an unusable checkpoint or option, or too little memory.
     """
-    model_config = load_model_config(model_dir, config.max_seq_len)
+    if model_config is None:
+        model_config = load_model_config(model_dir, config.max_seq_len)
     engine = Engine(config, model_dir, model_config, progress, run_dir)
     capacity = engine.num_pages * config.page_size
     if capacity < engine.max_seq_len:

@@ -16,4 +16,5 @@ def model_facts(model: ModelConfig, config: ServerConfig, max_seq_len: int) -> d
         "vocab_size": model.vocab_size,
         "sampling_defaults": {name: getattr(defaults, name) for name in SAMPLING_DEFAULTS},
         "unapplied_defaults": model.unapplied_defaults,
+        "notes": model.notes,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from minisrv.checkpoint.end_tokens import add_end_token
 from minisrv.checkpoint.model_config import load_model_config
 from minisrv.checkpoint.tokenizer import load_tokenizer
 from minisrv.scheduler.facts import model_facts
@@ -27,8 +28,11 @@ def _serve(child: Child) -> None:
     from minisrv.scheduler.build import build_loop
 
     tokenizer = load_tokenizer(Path(child.boot.tokenizer_dir))
+    model = add_end_token(model, tokenizer)
     vocabulary = open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
-    loop = build_loop(child.config, model_dir, channel, child.report_progress, run_dir, vocabulary)
+    loop = build_loop(
+        child.config, model_dir, channel, child.report_progress, run_dir, vocabulary, model
+    )
     assert isinstance(loop.engine, Engine)
     freeze_objects()
     facts = model_facts(model, child.config, loop.scheduler.max_seq_len)
