@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from minisrv.errors import ConfigError, InvalidRequestError, UnsupportedModelError
+from minisrv.checkpoint.generation_config import read_defaults
+from minisrv.errors import ConfigError, UnsupportedModelError
 from minisrv.sampling_params import SamplingParams
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -62,7 +63,7 @@ class ModelConfig:
 
     dtype: None if the checkpoint does not state it. eos_token_ids: each of them ends a text.
     eos_is_assumed: no file states them; they are the default of the class in transformers.
-    unapplied_defaults: entries of generation_config.json that are not supported.
+    unapplied_defaults: entries of generation_config.json that are not used, and why.
     notes: sentences on what was decided where the files leave it open, for the start.
     """
 
@@ -157,23 +158,6 @@ _ROPE_KEYS = {
     "dynamic": ("factor", "original_max_position_embeddings"),
 }
 _ALL_ROPE_KEYS = sorted({key for keys in _ROPE_KEYS.values() for key in keys})
-# Parameters that generation_config.json may set for requests that omit them.
-SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-_GENERATION_NEUTRAL = {
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "no_repeat_ngram_size": 0,
-    "num_beams": 1,
-    "penalty_alpha": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "bad_words_ids": None,
-    "sequence_bias": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-    "guidance_scale": None,
-}
 
 
 def load_model_config(path: str | Path, max_seq_len: int | None = None) -> ModelConfig:
@@ -199,6 +183,7 @@ def load_model_config(path: str | Path, max_seq_len: int | None = None) -> Model
         )
     kv_heads = heads if "num_key_value_heads" in raw else family.num_kv_heads or heads
     attention_bias = bool(raw.get("attention_bias", False))
+    defaults, unused = read_defaults(generation)
     # Without a generation_config.json, what config.json leaves out is as the class has it.
     classes = {"bos_token_id": family.bos_token_id, "eos_token_id": family.eos_token_id}
     own = generation or {**classes, **raw}
@@ -225,12 +210,8 @@ def load_model_config(path: str | Path, max_seq_len: int | None = None) -> Model
         bos_token_id=next(iter(_token_ids("bos_token_id", own, raw)), None),
         eos_token_ids=_token_ids("eos_token_id", own, raw),
         eos_is_assumed=not generation and "eos_token_id" not in raw,
-        sampling_defaults=_sampling_defaults(generation),
-        unapplied_defaults=tuple(
-            f"{key}={generation[key]}"
-            for key, neutral in _GENERATION_NEUTRAL.items()
-            if generation.get(key) not in (None, neutral)
-        ),
+        sampling_defaults=defaults,
+        unapplied_defaults=unused,
     )
     _check_heads(config)
     _check_window(config, raw, family)
@@ -398,15 +379,3 @@ def _token_ids(key: str, *sources: Json) -> tuple[int, ...]:
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise ConfigError(f"the checkpoint has the invalid {key} {value!r}")
     return tuple(dict.fromkeys(ids))
-
-
-def _sampling_defaults(generation: Json) -> SamplingParams:
-    values = {
-        name: generation[name] for name in SAMPLING_DEFAULTS if generation.get(name) is not None
-    }
-    if generation.get("do_sample") is False:
-        values["temperature"] = 0.0
-    try:
-        return SamplingParams(**values)
-    except InvalidRequestError as error:
-        raise ConfigError(f"generation_config.json: {error.message}") from None

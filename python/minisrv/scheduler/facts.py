@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from minisrv.checkpoint.model_config import SAMPLING_DEFAULTS, ModelConfig
+from minisrv.checkpoint.generation_config import SAMPLING_DEFAULTS
+from minisrv.checkpoint.model_config import ModelConfig
 from minisrv.config import ServerConfig
 
 
