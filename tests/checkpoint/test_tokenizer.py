@@ -18,7 +18,7 @@ TEXTS = [
     "",
     " ",
     "  leading and trailing  ",
-    "<s>special</s> <tool> é→ <new>",
+    "<s>special</s> <tool> é→ <new> <more><first> quick <new>",
     "emoji 👩‍👩‍👧 and e\u0301 and \x00 and \U0010ffff",
 ]
 CONFIGS: list[dict[str, Any]] = [
@@ -48,7 +48,10 @@ CONFIGS: list[dict[str, Any]] = [
 def test_ids_and_text_equal_those_of_transformers(
     tmp_path: Path, name: str, config: dict[str, Any]
 ) -> None:
-    path = own_tokenizers.save(tmp_path, name, **config)
+    check_against_transformers(own_tokenizers.save(tmp_path, name, **config))
+
+
+def check_against_transformers(path: Path) -> None:
     ours, theirs = load_tokenizer(path), AutoTokenizer.from_pretrained(path)
     for text in TEXTS:
         for special in (True, False):
@@ -61,6 +64,43 @@ def test_ids_and_text_equal_those_of_transformers(
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
     assert (ours.bos_token, ours.eos_token) == (theirs.bos_token, theirs.eos_token)
     assert ours.special_tokens == theirs.special_tokens_map
+
+
+# Files of the old form: added_tokens.json, special_tokens_map.json, tokenizer_config.json.
+OLD_FORMS: list[tuple[dict[str, int], dict[str, Any], dict[str, Any]]] = [
+    ({"<new>": 900, "quick": 901}, {}, {}),
+    ({"<new>": 901, "<first>": 900}, {}, {}),
+    ({"<new>": 900}, {"eos_token": "<new>"}, {}),
+    ({"<new>": 900}, {"eos_token": {"content": "<new>", "lstrip": True}}, {}),
+    ({"<new>": 900}, {}, {"eos_token": "<new>"}),
+    ({"<new>": 900}, {"additional_special_tokens": ["<new>", "<more>"]}, {}),
+    ({"<new>": 900}, {}, {"additional_special_tokens": ["<new>", "<more>"]}),
+    ({"<new>": 900}, {}, {"extra_special_tokens": ["<new>"]}),
+    ({"<new>": 900}, {}, {"extra_special_tokens": {"image_token": "<new>"}}),
+    (
+        {"<new>": 900},
+        {"additional_special_tokens": ["<more>"]},
+        {"additional_special_tokens": ["<new>"]},
+    ),
+    ({"<s>": 1, "</s>": 2, "<new>": 3}, {"eos_token": "</s>"}, {}),
+    ({"<tool>": 900, "<new>": 901}, {}, {}),
+    (
+        {"<new>": 900},
+        {"eos_token": "<new>"},
+        {"added_tokens_decoder": {"2": {"content": "</s>", "special": True}}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("added", "names", "config"), OLD_FORMS, ids=json.dumps)
+@pytest.mark.parametrize("name", own_tokenizers.MAKERS)
+def test_files_of_the_old_form_give_the_ids_and_texts_of_transformers(
+    tmp_path: Path, name: str, added: dict[str, int], names: Any, config: dict[str, Any]
+) -> None:
+    path = own_tokenizers.save(tmp_path, name, **config)
+    (path / "added_tokens.json").write_text(json.dumps(added))
+    (path / "special_tokens_map.json").write_text(json.dumps(names))
+    check_against_transformers(path)
 
 
 def test_a_special_tokens_map_of_the_old_form_is_read(tmp_path: Path) -> None:

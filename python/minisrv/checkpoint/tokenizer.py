@@ -1,9 +1,9 @@
 """A Hugging Face tokenizer from tokenizer.json and tokenizer_config.json, without transformers.
 
 The ids equal those of transformers' fast tokenizer for the same files. Compared with loading only
-tokenizer.json, tokens that only the configuration names are added, and stored truncation and
-padding are turned off. As in transformers 5, only the post-processor in tokenizer.json decides
-whether BOS and EOS are added; `add_bos_token` in the configuration is ignored.
+tokenizer.json, tokens that only the configuration or added_tokens.json names are added, and stored
+truncation and padding are turned off. As in transformers 5, only the post-processor in
+tokenizer.json decides whether BOS and EOS are added; `add_bos_token` is ignored.
 """
 
 from __future__ import annotations
@@ -112,11 +112,18 @@ def load_tokenizer(model_dir: Path, chat_template_file: str | None = None) -> HF
     if not path.is_file():
         raise ConfigError(f"{model_dir} has no tokenizer.json")
     config = read_json(model_dir / "tokenizer_config.json")
-    if "added_tokens_decoder" not in config:  # the old format
+    if "additional_special_tokens" in config and not config.get("extra_special_tokens"):
+        config["extra_special_tokens"] = config.pop("additional_special_tokens")
+    old = "added_tokens_decoder" not in config
+    if old:
         config |= read_json(model_dir / "special_tokens_map.json")
     templates = _read_templates(model_dir, config, chat_template_file)
     try:
-        return HFTokenizer(Tokenizer.from_file(str(path)), config, templates)
+        backend = Tokenizer.from_file(str(path))
+        if old:
+            added = read_json(model_dir / "added_tokens.json")
+            config["added_tokens_decoder"] = _decoder_of_old_form(backend, config, added)
+        return HFTokenizer(backend, config, templates)
     except Exception as error:  # the library raises plain Exception
         raise ConfigError(f"the tokenizer in {model_dir} cannot be loaded: {error}") from error
 
@@ -185,6 +192,21 @@ def _added_token(value: Any, **flags: bool) -> AddedToken:
         return AddedToken(value, **flags)
     fields = {name: value[name] for name in _ADDED_TOKEN_FIELDS if name in value}
     return AddedToken(**fields | flags)
+
+
+def _decoder_of_old_form(
+    backend: Tokenizer, config: dict[str, Any], added: dict[str, Any]
+) -> dict[int, dict[str, Any]]:
+    """`added_tokens_decoder` from added_tokens.json, {token: id}; tokenizer.json comes first."""
+    extra = config.get("extra_special_tokens")
+    values = [*map(config.get, _NAMED_TOKENS), *(extra if isinstance(extra, list) else [])]
+    special = {_content(value) for value in values if _is_token(value)}
+    present = backend.get_added_tokens_decoder()
+    return {
+        id: {"content": text, "special": text in special, "normalized": text not in special}
+        for text, id in added.items()
+        if id not in present
+    }
 
 
 def _add_tokens(backend: Tokenizer, config: dict[str, Any]) -> None:
