@@ -1,3 +1,4 @@
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -326,34 +327,40 @@ def test_interleaved_requests_get_their_own_text_and_one_end(data: st.DataObject
     assert frontend.started == set(requests)
 
 
-def test_ids_are_told_with_the_text_they_made_to_those_who_ask() -> None:
+def take_ids(reply: UserReply, sent: dict[int, list[int]]) -> None:
+    ids = iter(reply.new_ids.tolist())
+    for uid, count in zip(reply.uids.tolist(), reply.num_new_ids.tolist(), strict=True):
+        sent[uid] += itertools.islice(ids, count)
+    assert next(ids, None) is None
+
+
+def test_ids_come_with_the_text_that_they_made() -> None:
     frontend = Frontend()
     ids = TOKENIZER.encode("h\u00e9 \U0001f600!")
-    told: dict[int, list[int]] = defaultdict(list)
+    sent: dict[int, list[int]] = defaultdict(list)
     rows = [(1, id, Finish.NONE) for id in ids]
     entries = [*rows, (1, EOS, Finish.STOP)]
     beside = (2, ids[0], Finish.NONE)
-    starts = [start(1, return_token_ids=True), start(2)]
+    starts = [start(1), start(2)]
     for entry in entries:
-        reply = frontend.step([entry, beside] if starts else [entry], *starts)
+        reply = frontend.step([beside, entry] if starts else [entry], *starts)
         starts = []
         if reply is not None:
-            (output,) = reply.output_ids
-            told[output.uid] += output.ids.tolist()
-            assert len(told[1]) == frontend.counts[1]
-    assert told == {1: [*ids, EOS]}
+            take_ids(reply, sent)
+            assert len(sent[1]) == frontend.counts[1]
+    assert sent == {1: [*ids, EOS], 2: ids[:1]}
 
 
-def test_the_ids_of_a_stop_string_are_told_and_none_after_it() -> None:
+def test_the_ids_of_a_stop_string_are_sent_and_none_after_it() -> None:
     frontend = Frontend()
     ids = TOKENIZER.encode("abc")
-    told: list[int] = []
+    sent: dict[int, list[int]] = defaultdict(list)
     entries = [(1, id, Finish.NONE) for id in [*ids, *ids]]
-    starts = [start(1, return_token_ids=True, stop=("c",))]
+    starts = [start(1, stop=("c",))]
     for entry in entries:
         reply = frontend.step([entry], *starts)
         starts = []
         if reply is not None:
-            told += [id for output in reply.output_ids for id in output.ids.tolist()]
+            take_ids(reply, sent)
     assert frontend.texts[1] == "ab"
-    assert told == ids
+    assert sent[1] == ids

@@ -34,6 +34,8 @@ def reply(count: int, *starts: Start) -> UserReply:
         output_tokens=np.array([count], np.int32),
         finishes=np.array([0], np.uint8),
         stop_reasons=(None,),
+        new_ids=np.array([7], np.int32),
+        num_new_ids=np.array([1], np.int32),
         starts=starts,
     )
 

@@ -160,7 +160,6 @@ class PlayedModel:
             prompt_ids=message.prompt_ids if sampling.echo else None,
             prompt_logprobs=prompt_logprobs,
             logprobs=sampling.logprobs is not None,
-            return_token_ids=sampling.return_token_ids,
             include_stop=sampling.include_stop_str_in_output,
             shown_prompt=None if uid > message.uid else message.shown_prompt,
         )

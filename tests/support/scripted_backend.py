@@ -45,6 +45,8 @@ def reply(
         output_tokens=np.array([output_tokens], np.int32),
         finishes=np.array([finish], np.uint8),
         stop_reasons=(stop_reason,),
+        new_ids=np.empty(0, np.int32),
+        num_new_ids=np.zeros(1, np.int32),
         starts=() if start is None else (start,),
         ends=(End(uid=uid, decode_s=DECODE_S),) if finish else (),
     )

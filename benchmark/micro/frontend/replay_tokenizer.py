@@ -67,6 +67,8 @@ def _next_step(
         output_tokens=np.array([counts[uid] - left[uid] for uid in uids], np.int32),
         finishes=np.array(finishes, np.uint8),
         stop_reasons=(None,) * len(uids),
+        new_ids=np.full(len(uids), 7, np.int32),
+        num_new_ids=np.ones(len(uids), np.int32),
         starts=starts,
     )
     for uid in uids:

@@ -38,6 +38,10 @@ class LogprobSpeller:
         self._spelled.append(spelled)
         self._offset += len(text)
 
+    def skip(self, text: str) -> None:
+        """Pass over a token, which added `text`: its log-probabilities were sent before."""
+        self._offset += len(text)
+
     def take_spelled(self) -> list[SpelledLogprobs]:
         """What was spelled since the last call."""
         spelled, self._spelled = self._spelled, []

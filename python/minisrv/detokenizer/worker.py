@@ -22,7 +22,6 @@ from minisrv.wire.messages import (
     End,
     Failure,
     Finish,
-    OutputIds,
     Parts,
     PrefillProgress,
     ReasoningText,
@@ -41,7 +40,7 @@ class _Request:
 
     matcher: None without stop strings. splitter: None when no (further) reasoning is possible.
     hidden: by id, special tokens that are not shown but occur in a stop string.
-    new_ids: token ids not sent yet, None if they are not wanted. speller: None likewise.
+    new_ids: token ids not sent yet. speller: None if log-probabilities are not wanted.
     """
 
     uid: int
@@ -52,12 +51,12 @@ class _Request:
     start: Start | None
     num_tokens: int = 0
     started_at: float = 0.0
-    new_ids: list[int] | None = None
+    new_ids: list[int] = field(default_factory=list)
     speller: LogprobSpeller | None = None
     hidden: dict[int, str] = field(default_factory=dict)
 
 
-_Row = tuple[int, str, int, int, str | int | None]  # the columns of UserReply
+_Row = tuple[int, str, int, int, str | int | None, int]  # the columns of UserReply
 
 
 @dataclass(slots=True)
@@ -71,7 +70,7 @@ class _Reply:
     failures: list[Failure] = field(default_factory=list)
     reasoning: list[ReasoningText] = field(default_factory=list)
     aborts: list[int] = field(default_factory=list)
-    output_ids: list[OutputIds] = field(default_factory=list)
+    new_ids: list[int] = field(default_factory=list)
     echoes: list[PromptEcho] = field(default_factory=list)
     logprobs: list[SpelledLogprobs] = field(default_factory=list)
     ends: list[End] = field(default_factory=list)
@@ -79,8 +78,8 @@ class _Reply:
     def message(self) -> UserReply | None:
         if not self.rows and not self.failures and not self.progress:
             return None
-        uids, texts, output_tokens, finishes, stop_reasons = (
-            zip(*self.rows, strict=True) if self.rows else [()] * 5
+        uids, texts, output_tokens, finishes, stop_reasons, num_new_ids = (
+            zip(*self.rows, strict=True) if self.rows else [()] * 6
         )
         return UserReply(
             uids=np.array(uids, np.int64),
@@ -88,7 +87,8 @@ class _Reply:
             output_tokens=np.array(output_tokens, np.int32),
             finishes=np.array(finishes, np.uint8),
             stop_reasons=stop_reasons,
-            output_ids=tuple(self.output_ids),
+            new_ids=np.array(self.new_ids, np.int32),
+            num_new_ids=np.array(num_new_ids, np.int32),
             starts=tuple(self.starts),
             failures=tuple(self.failures),
             reasoning=tuple(self.reasoning),
@@ -166,23 +166,27 @@ class DetokenizerWorker:
         hidden = {}
         if start.skip_special_tokens and start.stop:
             hidden = self._special_tokens_in(start.stop, kept_ids)
-        num_chars = 0
+        resumed, num_chars = start.produced_ids is not None, 0
         if start.prompt_ids is not None:
             echo = echo_prompt(start, start.prompt_ids, stream, self._decoder)
-            reply.echoes.append(echo)
             num_chars = len(echo.text)
-        return _Request(
+            if not resumed:
+                reply.echoes.append(echo)
+        request = _Request(
             uid=start.uid,
             stream=stream,
             matcher=StopMatcher(start.stop, start.include_stop) if start.stop else None,
             splitter=splitter,
             min_tokens=start.min_tokens,
-            start=start,
+            start=None if resumed else start,
             started_at=start.at,
-            new_ids=[] if start.return_token_ids else None,
             speller=LogprobSpeller(self._decoder, num_chars) if start.logprobs else None,
             hidden=hidden,
         )
+        if start.produced_ids is not None:
+            for token_id in start.produced_ids.tolist():
+                _replay_token(request, token_id)
+        return request
 
     def _special_tokens_in(self, stop: Sequence[str], kept: frozenset[int]) -> dict[int, str]:
         """By id, the special tokens that are a part of a stop string."""
@@ -202,8 +206,7 @@ class DetokenizerWorker:
             self._add_row(request, reply, text, finish, None)
             return
         request.num_tokens += 1
-        if request.new_ids is not None:
-            request.new_ids.append(token_id)
+        request.new_ids.append(token_id)
         text, stop, reasoning = _next_text(request, token_id, finish)
         if reasoning is not None:
             reply.reasoning.append(reasoning)
@@ -226,14 +229,13 @@ class DetokenizerWorker:
         stop_reason: str | int | None,
     ) -> None:
         """Add new text and all else that is new of a request; forget it if it has ended."""
-        reply.rows.append((request.uid, text, request.num_tokens, finish, stop_reason))
+        num_tokens, num_new = request.num_tokens, len(request.new_ids)
+        reply.rows.append((request.uid, text, num_tokens, finish, stop_reason, num_new))
+        reply.new_ids += request.new_ids
+        request.new_ids.clear()
         if request.start is not None:
             reply.starts.append(request.start)
             request.start = None
-        if request.new_ids:
-            ids = np.array(request.new_ids, np.int32)
-            reply.output_ids.append(OutputIds(uid=request.uid, ids=ids))
-            request.new_ids = []
         if request.speller is not None:
             reply.logprobs += request.speller.take_spelled()
         if finish:
@@ -252,11 +254,20 @@ class DetokenizerWorker:
             return
         # Its Start could not be opened; an abort needs no more than that.
         assert finish == Finish.ABORT, f"uid {uid} has a token and no Start"
-        reply.rows.append((uid, "", 0, finish, None))
+        reply.rows.append((uid, "", 0, finish, None, 0))
 
 
 def _special_ids(tokenizer: HFTokenizer, texts: Sequence[str]) -> frozenset[int]:
     return frozenset(id for id in tokenizer.special_ids if tokenizer.token(id) in texts)
+
+
+def _replay_token(request: _Request, token_id: int) -> None:
+    """Take a token whose text the client has already: what is held back stays held back."""
+    request.num_tokens += 1
+    text = request.stream.push(token_id)
+    if request.speller is not None:
+        request.speller.skip(text)
+    _filter_text(request, token_id, text, Finish.NONE)
 
 
 def _next_text(
@@ -269,6 +280,14 @@ def _next_text(
         request.speller.spell_next(text)
     if finish:
         text += request.stream.flush()
+    return _filter_text(request, token_id, text, finish)
+
+
+def _filter_text(
+    request: _Request, token_id: int, text: str, finish: int
+) -> tuple[str, str | None, ReasoningText | None]:
+    """The decoded text of an entry without reasoning, without what is held back, up to a stop."""
+    is_text = finish in _WITH_TEXT
     hidden = request.hidden.get(token_id, "") if is_text else ""
     if hidden and request.splitter is not None and request.splitter.in_reasoning:
         hidden = ""

@@ -26,7 +26,8 @@ class Grammars:
     def request(self, message: GenerateMsg) -> None:
         """Request a matcher for each choice of a request that was just added to the scheduler."""
         assert message.sampling.grammar is not None
-        for uid in range(message.uid, message.uid + message.sampling.n):
+        uids = range(message.uid, message.uid + message.sampling.n)
+        for uid in [produced.uid for produced in message.resumed] or uids:
             try:
                 matcher = self._compiler.request(message.sampling.grammar, uid)
             except InvalidRequestError as error:

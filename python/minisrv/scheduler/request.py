@@ -18,6 +18,7 @@ The status says what a request holds:
 
 A preempted request keeps its output and its place in the order of arrival. When it is admitted
 again it prefills its prompt and its output, as far as the cache does not hold them, and continues.
+A request that another engine has begun arrives with its output and continues in the same way.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Request:
 
     # What to compute. It shares cached pages with requests of the same `salt` only.
     prompt_ids: Int32Array
+    produced_ids: Int32Array  # the output of an earlier engine, which the client has
     sampling: SamplingParams
     seed: int
     max_tokens: int
@@ -103,7 +105,8 @@ class Request:
     _end_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.prefill_ids = self.prompt_ids
+        self.output_ids += self.produced_ids.tolist()
+        self.prefill_ids = self.all_ids()
         eos = frozenset[int]() if self.sampling.ignore_eos else self.eos_ids
         self._end_ids = eos.union(self.sampling.stop_token_ids)
 
@@ -134,7 +137,8 @@ class Request:
     @property
     def scores_prompt(self) -> bool:
         """Whether its whole prompt must be computed for its logprobs, even if it is cached."""
-        return self.sampling.prompt_logprobs is not None and not self.started
+        wanted = self.sampling.prompt_logprobs is not None
+        return wanted and not self.started and not len(self.produced_ids)
 
     @property
     def compiling(self) -> bool:
@@ -150,7 +154,15 @@ class Request:
         return eos + self.sampling.stop_token_ids
 
     def all_ids(self) -> Int32Array:
+        if not self.output_ids:
+            return self.prompt_ids
         return np.concatenate([self.prompt_ids, np.asarray(self.output_ids, np.int32)])
+
+    def follow_grammar(self, matcher: Matcher) -> None:
+        """Take a fresh matcher, and bring it to the end of the output."""
+        self.matcher = matcher
+        for token_id in self.output_ids:
+            matcher.advance(token_id)
 
     def append_token(self, token_id: int) -> Finish:
         """Take a sampled token. Returns how it ends the request: ABORT if its grammar fails.
@@ -196,7 +208,6 @@ class Request:
             stop=self.sampling.stop,
             skip_special_tokens=self.sampling.skip_special_tokens,
             parts=self.parts,
-            return_token_ids=self.sampling.return_token_ids,
             queue_s=admitted_at - self.arrived_at,
             prefill_s=now - admitted_at,
             at=now,
@@ -205,6 +216,7 @@ class Request:
             prompt_logprobs=None if aborted else self._prompt_logprobs(),
             logprobs=self.sampling.logprobs is not None,
             shown_prompt=None if self.choice else self.shown_prompt,
+            produced_ids=self.produced_ids if len(self.produced_ids) else None,
         )
 
     def _prompt_logprobs(self) -> TokenLogprobs | None:

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from operator import attrgetter
 
+import numpy as np
+
 from minisrv.engine.forward_batch import Logprobs
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.kvcache.manager import KVCacheManager
@@ -36,6 +38,7 @@ MAX_BYPASSES = 64
 
 _FINISHED = Status.FINISHED  # for each token: looking up an enum member takes 0.1 us
 _POSITION = attrgetter("num_computed")
+_NOTHING = np.empty(0, np.int32)
 
 
 class Scheduler:
@@ -82,23 +85,31 @@ class Scheduler:
         return len(self._requests)
 
     def add_request(self, message: GenerateMsg, now: float) -> None:
-        """Queue each choice of a request, or reply to each with a failure."""
+        """Queue each choice of a request, or reply to each with a failure.
+
+        Of a resumed request only the choices that have not ended, with their output.
+        """
+        uids = range(message.uid, message.uid + message.sampling.n)
+        choices = dict.fromkeys(uids, _NOTHING)
+        if message.resumed:
+            choices = {produced.uid: produced.token_ids for produced in message.resumed}
         try:
             max_tokens = output_limit(message, self.max_seq_len)
         except MinisrvError as error:
-            for choice in range(message.sampling.n):
-                self._replies.failures.append(Failure.from_error(message.uid + choice, error))
+            self._replies.failures += [Failure.from_error(uid, error) for uid in choices]
             return
         seed = message.sampling.seed
         seed = self._new_seed() if seed is None else seed
-        for choice in range(message.sampling.n):
+        for uid, produced_ids in choices.items():
             self._arrivals += 1
+            choice = uid - message.uid
             request = Request(
-                uid=message.uid + choice,
+                uid=uid,
                 choice=choice,
                 arrival=self._arrivals,
                 arrived_at=now,
                 prompt_ids=message.prompt_ids,
+                produced_ids=produced_ids,
                 sampling=message.sampling,
                 seed=seed,
                 max_tokens=max_tokens,
@@ -107,7 +118,7 @@ class Scheduler:
                 key=message.key if self._shares is not None else 0,
                 parts=message.parts,
                 shown_prompt=message.shown_prompt,
-                show_progress=message.show_progress and not choice,
+                show_progress=message.show_progress and not choice and not message.resumed,
             )
             self._requests[request.uid] = request
             self.waiting.enqueue(request)
@@ -122,7 +133,7 @@ class Scheduler:
     def set_matcher(self, uid: int, matcher: Matcher) -> None:
         """Let a request that waits for its grammar be admitted, if it is still open."""
         if uid in self._requests:
-            self._requests[uid].matcher = matcher
+            self._requests[uid].follow_grammar(matcher)
 
     def fail_request(self, uid: int, error: MinisrvError) -> None:
         """End a request with a failure, if it is still open."""
@@ -312,9 +323,8 @@ class Scheduler:
         """Give a waiting request a row and its cached pages, if its whole prompt fits in `room`."""
         demand = request.demand
         if demand is None:
-            ids = request.all_ids() if request.output_ids else request.prompt_ids
             uses_cache = not request.scores_prompt
-            demand = self.cache.open_demand(ids, request.salt, uses_cache=uses_cache)
+            demand = self.cache.open_demand(request.all_ids(), request.salt, uses_cache=uses_cache)
             request.demand = demand
         self.cache.update_demand(demand, plan.step_id)
         if demand.pinned.pending or demand.num_pages > room:

@@ -63,11 +63,13 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template: str | None = None,
+        at: float | None = None,
     ) -> str:
         """The prompt text. template_kwargs: further variables for the template.
 
         continue_final_message: end the text where the content of the last message ends.
         chat_template: the source of a template to use instead of the model's.
+        at: the Unix time that the template sees; by default the current time.
         A null field of a message counts as absent. The role `developer` becomes `system` for a
         template that does not know it. Raises InvalidRequestError if there is no template, and
         with the template's own message if it refuses the messages or fails on them.
@@ -76,7 +78,9 @@ class ChatTemplate:
         prepared = [_prepare(message, template) for message in messages]
         if continue_final_message:
             prepared[-1] = _marked(prepared[-1])
+        clock = datetime.now() if at is None else datetime.fromtimestamp(at)
         variables = {
+            "strftime_now": clock.strftime,
             **self._special_tokens,
             **(template_kwargs or {}),
             "messages": prepared,
@@ -181,7 +185,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment
 
 

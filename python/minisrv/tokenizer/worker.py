@@ -80,7 +80,8 @@ class TokenizerWorker:
         if not isinstance(message, TokenizeMsg):
             return AnswerMsg(query=message.query, failure=Failure.from_error(0, error))
         uids = range(message.uid, message.uid + message.sampling.n)
-        return failure_reply([Failure.from_error(uid, error) for uid in uids])
+        unfinished = [produced.uid for produced in message.resumed] or uids
+        return failure_reply([Failure.from_error(uid, error) for uid in unfinished])
 
     def _generate(self, message: TokenizeMsg) -> GenerateMsg:
         prompt_ids, text, parts = self._prompt(message)
@@ -94,6 +95,7 @@ class TokenizerWorker:
             show_progress=message.show_progress,
             cache_salt=message.cache_salt,
             key=message.key,
+            resumed=message.resumed,
         )
 
     def _prompt(self, message: TokenizeMsg) -> tuple[Int32Array, str | None, Parts]:
@@ -124,6 +126,7 @@ class TokenizerWorker:
             add_generation_prompt=message.add_generation_prompt,
             continue_final_message=message.continue_final_message,
             chat_template=message.chat_template,
+            at=message.sent_at if isinstance(message, TokenizeMsg) and message.sent_at else None,
         )
 
     def _shown(self, message: TokenizeMsg, ids: Int32Array, text: str | None) -> ShownPrompt | None:

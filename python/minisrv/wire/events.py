@@ -18,7 +18,8 @@ class Event:
     reasoning: text deltas of the reasoning, before all `deltas`; reasoning_tokens counts it so far,
     0 in an event without reasoning. output_tokens: the count so far.
     start: in the first event after prefill. progress: the latest of the prefill.
-    token_ids, logprobs, echo: if requested; the echo comes before all deltas.
+    token_ids: one per token of output, also of those that give no text.
+    logprobs, echo: if requested; the echo comes before all deltas.
     started_at: by time.monotonic(). decode_s: from the first token to the last, in the last event,
     which has a `finish` other than NONE, or a `failure`.
     """
@@ -89,9 +90,6 @@ def gather_reply(
         if event := event_of(reasoning.uid):
             event.reasoning.append(reasoning.text)
             event.reasoning_tokens = reasoning.tokens
-    for output in reply.output_ids:
-        if event := event_of(output.uid):
-            event.token_ids += output.ids.tolist()
     for echo in reply.echoes:
         if event := event_of(echo.uid):
             event.echo = echo
@@ -103,10 +101,14 @@ def gather_reply(
             event.decode_s = end.decode_s
     columns = (reply.uids.tolist(), reply.texts, reply.output_tokens.tolist())
     ends = (reply.finishes.tolist(), reply.stop_reasons)
-    for uid, text, output_tokens, finish, stop_reason in zip(*columns, *ends, strict=True):
+    new_ids, num_ids = reply.new_ids.tolist(), 0
+    rows = zip(*columns, *ends, reply.num_new_ids.tolist(), strict=True)
+    for uid, text, output_tokens, finish, stop_reason, num_new_ids in rows:
+        first_id, num_ids = num_ids, num_ids + num_new_ids
         if event := event_of(uid):
             event.deltas.append(text)
             event.output_tokens = output_tokens
+            event.token_ids += new_ids[first_id:num_ids]
             if finish:
                 ended.append(event)
                 if finish == Finish.ABORT:

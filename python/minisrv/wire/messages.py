@@ -59,6 +59,14 @@ class ShownPrompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Produced:
+    """A choice of a request that an earlier engine did not finish, and its output so far."""
+
+    uid: int
+    token_ids: Int32Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizeMsg:
     """Frontend to tokenizer: either a prompt (text or token ids) or messages for the template.
 
@@ -71,6 +79,8 @@ class TokenizeMsg:
     show_prompt_ids, show_prompt_text: in the first `Start`. show_progress: by `PrefillProgress`.
     cache_salt: pages are shared only between requests with the same salt. key: the number of the
     API key that sent it, if keys have fair shares.
+    sent_at: Unix time; the chat template sees it, so that a resumed request has the same prompt.
+    resumed: if not empty, only these choices are generated, each from where it stopped.
     """
 
     uid: int
@@ -91,6 +101,8 @@ class TokenizeMsg:
     show_progress: bool = False
     cache_salt: str = ""
     key: int = 0
+    sent_at: float = 0.0
+    resumed: tuple[Produced, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +119,10 @@ class AbortMsg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateMsg:
-    """Tokenizer to scheduler: a checked prompt of at least one token, all in the vocabulary."""
+    """Tokenizer to scheduler: a checked prompt of at least one token, all in the vocabulary.
+
+    resumed: if not empty, only these choices are generated, each from where it stopped.
+    """
 
     uid: int
     prompt_ids: Int32Array
@@ -117,6 +132,7 @@ class GenerateMsg:
     show_progress: bool = False
     cache_salt: str = ""
     key: int = 0
+    resumed: tuple[Produced, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +187,8 @@ class Start:
     queue_s: from its arrival at the scheduler to its first step; prefill_s: from there to the first
     token, which was ready at `at` on the scheduler's clock.
     prompt_ids: of a prompt to echo. prompt_logprobs: of all its tokens except the first.
-    logprobs: whether each token has them.
+    logprobs: whether each token has them. produced_ids: of a resumed request, the output that the
+    client has already; such a Start is not sent to the frontend, which has the first one.
     """
 
     uid: int
@@ -181,7 +198,6 @@ class Start:
     stop: tuple[str, ...]
     skip_special_tokens: bool
     parts: int = 0
-    return_token_ids: bool = False
     queue_s: float = 0.0
     prefill_s: float = 0.0
     at: float = 0.0
@@ -190,6 +206,7 @@ class Start:
     prompt_logprobs: TokenLogprobs | None = None
     logprobs: bool = False
     shown_prompt: ShownPrompt | None = None
+    produced_ids: Int32Array | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,19 +283,13 @@ class End:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OutputIds:
-    """The next token ids of a request that asked for them."""
-
-    uid: int
-    ids: Int32Array
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class UserReply:
     """Detokenizer (and tokenizer, for failures) to frontend: columns of equal length.
 
     texts: deltas that join to the full text. output_tokens: the counts so far. stop_reasons: the
-    stop string or token id that ended a request, or None. reasoning: precedes the text of its uid.
+    stop string or token id that ended a request, or None. new_ids: the token ids since the uid's
+    row before, of all rows in turn; num_new_ids: how many of them belong to each row.
+    reasoning: precedes the text of its uid.
     Each uid ends with one finish code other than NONE, or one failure.
     """
 
@@ -287,7 +298,8 @@ class UserReply:
     output_tokens: Int32Array
     finishes: UInt8Array
     stop_reasons: tuple[str | int | None, ...]
-    output_ids: tuple[OutputIds, ...] = ()
+    new_ids: Int32Array
+    num_new_ids: Int32Array
     starts: tuple[Start, ...] = ()
     failures: tuple[Failure, ...] = ()
     reasoning: tuple[ReasoningText, ...] = ()
@@ -374,5 +386,7 @@ def failure_reply(failures: Sequence[Failure]) -> UserReply:
         output_tokens=np.empty(0, np.int32),
         finishes=np.empty(0, np.uint8),
         stop_reasons=(),
+        new_ids=np.empty(0, np.int32),
+        num_new_ids=np.empty(0, np.int32),
         failures=tuple(failures),
     )

@@ -148,8 +148,8 @@ class ChatRenderer(OpenAIRenderer):
         chunks = [] if self._opened else self._open_choices()
         if event.progress is not None:
             chunks.append(self._chunk(event.index, {}, progress=event.progress))
-        if event.token_ids:
-            self._keep_token_ids(event)
+        if self._shows_ids:
+            self._token_ids[event.index] += event.token_ids
         logprobs = event.logprobs
         if event.index in self._held_logprobs:
             logprobs = self._held_logprobs.pop(event.index) + logprobs

@@ -93,8 +93,8 @@ class CompletionRenderer(OpenAIRenderer):
     def chunk(self, event: Event, pieces: list[Piece]) -> bytes:
         if event.start is not None:
             self._keep_prompt(event)
-        if event.token_ids:
-            self._keep_token_ids(event)
+        if self._shows_ids:
+            self._token_ids[event.index] += event.token_ids
         chunk = b""
         if event.progress is not None:
             chunk = self._chunk(event.index, "", progress=event.progress)

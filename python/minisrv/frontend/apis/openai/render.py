@@ -51,7 +51,8 @@ class OpenAIRenderer(Renderer):
         self._usage_at_end = bool(stream_options.get("include_usage"))
         self._usage_in_chunks = bool(stream_options.get("continuous_usage_stats"))
         # Whether chunks of text differ in their text only.
-        shows_tokens = request.reply.token_ids or request.reply.prompt_text
+        self._shows_ids = request.reply.token_ids
+        shows_tokens = self._shows_ids or request.reply.prompt_text
         self._plain_text = not self._usage_in_chunks and not shows_tokens
         self._frames = _Frames(self._make_frame)
         self._prompts: dict[int, ShownPrompt] = {}
@@ -65,7 +66,8 @@ class OpenAIRenderer(Renderer):
         reply = self._reply(self.whole_object)
         for event, pieces in choices:
             self._keep_prompt(event)
-            self._keep_token_ids(event)
+            if self._shows_ids:
+                self._token_ids[event.index] += event.token_ids
             content = self._content(event, pieces)
             choice = {"index": event.index, **content, **_ending(finish_of(pieces))}
             self._write_tokens(event.index, choice, reply)
@@ -129,10 +131,6 @@ class OpenAIRenderer(Renderer):
         if event.start is not None and event.start.shown_prompt is not None:
             self._prompts[event.index] = event.start.shown_prompt
 
-    def _keep_token_ids(self, event: Event) -> None:
-        if self._request.reply.token_ids:
-            self._token_ids[event.index] += event.token_ids
-
     def _write_tokens(self, index: int, choice: dict[str, Any], reply: dict[str, Any]) -> None:
         """Move what was kept for a choice into it, or into the reply around it."""
         prompt = self._prompts.pop(index, None)
@@ -142,7 +140,7 @@ class OpenAIRenderer(Renderer):
                 place["prompt_token_ids"] = prompt.ids.tolist()
             if prompt.text is not None:
                 place["prompt"] = prompt.text
-        if self._request.reply.token_ids:
+        if self._shows_ids:
             choice["token_ids"] = self._token_ids.pop(index, [])
 
 
