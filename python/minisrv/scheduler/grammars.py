@@ -8,7 +8,7 @@ import numpy as np
 
 from minisrv.errors import InvalidRequestError
 from minisrv.sampling_params import Grammar
-from minisrv.scheduler.request import Request, Status
+from minisrv.scheduler.request import Request, Status, outputs_so_far
 from minisrv.scheduler.scheduler import Scheduler
 from minisrv.structured_output.compiler import GrammarCompiler
 from minisrv.structured_output.matcher import Matcher
@@ -26,8 +26,7 @@ class Grammars:
     def request(self, message: GenerateMsg) -> None:
         """Request a matcher for each choice of a request that was just added to the scheduler."""
         assert message.sampling.grammar is not None
-        uids = range(message.uid, message.uid + message.sampling.n)
-        for uid in [produced.uid for produced in message.resumed] or uids:
+        for uid in outputs_so_far(message):
             try:
                 matcher = self._compiler.request(message.sampling.grammar, uid)
             except InvalidRequestError as error:

@@ -104,6 +104,39 @@ class Request:
     prompt_logprobs: Logprobs | None = field(default=None, init=False)
     _end_ids: frozenset[int] = field(init=False)
 
+    @classmethod
+    def from_message(
+        cls,
+        message: GenerateMsg,
+        uid: int,
+        produced_ids: Int32Array,
+        arrival: int,
+        now: float,
+        seed: int,
+        max_tokens: int,
+        eos_ids: frozenset[int],
+        key: int,
+    ) -> Request:
+        """The choice `uid` of a message."""
+        choice = uid - message.uid
+        return cls(
+            uid=uid,
+            choice=choice,
+            arrival=arrival,
+            arrived_at=now,
+            prompt_ids=message.prompt_ids,
+            produced_ids=produced_ids,
+            sampling=message.sampling,
+            seed=seed,
+            max_tokens=max_tokens,
+            eos_ids=eos_ids,
+            salt=message.cache_salt.encode(),
+            key=key,
+            parts=message.parts,
+            shown_prompt=message.shown_prompt,
+            show_progress=message.show_progress and not choice and not message.resumed,
+        )
+
     def __post_init__(self) -> None:
         self.output_ids += self.produced_ids.tolist()
         self.prefill_ids = self.all_ids()
@@ -242,3 +275,11 @@ def output_limit(message: GenerateMsg, max_seq_len: int) -> int:
     if not prompt:
         raise InvalidRequestError("the prompt has no tokens", param="prompt")
     raise ContextLengthError(Lengths(prompt, output, max_seq_len), "messages")
+
+
+def outputs_so_far(message: GenerateMsg) -> dict[int, Int32Array]:
+    """The choices that a message starts or resumes, by uid: their output so far."""
+    if message.resumed:
+        return {produced.uid: produced.token_ids for produced in message.resumed}
+    uids = range(message.uid, message.uid + message.sampling.n)
+    return dict.fromkeys(uids, np.empty(0, np.int32))

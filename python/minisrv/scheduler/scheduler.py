@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from operator import attrgetter
 
-import numpy as np
-
 from minisrv.engine.forward_batch import Logprobs
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.kvcache.manager import KVCacheManager
@@ -28,7 +26,7 @@ from minisrv.scheduler.fair_shares import FairShares, wanted_tokens
 from minisrv.scheduler.invariants import check_requests
 from minisrv.scheduler.logprobs import take_logprobs
 from minisrv.scheduler.replies import Replies
-from minisrv.scheduler.request import Request, Status, output_limit
+from minisrv.scheduler.request import Request, Status, output_limit, outputs_so_far
 from minisrv.scheduler.step_plan import Chunk, StepOutcome, StepPlan
 from minisrv.scheduler.waiting_queue import KeyQueue, WaitingQueue, next_prompt_need
 from minisrv.structured_output.matcher import Matcher
@@ -38,7 +36,6 @@ MAX_BYPASSES = 64
 
 _FINISHED = Status.FINISHED  # for each token: looking up an enum member takes 0.1 us
 _POSITION = attrgetter("num_computed")
-_NOTHING = np.empty(0, np.int32)
 
 
 class Scheduler:
@@ -89,36 +86,19 @@ class Scheduler:
 
         Of a resumed request only the choices that have not ended, with their output.
         """
-        uids = range(message.uid, message.uid + message.sampling.n)
-        choices = dict.fromkeys(uids, _NOTHING)
-        if message.resumed:
-            choices = {produced.uid: produced.token_ids for produced in message.resumed}
+        outputs = outputs_so_far(message)
         try:
             max_tokens = output_limit(message, self.max_seq_len)
         except MinisrvError as error:
-            self._replies.failures += [Failure.from_error(uid, error) for uid in choices]
+            self._replies.failures += [Failure.from_error(uid, error) for uid in outputs]
             return
         seed = message.sampling.seed
         seed = self._new_seed() if seed is None else seed
-        for uid, produced_ids in choices.items():
+        key = message.key if self._shares is not None else 0
+        for uid, output in outputs.items():
             self._arrivals += 1
-            choice = uid - message.uid
-            request = Request(
-                uid=uid,
-                choice=choice,
-                arrival=self._arrivals,
-                arrived_at=now,
-                prompt_ids=message.prompt_ids,
-                produced_ids=produced_ids,
-                sampling=message.sampling,
-                seed=seed,
-                max_tokens=max_tokens,
-                eos_ids=self._eos_ids,
-                salt=message.cache_salt.encode(),
-                key=message.key if self._shares is not None else 0,
-                parts=message.parts,
-                shown_prompt=message.shown_prompt,
-                show_progress=message.show_progress and not choice and not message.resumed,
+            request = Request.from_message(
+                message, uid, output, self._arrivals, now, seed, max_tokens, self._eos_ids, key
             )
             self._requests[request.uid] = request
             self.waiting.enqueue(request)
