@@ -14,6 +14,7 @@ from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
 from minisrv.errors import ConfigError
 from tests.support.checkpoints import make_checkpoint
+from tests.support.oracle import load_reference, reference_tokens
 from tests.support.step_driver import StepDriver, open_engine
 
 PROMPT = list(range(40, 80))
@@ -102,6 +103,19 @@ def test_stored_rotary_frequencies_and_a_tied_head_are_accepted(tmp_path: Path) 
         model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8),
     )
     assert text(path) == before
+
+
+def test_a_tied_head_with_values_of_its_own_is_used_as_in_transformers(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "llama", tie_word_embeddings=True)
+    tied = text(path)
+    table = load_file(path / FILE)["model.embed_tokens.weight"]
+    edit(path, lm_head__weight=table.roll(1, 0).contiguous())
+    own = text(path)
+    assert own != tied
+    assert own == reference_tokens(load_reference(path), [PROMPT])[0][:8]
+    edit(path, lm_head__weight=torch.ones(3, 4))
+    with pytest.raises(ConfigError, match=r"lm_head.weight has shape \[3, 4\]"):
+        open_engine(path)
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:

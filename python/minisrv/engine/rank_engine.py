@@ -27,7 +27,6 @@ from minisrv.engine.kernels.cpu import CpuKernels
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.decoder import Decoder
-from minisrv.engine.layers.embedding import HEAD_NAME
 from minisrv.engine.layers.rope import RotaryEmbedding
 from minisrv.engine.memory import MemoryPlan, choose_num_pages, cpu_cache_bytes
 from minisrv.engine.model_size import graph_bytes, graph_sizes, largest_graph
@@ -248,12 +247,10 @@ def _open_weights(
     dtype = None if name is None else getattr(torch, name)
     if config.load_format == "dummy":
         return DummyWeights(dtype=dtype, device=device)
-    ignored = [HEAD_NAME] if model_config.tie_word_embeddings else []
     return CheckpointWeights(
         model_dir,
         dtype=dtype,
         device=device,
-        ignored=ignored,
         fp8=model_config.fp8,
         keep_fp8=keeps_fp8(config, device, dtype),
         progress=progress,

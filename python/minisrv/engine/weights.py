@@ -50,6 +50,9 @@ class Weights(Protocol):
     ) -> torch.Tensor | Fp8Matrix:
         """As `load_tensor`, but an FP8 matrix stays FP8 if `keeps_fp8`."""
 
+    def has_own(self, name: str, tied_to: str) -> bool:
+        """Whether `name`, tied to another tensor by config.json, has values of its own."""
+
     def finish(self) -> None:
         """Called when the model is built."""
 
@@ -57,10 +60,9 @@ class Weights(Protocol):
 class CheckpointWeights:
     """The safetensors files of a directory: a single one, or several with an index.
 
-    `ignored` are names that may be in the files although the model does not load them. FP8 weights
-    are multiplied by their scales, or with `keep_fp8` returned together with them. Scales of
-    activations are skipped, because they are computed in each step where they are needed. Raises
-    ConfigError for missing or broken files, wrong shapes, and missing or unexpected names.
+    FP8 weights are multiplied by their scales, or with `keep_fp8` returned together with them.
+    Scales of activations are skipped, because they are computed in each step where they are needed.
+    Raises ConfigError for missing or broken files, wrong shapes, and missing or unexpected names.
     """
 
     def __init__(
@@ -69,7 +71,6 @@ class CheckpointWeights:
         *,
         dtype: torch.dtype | None,
         device: torch.device,
-        ignored: Sequence[str] = (),
         fp8: Fp8Config | None = None,
         keep_fp8: bool = False,
         progress: Progress = lambda stage, fraction: None,
@@ -84,7 +85,6 @@ class CheckpointWeights:
         self.has_cache_scales = any(_CACHE_SCALES.search(name) for name in self._file_of)
         self.dtype = dtype or self._stored_dtype()
         self._left = {name for name in self._file_of if not _NOT_PARAMETERS.search(name)}
-        self._left -= set(ignored)
         if fp8 is not None:
             self._left = {name for name in self._left if not _ACTIVATION_SCALES.search(name)}
         self._num_tensors = max(1, len(self._left))
@@ -112,6 +112,17 @@ class CheckpointWeights:
             return matrix.to(device=self.device, dtype=self.dtype, copy=True)
         self.num_bytes += matrix.num_bytes
         return matrix.to(self.device)
+
+    def has_own(self, name: str, tied_to: str) -> bool:
+        """As transformers: a tied tensor in the files counts unless it equals the other one."""
+        if name not in self._file_of:
+            return False
+        if tied_to in self._file_of:
+            pair = (self._file_of[key].get_tensor(key).to(self.dtype) for key in (name, tied_to))
+            if torch.equal(*pair):
+                self._left.discard(name)
+                return False
+        return True
 
     def _read(
         self, name: str, shape: Sequence[int], shard: Shard | None
@@ -202,6 +213,9 @@ class DummyWeights:
         self, name: str, shape: Sequence[int], shard: Shard | None = None
     ) -> torch.Tensor | Fp8Matrix:
         return self.load_tensor(name, shape, shard)
+
+    def has_own(self, name: str, tied_to: str) -> bool:
+        return False
 
     def finish(self) -> None:
         """Nothing to check."""

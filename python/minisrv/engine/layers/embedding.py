@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import Tensor
 
 from minisrv.engine.kernels.base import Float32Product
 from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.linear import make_float32_product
 from minisrv.engine.parallel.communicator import Communicator
+
+logger = logging.getLogger("minisrv.engine")
 
 EMBEDDING_NAME = "model.embed_tokens.weight"
 HEAD_NAME = "lm_head.weight"
@@ -37,7 +41,15 @@ def load_embedding_and_head(build: BuildContext) -> tuple[Embedding, Float32Prod
     shape, shard = (config.vocab_size, config.hidden_size), None
     if communicator.sharding.size > 1:
         shard = communicator.sharding.vocab(config.vocab_size)
+    tied = config.tie_word_embeddings
+    if tied and weights.has_own(HEAD_NAME, EMBEDDING_NAME):
+        tied = False
+        logger.warning(
+            "config.json ties %s to %s, but the checkpoint has both; each is used as it is",
+            HEAD_NAME,
+            EMBEDDING_NAME,
+        )
     table = weights.load_tensor(EMBEDDING_NAME, shape, shard)
-    head = table if config.tie_word_embeddings else weights.load_tensor(HEAD_NAME, shape, shard)
+    head = table if tied else weights.load_tensor(HEAD_NAME, shape, shard)
     embedding = Embedding(table, shard.start if shard else 0, communicator)
     return embedding, make_float32_product(build.kernels, head)
