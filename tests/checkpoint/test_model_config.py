@@ -186,6 +186,7 @@ def test_sparse_layers_follow_the_step_and_the_dense_list(tmp_path: Path) -> Non
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
         ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "mrope_section"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "full_attention"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "--max-seq-len 1024"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),

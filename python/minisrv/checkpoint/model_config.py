@@ -7,7 +7,7 @@ that loads computes what its authors' code computes.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -157,7 +157,6 @@ _ROPE_KEYS = {
     ),
     "dynamic": ("factor", "original_max_position_embeddings"),
 }
-_ALL_ROPE_KEYS = sorted({key for keys in _ROPE_KEYS.values() for key in keys})
 
 
 def load_model_config(path: str | Path, max_seq_len: int | None = None) -> ModelConfig:
@@ -212,6 +211,7 @@ def load_model_config(path: str | Path, max_seq_len: int | None = None) -> Model
         eos_is_assumed=not generation and "eos_token_id" not in raw,
         sampling_defaults=defaults,
         unapplied_defaults=unused,
+        notes=tuple(_rope_notes(raw)),
     )
     _check_heads(config)
     _check_window(config, raw, family)
@@ -294,16 +294,20 @@ def _positive(raw: Json, key: str, default: int | None = None) -> int:
 def _rope(raw: Json, family: _Family, max_seq_len: int | None) -> tuple[int, RopeConfig]:
     """The model's context after scaling, and the rotary parameters.
 
-    transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`.
+    transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`. As
+    there, a `rope_scaling` replaces `rope_parameters` as a whole.
     """
-    given = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    given = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     rope_type: Any = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
     theta = float(given.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
     partial = given.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor")
     _check_supported("partial_rotary_factor", [partial], [1.0])
     _check_supported("rope_type", [rope_type], _ROPE_KEYS)
-    _check_supported("rope parameters", given, _ALL_ROPE_KEYS)
+    _refuse_nested(given)
+    outer = raw.get("original_max_position_embeddings")
+    if rope_type in ("llama3", "yarn") and outer is not None:
+        given["original_max_position_embeddings"] = outer
     keys = _ROPE_KEYS[rope_type]
     given = {key: given[key] for key in keys if given.get(key) is not None}
     if rope_type in ("linear", "llama3") and len(given) < len(keys):
@@ -324,6 +328,27 @@ def _rope(raw: Json, family: _Family, max_seq_len: int | None) -> tuple[int, Rop
     return position, RopeConfig(
         rope_type=rope_type, theta=theta, original_max_position=original, **given
     )
+
+
+def _refuse_nested(rope: Json) -> None:
+    """Refuse parameters per kind of layer, and of rotations in several dimensions."""
+    for key, value in rope.items():
+        if isinstance(value, dict | list):
+            raise UnsupportedModelError(
+                f"config.json has rope parameters with {key}, which minisrv does not implement"
+            )
+
+
+def _rope_notes(raw: Json) -> Iterator[str]:
+    """What of the rotary parameters is ignored, as in transformers."""
+    scaling, parameters = raw.get("rope_scaling"), raw.get("rope_parameters")
+    if scaling and parameters and scaling != parameters:
+        yield "of rope_parameters and rope_scaling the latter is used, as in transformers"
+    given = scaling or parameters or {}
+    used = _ROPE_KEYS[given.get("rope_type") or given.get("type") or "default"]
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *used}
+    if ignored := sorted(given.keys() - known):
+        yield f"ignored rope parameters, as in transformers: {', '.join(ignored)}"
 
 
 def _check_window(config: ModelConfig, raw: Json, family: _Family) -> None:
@@ -354,6 +379,8 @@ def _check_heads(config: ModelConfig) -> None:
 
 def _moe(raw: Json) -> MoeConfig:
     num_experts = _positive(raw, "num_experts", raw.get("num_local_experts"))
+    if raw.get("num_local_experts") not in (None, num_experts):
+        raise ConfigError("config.json has different num_experts and num_local_experts")
     per_token = _positive(raw, "num_experts_per_tok")
     if per_token > num_experts:
         raise ConfigError(f"config.json selects {per_token} of {num_experts} experts per token")
