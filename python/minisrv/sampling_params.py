@@ -51,7 +51,8 @@ class Grammar:
     param: the request field it came from, for messages. before: Lark rules for output that comes
     before the constrained text, which they call `@text`; empty if there is none. parts: grammars
     from which this one was written; if it is refused, the first of these that is wrong is named.
-    Raises InvalidRequestError for a text over the size limit; the grammar is checked later.
+    Raises InvalidRequestError for a text over the size limit or with a lone surrogate; the grammar
+    is checked later.
     """
 
     kind: str
@@ -61,7 +62,10 @@ class Grammar:
     parts: tuple[Grammar, ...] = ()
 
     def __post_init__(self) -> None:
-        num_bytes = len(self.text.encode(errors="replace"))
+        try:
+            num_bytes = len(self.text.encode())
+        except UnicodeEncodeError as error:
+            _refuse(self.param, f"has a lone surrogate at character {error.start}")
         _check_count(self.param, num_bytes, "bytes", MAX_GRAMMAR_BYTES)
 
     @classmethod

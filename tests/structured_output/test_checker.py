@@ -118,3 +118,15 @@ def test_the_part_that_is_wrong_is_named(vocabulary: Vocabulary) -> None:
 def test_a_text_over_the_limit_is_refused_at_once() -> None:
     with pytest.raises(InvalidRequestError, match="the limit is 131072"):
         Grammar.regex("a" * (MAX_GRAMMAR_BYTES + 1))
+
+
+@pytest.mark.parametrize("make", [Grammar.regex, Grammar.lark, Grammar.json_schema])
+def test_a_lone_surrogate_is_refused_with_its_place(make: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="has a lone surrogate at character 1") as caught:
+        make("a\ud800", "guided_regex")
+    assert caught.value.param == "guided_regex"
+
+
+def test_a_choice_with_a_lone_surrogate_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="lone surrogate"):
+        Grammar.choice(["a", "\udc00"])
