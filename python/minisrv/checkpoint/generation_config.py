@@ -50,13 +50,14 @@ _MAX_SHOWN_CHARS = 60
 
 def read_defaults(generation: Mapping[str, Any]) -> tuple[SamplingParams, tuple[str, ...]]:
     """The defaults for requests that omit them, and a phrase for each entry that is not used."""
-    values, unused = {}, []
+    values: dict[str, Any] = {}
+    unused: list[str] = []
     for name in SAMPLING_DEFAULTS:
         value = generation.get(name)
         if name == "top_k" and isinstance(value, float) and value.is_integer():
             value = int(value)
         try:
-            SamplingParams(**{name: value})
+            SamplingParams(**dict[str, Any]({name: value}))
         except InvalidRequestError as error:
             unused.append(error.message)
         else:

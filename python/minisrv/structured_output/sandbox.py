@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -148,6 +149,7 @@ def _end(helper: subprocess.Popen[bytes], requests: socket.socket) -> None:
 
 def main() -> None:
     """The helper: forks a child for each connection that it gets, until the other end closes."""
+    import_module("minisrv.structured_output.checker")  # before the forks, so that none takes long
     settings = json.load(sys.stdin.buffer)
     vocabulary = Vocabulary(VocabularySource(**settings["vocabulary"]))
     requests = socket.socket(fileno=int(sys.argv[1]))
