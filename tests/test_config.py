@@ -147,6 +147,29 @@ def test_a_wrong_variable_is_refused(variable: str, text: str) -> None:
         ServerConfig.from_environment({variable: text})
 
 
+KUBERNETES = {"MINISRV_PORT": "tcp://10.43.12.5:8000"}
+
+
+def test_a_variable_is_not_read_if_its_flag_is_given() -> None:
+    with pytest.raises(ConfigError, match=r"MINISRV_PORT is 'tcp://10.43.12.5:8000'; it must be"):
+        ServerConfig.from_environment(KUBERNETES)
+    assert ServerConfig.from_environment(KUBERNETES, port=80).port == 80
+
+
+def test_a_variable_out_of_range_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^MINISRV_PORT is 70000; it must be from 0 to 65535"):
+        ServerConfig.from_environment({"MINISRV_PORT": "70000"})
+    with pytest.raises(ConfigError, match=r"^--port is 70000"):
+        ServerConfig.from_environment({"MINISRV_PORT": "80"}, port=70000)
+
+
+def test_an_empty_variable_is_as_unset_for_every_option() -> None:
+    names = [field.name for field in fields(ServerConfig)]
+    empty = {f"MINISRV_{name.upper()}": "" for name in names}
+    assert ServerConfig.from_environment(empty | {"MINISRV_MODEL_PATH": ""}) == ServerConfig()
+    assert ServerConfig.from_environment({**empty, "MINISRV_MODEL_PATH": "x"}).model == "x"
+
+
 def test_one_key_may_come_without_a_tuple_around_it() -> None:
     assert ServerConfig(api_key="abc").api_key == ("abc",)  # type: ignore[arg-type]
 

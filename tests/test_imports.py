@@ -29,6 +29,7 @@ FRONTEND_LAYERS = [
     {"generation"},
     {"ops"},
     {"apis"},
+    {"drain"},
     {"app"},
     {"process"},
     {"__main__"},

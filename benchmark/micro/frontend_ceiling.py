@@ -155,7 +155,7 @@ class _Stream(asyncio.Protocol):
         """Send one request and read its stream to the end."""
         fields = {"max_tokens": count, "seed": period_us, "stream": True, "ignore_eos": True}
         body = json.dumps({**fields, "messages": [{"role": "user", "content": "a"}]}).encode()
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         host, port = url.removeprefix("http://").split(":")
         loop = asyncio.get_running_loop()

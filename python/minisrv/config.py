@@ -157,6 +157,11 @@ class ServerConfig:
         "served only on a loopback --host",
         secret=True,
     )
+    allowed_host: tuple[str, ...] = option(
+        (),
+        "name that the Host header of requests without a key may have, besides loopback names and "
+        "--host; repeatable, * allows any (comma-separated in the environment)",
+    )
     public_metrics: bool = option(False, "serve /metrics without a key")
     ssl_certfile: str | None = option(None, "PEM file with the certificate chain; enables HTTPS")
     ssl_keyfile: str | None = option(
@@ -169,6 +174,9 @@ class ServerConfig:
     )
     max_body_bytes: int = option(8 * 2**20, "maximum size of a request body", at_least=1024)
     start_timeout_s: float = option(1800.0, "seconds the start may take, not counting downloads")
+    drain_timeout: float = option(
+        30.0, "seconds that open requests have to end after a stop was requested", at_least=0
+    )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "minimum level to log")
     log_format: Literal["text", "json"] = option("text", "json writes one object per line")
     metrics_vllm_names: bool = option(
@@ -176,7 +184,7 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("api_key", "served_model_name"):
+        for name in ("api_key", "served_model_name", "allowed_host"):
             value = getattr(self, name)
             strings = (value,) if isinstance(value, str) else tuple(dict.fromkeys(value))
             object.__setattr__(self, name, strings)  # nobody has seen this object yet
@@ -204,7 +212,7 @@ class ServerConfig:
     @property
     def served_names(self) -> tuple[str, ...]:
         """The names that requests may use for the model; the first is the default."""
-        return self.served_model_name or (self.model,)
+        return tuple(map(_readable, self.served_model_name or (self.model,)))
 
     @property
     def served_name(self) -> str:
@@ -223,24 +231,36 @@ class ServerConfig:
 
     def to_public_dict(self) -> dict[str, Any]:
         """Plain values without the secrets, for /server_info."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata["secret"]}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata["secret"]}
+        return {k: _readable(v) if isinstance(v, str) else v for k, v in values.items()}
 
     @classmethod
     def from_environment(
         cls, environ: Mapping[str, str] | None = None, **overrides: Any
     ) -> ServerConfig:
-        """Defaults, then MINISRV_* variables, then `overrides`, which add to `api_key`."""
+        """Defaults, then MINISRV_* variables, then `overrides`, which add to `api_key`.
+
+        An empty variable counts as unset, and one whose option is in `overrides` is not read.
+        """
         environ = os.environ if environ is None else environ
         values: dict[str, Any] = {}
-        if MODEL_ENV in environ:
-            values["model"] = environ[MODEL_ENV]
-        for f in fields(cls):
-            variable = ENV_PREFIX + f.name.upper()
-            if variable in environ:
-                values[f.name] = _parse_variable(f.name, variable, environ[variable])
+        variables = {f.name: ENV_PREFIX + f.name.upper() for f in fields(cls)}
+        if not environ.get(variables["model"]):
+            variables["model"] = MODEL_ENV
+        for name, variable in variables.items():
+            unread = name in overrides and name != "api_key"
+            if (text := environ.get(variable)) and not unread:
+                values[name] = _parse_variable(name, variable, text)
         if "api_key" in overrides:
             overrides["api_key"] = (*values.get("api_key", ()), *overrides["api_key"])
-        return cls(**{**values, **overrides})
+        try:
+            return cls(**{**values, **overrides})
+        except ConfigError as error:
+            for name in values:
+                if error.message.startswith(f"{flag(name)} is "):
+                    rest = error.message.removeprefix(flag(name))
+                    raise ConfigError(variables[name] + rest) from None
+            raise
 
 
 _TYPES = get_type_hints(ServerConfig)
@@ -251,6 +271,11 @@ _TYPE_NAMES = {
     str: "a string",
     tuple: "a list of strings",
 }
+
+
+def _readable(name: str) -> str:
+    """The name as text: a path may have bytes that are not UTF-8, or come from a C locale."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def flag(name: str) -> str:
@@ -331,7 +356,10 @@ def _parse_variable(name: str, variable: str, text: str) -> Any:
             return tuple(part.strip() for part in text.split(","))
         return kind(text)
     except (KeyError, ValueError):
-        raise ConfigError(f"{variable} is {text!r}; it must be {_TYPE_NAMES[kind]}") from None
+        hint = ""
+        if text.startswith("tcp://"):
+            hint = " (Kubernetes sets it beside a service named minisrv; use the flag)"
+        raise ConfigError(f"{variable} is {text!r}; it must be {_TYPE_NAMES[kind]}{hint}") from None
 
 
 def _plain_type(name: str) -> type[Any]:

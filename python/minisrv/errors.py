@@ -91,6 +91,10 @@ class ForbiddenError(MinisrvError, status=403):
     code: str | None = None
 
 
+class HostNotAllowedError(InvalidRequestError, status=421, code="host_not_allowed"):
+    """The request has no key, and its Host header may be that of a foreign page."""
+
+
 class ModelNotFoundError(InvalidRequestError, status=404, code="model_not_found"):
     """The request names a model that is not served."""
 

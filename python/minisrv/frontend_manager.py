@@ -17,6 +17,7 @@ from typing import Any
 
 from minisrv.config import ServerConfig
 from minisrv.errors import EngineDeadError, InvalidRequestError, NotReadyError
+from minisrv.frontend.drain import drain
 from minisrv.frontend.process import take_notice
 from minisrv.frontend.registry.engine_client import EngineClient
 from minisrv.frontend.registry.registry import RequestRegistry, Serving
@@ -61,6 +62,7 @@ class FrontendManager:
         self._thread: SupervisorThread | None = None
         self._client: EngineClient | None = None
         self._started = asyncio.Event()
+        self._draining: asyncio.Task[None] | None = None
         self._num_choices: dict[int, int] = {}
 
     async def start(self) -> None:
@@ -101,8 +103,21 @@ class FrontendManager:
         if isinstance(notice, EngineReady | EngineEnded):
             self._started.set()
 
+    async def drain(self) -> None:
+        """Refuse new requests and wait until the open ones have ended, up to --drain-timeout."""
+        await drain(self.registry, lambda: self.registry.is_idle, self.config.drain_timeout)
+
+    def start_drain(self) -> None:
+        """Drain in the background, and then end the processes."""
+
+        async def drain_and_close() -> None:
+            await self.drain()
+            await self.aclose()
+
+        self._draining = self._draining or asyncio.create_task(drain_and_close(), name="drain")
+
     async def aclose(self) -> None:
-        """End the processes; open requests fail. Allowed in every state."""
+        """End the processes; open requests fail with `server_draining`. Allowed in every state."""
         if self._thread is not None:
             await asyncio.to_thread(self._thread.stop)
         if self._client is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import signal
 import socket
 import sys
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from minisrv import log
 from minisrv.config import ServerConfig, parse_command_line
 from minisrv.errors import ConfigError, MinisrvError
-from minisrv.supervision.records import EngineReady, Notice, StartProgress
+from minisrv.supervision.records import DrainRequested, EngineReady, Notice, StartProgress
+from minisrv.supervision.standard_streams import open_standard_streams
 
 if TYPE_CHECKING:
     from minisrv.supervision.supervisor import Supervisor
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         description="Serve a model over an OpenAI-compatible API.",
         epilog="Each option is also an environment variable: --max-seq-len is MINISRV_MAX_SEQ_LEN.",
     )
+    open_standard_streams()
     config, _ = parse_command_line(parser, argv)
     try:
         serve(config)
@@ -42,36 +45,71 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def serve(config: ServerConfig) -> None:
     """Run the server until SIGINT, SIGTERM or SIGHUP. Raises MinisrvError if it fails.
 
-    The first signal ends open requests with an error and stops the server; a second one kills it.
+    After the first signal open requests may end, for up to --drain-timeout; a second one ends
+    them at once. During the start the first signal ends the server at once.
     """
-    log.setup("supervisor", config.log_level, config.log_format)
+    log.setup("supervisor", config.log_level, config.log_format, own_process=True)
     check_certificate(config)
-    if config.api_key or config.api_key_file or config.admin_key is not None:
-        from minisrv.frontend.http.access import Keys
-
-        Keys.of(config)  # raises ConfigError for a key that the frontend could not use
-    listener = listen(config.host, config.port)
-    console = Console(config, listener.getsockname()[1])
+    _check_access(config)
+    listeners = listen(config.host, config.port)
+    console = Console(config, listeners[0].getsockname()[1])
     # Imported late, so that --help and a port in use are reported at once.
     from minisrv.supervision.supervisor import Supervisor
 
-    supervisor = Supervisor(config, listener=listener, on_notice=console.show)
+    supervisor = Supervisor(config, listeners=listeners, on_notice=console.show)
     with _signals_stop(supervisor):
         # Whoever reads this line may send a signal at once.
         console.announce()
         supervisor.run()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that accepts connections on `host`:`port`. Raises MinisrvError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that accept connections on `host`:`port`. Raises MinisrvError.
+
+    `::` and `localhost` mean both IPv4 and IPv6, as far as the system has them.
+    """
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        if host != "localhost":
+            return [_listen(host, port)]
+        listeners = [_listen("127.0.0.1", port)]
+        with contextlib.suppress(OSError) if port == 0 else _unless_no_ipv6():
+            listeners.append(_listen("::1", listeners[0].getsockname()[1]))
+        return listeners
     except OSError as error:
         raise MinisrvError(
             f"cannot listen on {host} port {port}: {error.strerror}; "
             "choose another --port (0 picks a free one) or --host"
         ) from error
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if ":" not in host:
+        return socket.create_server((host, port), backlog=BACKLOG)
+    both = host == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server(
+        (host, port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=both
+    )
+
+
+@contextlib.contextmanager
+def _unless_no_ipv6() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            raise
+
+
+def _check_access(config: ServerConfig) -> None:
+    """Raise ConfigError for a key or an allowed host that the frontend could not use."""
+    if config.api_key or config.api_key_file or config.admin_key is not None:
+        from minisrv.frontend.http.access import Keys
+
+        Keys.of(config)
+    if config.allowed_host:
+        from minisrv.frontend.http.hosts import AllowedHosts
+
+        AllowedHosts(config)
 
 
 def check_certificate(config: ServerConfig) -> None:
@@ -132,6 +170,11 @@ class Console:
                     self._print(f"{self._seconds:6.1f} s  {phase} {fraction:.0%}")
             case EngineReady(facts):
                 self._print(banner(self._config, self._url, facts, self._seconds))
+            case DrainRequested():
+                self._print(
+                    f"stopping: open requests have {self._config.drain_timeout:g} s to end; "
+                    "a second signal ends them at once"
+                )
 
     @property
     def _seconds(self) -> float:
@@ -139,8 +182,9 @@ class Console:
 
     def _print(self, text: str) -> None:
         # A closed terminal must not end the server.
+        encoding = sys.stdout.encoding or "utf-8"
         with contextlib.suppress(OSError):
-            print(text, flush=True)
+            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def banner(config: ServerConfig, url: str, facts: dict[str, Any], seconds: float) -> str:

@@ -12,8 +12,13 @@ import time
 from typing import Any
 
 
-def setup(process: str, level: str = "info", format: str = "text") -> None:
-    """Write minisrv's log records to stderr, each with the name of the process."""
+def setup(
+    process: str, level: str = "info", format: str = "text", *, own_process: bool = False
+) -> None:
+    """Write minisrv's log records to stderr, each with the name of the process.
+
+    own_process: in the same form also the warnings and errors of other packages.
+    """
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter(f"%(asctime)s {process:<11} %(levelname)-7s %(message)s", "%H:%M:%S")
     handler.setFormatter(_JsonFormatter(process) if format == "json" else text)
@@ -21,6 +26,9 @@ def setup(process: str, level: str = "info", format: str = "text") -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
     logger.propagate = False
+    if own_process:
+        logging.getLogger().handlers[:] = [handler]
+        logging.captureWarnings(True)
 
 
 def event(logger: logging.Logger, level: int, name: str, values: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ ADMIN_ROUTES = [
     ("POST", "/flush_cache"),
     ("POST", "/abort_request"),
     ("POST", "/abort"),
+    ("POST", "/drain"),
 ]
 
 
@@ -253,6 +254,26 @@ def test_which_keys_are_set_says_what_is_open(
         assert server.http.get("/server_info").status_code == admin
 
 
+TWO_KEYS = [
+    [("Authorization", "Bearer wrong"), ("X-Api-Key", "other")],
+    [("Authorization", f"Bearer {ADMIN}"), ("X-Api-Key", "other")],
+    [("Authorization", "Bearer wrong"), ("Authorization", f"Bearer {ADMIN}")],
+    [("Authorization", f"Basic {ADMIN}"), ("X-Api-Key", ADMIN)],
+]
+
+
+@pytest.mark.parametrize("headers", TWO_KEYS, ids=str)
+def test_two_keys_are_refused_also_where_none_is_needed(headers: list[tuple[str, str]]) -> None:
+    same = [("Authorization", f"Bearer {ADMIN}"), ("X-Api-Key", ADMIN)]
+    with serve(admin_key=ADMIN) as server:
+        for path in ("/v1/models", "/server_info"):
+            assert server.http.get(path, headers=headers).status_code == 401
+            assert server.http.get(path, headers=same).status_code == 200
+        assert server.http.get("/health", headers=headers).status_code == 200
+    with serve() as server:  # there is no key that they could be
+        assert server.http.get("/v1/models", headers=headers).status_code == 200
+
+
 def test_a_page_in_a_browser_is_no_administrator() -> None:
     with serve() as server:
         for origin in ("http://page.example", "null", ""):
@@ -263,8 +284,8 @@ def test_a_page_in_a_browser_is_no_administrator() -> None:
 
 def test_under_another_server_the_admin_routes_are_closed_without_a_key() -> None:
     open_keys = Keys.of(ServerConfig(), host_is_ours=False)
-    assert open_keys.access(Headers()) is Access.USER
-    assert Keys.of(ServerConfig()).access(Headers()) is Access.ADMIN
+    assert open_keys.access(Headers()) == (Access.USER, False)
+    assert Keys.of(ServerConfig()).access(Headers()) == (Access.ADMIN, False)
 
 
 def test_without_an_admin_key_a_users_key_opens_no_admin_route() -> None:

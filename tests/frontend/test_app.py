@@ -10,8 +10,11 @@ import pytest
 from openai.types import Model
 
 from minisrv.errors import EngineDeadError, NotReadyError
+from minisrv.wire.messages import Finish
 from tests.support.http_server import MODEL, HttpServer, serve
-from tests.support.scripted_backend import WORDS
+from tests.support.scripted_backend import WORDS, reply
+
+MESSAGE = {"max_tokens": 5, "messages": [{"role": "user", "content": "x"}]}
 
 
 def test_models_are_listed_and_retrieved_with_a_fixed_time(server: HttpServer) -> None:
@@ -270,3 +273,31 @@ def test_the_page_at_the_root_has_links_that_lead_somewhere_and_needs_a_key() ->
         assert {"docs", "metrics", "v1/models"} <= set(links)
         for link in links:
             assert server.http.get(f"/{link}", headers=key).status_code == 200, link
+
+
+def test_a_draining_server_lets_open_requests_end_and_refuses_others() -> None:
+    with serve() as server:
+        backend, registry = server.backend, server.registry
+        stall = [{"role": "user", "content": "stall"}]
+        stream = server.openai.chat.completions.create(model="", messages=stall, stream=True)
+        next(stream)
+        uid = backend.requests[-1].uid
+        server.in_loop(registry.start_drain)
+        assert not server.in_loop(lambda: registry.is_idle)
+        assert server.http.get("/ready").json() == {"status": "draining", "open_requests": 1}
+        assert server.http.get("/ready").headers["retry-after"] == "1"
+        assert server.http.get("/health").status_code == 200
+        assert server.http.get("/v1/models").status_code == 200
+        refusals = [
+            server.chat(),
+            server.http.post("/v1/messages", json=MESSAGE),
+            server.http.post("/tokenize", json={"prompt": "x"}),
+        ]
+        for refused in refusals:
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert "the server is stopping" in refused.json()["error"]["message"]
+        server.in_loop(lambda: backend.deliver(reply(uid, "end", 2, Finish.STOP)))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream).endswith("end")
+        server.wait_until(lambda: registry.is_idle)
+        server.in_loop(lambda: registry.fail_all(EngineDeadError("the engine has died")))
+        assert server.http.get("/ready").json()["status"] == "dead"

@@ -78,7 +78,7 @@ def test_a_client_that_leaves_while_it_sends_its_body_leaves_nothing(server: Htt
     num_requests = len(server.backend.requests)
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(
-            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             'Content-Length: 100\r\n\r\n{"mess'.encode()
         )
     assert server.chat().status_code == 200
@@ -92,7 +92,7 @@ def test_a_body_that_does_not_come_is_408(
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(
-            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             "Content-Length: 100\r\n\r\n{".encode()
         )
         assert b" 408 " in receive_until(connection, b"within 0.05 s")
@@ -102,7 +102,7 @@ def test_a_body_that_is_told_to_be_too_large_is_413_before_it_comes(server: Http
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(
-            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             "Content-Length: 10000000\r\n\r\n".encode()
         )
         assert b" 413 " in receive_until(connection, b"--max-body-bytes")

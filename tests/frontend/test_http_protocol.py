@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import threading
+import time
+from typing import Any
 
 import pytest
+import uvicorn
 
+from minisrv.frontend.http.protocol import HttpProtocol
+from minisrv.frontend.http.protocol import HttpServer as OwnServer
 from tests.support.http_server import HttpServer
+from tests.support.server_process import wait_until
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: a\r\n"
 
@@ -75,3 +83,63 @@ def test_what_is_no_http_is_a_400_in_the_one_form(server: HttpServer) -> None:
     status, body = exchange(server, b"\x16\x03\x01 not http\r\n\r\n")
     assert status == b"HTTP/1.1 400 Bad Request"
     assert json.loads(body)["error"]["message"] == "Invalid HTTP request received."
+
+
+def test_the_server_is_idle_when_each_whole_request_has_been_answered_and_read() -> None:
+    """A body that is still arriving does not count, a reply that nobody reads does."""
+    release = threading.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        if scope["path"] == "/wait":
+            await asyncio.to_thread(release.wait)
+        body = b"x" * (20_000_000 if scope["path"] == "/large" else 2)
+        length = (b"content-length", str(len(body)).encode())
+        await send({"type": "http.response.start", "status": 200, "headers": [length]})
+        await send({"type": "http.response.body", "body": body})
+
+    options = {"port": 0, "log_config": None, "lifespan": "off", "http": HttpProtocol}
+    server = OwnServer(uvicorn.Config(app, timeout_graceful_shutdown=1, **options))  # type: ignore[arg-type]
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
+    thread.start()
+    wait_until(lambda: server.started)
+    address = server.servers[0].sockets[0].getsockname()
+
+    def send(data: bytes) -> socket.socket:
+        connection = socket.create_connection(address)
+        connection.sendall(data)
+        time.sleep(0.2)
+        return connection
+
+    def read(connection: socket.socket, num_bytes: int = 2) -> bytes:
+        data = bytearray()
+        while not data.endswith(b"x") or data.count(b"x") < num_bytes:
+            data += connection.recv(2**20)
+        return bytes(data)
+
+    try:
+        with (
+            send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n") as kept,
+            send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{") as half,
+        ):
+            read(kept)
+            assert server.is_idle
+            with send(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n") as unread:
+                assert not server.is_idle
+                read(unread, 20_000_000)
+                wait_until(lambda: server.is_idle)
+            kept.sendall(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            time.sleep(0.2)
+            assert not server.is_idle
+            server.announce_close()
+            release.set()
+            assert b"connection: close" in read(kept, 4)
+            half.sendall(b"x" * 8)
+            assert b"connection: close" in read(half)
+            wait_until(lambda: server.is_idle)
+    finally:
+        release.set()
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()

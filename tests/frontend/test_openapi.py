@@ -11,7 +11,7 @@ from tests.support.http_server import HttpServer, serve
 
 Operations = list[tuple[str, str, dict[str, Any]]]
 
-ADMIN_PATHS = {"/server_info", "/flush_cache", "/abort_request"}
+ADMIN_PATHS = {"/drain", "/server_info", "/flush_cache", "/abort_request"}
 
 
 def operations_of(server: HttpServer) -> Operations:

@@ -76,7 +76,7 @@ async def open_client(template: str, loop: asyncio.AbstractEventLoop) -> Client:
     model = CutModel(registry, TEMPLATES[template])
     registry.set_ready(model.info)
     transport = httpx.ASGITransport(create_app(config, registry))
-    http = httpx.AsyncClient(transport=transport, base_url="http://test")
+    http = httpx.AsyncClient(transport=transport, base_url="http://localhost")
     return Client(model, registry, http, loop)
 
 

@@ -72,10 +72,11 @@ def test_the_death_of_the_frontend_ends_all(model_dir: Path, socket_dir: Path) -
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_fails_open_requests_and_ends_all_in_time(
+def test_without_time_to_drain_a_signal_fails_open_requests_and_ends_all(
     number: signal.Signals, model_dir: Path, socket_dir: Path
 ) -> None:
-    with running("--model", str(model_dir), tmp_dir=socket_dir, step_s=STEP_S) as server:
+    arguments = ("--model", str(model_dir), "--drain-timeout", "0")
+    with running(*arguments, tmp_dir=socket_dir, step_s=STEP_S) as server:
         requests = open_requests(server.url, num_streams=3, num_whole=3)
         started = time.monotonic()
         # As a terminal does it: to every process of the group.
@@ -92,7 +93,9 @@ def test_a_client_in_the_middle_of_its_request_does_not_hold_up_the_end(
     with running("--model", str(model_dir), tmp_dir=socket_dir) as server:
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as half:
-            half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+            half.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
+            )
             time.sleep(0.2)
             server.popen.terminate()
             assert server.wait(5) == 0
@@ -113,7 +116,8 @@ def test_a_second_signal_ends_all_at_once(model_dir: Path, socket_dir: Path) -> 
 
 
 def test_a_stuck_process_is_killed_in_time(model_dir: Path, socket_dir: Path) -> None:
-    with running("--model", str(model_dir), tmp_dir=socket_dir) as server:
+    arguments = ("--model", str(model_dir), "--drain-timeout", "0")
+    with running(*arguments, tmp_dir=socket_dir) as server:
         for process in server.family:
             process.suspend()
         server.popen.terminate()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import resource
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,8 +19,18 @@ import pytest
 
 import minisrv
 from minisrv.config import ServerConfig
+from minisrv.errors import MinisrvError
 from minisrv.launch_server import banner, listen
-from tests.support.server_process import ServerProcess, environment, running, wait_until
+from minisrv.supervision.run_dir import home_variables
+from minisrv.supervision.supervisor import Supervisor
+from tests.support.server_process import (
+    WITH_HASH_ENGINE,
+    ServerProcess,
+    environment,
+    running,
+    status_of,
+    wait_until,
+)
 
 SERVE = [sys.executable, "-m", "minisrv.launch_server"]
 
@@ -125,8 +139,104 @@ def test_a_host_name_that_nobody_knows_is_told() -> None:
 
 
 def test_it_listens_on_ipv6_too() -> None:
-    with listen("::1", 0) as listener:
+    (listener,) = listen("::1", 0)
+    with listener:
         assert listener.family == socket.AF_INET6
+
+
+@pytest.mark.parametrize("host", ["::", "localhost"])
+def test_both_families_are_served_where_the_host_means_both(host: str) -> None:
+    listeners = listen(host, 0)
+    try:
+        port = listeners[0].getsockname()[1]
+        for address in ("127.0.0.1", "::1"):
+            socket.create_connection((address, port), timeout=5).close()
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "0<&- 1>&- 2>&-"])
+def test_it_starts_with_standard_streams_closed(
+    closed: str, model_dir: Path, socket_dir: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    socket_dir.mkdir()
+    command = f"exec {sys.executable} -c '{WITH_HASH_ENGINE}' --model {model_dir} --port {port}"
+    process = subprocess.Popen(
+        ["sh", "-c", f"{command} {closed}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(TMPDIR=str(socket_dir)),
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: status_of(f"{url}/ready") == 200 or process.poll() is not None)
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}).status_code == 200
+        process.terminate()
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_model_path_that_is_not_utf_8_gets_a_name_that_is(
+    model_dir: Path, socket_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9-\xc3\xa9")
+    path.symlink_to(model_dir)
+    with running("--model", str(path), tmp_dir=socket_dir) as server:
+        (model,) = httpx.get(f"{server.url}/v1/models").json()["data"]
+        assert model["id"] == f"{tmp_path}/caf\\xe9-\u00e9"
+        body = {"prompt": "x", "model": model["id"]}
+        reply = httpx.post(f"{server.url}/v1/completions", json=body)
+        assert reply.json()["model"] == model["id"]
+        assert httpx.get(f"{server.url}/metrics").status_code == 200
+        assert httpx.get(f"{server.url}/server_info").status_code == 200
+
+
+def test_model_files_that_libraries_cannot_open_by_name_stop_the_start(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(model_dir, path)
+    done = run(*SERVE, "--port", "0", "--model", str(path))
+    assert done.returncode == 2
+    assert "cannot be loaded" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_place_for_temporary_files_the_start_says_so(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with pytest.raises(MinisrvError, match="set TMPDIR"):
+        Supervisor(ServerConfig(model=str(model_dir)))
+
+
+def test_a_user_without_a_passwd_entry_has_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert home_variables() == {}
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    monkeypatch.setenv("HOME", "/somewhere")
+    monkeypatch.delenv("USER", raising=False)
+    assert home_variables() == {"USER": "54321"}
+    monkeypatch.delenv("HOME")
+    assert home_variables() == {"HOME": tempfile.gettempdir(), "USER": "54321"}
+
+
+def test_all_log_lines_have_the_form_of_the_option(model_dir: Path, socket_dir: Path) -> None:
+    """Those of the HTTP server too."""
+    arguments = ("--model", str(model_dir), "--log-format", "json")
+    with running(*arguments, tmp_dir=socket_dir) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"no http\r\n\r\n")
+            connection.recv(1000)
+        wait_until(lambda: "Invalid HTTP request" in server.output)
+        (line,) = [line for line in server.lines if "Invalid HTTP request" in line]
+        assert json.loads(line)["process"] == "frontend"
 
 
 def test_http_answers_while_the_model_is_loaded(

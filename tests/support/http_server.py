@@ -76,7 +76,8 @@ def serve(
     backend = make_backend(registry)
     if ready:
         registry.set_ready(getattr(backend, "info", MODEL))
-    app = create_app(config, registry)
+    # Tests that call every route share a server.
+    app = create_app(config, registry, start_drain=lambda: None)
     uvicorn_config = uvicorn.Config(
         app,
         http=HttpProtocol,

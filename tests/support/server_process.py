@@ -25,7 +25,7 @@ VOCAB_SIZE = 257
 MAX_SEQ_LEN = 2048
 
 # Runs a command with the hash scheduler in place of the torch engine.
-_WITH_HASH_ENGINE = """
+WITH_HASH_ENGINE = """
 import sys
 from minisrv import launch_server
 from minisrv.supervision import supervisor
@@ -82,7 +82,7 @@ class ServerProcess:
         step_s: float = 0.0,
         gate: Path | str = "",
     ) -> None:
-        program = ["-c", _WITH_HASH_ENGINE] if hash_engine else ["-m", "minisrv.launch_server"]
+        program = ["-c", WITH_HASH_ENGINE] if hash_engine else ["-m", "minisrv.launch_server"]
         self.tmp_dir = tmp_dir
         tmp_dir.mkdir()
         self.popen = subprocess.Popen(
@@ -204,11 +204,13 @@ class OpenRequest:
         return [line[6:] for line in self.text.splitlines() if line.startswith("data: ")]
 
 
-def open_requests(url: str, *, num_streams: int, num_whole: int) -> Sequence[OpenRequest]:
+def open_requests(
+    url: str, *, num_streams: int, num_whole: int, max_tokens: int = 1500
+) -> Sequence[OpenRequest]:
     """Requests that are all being served: those that are not streamed came first."""
-    whole = [OpenRequest(url, stream=False) for _ in range(num_whole)]
+    whole = [OpenRequest(url, stream=False, max_tokens=max_tokens) for _ in range(num_whole)]
     time.sleep(0.2 if num_whole else 0)
-    streams = [OpenRequest(url, stream=True) for _ in range(num_streams)]
+    streams = [OpenRequest(url, stream=True, max_tokens=max_tokens) for _ in range(num_streams)]
     for stream in streams:
         stream.wait_for_text()
     return [*streams, *whole]

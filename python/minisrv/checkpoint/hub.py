@@ -28,7 +28,10 @@ def find_local_model(name: str) -> Path | None:
         if not DEMO_DIR.is_dir():
             raise ConfigError("this installation has no demo model; set --model to a checkpoint")
         return DEMO_DIR
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"--model {name}: {error}") from error
     if path.is_dir():
         return path.resolve()
     if path.exists():

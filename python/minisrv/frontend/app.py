@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -28,11 +29,18 @@ from minisrv.frontend.http.context import RequestContextMiddleware
 from minisrv.frontend.http.cors import PagesMiddleware
 from minisrv.frontend.http.error_format import ErrorFormat, error_body
 from minisrv.frontend.http.errors import RETRY_AFTER_S, BugMiddleware, add_error_handlers
+from minisrv.frontend.http.hosts import AllowedHosts
 from minisrv.frontend.http.openapi import describe_errors, errors
-from minisrv.frontend.ops.admin import add_admin_routes, add_load_route
+from minisrv.frontend.ops.admin import add_admin_routes, add_drain_route, add_load_route
 from minisrv.frontend.ops.metrics import CONTENT_TYPE, ServerMetrics
 from minisrv.frontend.ops.root_page import add_root_page
-from minisrv.frontend.registry.registry import Dead, RequestRegistry, Serving, Starting
+from minisrv.frontend.registry.registry import (
+    Dead,
+    Draining,
+    RequestRegistry,
+    Serving,
+    Starting,
+)
 
 VERSION = version("minisrv")
 # By path prefix; errors of all other routes have OpenAI's form.
@@ -41,14 +49,20 @@ REPLY_PREFIXES = (CHAT_PREFIX, COMPLETION_PREFIX, RESPONSE_PREFIX, MESSAGE_PREFI
 
 
 def create_app(
-    config: ServerConfig, registry: RequestRegistry, *, host_is_ours: bool = True
+    config: ServerConfig,
+    registry: RequestRegistry,
+    *,
+    host_is_ours: bool = True,
+    start_drain: Callable[[], None] | None = None,
 ) -> FastAPI:
     """The application over `registry`. It answers at once: /ready reports the state.
 
     host_is_ours: False if another program's server listens for the application.
-    Raises ConfigError for keys that cannot be used.
+    start_drain: what /drain does; by default it only refuses further requests.
+    Raises ConfigError for keys and allowed hosts that cannot be used.
     """
     keys = Keys.of(config, host_is_ours=host_is_ours)
+    hosts = AllowedHosts(config, host_is_ours=host_is_ours)
     app = FastAPIOffline(
         title="minisrv",
         version=VERSION,
@@ -81,10 +95,15 @@ def create_app(
     add_token_routes(app, service)
     add_load_route(app, registry)
     add_admin_routes(app, config, VERSION, bodies, registry, REPLY_PREFIXES)
+    add_drain_route(app, start_drain or registry.start_drain)
 
     # The last one added is the outermost.
     app.add_middleware(
-        AccessMiddleware, keys=keys, public_paths=public_paths, numbers_keys=config.fair_keys
+        AccessMiddleware,
+        keys=keys,
+        hosts=hosts,
+        public_paths=public_paths,
+        numbers_keys=config.fair_keys,
     )
     app.add_middleware(BugMiddleware)
     if config.cors_origins:
@@ -116,6 +135,9 @@ def _add_state_routes(app: FastAPI, registry: RequestRegistry, metrics: ServerMe
                 return JSONResponse({"status": "ready"})
             case Starting(phase, fraction):
                 body = {"status": "loading", "phase": phase, "progress": round(fraction, 4)}
+                return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})
+            case Draining():
+                body = {"status": "draining", "open_requests": registry.num_open}
                 return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})
             case Dead(error):
                 return JSONResponse({"status": "dead", **error_body(error)}, 503)

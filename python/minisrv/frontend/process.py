@@ -12,12 +12,21 @@ import uvloop
 from minisrv.config import ServerConfig
 from minisrv.errors import EngineDeadError, NotReadyError
 from minisrv.frontend.app import create_app
-from minisrv.frontend.http.protocol import HttpProtocol
+from minisrv.frontend.drain import drain
+from minisrv.frontend.http.protocol import HttpProtocol, HttpServer
 from minisrv.frontend.registry.engine_client import EngineClient
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.supervision.child_main import Child, run_child
-from minisrv.supervision.records import ChildReady, EngineEnded, EngineReady, Notice, StartProgress
+from minisrv.supervision.records import (
+    ChildReady,
+    Drained,
+    DrainRequested,
+    EngineEnded,
+    EngineReady,
+    Notice,
+    StartProgress,
+)
 
 # At the end, open replies have this long to reach their clients.
 LAST_WORDS_S = 2
@@ -42,9 +51,20 @@ def main() -> None:
 
 async def _serve(child: Child) -> None:
     registry = RequestRegistry(child.config)
-    server = uvicorn.Server(
+    draining: asyncio.Task[None] | None = None
+
+    async def drain_and_report() -> None:
+        server.announce_close()
+        await drain(registry, lambda: server.is_idle, child.config.drain_timeout)
+        child.report(Drained())
+
+    def start_drain() -> None:
+        nonlocal draining
+        draining = draining or asyncio.create_task(drain_and_report(), name="drain")
+
+    server = HttpServer(
         uvicorn.Config(
-            create_app(child.config, registry),
+            create_app(child.config, registry, start_drain=start_drain),
             http=HttpProtocol,
             lifespan="off",
             log_config=None,
@@ -60,6 +80,8 @@ async def _serve(child: Child) -> None:
         take_notice(registry, child.config, notice)
         if isinstance(notice, EngineReady):
             child.report(ChildReady())
+        elif isinstance(notice, DrainRequested):
+            start_drain()
         elif isinstance(notice, EngineEnded):
             server.should_exit = True
 
@@ -72,6 +94,6 @@ async def _serve(child: Child) -> None:
         run_dir, registry, num_tokenizers, child.boot.epoch, on_error=leave
     ) as client:
         child.handle_notices(lambda notice: loop.call_soon_threadsafe(take, notice))
-        await server.serve([socket.socket(fileno=child.boot.fds["listener"])])
+        await server.serve([socket.socket(fileno=fd) for fd in child.boot.fds.values()])
         if client.error is not None:
             raise client.error

@@ -11,19 +11,29 @@ from typing import IO, Any
 
 from minisrv.errors import ConfigError, EngineDeadError, MinisrvError
 from minisrv.supervision import records
-from minisrv.supervision.records import Boot, ChildFailed, ChildReady, Notice, Report
+from minisrv.supervision.records import (
+    Boot,
+    ChildFailed,
+    ChildReady,
+    Drained,
+    Notice,
+    Report,
+)
+from minisrv.supervision.run_dir import home_variables
 
 
 class ChildProcess:
     """A child as its supervisor sees it: the lifeline, the reports, the exit.
 
     ready, failed: the report of that kind, once `read_reports` has returned it.
+    drained: whether there was a report of that kind.
     """
 
     def __init__(self, name: str, module: str, boot: dict[str, Any], fds: dict[str, int]) -> None:
         self.name = name
         self.ready: ChildReady | None = None
         self.failed: ChildFailed | None = None
+        self.drained = False
         self._buffer = b""
         self.status_fd, child_fd = os.pipe()
         os.set_blocking(self.status_fd, False)
@@ -34,7 +44,11 @@ class ChildProcess:
             pass_fds=[child_fd, *fds.values()],
             # Out of the terminal's group: an interrupt reaches only the supervisor.
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={
+                **os.environ,
+                **home_variables(),
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            },
         )
         os.close(child_fd)
         self.pid = self._popen.pid
@@ -67,6 +81,8 @@ class ChildProcess:
                     self.ready = report
                 case ChildFailed():
                     self.failed = report
+                case Drained():
+                    self.drained = True
         return reports
 
     @property

@@ -65,17 +65,18 @@ class Child:
 def run_child(name: str, main: Callable[[Child], None]) -> NoReturn:
     """Run `main` as the child `name`: boot from stdin, and report why if `main` fails.
 
-    SIGINT is ignored: an interrupt from the terminal is the supervisor's to handle. SIGTERM ends
-    the process.
+    SIGINT and SIGTERM are ignored: terminals and service managers send them to every process,
+    and the supervisor ends its children when open requests have ended.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
     lines = open(STDIN_FD, "rb", buffering=0, closefd=False)  # noqa: SIM115
     first = lines.readline()
     if not first:
         os._exit(0)
     child = Child(records.decode_line(first))
-    log.setup(name, child.config.log_level, child.config.log_format)
+    log.setup(name, child.config.log_level, child.config.log_format, own_process=True)
     _die_with_parent(child.boot.parent_pid)
     os.set_inheritable(child.boot.status_fd, False)
     threading.Thread(

@@ -52,10 +52,20 @@ class ChildFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Drained:
+    """Frontend to supervisor: a stop was requested, and no open request has to be waited for."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineReady:
     """Supervisor to frontend: all other processes serve. `facts`: all of theirs, merged."""
 
     facts: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class DrainRequested:
+    """Supervisor to frontend: refuse new requests, and report `Drained` when the others ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +79,8 @@ class EngineEnded:
     stopping: bool
 
 
-Report = StartProgress | ChildReady | ChildFailed
-Notice = StartProgress | EngineReady | EngineEnded
+Report = StartProgress | ChildReady | ChildFailed | Drained
+Notice = StartProgress | EngineReady | DrainRequested | EngineEnded
 _RECORDS = {kind.__name__: kind for kind in (Boot, *get_args(Report), *get_args(Notice))}
 
 

@@ -16,7 +16,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,22 @@ from minisrv.checkpoint.tokenizer import needs_conversion
 from minisrv.config import ServerConfig
 from minisrv.errors import MinisrvError
 from minisrv.supervision.child_handle import ChildProcess
-from minisrv.supervision.records import EngineEnded, EngineReady, Notice, StartProgress
+from minisrv.supervision.records import (
+    DrainRequested,
+    EngineEnded,
+    EngineReady,
+    Notice,
+    StartProgress,
+)
 from minisrv.supervision.run_dir import private_directory
+from minisrv.supervision.standard_streams import open_standard_streams
 
 logger = logging.getLogger("minisrv.supervision.supervisor")
 
 END_GRACE_S = 3.5
+HURRIED_GRACE_S = 0.5
+# A frontend that does not report the end of its drain in time is not waited for any longer.
+DRAIN_MARGIN_S = 0.5
 EPOCH = 1
 MODULES = {
     "frontend": "minisrv.frontend",
@@ -43,25 +53,27 @@ MODULES = {
 
 
 class _StopRequested(Exception):
-    """`stop` was called."""
+    """The children are to be ended."""
 
 
 class Supervisor:
-    """Runs the engine's processes, and with a `listener` the frontend process that serves it.
+    """Runs the engine's processes, and with `listeners` the frontend process that serves it.
 
-    Without `listener` the caller is the frontend: it binds the inbox in `run_dir`, and `on_notice`
-    is called in the thread of `run` with the notices that a frontend process would receive.
+    Without `listeners` the caller is the frontend: it binds the inbox in `run_dir`, and `on_notice`
+    is called in the thread of `run` with the notices that a frontend process would receive. A
+    caller that wants to drain does so before `stop`.
     """
 
     def __init__(
         self,
         config: ServerConfig,
         *,
-        listener: socket.socket | None = None,
+        listeners: Sequence[socket.socket] = (),
         on_notice: Callable[[Notice], None] = lambda notice: None,
     ) -> None:
+        open_standard_streams()
         self._config = config
-        self._listener = listener
+        self._listeners = listeners
         self._on_notice = on_notice
         self._exit_stack = contextlib.ExitStack()
         self.run_dir = self._exit_stack.enter_context(private_directory())
@@ -76,6 +88,7 @@ class Supervisor:
         self._frontend: ChildProcess | None = None
         self._last_progress = StartProgress("", 0.0)
         self._num_stops = 0
+        self._drains = False  # whether the first stop lets the frontend drain
 
     @property
     def wake_fd(self) -> int:
@@ -83,7 +96,11 @@ class Supervisor:
         return self._wake_sender.fileno()
 
     def stop(self) -> None:
-        """Have `run` end all children; a second call kills them. Allowed in every state."""
+        """Have `run` end all children. Allowed in every state.
+
+        Once a frontend process serves, the first call has it drain for up to --drain-timeout; the
+        second ends all children, and gives the frontend HURRIED_GRACE_S for its last words.
+        """
         with contextlib.suppress(OSError):
             self._wake_sender.send(b"s")
 
@@ -95,7 +112,7 @@ class Supervisor:
         """
         try:
             self._start()
-            self._watch_until(lambda: False)
+            self._serve()
         except _StopRequested:
             self._notify(EngineEnded("the server is stopping", stopping=True))
         except Exception as error:
@@ -107,10 +124,11 @@ class Supervisor:
 
     def _start(self) -> None:
         local_model_dir = find_local_model(self._config.model)
-        if self._listener is not None:
-            fds = {"listener": self._listener.fileno()}
+        if self._listeners:
+            fds = {f"listener-{i}": one.fileno() for i, one in enumerate(self._listeners)}
             self._frontend = self._spawn("frontend", fds=fds)
-            self._listener.close()
+            for listener in self._listeners:
+                listener.close()
         # A download has no deadline.
         model_dir = local_model_dir or Path(self._prepare("hub")["model_dir"])
         deadline = time.monotonic() + self._config.start_timeout_s
@@ -130,6 +148,15 @@ class Supervisor:
             self._frontend.notify(notice)
             self._watch_until_ready([self._frontend], deadline)
         self._on_notice(notice)
+
+    def _serve(self) -> None:
+        """Watch the children. Raises _StopRequested when they are to be ended."""
+        self._drains = self._frontend is not None
+        self._watch_until(lambda: self._num_stops > 0)
+        self._notify(DrainRequested())
+        deadline = time.monotonic() + self._config.drain_timeout + DRAIN_MARGIN_S
+        self._watch_until(lambda: False, deadline)
+        raise _StopRequested
 
     def _prepare(self, kind: str, *paths: Path, deadline: float = math.inf) -> dict[str, Any]:
         """Run a child that ends before the engine starts; return its facts."""
@@ -170,31 +197,40 @@ class Supervisor:
         child.kill()
 
     def _watch_until_ready(self, children: list[ChildProcess], deadline: float) -> None:
-        self._watch_until(lambda: all(child.ready for child in children), deadline)
+        """Watch until all `children` are ready. Raises MinisrvError if `deadline` passes first."""
+        if not self._watch_until(lambda: all(child.ready for child in children), deadline):
+            late = ", ".join(child.name for child in self._children if not child.ready)
+            raise MinisrvError(
+                f"the start took more than {self._config.start_timeout_s:g} s, waiting for "
+                f"{late}; raise --start-timeout-s if it needs longer"
+            )
 
-    def _watch_until(self, done: Callable[[], bool], deadline: float = math.inf) -> None:
-        """Read reports until `done`. Raises _StopRequested, and for a death or the deadline.
+    def _watch_until(self, done: Callable[[], bool], deadline: float = math.inf) -> bool:
+        """Read reports until `done`; False if `deadline` passes first.
+
+        Raises _StopRequested, and the error of a child that has died.
 
         A child may report and exit before this process runs again. Its last reports are therefore
         read, and `done` is checked, before its exit counts as a death.
         """
         while True:
-            if self._num_stops:
+            if self._must_stop:
                 raise _StopRequested
             dead = next((child for child in self._children if child.ended), None)
             if dead is not None:
                 self._read_reports(dead)
             if done():
-                return
+                return True
             if dead is not None:
                 raise dead.error()
             if time.monotonic() >= deadline:
-                late = ", ".join(child.name for child in self._children if not child.ready)
-                raise MinisrvError(
-                    f"the start took more than {self._config.start_timeout_s:g} s, waiting for "
-                    f"{late}; raise --start-timeout-s if it needs longer"
-                )
+                return False
             self._poll(deadline)
+
+    @property
+    def _must_stop(self) -> bool:
+        drained = self._frontend is not None and self._frontend.drained
+        return drained or self._num_stops > self._drains
 
     def _poll(self, deadline: float) -> None:
         """Wait for reports, deaths and stops until `deadline` at the latest, and record them."""
@@ -227,14 +263,15 @@ class Supervisor:
                 self._selector.unregister(fd)
 
     def _end_children(self) -> None:
-        """Kill the workers, which have nothing to save; give the frontend END_GRACE_S to end."""
+        """Kill the workers, which have nothing to save; give the frontend time to end."""
         serving = self._frontend if self._frontend and self._frontend.ready else None
         for child in list(self._children):
             if child is not serving:
                 self._retire(child)
         if serving is None:
             return
-        deadline = time.monotonic() + END_GRACE_S
+        hurried = self._num_stops > self._drains
+        deadline = time.monotonic() + (HURRIED_GRACE_S if hurried else END_GRACE_S)
         num_stops = self._num_stops
         while not serving.ended and self._num_stops == num_stops and time.monotonic() < deadline:
             self._poll(deadline)

@@ -1,5 +1,7 @@
 """Access by key: nothing without a key except the health routes, admin routes with the admin key.
 
+While there are no API keys, what is served without one depends on the Host header (`hosts`).
+
 Pure ASGI around the whole application. Whether a path is public is decided on its bytes as the
 client sent them, so later decoding, joining or matching cannot change the decision. The admin
 routes check the level that the key gave (`require_admin`), whatever spelling of a path leads there.
@@ -9,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 from enum import IntEnum
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minisrv.config import ServerConfig
-from minisrv.errors import ConfigError, ForbiddenError, UnauthorizedError
+from minisrv.errors import ConfigError, ForbiddenError, HostNotAllowedError, UnauthorizedError
 from minisrv.frontend.http.errors import ErrorResponse
+from minisrv.frontend.http.hosts import AllowedHosts, is_loopback
 
 PUBLIC_PATHS = frozenset({b"/health", b"/ready"})
 METRICS_PATH = b"/metrics"
@@ -55,23 +57,28 @@ class Keys:
         for key in [*user_keys, *([] if config.admin_key is None else [config.admin_key])]:
             if not key.isascii() or not key.isprintable() or not key or " " in key:
                 raise ConfigError("a key is empty or has other than printable ASCII characters")
-        loopback = host_is_ours and _is_loopback(config.host)
+        loopback = host_is_ours and is_loopback(config.host)
         return cls(user_keys, config.admin_key, loopback=loopback)
 
-    def access(self, headers: Headers) -> Access:
-        """The level that the request's key gives; with two keys in one request, neither counts."""
+    def access(self, headers: Headers) -> tuple[Access, bool]:
+        """The level of a request, and whether a valid key gave it.
+
+        If there are any keys, a request with two different ones has no access.
+        """
         sent = _sent_keys(headers)
         if not sent or not self._levels:
             # Any page in a browser can have it send requests to this machine: no administrator.
-            return self._open if "origin" in headers else self._without_key
+            return self._open if "origin" in headers else self._without_key, False
+        if len(set(sent)) > 1:
+            return Access.NONE, False
         digest = _digest(sent[0])
         found = [level for known, level in self._levels if hmac.compare_digest(known, digest)]
-        return max(found) if found and len(sent) == 1 else self._open
+        return (max(found), True) if found else (self._open, False)
 
     def number(self, headers: Headers) -> int:
         """The place of the request's key among the server's, from 1; 0 without one of them."""
         sent = _sent_keys(headers)
-        if len(sent) != 1:
+        if len(set(sent)) != 1:
             return 0
         digest = _digest(sent[0])
         found = [hmac.compare_digest(known, digest) for known, _ in self._levels]
@@ -79,12 +86,13 @@ class Keys:
 
 
 class AccessMiddleware:
-    """Answers 401 to a request without a valid key before anything else of it is read."""
+    """Answers 401 or 421 to a request that has no access before anything else of it is read."""
 
     def __init__(
         self,
         app: ASGIApp,
         keys: Keys,
+        hosts: AllowedHosts,
         *,
         public_paths: frozenset[bytes],
         numbers_keys: bool = False,
@@ -93,21 +101,32 @@ class AccessMiddleware:
         self._numbers_keys = numbers_keys
         self._app = app
         self._keys = keys
+        self._hosts = hosts
         self._public = public_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            level = scope[_SCOPE_KEY] = self._keys.access(Headers(scope=scope))
+            headers = Headers(scope=scope)
+            level, has_key = self._keys.access(headers)
+            scope[_SCOPE_KEY] = level
             if self._numbers_keys:
-                scope[_NUMBER_KEY] = self._keys.number(Headers(scope=scope))
+                scope[_NUMBER_KEY] = self._keys.number(headers)
             path = scope.get("raw_path")
             is_public = path in self._public and path == scope["path"].encode()
             if level is Access.NONE and not is_public:
                 error = UnauthorizedError(
-                    "this server needs a key: send 'Authorization: Bearer KEY' with a valid one"
+                    "this server needs a key: send 'Authorization: Bearer KEY' with a valid one, "
+                    "and no second key"
                 )
                 response = ErrorResponse(error, {"WWW-Authenticate": "Bearer"})
                 return await response(scope, receive, send)
+            if not has_key and not is_public and not self._hosts.allow(headers):
+                sent = ", ".join(headers.getlist("host"))[:100]
+                refusal = HostNotAllowedError(
+                    f"without a key this server does not answer requests to the host {sent!r}: "
+                    "add it with --allowed-host, or set --api-key"
+                )
+                return await ErrorResponse(refusal)(scope, receive, send)
         elif scope["type"] != "lifespan":  # there is no route for a WebSocket
             return await send({"type": "websocket.close", "code": 1008})
         await self._app(scope, receive, send)
@@ -151,10 +170,3 @@ def _read_key_file(path: str | None) -> list[str]:
     if not keys:
         raise ConfigError(f"--api-key-file {path} has no keys")
     return keys
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 
@@ -44,7 +45,10 @@ class ErrorResponse(Response):
 
 
 class BugMiddleware:
-    """A bug is a 500 if no response has begun. Lies within everything that adds headers."""
+    """A bug is a 500 if no response has begun. Lies within everything that adds headers.
+
+    A request that the server gives up at its end, such as one whose body never came, is a 503.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -54,6 +58,14 @@ class BugMiddleware:
             await self._app(scope, receive, send)
         except ClientDisconnect:
             raise
+        except asyncio.CancelledError:
+            if scope["type"] != "http":
+                raise
+            if context_of(scope).status is not None:
+                id = context_of(scope).request_id
+                return logger.warning("gave up a reply that its client did not read id=%s", id)
+            error = NotReadyError("the server is stopping", code="server_draining")
+            await ErrorResponse(error)(scope, receive, send)
         except Exception:
             if scope["type"] != "http":
                 raise

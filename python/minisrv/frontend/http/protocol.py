@@ -1,4 +1,4 @@
-"""HTTP as uvicorn reads it, with bounds on a request's head and on a client that does not read."""
+"""HTTP as uvicorn reads it, with bounds on heads and on clients that do not read, and a drain."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
+from types import FrameType
 
+import uvicorn
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -81,6 +83,16 @@ class HttpProtocol(HttpToolsProtocol):
         """Close the connection without sending what the client has not read."""
         self.transport.abort()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request that arrived whole waits for its reply, or a reply for its reader."""
+        if self.pipeline or self.transport.get_write_buffer_size():
+            return True
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            return False
+        return cycle.response_started or not cycle.more_body
+
     def data_received(self, data: bytes) -> None:
         """Parse the data; refuse a head that grows too large before it is complete."""
         # Data in which a head begins may also hold the end of another request; it is bounded.
@@ -120,3 +132,29 @@ class HttpProtocol(HttpToolsProtocol):
         )
         self.transport.write((head + body).encode("ascii"))
         self.transport.close()
+
+
+class HttpServer(uvicorn.Server):
+    """A server that listens until it is told to exit; signals are the supervisor's."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Ignore a signal."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every reply to a request that arrived whole has left this process."""
+        return not any(connection.is_busy for connection in self._connections)
+
+    def announce_close(self) -> None:
+        """Have every reply that has not begun close its connection, so that none is reused."""
+        close = (b"connection", b"close")
+        self.config.encoded_headers.append(close)
+        self.server_state.default_headers = [*self.server_state.default_headers, close]
+        for connection in self._connections:
+            last = connection.cycle  # those before it in the pipeline must not close
+            if last is not None and not last.response_started:
+                last.keep_alive = False
+
+    @property
+    def _connections(self) -> list[HttpProtocol]:
+        return [c for c in self.server_state.connections if isinstance(c, HttpProtocol)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -100,6 +100,21 @@ def add_admin_routes(
         return JSONResponse({"aborted": _abort(registry, fields, reply_prefixes)})
 
     app.include_router(router)
+
+
+def add_drain_route(app: FastAPI, start_drain: Callable[[], None]) -> None:
+    """Add /drain, for administrators."""
+
+    @app.post(
+        "/drain",
+        status_code=202,
+        dependencies=[Depends(require_admin)],
+        responses=errors(401, 403),
+    )
+    async def drain() -> Response:
+        """Refuse new requests, let those that are open end, and stop the server."""
+        start_drain()
+        return JSONResponse({"status": "draining"}, 202)
 
 
 def _abort(registry: RequestRegistry, fields: dict[str, Any], reply_prefixes: Sequence[str]) -> int:

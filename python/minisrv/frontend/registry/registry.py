@@ -34,6 +34,7 @@ from minisrv.wire.messages import (
     failure_reply,
 )
 
+STOPPING = "the server is stopping"
 Send = Callable[[int, TokenizeMsg | AbortMsg | Query], None]
 
 
@@ -51,6 +52,13 @@ class Serving:
 
 
 @dataclass(frozen=True, slots=True)
+class Draining:
+    """Open requests may end; further ones are refused."""
+
+    model: ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
 class Dead:
     error: MinisrvError
 
@@ -63,7 +71,7 @@ class RequestRegistry:
     """
 
     def __init__(self, config: ServerConfig) -> None:
-        self.state: Starting | Serving | Dead = Starting("start", 0.0)
+        self.state: Starting | Serving | Draining | Dead = Starting("start", 0.0)
         self.phases: dict[str, float] = {}
         self.stats: StatsMsg | None = None
         self.refused: Counter[str] = Counter()
@@ -98,11 +106,21 @@ class RequestRegistry:
             self.state = Serving(model)
             self.phases["ready"] = time.monotonic()
 
+    def start_drain(self) -> None:
+        """Refuse further requests and queries; those that are open go on."""
+        if isinstance(self.state, Serving):
+            self.state = Draining(self.state.model)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every request has been read to its end, and every query answered."""
+        return not self._requests and not self._queries
+
     @property
     def model(self) -> ModelInfo:
         """The served model. Raises NotReadyError while starting, RequestFailedError when dead."""
         match self.state:
-            case Serving(model):
+            case Serving(model) | Draining(model):
                 return model
             case Starting(phase, fraction):
                 raise NotReadyError(f"the server is starting: {phase}, {fraction:.0%}")
@@ -126,10 +144,10 @@ class RequestRegistry:
 
         drop_reader: called when the reader of deltas leaves more than MAX_UNREAD_BYTES unread; the
         request is aborted. Without it they are kept.
-        Raises OverloadedError when they would exceed a limit, and as `model` does.
+        Raises OverloadedError when they would exceed a limit, and as `_require_serving` does.
         """
         assert n >= 1
-        _ = self.model
+        self._require_serving()
         with self._counting_refusals():
             self._check_queue(n)
         base = self._reserve(n)
@@ -198,6 +216,7 @@ class RequestRegistry:
         is aborted. Raises as `open` and `send`, RequestFailedError for a refused query,
         MinisrvError after a timeout.
         """
+        self._require_serving()
         number = self._reserve(1)
         assert self._send is not None
         send = self._send
@@ -336,6 +355,12 @@ class RequestRegistry:
         self._stop(request)
         request.unread.clear()
         request.drop_reader()
+
+    def _require_serving(self) -> None:
+        """Raises NotReadyError while starting or draining, RequestFailedError when dead."""
+        _ = self.model
+        if isinstance(self.state, Draining):
+            raise NotReadyError(STOPPING, code="server_draining")
 
     def _stop(self, request: OpenRequest) -> bool:
         """Stop what still runs; False if nothing did, or if it was stopped before."""

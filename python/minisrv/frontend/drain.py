@@ -1,0 +1,19 @@
+"""The end of serving: new requests are refused, those that are open may end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from minisrv.frontend.registry.registry import RequestRegistry
+
+_POLL_S = 0.05
+
+
+async def drain(registry: RequestRegistry, is_idle: Callable[[], bool], timeout_s: float) -> None:
+    """Refuse new requests and wait until `is_idle`, for at most `timeout_s`."""
+    registry.start_drain()
+    deadline = time.monotonic() + timeout_s
+    while not is_idle() and time.monotonic() < deadline:
+        await asyncio.sleep(_POLL_S)
