@@ -6,14 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
 from minisrv.commands import batch
+from minisrv.config import ServerConfig
+from minisrv.detokenizer.worker import DetokenizerWorker
+from minisrv.errors import InvalidRequestError
+from minisrv.wire.messages import Failure
 
 FLAGS = ["--temperature", "0", "--max-tokens", "6", "--kv-memory", "64MiB", "--num-threads", "1"]
 
@@ -173,6 +179,83 @@ def kill_after(arguments: list[str], target: Path, lines: int) -> None:
             process.send_signal(signal.SIGKILL)
             process.wait()
         time.sleep(0.002)
+
+
+def test_a_line_that_fails_while_it_runs_is_told_and_the_others_go_on(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_choices(monkeypatch, {1, 4})
+    completion = {"prompt": ["p", "q"], "max_tokens": 3}
+    source = write_lines(
+        tmp_path / "in.jsonl",
+        [
+            {"prompt": "one"},
+            {"prompt": "two"},
+            {"prompt": "three"},
+            {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": completion},
+            {"prompt": "five"},
+        ],
+    )
+    target = tmp_path / "out.jsonl"
+    assert batch.main(command(model_dir, source, target)) == 0
+    answers = {answer.get("index", answer.get("custom_id")): answer for answer in read(target)}
+    assert set(answers) == {0, 1, 2, 4, "c"}
+    assert answers[1]["error"]["code"] == "grammar_too_complex"
+    assert "text" not in answers[1]
+    assert all("text" in answers[index] for index in (0, 2, 4))
+    response = answers["c"]["response"]
+    assert response["status_code"] == 400
+    assert response["body"]["error"]["param"] == "prompt.1"
+
+
+def fail_choices(monkeypatch: pytest.MonkeyPatch, failing: set[int]) -> None:
+    """Have the detokenizer report a failure in place of the end of these uids."""
+    handle = DetokenizerWorker.handle
+
+    def fail(self: DetokenizerWorker, message: Any) -> Any:
+        reply, aborts = handle(self, message)
+        if reply is None:
+            return reply, aborts
+        fails = np.isin(reply.uids, list(failing)) & (reply.finishes > 0)
+        error = InvalidRequestError("no", param="prompt", code="grammar_too_complex")
+        changes: dict[str, Any] = {
+            name: getattr(reply, name)[~fails] for name in ("uids", "output_tokens", "finishes")
+        }
+        for name in ("texts", "stop_reasons"):
+            column = zip(getattr(reply, name), fails, strict=True)
+            changes[name] = tuple(value for value, failed in column if not failed)
+        changes["ends"] = tuple(end for end in reply.ends if end.uid in changes["uids"])
+        failures = [Failure.from_error(int(uid), error) for uid in reply.uids[fails]]
+        return replace(reply, **changes, failures=(*reply.failures, *failures)), aborts
+
+    monkeypatch.setattr(DetokenizerWorker, "handle", fail)
+
+
+def test_every_option_that_is_not_harmless_is_a_setting(model_dir: Path, tmp_path: Path) -> None:
+    other: dict[str, Any] = {"dtype": "float16", "max_seq_len": 99, "tp": 2}
+    other |= {"chat_template_kwargs": '{"a": 1}', "sampling_defaults": "openai"}
+    other |= {"kv_cache_dtype": "fp8", "grammar_cpu_s": 3.0}
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages }}")
+    other["chat_template"] = str(template)
+    digests = {batch.settings_digest(ServerConfig(model=str(model_dir)), {})}
+    for name, value in other.items():
+        config = ServerConfig(model=str(model_dir), **{name: value})
+        digests.add(batch.settings_digest(config, {}))
+    template.write_text("{{ messages }}!")
+    digests.add(batch.settings_digest(config, {}))
+    digests.add(batch.settings_digest(config, {"seed": 1}))
+    assert len(digests) == len(other) + 3
+    assert set(batch.HARMLESS_OPTIONS) <= {field.name for field in fields(ServerConfig)}
+    quiet = ServerConfig(model=str(model_dir), chat_template=str(template), log_level="error")
+    assert batch.settings_digest(quiet, {}) == batch.settings_digest(config, {})
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_line(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b'\xef\xbb\xbf{"prompt": "x"}\r\n')
+    (line,) = batch.read_lines(source)
+    assert (line.fault, line.value) == (None, {"prompt": "x"})
 
 
 def test_other_input_or_settings_are_refused(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minisrv import LLM, SamplingParams
-from minisrv.errors import ConfigError, InvalidRequestError
+from minisrv.errors import ConfigError, InvalidRequestError, MinisrvError
 from minisrv.sampling_params import TokenBias
 from tests.support.oracle import load_reference, make_prompts, reference_tokens
 
@@ -148,6 +148,16 @@ def test_an_interrupt_leaves_it_usable(llm: LLM) -> None:
     assert not llm._loop.busy
     llm._loop.scheduler.check()
     assert len(llm.generate("x", max_tokens=2)) == 1
+
+
+def test_closing_ends_what_runs_in_another_thread(model_dir: Path) -> None:
+    made = LLM(model_dir, **OPTIONS)
+    timer = threading.Timer(0.3, made.close)
+    timer.start()
+    with pytest.raises(MinisrvError, match="closed") as caught:
+        made.generate(["x", "y"] * 200, max_tokens=1000, ignore_eos=True, use_tqdm=False)
+    assert caught.value.code == "server_draining"
+    timer.join()
 
 
 def test_it_can_be_made_again_and_refuses_work_when_closed(model_dir: Path) -> None:

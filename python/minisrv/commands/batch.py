@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,14 @@ from typing import IO, TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from minisrv import log
+from minisrv.checkpoint.hub import find_local_model
 from minisrv.config import ServerConfig, parse_command_line
 from minisrv.errors import ConfigError, InvalidRequestError, MinisrvError
 from minisrv.frontend.apis.openai.chat import ChatRenderer, read_chat
 from minisrv.frontend.apis.openai.completions import CompletionRenderer, read_completion
 from minisrv.frontend.apis.openai.fields import COMPLETION_FIELDS, chat_fields, field_names
 from minisrv.frontend.apis.openai.render import OpenAIRenderer
+from minisrv.frontend.fields.names import NEUTRAL_NAMES, FieldNames
 from minisrv.frontend.fields.schema import describe
 from minisrv.frontend.fields.table import read_fields
 from minisrv.frontend.generation.fingerprint import fingerprint
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
     from minisrv.llm.outputs import RequestOutput
     from minisrv.wire.messages import GenerateMsg
 
+logger = logging.getLogger("minisrv.batch")
+
 Fields = dict[str, Any]
 
 AT_ONCE = 1024
@@ -54,6 +59,20 @@ SAMPLING_FLAGS = {
     "seed": int,
     "n": int,
 }
+# Options that do not change what a batch answers: how much memory and how many processes it takes,
+# who may call a server, what is logged. All others are part of the settings of a batch.
+HARMLESS_OPTIONS = (
+    *("host", "port", "num_threads", "num_pages", "kv_memory", "memory_fraction"),
+    *("radix_cache", "max_running_requests", "max_prefill_tokens", "overlap_depth"),
+    *("cuda_graph_max_bs", "max_open_requests", "num_tokenizers", "api_key", "api_key_file"),
+    *("admin_key", "allowed_host", "public_metrics", "ssl_certfile", "ssl_keyfile"),
+    *("strict_params", "cors_origins", "max_body_bytes", "start_timeout_s", "drain_timeout"),
+    *("log_level", "log_format", "metrics_vllm_names"),
+)
+# Larger files of a model are recognized by their size, beginning and end.
+_WHOLE_FILE_BYTES = 2**24
+_EDGE_BYTES = 2**20
+
 # A batch's answers have no place for these.
 _ONLINE_FIELDS = ("stream", "timings")
 _CHAT_URL, _COMPLETION_URL = "/v1/chat/completions", "/v1/completions"
@@ -149,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=kind, metavar="X", help=f"{name} for lines without one")
     config, options = parse_command_line(parser, argv)
-    log.setup("batch", config.log_level)
+    log.setup("batch", config.log_level, config.log_format)
     given = {name: getattr(options, name) for name in SAMPLING_FLAGS}
     defaults = {name: value for name, value in given.items() if value is not None}
     try:
@@ -172,10 +191,9 @@ def answer_file(config: ServerConfig, source: Path, target: Path, defaults: Fiel
     `defaults` are request fields for lines that do not have them. Raises ConfigError.
     """
     lines = read_lines(source)
-    settings = json.dumps([config.model, config.dtype, config.max_seq_len, defaults])
     purpose = {
         "input": hashlib.sha256(source.read_bytes()).hexdigest(),
-        "settings": hashlib.sha256(settings.encode()).hexdigest(),
+        "settings": settings_digest(config, defaults),
     }
     output = Output(target, purpose)
     try:
@@ -189,10 +207,35 @@ def answer_file(config: ServerConfig, source: Path, target: Path, defaults: Fiel
         output.close()
 
 
+def settings_digest(config: ServerConfig, defaults: Fields) -> str:
+    """A digest of everything that changes answers: options, the model's files, the template."""
+    options = {k: v for k, v in config.to_dict().items() if k not in HARMLESS_OPTIONS}
+    digest = hashlib.sha256(json.dumps([options, defaults], sort_keys=True).encode())
+    if config.chat_template is not None and Path(config.chat_template).is_file():
+        digest.update(Path(config.chat_template).read_bytes())
+    model_dir = find_local_model(config.model)
+    # A hub name is the identity of its model; with @revision, exactly so.
+    for path in sorted(model_dir.iterdir()) if model_dir is not None else ():
+        if path.is_file():
+            digest.update(f"\n{path.name!a} {path.stat().st_size} ".encode())
+            digest.update(_content(path))
+    return digest.hexdigest()
+
+
+def _content(path: Path) -> bytes:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= _WHOLE_FILE_BYTES:
+            return file.read()
+        begin = file.read(_EDGE_BYTES)
+        file.seek(size - _EDGE_BYTES)
+        return begin + file.read()
+
+
 def read_lines(source: Path) -> list[Line]:
     """The lines of the input that are not empty. Raises ConfigError for a repeated custom_id."""
     jsonl = source.suffix in (".jsonl", ".json")
-    texts = source.read_text(encoding="utf-8").split("\n")
+    texts = source.read_text(encoding="utf-8-sig").split("\n")
     full = [(i, text.rstrip("\r")) for i, text in enumerate(texts) if text.strip()]
     lines = [_read_json_line(i, text) if jsonl else Line(i, i, text) for i, text in full]
     keys: set[str | int] = set()
@@ -241,8 +284,8 @@ def _answer_part(
                 llm.prepare(replace(message, split_reasoning=line.openai))
                 for message in job.request.tokenize_messages(0)
             ]
-        except MinisrvError as error:
-            yield line, line.answer(error_body(error), error.http_status)
+        except Exception as error:
+            yield line, _failure(line, error)
             continue
         messages += prepared
         jobs += [job] * len(prepared)
@@ -250,7 +293,19 @@ def _answer_part(
         job = jobs[output.index]
         job.outputs.append(output)
         if len(job.outputs) == job.request.num_prompts:
-            yield job.line, job.answer()
+            try:
+                answer = job.answer()
+            except Exception as error:
+                answer = _failure(job.line, error)
+            yield job.line, answer
+
+
+def _failure(line: Line, error: Exception) -> Fields:
+    """The answer to a line that cannot be answered; a bug is logged, and the batch goes on."""
+    if not isinstance(error, MinisrvError):
+        logger.exception("line %d failed", line.index + 1)
+        error = MinisrvError(f"internal error; see the log under line {line.index + 1}")
+    return line.answer(error_body(error), error.http_status)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,11 +315,21 @@ class _Job:
     line: Line
     request: GenerationRequest
     renderer: OpenAIRenderer
+    names: FieldNames = NEUTRAL_NAMES
     outputs: list[RequestOutput] = field(default_factory=list)
 
     def answer(self) -> Fields:
-        """An OpenAI line gets the server's reply, any other line its texts."""
+        """An OpenAI line gets the server's reply, any other line its texts.
+
+        Raises the first failure, which names its prompt if there are several.
+        """
         outputs = sorted(self.outputs, key=lambda output: output.index)
+        for number, output in enumerate(outputs):
+            if output.error is not None:
+                if self.request.num_prompts > 1 and output.error.param == "prompt":
+                    output.error.rename_field(f"prompt.{number}")
+                self.names.name_field_of(output.error)
+                raise output.error
         choices = [choice for output in outputs for choice in output.outputs]
         events = [
             replace(choice.event, index=index, token_ids=choice.token_ids)
@@ -290,7 +355,7 @@ class _Job:
 
 def _read_line(
     line: Line, model: ModelInfo, defaults: Fields, config: ServerConfig
-) -> tuple[GenerationRequest, OpenAIRenderer]:
+) -> tuple[GenerationRequest, OpenAIRenderer, FieldNames]:
     """The request of a line, checked as over HTTP, except that unknown fields are refused."""
     chat, body = _body(line)
     table = COMPLETION_FIELDS
@@ -303,14 +368,15 @@ def _read_line(
         if fields.get(name):
             raise InvalidRequestError(f"{name} is not supported in a batch", param=name)
     about = line.request_id, fingerprint(config)
+    names = field_names(fields)
     try:
         if chat:
             request = read_chat(fields, model)
-            return request, ChatRenderer(*about, request, config.reasoning_fields)
+            return request, ChatRenderer(*about, request, config.reasoning_fields), names
         completion = read_completion(fields, model)
-        return completion, CompletionRenderer(*about, completion)
+        return completion, CompletionRenderer(*about, completion), names
     except MinisrvError as error:
-        field_names(fields).name_field_of(error)
+        names.name_field_of(error)
         raise
 
 

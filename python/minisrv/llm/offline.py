@@ -25,7 +25,7 @@ from minisrv.checkpoint.tokenizer import load_tokenizer, needs_conversion
 from minisrv.config import ServerConfig
 from minisrv.detokenizer.worker import DetokenizerWorker
 from minisrv.errors import ConfigError, InvalidRequestError, MinisrvError
-from minisrv.llm.outputs import RequestOutput, Run, error_of
+from minisrv.llm.outputs import RequestOutput, Run, error_of, raise_failures
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.facts import model_facts
@@ -92,6 +92,7 @@ class LLM:
         )
         self._next_uid = 0
         self._closed = False
+        self._turning = threading.Lock()  # closing waits for the end of a turn
 
     @property
     def max_seq_len(self) -> int:
@@ -117,14 +118,16 @@ class LLM:
 
         Fields such as `max_tokens=50` replace those of `sampling_params`; max_tokens None is the
         rest of the context. Raises InvalidRequestError, before anything runs, for a prompt or a
-        parameter that cannot be served, and for n > 1.
+        parameter that cannot be served, and for n > 1. If a prompt fails while it runs, the others
+        go on; at the end its error is raised, for several prompts as a PromptsFailedError that has
+        the outputs of all.
         """
         requests = _requests(prompts, sampling_params, sampling_fields)
         if any(request.sampling.n > 1 for request in requests):
             raise InvalidRequestError(
                 "generate returns one text per prompt; for n > 1 use generate_outputs", param="n"
             )
-        return [output.outputs[0].text for output in self._run(requests, use_tqdm)]
+        return self._texts(requests, use_tqdm)
 
     def generate_outputs(
         self,
@@ -134,7 +137,10 @@ class LLM:
         use_tqdm: bool = True,
         **sampling_fields: Any,
     ) -> list[RequestOutput]:
-        """As `generate`, with token ids, finish reasons, usage and all n choices."""
+        """As `generate`, with token ids, finish reasons, usage and all n choices.
+
+        The output of a prompt that failed while it ran has an `error`; nothing is raised for it.
+        """
         return self._run(_requests(prompts, sampling_params, sampling_fields), use_tqdm)
 
     def chat(
@@ -146,7 +152,10 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
         **sampling_fields: Any,
     ) -> list[str]:
-        """The reply to each conversation; a single one counts as a list of one."""
+        """The reply to each conversation; a single one counts as a list of one.
+
+        Raises as `generate`.
+        """
         single = bool(messages) and isinstance(messages[0], dict)
         chats = cast("list[Chat]", [messages] if single else list(messages))
         params = _params_for(len(chats), sampling_params, sampling_fields)
@@ -155,7 +164,7 @@ class LLM:
             TokenizeMsg(uid=0, messages=tuple(chat), template_kwargs=kwargs, sampling=p)
             for chat, p in zip(chats, params, strict=True)
         ]
-        return [output.outputs[0].text for output in self._run(requests, use_tqdm)]
+        return self._texts(requests, use_tqdm)
 
     def prepare(self, request: TokenizeMsg) -> GenerateMsg:
         """Encode and check a request, and give it its uid.
@@ -175,27 +184,34 @@ class LLM:
         return made
 
     def stream_outputs(self, messages: Sequence[GenerateMsg]) -> Iterator[RequestOutput]:
-        """Serve prepared requests together; yields each when all its choices have ended.
+        """Serve prepared requests together; yields each when all its choices have ended or failed.
 
-        Closing the iterator early aborts the others.
+        Closing the iterator early aborts the others. Raises MinisrvError after `close`.
         """
         if self._closed:
             raise RuntimeError("this LLM is closed")
         run = Run(messages)
         self._channel.inbox.extend(messages)
         try:
-            while run.choices or self._loop.busy:
-                with _delay_interrupt():
+            while True:
+                with _delay_interrupt(), self._turning:
+                    if not run.choices and (self._closed or not self._loop.busy):
+                        return
+                    self._check_open()
                     self._loop.turn()
                     ended = list(self._collect(run))
                 yield from ended
         finally:
-            with _delay_interrupt():
+            with _delay_interrupt(), self._turning:
                 self._drop(run)
 
     def close(self) -> None:
-        """Free the model and its cache; the object cannot be used afterwards."""
+        """End what runs, and free the model and its cache; the object cannot be used afterwards."""
         self._closed = True
+        with self._turning:
+            self._free()
+
+    def _free(self) -> None:
         if loop := self.__dict__.pop("_loop", None):
             loop.close()
             loop.engine.close()
@@ -205,6 +221,15 @@ class LLM:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise MinisrvError("this LLM was closed", code="server_draining")
+
+    def _texts(self, requests: Sequence[TokenizeMsg], use_tqdm: bool) -> list[str]:
+        outputs = self._run(requests, use_tqdm)
+        raise_failures(outputs)
+        return [output.outputs[0].text for output in outputs]
 
     def _run(self, requests: Sequence[TokenizeMsg], use_tqdm: bool) -> list[RequestOutput]:
         messages = []

@@ -45,6 +45,7 @@ class RequestOutput:
     """The results for prompt number `index`. prompt: None for messages and token ids.
 
     prompt_logprobs: those of all tokens of the prompt except the first, which has none.
+    error: why the prompt failed, if it did; its outputs are then incomplete.
     """
 
     index: int
@@ -53,6 +54,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    error: MinisrvError | None = None
 
     @property
     def usage(self) -> TokenCounts:
@@ -61,6 +63,37 @@ class RequestOutput:
             completion_tokens=sum(len(output.token_ids) for output in self.outputs),
             cached_tokens=self.cached_tokens,
         )
+
+
+class PromptsFailedError(MinisrvError):
+    """Some of several prompts failed; has the fields of the first failure.
+
+    outputs: those of all prompts; each that failed has an `error`.
+    """
+
+    def __init__(self, outputs: list[RequestOutput]) -> None:
+        failed = [output for output in outputs if output.error is not None]
+        first = failed[0].error
+        assert first is not None
+        super().__init__(
+            f"{len(failed)} of {len(outputs)} prompts failed; "
+            f"prompt {failed[0].index}: {first.message}",
+            param=first.param,
+            code=first.code,
+            status=first.http_status,
+            error_type=first.error_type,
+        )
+        self.outputs = outputs
+
+
+def raise_failures(outputs: list[RequestOutput]) -> None:
+    """Raise the error of a single prompt, or PromptsFailedError if some of several failed."""
+    failed = [output for output in outputs if output.error is not None]
+    if failed and len(outputs) > 1:
+        raise PromptsFailedError(outputs)
+    for output in failed:
+        assert output.error is not None
+        raise output.error
 
 
 class Run:
@@ -96,18 +129,16 @@ class Run:
                 self.choices[uid][1].token_ids.append(token_id)
 
     def add_texts(self, reply: UserReply) -> Iterator[RequestOutput]:
-        """Add a reply of the detokenizer; yields the requests that have ended.
-
-        Raises InvalidRequestError or MinisrvError for a choice that failed.
-        """
+        """Add a reply of the detokenizer; yields the requests that have ended or failed."""
         for event in gather_reply(reply, self._event_of, time.monotonic()):
-            if event.failure is not None:
-                raise error_of(event.failure)
             output, choice = self.choices.pop(event.uid)
+            if event.failure is not None:
+                output.error = output.error or error_of(event.failure)
             choice.text, choice.reasoning = event.text, event.reasoning_text
             del choice.token_ids[event.output_tokens :]
             del choice.logprobs[event.output_tokens :]
-            choice.finish_reason, choice.stop_reason = event.finish.reason, event.stop_reason
+            if event.failure is None:
+                choice.finish_reason, choice.stop_reason = event.finish.reason, event.stop_reason
             self._missing[output.index] -= 1
             if not self._missing[output.index]:
                 yield output
