@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -10,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 _FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC"
@@ -28,11 +30,12 @@ def load_library(source: Path) -> ctypes.CDLL | None:
     if compiler is None:
         logger.warning("no C++ compiler found; using the plain torch operators, which are slower")
         return None
-    library = _cache_folder() / f"{source.stem}-{_fingerprint(source, compiler)}.so"
     try:
-        if not library.exists():
-            _compile(compiler, source, library)
-        return ctypes.CDLL(str(library))
+        with _cache_folder() as folder:
+            library = folder / f"{source.stem}-{_fingerprint(source, compiler)}.so"
+            if not library.exists():
+                _compile(compiler, source, library)
+            return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         logger.warning(
@@ -49,17 +52,25 @@ def _find_compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def _cache_folder() -> Path:
-    """In the user's cache; a temporary folder if that is not writable."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "minisrv"
+@contextlib.contextmanager
+def _cache_folder() -> Iterator[Path]:
+    """In the user's cache; if that is not writable, a temporary folder, removed at the end."""
+    folder = _user_cache()
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="minisrv-") as temporary:
+        yield Path(temporary)
+
+
+def _user_cache() -> Path | None:
     try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = base / "minisrv"
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="minisrv-"))
+    except (OSError, RuntimeError):  # the user has no home directory
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def _fingerprint(source: Path, compiler: str) -> str:
