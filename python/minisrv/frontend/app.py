@@ -97,6 +97,18 @@ def create_app(
     add_admin_routes(app, config, VERSION, bodies, registry, REPLY_PREFIXES)
     add_drain_route(app, start_drain or registry.start_drain)
 
+    _add_middlewares(app, config, keys, hosts, public_paths, metrics)
+    return app
+
+
+def _add_middlewares(
+    app: FastAPI,
+    config: ServerConfig,
+    keys: Keys,
+    hosts: AllowedHosts,
+    public_paths: frozenset[bytes],
+    metrics: ServerMetrics,
+) -> None:
     # The last one added is the outermost.
     app.add_middleware(
         AccessMiddleware,
@@ -114,7 +126,6 @@ def create_app(
         error_formats=ERROR_FORMATS,
         count_response=metrics.count_response,
     )
-    return app
 
 
 def _add_state_routes(app: FastAPI, registry: RequestRegistry, metrics: ServerMetrics) -> None:
