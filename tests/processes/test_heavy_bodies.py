@@ -20,7 +20,7 @@ MAX_PROBE_S = 0.05
 MAX_RUNS = 4
 SPIN_S = 0.02
 QUICK = (
-    *("one-id prompts", "4,000 text prompts", "4,000 id prompts", "token ids", "200,000 token ids"),
+    *("one-id prompts", "4,000 text prompts", "token ids", "200,000 token ids"),
     *("tokens to spell", "text of commas", "text of escapes", "text of emoji", "messages"),
     *("messages up to the limit", "messages of 800 bytes", "system messages", "turns of 800 bytes"),
     *("texts after a call", "content parts up to the limit", "arguments of many numbers", "tools"),

@@ -118,7 +118,10 @@ class _GenerationResponse(Response):
         events = await self._registry.all_events(base)
         self._count(events)
         self._raise_failure(events)
-        body = json_bytes(whole_reply(self._request, self._renderer, events, self._shown_timings()))
+        reply = whole_reply(self._request, self._renderer, events, self._shown_timings())
+        if len(events) > PROMPTS_AT_ONCE:  # others run before thousands of choices are written
+            await asyncio.sleep(0)
+        body = json_bytes(reply)
         self.headers["content-length"] = str(len(body))
         await self._start(send, ended=True)
         await _send_body(send, body)
