@@ -82,6 +82,7 @@ class FakeGPU:
     """What was launched and copied, and the rules for it.
 
     launches: names in the order of the stream. copies: how many there were of each kind.
+    num_torch_calls: operations that torch was asked for, views and host memory included.
     next_token: what samplers "draw", the content of int32 vectors that come from the device.
     """
 
@@ -90,7 +91,7 @@ class FakeGPU:
         self.device_index = 0
         self.launches: list[str] = []
         self.copies: Counter[str] = Counter()
-        self.num_replays = 0
+        self.num_replays = self.num_torch_calls = 0
         self.next_token = 0
         self.serving = False  # before that, a wait does no harm
         self._recording: Graph | None = None
@@ -219,6 +220,7 @@ class _Dispatch(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
+        self._gpu.num_torch_calls += 1
         if kwargs.pop("pin_memory", None):
             return self._gpu.pin(func(*args, **kwargs))
         if func in (aten.pin_memory.default, aten._pin_memory.default):
@@ -230,8 +232,11 @@ class _Dispatch(TorchDispatchMode):
         if not fakes and not any(map(_is_cuda, [kwargs.get("device"), *args])):
             return func(*args, **kwargs)
         if _is_composite(func):
+            num_calls = self._gpu.num_torch_calls
             with self:
-                return func.decompose(*args, **kwargs)
+                result = func.decompose(*args, **kwargs)
+            self._gpu.num_torch_calls = num_calls  # its parts are not asked for by the engine
+            return result
         if func is aten.copy_.default and len(fakes) < 2:
             return self._copy(args[0], args[1], bool(_argument(args, kwargs, 2, "non_blocking")))
         if func is aten._to_copy.default:

@@ -1,4 +1,4 @@
-"""How many launches a decode step takes: the figures in launches.json, exactly.
+"""How many launches a step takes, and calls of torch: the figures in launches.json, exactly.
 
 A launch is an operation of torch, a Triton kernel or a kernel of FlashInfer. Layers are alike, so
 two and three of them give the figures of the whole model. To write the file anew:
@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 
 from minisrv.engine import rank_engine
-from tests.gpu_dry_run.dry_run import decode_batch, dry_run
+from tests.gpu_dry_run.dry_run import decode_batch, dry_run, step_batch
 from tests.gpu_dry_run.models import MODELS, Model
 
 BATCHES = (1, 64, 256)
@@ -24,18 +24,26 @@ Figures = dict[str, dict[str, int]]
 
 
 def measure(model: Model, folder: Path, num_layers: int | None) -> Figures:
-    """Launches of a decode step: plain, and with every filter and penalty, by batch size."""
+    """Launches of a decode step, plain and with every filter and penalty, by batch size; and of an
+    eager step with prompts, with the calls of torch that it takes.
+    """
     with (
         mock.patch.object(rank_engine, "graph_sizes", return_value=list(BATCHES)),
         dry_run(model, folder, num_layers=num_layers) as run,
     ):
-        return {
+        figures = {
             kind: {
                 str(size): run.launches(decode_batch(size, adjusted=adjusted)).total()
                 for size in BATCHES
             }
             for kind, adjusted in (("plain", False), ("filters and penalties", True))
         }
+        gpu, batch = run.machine.gpu, step_batch(num_decodes=20, chunks=[300, 7])
+        run.launches(batch)  # the first one fills caches of FlashInfer
+        before = gpu.num_torch_calls
+        launches = run.launches(batch).total()
+        calls = gpu.num_torch_calls - before
+        return {**figures, "eager, with prompts": {"launches": launches, "calls of torch": calls}}
 
 
 def extrapolate(model: Model, folder: Path) -> Figures:
@@ -51,11 +59,11 @@ def extrapolate(model: Model, folder: Path) -> Figures:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_decode_step_takes_as_many_launches_as_agreed(name: str, tmp_path: Path) -> None:
+def test_a_step_takes_as_many_launches_as_agreed(name: str, tmp_path: Path) -> None:
     golden: dict[str, Figures] = json.loads(GOLDEN.read_text())
     found = extrapolate(MODELS[name], tmp_path)
     more = [
-        f"{kind}, batch {size}: {count} launches, not {golden[name][kind][size]}"
+        f"{kind}, {size}: {count}, not {golden[name][kind][size]}"
         for kind, counts in found.items()
         for size, count in counts.items()
         if count > golden[name][kind][size]
