@@ -85,8 +85,8 @@ FAULTS = [
         Bug(
             "two launches more per layer",
             "engine/layers/norm.py",
-            "return self._kernels.add_rms_norm_(x_TC, delta, self._weight, self._eps)",
-            "return self._kernels.add_rms_norm_(x_TC, delta, self._weight, self._eps).clone()",
+            "self._kernels.add_rms_norm_(x_TC, delta, self.weight.w_C, self.weight.eps)",
+            "self._kernels.add_rms_norm_(x_TC, delta, self.weight.w_C, self.weight.eps).clone()",
         ),
         dry_run("test_launches"),
     ),
@@ -125,6 +125,15 @@ FAULTS = [
             "words, arrays = self._ring[0], self._arrays[0]",
         ),
         dry_run("test_serving"),
+    ),
+    (
+        Bug(
+            "a kernel does not wait for the one before it",
+            "engine/kernels/triton_rotate.py",
+            "    begin(PDL)\n",
+            "    pass\n",
+        ),
+        dry_run("test_kernels"),
     ),
 ]
 

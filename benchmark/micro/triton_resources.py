@@ -36,6 +36,7 @@ from minisrv.engine.kernels import (
     triton_rotate,
     triton_route,
     triton_sample,
+    triton_small_batch,
 )
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -139,6 +140,7 @@ def all_launches() -> Iterator[Launch]:
     yield from sampling_launches()
     yield from expert_launches()
     yield from fp8_launches()
+    yield from small_batch_launches()
 
 
 def step_launches() -> Iterator[Launch]:
@@ -325,6 +327,75 @@ def fp8_launches(kind: str = "*bf16") -> Iterator[Launch]:
             4,
             (tokens + outputs) * 128,
         )
+
+
+def small_batch_launches(kind: str = "*bf16") -> Iterator[Launch]:
+    """The joined kernels of two models with norms of heads, and of one with biases."""
+    for model, hidden, features, heads, biased in (
+        ("Qwen3-0.6B", 1024, 3072, (16, 8), False),
+        ("Qwen3-14B", 5120, 17408, (40, 8), False),
+        ("Qwen2.5-1.5B", 1536, 8960, (12, 2), True),
+    ):
+        yield _project_heads(model, hidden, heads, biased, kind)
+        yield from _feed_forward(model, hidden, features, biased, kind)
+
+
+def _project_heads(
+    model: str, hidden: int, heads: tuple[int, int], biased: bool, kind: str
+) -> Launch:
+    """With biases, the cache is in FP8."""
+    rows, half, itemsize = triton_small_batch.MOST_TOKENS, 64, DTYPES[kind].itemsize
+    inner = triton_small_batch._HEAD_BYTES // (half * itemsize)
+    optional = ("bias",) if biased else ("q_weight", "k_weight")
+    pointers = dict.fromkeys(("x", "norm", "weights", "cos", "sin", "qkv", *optional), kind)
+    cache = dict.fromkeys(("keys", "values"), "*fp8e4nv" if biased else kind)
+    numbers = {"eps": 1e-6, "head_eps": 1e-6, "num_tokens": rows}
+    constants = {"NUM_HEADS": heads[0], "NUM_KV_HEADS": heads[1], "HALF": half, "INPUTS": hidden}
+    constants |= {"INNER": inner, "LIMIT": 448.0 if biased else None}
+    return Launch(
+        f"project_heads, {model}",
+        triton_small_batch._project_heads,
+        {**pointers, **cache, "slots": "*i64", **numbers},
+        {**constants, "PRECISION": "ieee" if kind == "*fp32" else "tf32"},
+        MEMORY,
+        triton_small_batch._WARPS,
+        triton_small_batch._HEAD_STAGES,
+        (rows + 2 * half) * inner * itemsize,
+    )
+
+
+def _feed_forward(
+    model: str, hidden: int, features: int, biased: bool, kind: str
+) -> Iterator[Launch]:
+    rows, itemsize = triton_small_batch.MOST_TOKENS, DTYPES[kind].itemsize
+    precision = {"PRECISION": "ieee" if kind == "*fp32" else "tf32"}
+    optional = ("bias",) if biased else ()
+    columns = triton_small_batch._FEATURES
+    inner = triton_small_batch._FEATURE_BYTES // itemsize
+    pointers = dict.fromkeys(("x", "norm", "weights", "out", *optional), kind)
+    yield Launch(
+        f"gate_and_up, {model}",
+        triton_small_batch._gate_and_up,
+        {**pointers, "eps": 1e-6, "num_tokens": rows},
+        {"INPUTS": hidden, "FEATURES": features, "COLUMNS": columns, "INNER": inner, **precision},
+        MEMORY,
+        triton_small_batch._WARPS,
+        triton_small_batch._FEATURE_STAGES,
+        (rows + 2 * columns) * inner * itemsize,
+    )
+    columns = triton_small_batch._OUTPUTS
+    inner = triton_small_batch._OUTPUT_BYTES // itemsize
+    pointers = dict.fromkeys(("x", "weights", "sums", *optional), kind)
+    yield Launch(
+        f"add_product, {model}",
+        triton_small_batch._add_product,
+        {**pointers, "num_tokens": rows},
+        {"INPUTS": features, "OUTPUTS": hidden, "COLUMNS": columns, "INNER": inner, **precision},
+        MEMORY,
+        triton_small_batch._WARPS,
+        triton_small_batch._OUTPUT_STAGES,
+        (rows + columns) * inner * itemsize,
+    )
 
 
 def main() -> None:

@@ -120,6 +120,16 @@ class ServerConfig:
     cuda_graph_max_bs: int = option(
         256, "largest decode batch to capture as a CUDA graph; 0 disables CUDA graphs", at_least=0
     )
+    joined_kernels: bool = option(
+        False,
+        "on a GPU, compute steps of up to 16 tokens in kernels that join each product with what is "
+        "before and after it; not yet run on a GPU",
+    )
+    programmatic_launch: bool = option(
+        False,
+        "launch Triton's kernels while the kernel before still runs; requires compute capability "
+        "9.0; not yet run on a GPU",
+    )
     grammar_cpu_s: float = option(
         10.0, "CPU seconds that a grammar or JSON schema may take to compile", at_least=0.1
     )

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -209,12 +210,12 @@ print("compiled")
 _COMPILE_OTHERS = """
 from itertools import chain
 from benchmark.micro.triton_resources import (
-    compile_ahead, expert_launches, rotate_launches, sampling_launches
+    compile_ahead, expert_launches, rotate_launches, sampling_launches, small_batch_launches
 )
 
 for launch in chain(
     sampling_launches("*bf16"), sampling_launches("*fp16"), expert_launches("*fp16"),
-    expert_launches("*fp32"), rotate_launches("*fp16"),
+    expert_launches("*fp32"), rotate_launches("*fp16"), small_batch_launches("*fp32"),
 ):
     built = compile_ahead(launch)
     assert built.asm["cubin"]
@@ -256,7 +257,10 @@ def test_the_interpreted_masks_are_those_of_torch() -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["launches.py", "moe.py", "sample.py", "sample_listed.py"])
+@pytest.mark.parametrize(
+    "name",
+    ["launches.py", "moe.py", "sample.py", "sample_listed.py", "small_batch.py"],
+)
 def test_the_interpreted_kernels_pass_their_own_tests(name: str) -> None:
     path = Path(__file__).parent / "run_in_triton_interpreter" / name
     code = f"import pytest; raise SystemExit(pytest.main([{str(path)!r}]))"
@@ -290,6 +294,28 @@ def loads(kernel: ast.FunctionDef) -> list[ast.Call]:
     return [call for call in calls(kernel) if ast.unparse(call.func) == "tl.load"]
 
 
+@cache
+def launches() -> dict[str, list[ast.Call]]:
+    """By kernel."""
+    found: dict[str, list[ast.Call]] = {}
+    for path in KERNELS.glob("triton_*.py"):
+        for call in calls(ast.parse(path.read_text())):
+            if isinstance(call.func, ast.Subscript):
+                found.setdefault(ast.unparse(call.func.value), []).append(call)
+    return found
+
+
+def test_every_kernel_waits_before_anything_else() -> None:
+    """With --programmatic-launch it is launched while the kernel before it still runs."""
+    found = [kernel for kernel in kernels() if kernel.name in launches()]
+    assert len(found) > 15
+    for kernel in found:
+        start = 0 if ast.get_docstring(kernel) is None else 1
+        assert ast.unparse(kernel.body[start]) == "begin(PDL)", kernel.name
+        for launch in launches()[kernel.name]:
+            assert "**dependent()" in ast.unparse(launch), kernel.name
+
+
 def test_what_a_masked_load_leaves_out_is_defined() -> None:
     """The interpreter reads zeros there, a GPU anything."""
     masked = [
@@ -305,15 +331,9 @@ def test_what_a_masked_load_leaves_out_is_defined() -> None:
 def test_no_variant_is_compiled_for_some_numbers_of_tokens() -> None:
     """Triton would compile one for 1 and one for multiples of 16, at any step while serving."""
     constant = {"num_outputs", "num_words"}
-    launched = {
-        ast.unparse(call.func.value).split(".")[-1]
-        for path in KERNELS.glob("*.py")
-        for call in calls(ast.parse(path.read_text()))
-        if isinstance(call.func, ast.Subscript)
-    }
     counts, free = set(), set()
     for kernel in kernels():
-        if kernel.name not in launched:
+        if kernel.name not in launches():
             continue
         # What is loaded is on the device, where Triton cannot see its value.
         loaded = {ast.unparse(load.args[0]) for load in loads(kernel)}
@@ -329,6 +349,8 @@ def test_no_variant_is_compiled_for_some_numbers_of_tokens() -> None:
         }
         assert given <= arguments  # Triton ignores others
         free |= {(kernel.name, name) for name in given}
-    found = {("_place", "num_pairs"), ("_place", "num_tiles"), ("_grouped_product", "num_tokens")}
+    joined = ("_project_heads", "_gate_and_up", "_add_product", "_grouped_product")
+    found = {("_place", "num_pairs"), ("_place", "num_tiles")}
+    found |= {(kernel, "num_tokens") for kernel in joined}
     assert counts == found
     assert free == found | {("_penalize", "factor_stride")}

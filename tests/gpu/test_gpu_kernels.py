@@ -18,7 +18,7 @@ def kernels() -> Kernels:
     from minisrv.engine.kernels.cuda import CudaKernels
 
     torch.manual_seed(0)
-    return CudaKernels()
+    return CudaKernels(joined=False)
 
 
 def half(*shape: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""The shapes that the dry run covers, as checkpoints that consist of a config.json."""
+"""The shapes that the dry run covers, as checkpoints that consist of a config.json.
+
+Models named "switches" run with the options that are off by default.
+"""
 
 from __future__ import annotations
 
@@ -71,6 +74,7 @@ _30B_A3B = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
+_SWITCHES = {"joined_kernels": True, "programmatic_launch": True}
 MODELS = {
     model.name: model
     for model in (
@@ -82,5 +86,9 @@ MODELS = {
         Model("Qwen3-8B-FP8-blocks", {**_8B, "quantization_config": _FP8_BLOCKS}),
         Model("Qwen3-8B-FP8-rows", {**_8B, "quantization_config": _FP8_ROWS}),
         Model("Qwen3-0.6B-FP8-cache", {}, {"kv_cache_dtype": "fp8"}),
+        Model("Qwen3-0.6B-switches", {}, _SWITCHES),
+        Model("Qwen3-14B-switches", _dense(5120, 17408, 40, 40), _SWITCHES),
+        Model("Qwen3-30B-A3B-switches", _30B_A3B, _SWITCHES),
+        Model("Qwen3-0.6B-FP8-cache-switches", {}, {"kv_cache_dtype": "fp8", **_SWITCHES}),
     )
 }

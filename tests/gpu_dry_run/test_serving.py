@@ -25,7 +25,7 @@ VOCAB_SIZE = 151936
 
 
 # They differ from others only in their sizes.
-SOAK = {"Qwen3-8B", "Qwen3-14B"}
+SOAK = {"Qwen3-8B", "Qwen3-14B", "Qwen3-14B-switches", "Qwen3-30B-A3B-switches"}
 
 
 def names() -> list[Any]:

@@ -93,7 +93,8 @@ def _cuda_backends(
     config: ServerConfig, pool: KVPool, num_heads: int
 ) -> tuple[Kernels, AttentionBackend | FlashInferAttention]:
     """FlashInfer's, or torch's if FlashInfer lacks the dtype or head size, with one warning."""
-    kernels, no_kernels = _cuda_kernels(pool) if config.kernels == "auto" else (None, None)
+    _set_programmatic_launch(config)
+    kernels, no_kernels = _cuda_kernels(config, pool) if config.kernels == "auto" else (None, None)
     attention, no_attention = None, None
     if config.attention_backend != "torch_native":
         attention, no_attention = _cuda_attention(config, pool, num_heads)
@@ -106,7 +107,18 @@ def _cuda_backends(
     return kernels or TorchKernels(), attention or TorchNativeAttention(pool)
 
 
-def _cuda_kernels(pool: KVPool) -> tuple[Kernels | None, str | None]:
+def _set_programmatic_launch(config: ServerConfig) -> None:
+    """For all models of the process; raises ConfigError if the GPU does not support it."""
+    if find_spec("triton") is None:
+        return
+    from minisrv.engine.kernels.triton_dependency import set_programmatic_launch
+
+    if config.programmatic_launch and torch.cuda.get_device_capability() < (9, 0):
+        raise ConfigError("--programmatic-launch requires a GPU of compute capability 9.0")
+    set_programmatic_launch(config.programmatic_launch)
+
+
+def _cuda_kernels(config: ServerConfig, pool: KVPool) -> tuple[Kernels | None, str | None]:
     """The operators, or the reason why they cannot be used."""
     if pool.dtype not in FLASHINFER_DTYPES:
         return None, _no_dtype(pool)
@@ -115,7 +127,7 @@ def _cuda_kernels(pool: KVPool) -> tuple[Kernels | None, str | None]:
     try:
         from minisrv.engine.kernels.cuda import CudaKernels
 
-        return CudaKernels(), None
+        return CudaKernels(joined=config.joined_kernels), None
     except ImportError as error:
         return None, str(error)
 

@@ -255,7 +255,7 @@ def test_the_sampler_leaves_it_to_the_kernels_of_cuda() -> None:
 
     logits, positions = random_logits(6), np.arange(6)
     columns = sampling_columns(6, temperature=[0, 1, 1, 0, 1, 1], top_k=4, suppress=[(1, 3)])
-    theirs = sampler.sample(logits.clone(), columns, positions, CudaKernels())
+    theirs = sampler.sample(logits.clone(), columns, positions, CudaKernels(joined=False))
     assert theirs.tolist() == draw(logits, columns, positions).tolist()
     drawn_on_cpu = sampler.sample(logits.repeat(1, 1), columns, positions, TorchKernels())
     assert theirs[[0, 3]].tolist() == drawn_on_cpu[[0, 3]].tolist()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minisrv.engine.forward_batch import SamplingColumns
@@ -24,6 +25,14 @@ class QKNormWeights:
 
     q_D: Tensor
     k_D: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class NormWeight:
+    """Of the norm before a layer."""
+
+    w_C: Tensor
     eps: float
 
 
@@ -70,13 +79,53 @@ Float32Product = Callable[[Tensor, Tensor | None], Tensor]
 MakeProduct = Callable[[Tensor, Tensor | None, torch.dtype], Product | None]
 
 
+@dataclass(frozen=True, slots=True)
+class PlainProduct:
+    """A Product of torch."""
+
+    weight_OI: Tensor
+    bias_O: Tensor | None
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        return F.linear(x_TI, self.weight_OI, self.bias_O)
+
+
+class SmallBatchKernels(Protocol):
+    """Products of a layer for few tokens, each joined with the work before and after it."""
+
+    most_tokens: int
+
+    def suits(self, product: PlainProduct) -> bool:
+        """Whether these kernels can compute this product."""
+
+    def project_heads(
+        self,
+        x_TC: Tensor,
+        norm: NormWeight,
+        projection: PlainProduct,
+        num_heads: int,
+        qk_norm: QKNormWeights | None,
+        rope_rows: RopeRows,
+        cache: CacheSlots,
+    ) -> Tensor:
+        """A new qkv_TAD: the projections of the normed `x_TC`, then `norm_rotate_store_`."""
+
+    def gate_and_up(self, x_TC: Tensor, norm: NormWeight, projection: PlainProduct) -> Tensor:
+        """A new [T, F]: the projections of the normed `x_TC`, then `silu_and_mul`."""
+
+    def add_product_(self, x_TI: Tensor, projection: PlainProduct, sums_TO: Tensor) -> None:
+        """Add the product to `sums_TO` in place."""
+
+
 class Kernels(Protocol):
     """Implemented once per device; `torch_native` is the reference for the others."""
 
-    # Optional: if None, sampler.py, the MoE layer or the linear layers use torch.
+    # Optional: if None, sampler.py, the MoE layer or the linear layers use torch, and layers run
+    # small batches as others.
     sample: SampleRows | None
     run_experts: RunExperts | None
     make_product: MakeProduct | None
+    small_batch: SmallBatchKernels | None
 
     def add_rms_norm_(self, x_TC: Tensor, delta: Tensor | None, w_C: Tensor, eps: float) -> Tensor:
         """Add `delta` to `x_TC` in place; return `x_TC` normalised and scaled by `w_C`.

@@ -25,6 +25,7 @@ from minisrv.engine.kernels.base import (
     RopeRows,
     RunExperts,
     SampleRows,
+    SmallBatchKernels,
 )
 from minisrv.engine.kernels.compiler import load_library
 from minisrv.engine.kernels.torch_native import route
@@ -74,6 +75,7 @@ class CpuKernels:
 
     sample: SampleRows | None = None
     run_experts: RunExperts | None = None
+    small_batch: SmallBatchKernels | None = None
 
     def __init__(self, library: CDLL, dtype: torch.dtype, num_threads: int) -> None:
         self.num_threads = num_threads

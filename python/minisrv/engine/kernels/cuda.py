@@ -17,6 +17,7 @@ from minisrv.engine.kernels.base import (
     RopeRows,
     RunExperts,
     SampleRows,
+    SmallBatchKernels,
 )
 from minisrv.engine.kernels.triton_mask import mask_logits
 from minisrv.engine.kernels.triton_moe import run_experts
@@ -25,19 +26,24 @@ from minisrv.engine.kernels.triton_penalize import penalize
 from minisrv.engine.kernels.triton_rotate import norm_rotate_store
 from minisrv.engine.kernels.triton_route import route
 from minisrv.engine.kernels.triton_sample import sample_on_device
+from minisrv.engine.kernels.triton_small_batch import TritonSmallBatch
 from minisrv.engine.sampling.device_columns import DeviceColumns
 from minisrv.wire.arrays import Int64Array
 
 
 class CudaKernels:
-    """Kernels for a GPU. Raises ImportError if flashinfer or triton is not installed."""
+    """Kernels for a GPU. Raises ImportError if flashinfer or triton is not installed.
+
+    joined: with those for small batches.
+    """
 
     make_product: MakeProduct | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, *, joined: bool) -> None:
         self._flashinfer = import_flashinfer()
         self.sample: SampleRows | None = _sample
         self.run_experts: RunExperts | None = run_experts
+        self.small_batch: SmallBatchKernels | None = TritonSmallBatch() if joined else None
 
     def add_rms_norm_(self, x_TC: Tensor, delta: Tensor | None, w_C: Tensor, eps: float) -> Tensor:
         if delta is None:

@@ -16,6 +16,7 @@ from minisrv.engine.kernels.base import (
     RopeRows,
     RunExperts,
     SampleRows,
+    SmallBatchKernels,
 )
 
 
@@ -24,6 +25,7 @@ class TorchKernels:
 
     sample: SampleRows | None = None
     run_experts: RunExperts | None = None
+    small_batch: SmallBatchKernels | None = None
     make_product: MakeProduct | None = None
 
     def add_rms_norm_(self, x_TC: Tensor, delta: Tensor | None, w_C: Tensor, eps: float) -> Tensor:

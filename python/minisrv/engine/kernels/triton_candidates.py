@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from minisrv.engine.kernels.triton_dependency import begin
 from minisrv.engine.kernels.triton_filter import is_filtered, search
 from minisrv.engine.kernels.triton_noise import MINUS_INF_KEY, key_to_float
 
@@ -31,12 +32,14 @@ def list_parts(
     PARTS: tl.constexpr,
     MOST_PARTS: tl.constexpr,
     SPARE_BITS: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program per row; see `draw_listed` for what it writes.
 
     The floor is a key that between half of and all MOST_PARTS parts reach, fewer only where many
     are equal, or where all others are at minus infinity.
     """
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperatures + row)
     top_p, min_p = tl.load(top_ps + row), tl.load(min_ps + row)

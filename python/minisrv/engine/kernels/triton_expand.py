@@ -5,13 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from minisrv.engine.kernels.triton_dependency import begin, dependent
 from minisrv.engine.step_buffer import StepLimits, StepTensors
 
 _BLOCK = 256
 
 
 @triton.jit
-def _write_pages(page_table, width, rows, columns, pages, count, BLOCK: tl.constexpr) -> None:
+def _write_pages(
+    page_table, width, rows, columns, pages, count, BLOCK: tl.constexpr, PDL: tl.constexpr
+) -> None:
+    begin(PDL)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < tl.load(count)
     row = tl.load(rows + at, inside, 0).to(tl.int64)
@@ -36,8 +40,10 @@ def _expand(
     pages,
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program per sequence: loops over its tokens, then over its pages."""
+    begin(PDL)
     sequence = tl.program_id(0)
     row = tl.load(rows + sequence).to(tl.int64)
     start = tl.load(start_positions + sequence)
@@ -83,6 +89,7 @@ def expand(tensors: StepTensors, limits: StepLimits, num_sequences: int) -> None
         words["num_writes"],
         BLOCK=_BLOCK,
         num_warps=4,
+        **dependent(),
     )
     _expand[(num_sequences,)](
         words["rows"],
@@ -101,4 +108,5 @@ def expand(tensors: StepTensors, limits: StepLimits, num_sequences: int) -> None
         PAGE_SIZE=limits.page_size,
         BLOCK=_BLOCK,
         num_warps=4,
+        **dependent(),
     )

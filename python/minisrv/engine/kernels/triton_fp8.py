@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minisrv.engine.fp8 import E4M3_MAX, LEAST_MAXIMUM, Fp8Matrix
+from minisrv.engine.kernels.triton_dependency import begin, dependent
 
 
 @triton.jit
@@ -22,8 +23,10 @@ def _quantize(
     INPUTS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program per token and group."""
+    begin(PDL)
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, BLOCK)
     columns = part * GROUP + at
@@ -50,10 +53,12 @@ def _grouped_product(
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program per tile of the output. BLOCK_I divides GROUP, so within a tile of inputs each
     row has one scale, which is applied to the product in float32.
     """
+    begin(PDL)
     num_groups: tl.constexpr = (INPUTS + GROUP - 1) // GROUP
     outputs = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
     tokens = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -100,6 +105,7 @@ def quantize(x_TI: Tensor, group: int) -> tuple[Tensor, Tensor]:
         GROUP=group,
         BLOCK=block,
         num_warps=max(1, min(16, block // 512)),
+        **dependent(),
     )
     return values_TI, scales_TG
 
@@ -131,6 +137,7 @@ def grouped_product(
         BLOCK_I=min(matrix.group, 128),
         num_warps=num_warps,
         num_stages=4,
+        **dependent(),
     )
     return out_TO
 

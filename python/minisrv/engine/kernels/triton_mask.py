@@ -8,12 +8,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minisrv.engine.kernels.triton_dependency import begin, dependent
+
 _BLOCK = 1024
 
 
 @triton.jit
-def _mask(logits, samples, masks, vocab_size, row_stride, num_words, BLOCK: tl.constexpr) -> None:
+def _mask(
+    logits,
+    samples,
+    masks,
+    vocab_size,
+    row_stride,
+    num_words,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
     """One program per mask and block of the vocabulary."""
+    begin(PDL)
     i = tl.program_id(0).to(tl.int64)
     ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = ids < vocab_size
@@ -36,4 +48,5 @@ def mask_logits(logits_SV: Tensor, samples_G: Tensor, masks_GW: Tensor) -> None:
         logits_SV.stride(0),
         num_words,
         BLOCK=_BLOCK,
+        **dependent(),
     )

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minisrv.engine.kernels.base import ExpertWeights
+from minisrv.engine.kernels.triton_dependency import begin, dependent
 
 _FEWEST_ROWS = 16
 
@@ -45,11 +46,13 @@ def _place(
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program per expert: counts the pairs of all experts, to know where its tiles begin, then
     writes the pairs of its slots. It also writes the experts of some tiles, not only its own. Both
     are stored plus one; 0 means that the slot or tile is unused.
     """
+    begin(PDL)
     own, every = tl.program_id(0), tl.arange(0, EXPERTS)
     counts = tl.zeros([EXPERTS], tl.int32)
     pair = tl.arange(0, BLOCK)
@@ -95,8 +98,10 @@ def _gate_up(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """silu(x @ gate.T) * (x @ up.T) for the tokens of a tile, written to the slots of the tile."""
+    begin(PDL)
     tile = tl.program_id(0)
     expert = tl.load(tile_experts + tile).to(tl.int64) - 1
     if expert >= 0:
@@ -140,8 +145,10 @@ def _down(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """hidden @ down.T times the score of each pair, written to the row of the pair."""
+    begin(PDL)
     tile = tl.program_id(0)
     expert = tl.load(tile_experts + tile).to(tl.int64) - 1
     if expert >= 0:
@@ -213,6 +220,7 @@ def _place_pairs(experts_TN: Tensor, num_experts: int, rows: int) -> tuple[Tenso
         ROWS=rows,
         BLOCK=block,
         num_warps=num_warps,
+        **dependent(),
     )
     return slot_pairs, tile_experts
 
@@ -248,6 +256,7 @@ def run_experts(
         PRECISION=precision,
         num_warps=first.warps,
         num_stages=first.stages,
+        **dependent(),
     )
     _down[(num_tiles, triton.cdiv(hidden_size, second.columns))](
         hidden_LF,
@@ -264,5 +273,6 @@ def run_experts(
         PRECISION=precision,
         num_warps=second.warps,
         num_stages=second.stages,
+        **dependent(),
     )
     return pairs_TNC

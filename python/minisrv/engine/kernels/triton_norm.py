@@ -9,12 +9,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minisrv.engine.kernels.triton_dependency import begin, dependent
+
 
 @triton.jit
 def _add_parts_and_norm(
-    x, parts, weight, out, eps, NUM_PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    parts,
+    weight,
+    out,
+    eps,
+    NUM_PARTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program per token. Sums are in float32, the parts in their order."""
+    begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < SIZE
@@ -48,5 +59,6 @@ def add_parts_and_norm(x_TC: Tensor, parts_TNC: Tensor, w_C: Tensor, eps: float)
             SIZE=size,
             BLOCK=block,
             num_warps=max(1, min(16, block // 256)),
+            **dependent(),
         )
     return out_TC

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minisrv.engine.kernels.base import PenaltyColumns
+from minisrv.engine.kernels.triton_dependency import begin, dependent
 
 # 8 counts per thread, one 16-byte load.
 _BLOCK, _WARPS = 4096, 16
@@ -49,8 +50,10 @@ def _penalize(
     vocab_size,
     row_stride,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program per sample and block; those of samples without penalties exit at once."""
+    begin(PDL)
     i, block = tl.program_id(0), tl.program_id(1)
     repetition, frequency, presence, changes = load_penalties(factors, factor_stride, i)
     if changes:
@@ -80,4 +83,5 @@ def penalize(logits_SV: Tensor, counts_RV: Tensor, penalties: PenaltyColumns) ->
         logits_SV.stride(0),
         BLOCK=_BLOCK,
         num_warps=_WARPS,
+        **dependent(),
     )

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minisrv.engine.kernels.base import CacheSlots, QKNormWeights, RopeRows
+from minisrv.engine.kernels.triton_dependency import begin, dependent
 
 # Heads per program. Of heads of 128 numbers a thread has one 16-byte load for each half.
 _TILE, _WARPS = 8, 2
@@ -40,12 +41,14 @@ def _norm_rotate_store(
     TILE: tl.constexpr,
     NORM: tl.constexpr,
     LIMIT: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program per token and tile of heads, which are all queries, all keys or all values.
 
     The halves are loaded separately, because each is rotated against the other. LIMIT: the largest
     number of the cache's dtype; None if no clamp is needed.
     """
+    begin(PDL)
     token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     size: tl.constexpr = 2 * HALF
     query_tiles: tl.constexpr = (NUM_HEADS + TILE - 1) // TILE
@@ -67,8 +70,7 @@ def _norm_rotate_store(
             scale = tl.rsqrt(squares / size + eps)[:, None]
             weight = q_weight if is_query else k_weight
             weight_1, weight_2 = _load_halves(weight + at, HALF, is_column)
-            first *= scale * weight_1
-            second *= scale * weight_2
+            first, second = first * scale * weight_1, second * scale * weight_2
         angles = token * size + at
         cos_1, cos_2 = _load_halves(cos + angles, HALF, is_column)
         sin_1, sin_2 = _load_halves(sin + angles, HALF, is_column)
@@ -79,8 +81,7 @@ def _norm_rotate_store(
         cache = values if is_value else keys
         to = cache + tl.load(slots + token) * (NUM_KV_HEADS * size) + places
         if LIMIT is not None:
-            first = tl.clamp(first, -LIMIT, LIMIT)
-            second = tl.clamp(second, -LIMIT, LIMIT)
+            first, second = tl.clamp(first, -LIMIT, LIMIT), tl.clamp(second, -LIMIT, LIMIT)
         tl.store(to, first.to(keys.dtype.element_ty), inside)
         tl.store(to + HALF, second.to(keys.dtype.element_ty), inside)
 
@@ -117,4 +118,5 @@ def norm_rotate_store(
         NORM=norm is not None,
         LIMIT=None if cache_dtype is qkv_TAD.dtype else torch.finfo(cache_dtype).max,
         num_warps=_WARPS,
+        **dependent(),
     )

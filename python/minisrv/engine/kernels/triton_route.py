@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minisrv.engine.kernels.triton_dependency import begin, dependent
 from minisrv.engine.kernels.triton_noise import key_to_float, ordered_key, pack
 
 
@@ -22,8 +23,10 @@ def _route(
     PER_TOKEN: tl.constexpr,
     CHOSEN: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program per token. Of equal experts the first is taken first."""
+    begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     every, place = tl.arange(0, EXPERTS), tl.arange(0, CHOSEN)
     there = every < NUM_EXPERTS
@@ -62,5 +65,6 @@ def route(logits_TE: Tensor, per_token: int, normalize: bool) -> tuple[Tensor, T
             CHOSEN=triton.next_power_of_2(per_token),
             NORMALIZE=normalize,
             num_warps=1,
+            **dependent(),
         )
     return scores_TN, experts_TN

@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minisrv.engine.kernels.triton_candidates import list_parts
+from minisrv.engine.kernels.triton_dependency import begin, dependent
 from minisrv.engine.kernels.triton_filter import draw, is_filtered
 from minisrv.engine.kernels.triton_noise import (
     INF_KEY,
@@ -60,7 +61,10 @@ _SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 # The pairs are among the words of a step, or, if too many, in tensors of their own: one variant.
 @triton.jit(do_not_specialize_on_alignment=["samples", "ids", "values", "count"])
-def _add_biases(logits, samples, ids, values, count, row_stride, BLOCK: tl.constexpr) -> None:
+def _add_biases(
+    logits, samples, ids, values, count, row_stride, BLOCK: tl.constexpr, PDL: tl.constexpr
+) -> None:
+    begin(PDL)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < tl.load(count)
     row = tl.load(samples + i, inside, 0).to(tl.int64)
@@ -90,10 +94,12 @@ def _score_blocks(
     NUM_BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program per row and block: its best score; or its maximum logit, its mass, and the keys
     of its parts' maximum logits.
     """
+    begin(PDL)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
     inside = at < vocab_size
@@ -146,10 +152,11 @@ def _pick_best(
     PART: tl.constexpr,
     MOST_PARTS: tl.constexpr,
     SPARE_BITS: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program per row. counts: None if there are no penalties."""
-    row = tl.program_id(0).to(tl.int64)
-    blocks = tl.arange(0, BLOCKS)
+    begin(PDL)
+    row, blocks = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCKS)
     there = blocks < NUM_BLOCKS
     tops = tl.load(best + row * NUM_BLOCKS + blocks, there, -(2**63))
     winner = tl.max(tops, 0)
@@ -158,8 +165,7 @@ def _pick_best(
     top_key = (winner >> 32).to(tl.int32)
     filtered = is_filtered(temperature, top_k, top_p, min_p, vocab_size)
     if filtered & (top_key < INF_KEY) & (top_key > MINUS_INF_KEY):
-        top = key_to_float(top_key)
-        scale = 1.0 / tl.maximum(temperature, 1e-30)
+        top, scale = key_to_float(top_key), 1.0 / tl.maximum(temperature, 1e-30)
         block_tops = key_to_float((tops >> 32).to(tl.int32))
         mass = tl.load(masses + row * NUM_BLOCKS + blocks, there, 0.0)
         total = tl.sum(tl.where(there, mass * tl.exp((block_tops - top) * scale), 0.0), 0)
@@ -206,6 +212,7 @@ def _apply_biases(logits_SV: Tensor, biases: BiasColumns) -> None:
             biases.count,
             logits_SV.stride(0),
             BLOCK=_BIAS_BLOCK,
+            **dependent(),
         )
 
 
@@ -246,6 +253,7 @@ def _draw(logits_SV: Tensor, columns: DeviceColumns, out_S: Tensor) -> None:
         BLOCK=_BLOCK,
         PART=_PART,
         num_warps=8,
+        **dependent(),
     )
     list_parts[(size,)](
         part_tops,
@@ -257,6 +265,7 @@ def _draw(logits_SV: Tensor, columns: DeviceColumns, out_S: Tensor) -> None:
         MOST_PARTS=_MOST_PARTS,
         SPARE_BITS=spare_bits,
         num_warps=16,
+        **dependent(),
     )
     _pick_best[(size,)](
         logits_SV,
@@ -275,4 +284,5 @@ def _draw(logits_SV: Tensor, columns: DeviceColumns, out_S: Tensor) -> None:
         MOST_PARTS=_MOST_PARTS,
         SPARE_BITS=spare_bits,
         num_warps=16,
+        **dependent(),
     )

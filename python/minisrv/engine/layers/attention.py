@@ -4,12 +4,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from minisrv.engine.kernels.base import QKNormWeights, RopeRows
+from minisrv.engine.kernels.base import NormWeight, QKNormWeights, RopeRows
 from minisrv.engine.layers.build_context import BuildContext
-from minisrv.engine.layers.linear import Projection, load_linear, load_row_parallel_linear
+from minisrv.engine.layers.linear import (
+    Projection,
+    has_joined,
+    load_linear,
+    load_row_parallel_linear,
+)
 from minisrv.engine.parallel.shard import rows_of_heads
+
+# x_TC, rope_rows; changes x_TC in place.
+AddAttention = Callable[[Tensor, RopeRows], None]
 
 
 class SelfAttention:
@@ -49,9 +59,33 @@ class SelfAttention:
         qkv_TAD = self._qkv(x_TC).view(num_tokens, -1, self._head_dim)
         cache = self._backend.cache_slots(self._layer_id)
         self._kernels.norm_rotate_store_(qkv_TAD, self._heads[0], self._norm, rope_rows, cache)
-        q_THD, k_TKD, v_TKD = qkv_TAD.split_with_sizes(self._heads, 1)
-        out_THD = self._backend.forward(q_THD, k_TKD, v_TKD, self._layer_id)
+        out_THD = self._attend(qkv_TAD)
         return self._communicator.all_reduce(self._out(out_THD.view(num_tokens, -1)))
+
+    def joined(self, norm: NormWeight) -> AddAttention | None:
+        """The attention of a few tokens behind this norm, added to the tokens themselves.
+
+        None if the kernels do not have it, or for several ranks.
+        """
+        small, qkv, out = self._kernels.small_batch, self._qkv, self._out
+        if small is None or self._communicator.sharding.size > 1:
+            return None
+        if not (has_joined(qkv, small) and has_joined(out, small)):
+            return None
+
+        def add(x_TC: Tensor, rope_rows: RopeRows) -> None:
+            cache = self._backend.cache_slots(self._layer_id)
+            qkv_TAD = small.project_heads(
+                x_TC, norm, qkv, self._heads[0], self._norm, rope_rows, cache
+            )
+            out_THD = self._attend(qkv_TAD)
+            small.add_product_(out_THD.view(x_TC.shape[0], -1), out, x_TC)
+
+        return add
+
+    def _attend(self, qkv_TAD: Tensor) -> Tensor:
+        q_THD, k_TKD, v_TKD = qkv_TAD.split_with_sizes(self._heads, 1)
+        return self._backend.forward(q_THD, k_TKD, v_TKD, self._layer_id)
 
 
 def _load_qk_norm(build: BuildContext, name: str) -> QKNormWeights:

@@ -5,15 +5,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from minisrv.engine.kernels.base import RopeRows
+from minisrv.engine.kernels.base import NormWeight, RopeRows
 from minisrv.engine.layers.attention import SelfAttention
 from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.embedding import load_embedding_and_head
 from minisrv.engine.layers.norm import RMSNorm
+
+
+class FeedForward(Protocol):
+    """x_TC -> a delta of Kernels.add_rms_norm_."""
+
+    def __call__(self, x_TC: Tensor, /) -> Tensor: ...
+
+    def joined(self, norm: NormWeight) -> Callable[[Tensor], None] | None:
+        """For a few tokens: adds the result for the normed x_TC to x_TC in place.
+
+        None if the kernels do not have it, or for several ranks.
+        """
 
 
 class Block:
@@ -27,7 +40,7 @@ class Block:
         build: BuildContext,
         name: str,
         attention: SelfAttention,
-        feed_forward: Callable[[Tensor], Tensor],
+        feed_forward: FeedForward,
     ) -> None:
         self._input_norm = RMSNorm(build, f"{name}.input_layernorm")
         self._post_norm = RMSNorm(build, f"{name}.post_attention_layernorm")
@@ -40,6 +53,19 @@ class Block:
         """
         attention_TC = self._attention(self._input_norm(x_TC, delta), rope_rows)
         return self._feed_forward(self._post_norm(x_TC, attention_TC))
+
+    def joined(self) -> Callable[[Tensor, RopeRows], None] | None:
+        """The layer in joined kernels for a few tokens, which changes them in place, if it can."""
+        add_attention = self._attention.joined(self._input_norm.weight)
+        add_feed_forward = self._feed_forward.joined(self._post_norm.weight)
+        if add_attention is None or add_feed_forward is None:
+            return None
+
+        def run(x_TC: Tensor, rope_rows: RopeRows) -> None:
+            add_attention(x_TC, rope_rows)
+            add_feed_forward(x_TC)
+
+        return run
 
 
 class Decoder:
@@ -57,17 +83,32 @@ class Decoder:
         self._embedding, self._head = load_embedding_and_head(build)
         self._blocks = [block(build, f"model.layers.{i}", i) for i in range(config.num_layers)]
         self._norm = RMSNorm(build, "model.norm")
+        self._small_batch = build.kernels.small_batch
+        joined = [block.joined() for block in self._blocks]
+        self._joined = [run for run in joined if run is not None]
 
     def forward(self, ids_T: Tensor, positions_T: Tensor) -> Tensor:
         """Hidden states [T, C] after the last layer, before the last norm."""
         x_TC = self._embedding(ids_T)
         rope_rows = self._rope.rows(positions_T)
+        if self._uses_joined(x_TC.shape[0]):
+            for run in self._joined:
+                run(x_TC, rope_rows)
+            return x_TC
         delta = None
         for block in self._blocks:
             delta = block(x_TC, delta, rope_rows)
         if delta is None:
             return x_TC
         return x_TC.add_(delta if delta.dim() == 2 else delta.sum(1))
+
+    def _uses_joined(self, num_tokens: int) -> bool:
+        """Whether every layer has kernels for this few tokens."""
+        return (
+            self._small_batch is not None
+            and num_tokens <= self._small_batch.most_tokens
+            and len(self._joined) == len(self._blocks)
+        )
 
     def logits(self, x_TC: Tensor, sample_tokens_S: Tensor, out_SV: Tensor | None = None) -> Tensor:
         """float32 logits [S, V] of the tokens at indices `sample_tokens_S`.

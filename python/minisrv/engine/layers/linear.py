@@ -12,13 +12,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minisrv.engine.fp8 import Fp8Matrix, join
-from minisrv.engine.kernels.base import Float32Product, Kernels, Product
+from minisrv.engine.kernels.base import (
+    Float32Product,
+    Kernels,
+    PlainProduct,
+    Product,
+    SmallBatchKernels,
+)
 from minisrv.engine.layers.fp8_linear import Fp8Linear, can_multiply
 from minisrv.engine.parallel.shard import Shard, Sharding
 from minisrv.engine.weights import Weights
@@ -36,7 +43,7 @@ def make_product(kernels: Kernels, weight_OI: Tensor, bias_O: Tensor | None = No
         product = kernels.make_product(weight_OI, bias_O, weight_OI.dtype)
         if product is not None:
             return product
-    return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
+    return PlainProduct(weight_OI, bias_O)
 
 
 def make_float32_product(kernels: Kernels, weight_OI: Tensor) -> Float32Product:
@@ -111,6 +118,11 @@ def load_row_parallel_linear(
     part = weights.load_matrix(f"{name}.weight", (outputs, inputs), sharding.even_shard(inputs, 1))
     bias_O = weights.load_tensor(f"{name}.bias", (outputs,)) if bias else None
     return _linear(kernels, [part], bias_O if sharding.rank == 0 else None, weights.dtype)
+
+
+def has_joined(product: Product, kernels: SmallBatchKernels) -> TypeGuard[PlainProduct]:
+    """Whether these kernels can compute the product."""
+    return isinstance(product, PlainProduct) and kernels.suits(product)
 
 
 def _linear(

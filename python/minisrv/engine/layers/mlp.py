@@ -4,10 +4,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
+from minisrv.engine.kernels.base import NormWeight
 from minisrv.engine.layers.build_context import BuildContext
-from minisrv.engine.layers.linear import Projection, load_linear, load_row_parallel_linear
+from minisrv.engine.layers.linear import (
+    Projection,
+    has_joined,
+    load_linear,
+    load_row_parallel_linear,
+)
 
 
 class PartialMLP:
@@ -18,7 +26,7 @@ class PartialMLP:
     ) -> None:
         hidden_size, weights = build.config.hidden_size, build.weights
         sharding = build.communicator.sharding
-        self._silu_and_mul = build.kernels.silu_and_mul
+        self._kernels = build.kernels
         shard = sharding.even_shard(intermediate_size, 0)
         projections = [
             Projection(f"{name}.{part}_proj", intermediate_size, shard) for part in ("gate", "up")
@@ -35,7 +43,17 @@ class PartialMLP:
         )
 
     def __call__(self, x_TC: Tensor) -> Tensor:
-        return self._down(self._silu_and_mul(self._gate_up(x_TC)))
+        return self._down(self._kernels.silu_and_mul(self._gate_up(x_TC)))
+
+    def joined(self, norm: NormWeight) -> Callable[[Tensor], None] | None:
+        small, gate_up, down = self._kernels.small_batch, self._gate_up, self._down
+        if small is None or not (has_joined(gate_up, small) and has_joined(down, small)):
+            return None
+
+        def add(x_TC: Tensor) -> None:
+            small.add_product_(small.gate_and_up(x_TC, norm, gate_up), down, x_TC)
+
+        return add
 
 
 class GatedMLP:
@@ -49,3 +67,12 @@ class GatedMLP:
 
     def __call__(self, x_TC: Tensor) -> Tensor:
         return self._communicator.all_reduce(self._partial(x_TC))
+
+    def joined(self, norm: NormWeight) -> Callable[[Tensor], None] | None:
+        """For a few tokens: adds the result for the normed x_TC to x_TC in place.
+
+        None if the kernels do not have it, or for several ranks.
+        """
+        if self._communicator.sharding.size > 1:
+            return None
+        return self._partial.joined(norm)

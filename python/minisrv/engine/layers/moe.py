@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minisrv.checkpoint.model_config import MoeConfig
-from minisrv.engine.kernels.base import ExpertWeights
+from minisrv.engine.kernels.base import ExpertWeights, NormWeight
 from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.linear import Projection, load_linear
 from minisrv.engine.layers.mlp import PartialMLP
@@ -45,6 +45,9 @@ class SparseMoe:
         if self._communicator.sharding.size > 1 and delta.dim() == 3:
             delta = delta.sum(1)
         return self._communicator.all_reduce(delta)
+
+    def joined(self, norm: NormWeight) -> None:
+        """Sparse layers have no joined kernels."""
 
 
 class SeparateExperts:

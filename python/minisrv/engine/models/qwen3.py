@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from minisrv.engine.layers.attention import SelfAttention
 from minisrv.engine.layers.build_context import BuildContext
-from minisrv.engine.layers.decoder import Block
+from minisrv.engine.layers.decoder import Block, FeedForward
 from minisrv.engine.layers.mlp import GatedMLP
 from minisrv.engine.layers.moe import SparseMoe
 
@@ -19,7 +15,7 @@ def qwen3_block(build: BuildContext, name: str, layer_id: int) -> Block:
     return Block(build, name, attention, _feed_forward(build, f"{name}.mlp", layer_id))
 
 
-def _feed_forward(build: BuildContext, name: str, layer_id: int) -> Callable[[Tensor], Tensor]:
+def _feed_forward(build: BuildContext, name: str, layer_id: int) -> FeedForward:
     config = build.config
     if config.moe is not None and layer_id in config.moe.sparse_layers:
         return SparseMoe(build, name, config.moe)
