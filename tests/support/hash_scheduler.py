@@ -1,7 +1,7 @@
 """A scheduler process without torch: the real loop and scheduler over a hash engine.
 
 MINISRV_TEST_STEP_S makes its steps slow, so that a test finds streams open. It is not ready
-before there is a file MINISRV_TEST_GATE.
+before there is a file MINISRV_TEST_GATE. With MINISRV_TEST_GRAMMARS it has structured output.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from minisrv.checkpoint.model_config import load_model_config
+from minisrv.checkpoint.model_config import ModelConfig, load_model_config
+from minisrv.checkpoint.tokenizer import load_tokenizer
 from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.kvcache.manager import KVCacheManager
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
 from minisrv.scheduler.zmq_channel import ZmqChannel
+from minisrv.structured_output.compiler import GrammarCompiler
+from minisrv.structured_output.sandbox import Sandbox
+from minisrv.structured_output.vocabulary import Vocabulary, open_vocabulary
 from minisrv.supervision.child_main import Child, run_child
 from minisrv.supervision.records import ChildReady
 from tests.support.hash_engine import HashEngine
 
 STEP_S = float(os.environ.get("MINISRV_TEST_STEP_S", "0"))
 GATE = os.environ.get("MINISRV_TEST_GATE", "")
+GRAMMARS = os.environ.get("MINISRV_TEST_GRAMMARS") == "1"
 NUM_PAGES = 256
 PAGE_SIZE = 16
 NUM_ROWS = 64
@@ -32,6 +37,14 @@ class SlowHashEngine(HashEngine):
     def launch(self, batch: ForwardBatch) -> Any:
         time.sleep(STEP_S)
         return super().launch(batch)
+
+
+def make_compiler(child: Child, model: ModelConfig) -> GrammarCompiler:
+    tokenizer = load_tokenizer(Path(child.boot.tokenizer_dir))
+    vocabulary = open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
+    assert isinstance(vocabulary, Vocabulary)
+    limits = (child.config.grammar_cpu_s, child.config.grammar_memory_mib)
+    return GrammarCompiler(vocabulary, Sandbox(vocabulary.source, *limits))
 
 
 def serve(child: Child) -> None:
@@ -67,8 +80,9 @@ def serve(child: Child) -> None:
         "placement": "hashes on cpu",
         "memory_plan": "a hash a slot",
     }
+    compiler = make_compiler(child, model) if GRAMMARS else None
     child.report(ChildReady(facts))
-    SchedulerLoop(scheduler, engine, channel, 0).run(lambda: None)
+    SchedulerLoop(scheduler, engine, channel, 0, compiler).run(lambda: None)
 
 
 run_child("scheduler", serve)

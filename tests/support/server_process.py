@@ -19,8 +19,11 @@ import httpx
 import psutil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import minisrv
+
 ROOT = Path(__file__).parent.parent.parent
-PYTHONPATH = os.pathsep.join(map(str, (ROOT / "python", ROOT)))
+# The package that the tests import, which may be a copy with a bug (scripts/seeded_bugs.py).
+PYTHONPATH = os.pathsep.join(map(str, (Path(minisrv.__file__).parent.parent, ROOT)))
 VOCAB_SIZE = 257
 MAX_SEQ_LEN = 2048
 
@@ -81,6 +84,7 @@ class ServerProcess:
         check: bool = True,
         step_s: float = 0.0,
         gate: Path | str = "",
+        grammars: bool = False,
     ) -> None:
         program = ["-c", WITH_HASH_ENGINE] if hash_engine else ["-m", "minisrv.launch_server"]
         self.tmp_dir = tmp_dir
@@ -93,6 +97,7 @@ class ServerProcess:
             env=environment(
                 MINISRV_TEST_STEP_S=str(step_s),
                 MINISRV_TEST_GATE=str(gate),
+                MINISRV_TEST_GRAMMARS=str(int(grammars)),
                 # A check takes time by the page: 0.4 ms here, 40 ms in the cache of a real engine.
                 MINISRV_CHECK=str(int(hash_engine and check)),
                 TMPDIR=str(tmp_dir),
