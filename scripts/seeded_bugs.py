@@ -1,4 +1,5 @@
-"""Put fourteen cache bugs into a copy of the package, one at a time, and name the test that fails.
+"""Put bugs into a copy of the package, one at a time, and name the test that fails: fourteen of the
+cache, and seven that would let one request harm others or a stop lose some.
 
 Exits with status 1 if the tests miss a bug. Run: python scripts/seeded_bugs.py [NUMBER ...]
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = ["tests/kvcache", "tests/scheduler"]
+CACHE_TESTS = ["tests/kvcache", "tests/scheduler"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Bug:
     new: str
 
 
-BUGS = [
+CACHE_BUGS = [
     Bug(
         "a pin is not released",
         "kvcache/manager.py",
@@ -121,6 +122,73 @@ BUGS = [
     ),
 ]
 
+# Each with the file that has the test which finds it.
+SERVER_BUGS = [
+    (
+        Bug(
+            "the permit of a request that was aborted before it was sent is not returned",
+            "frontend/registry/registry.py",
+            "            else:\n                self._release(request, uid)\n",
+            "",
+        ),
+        "tests/frontend/test_request_registry.py",
+    ),
+    (
+        Bug(
+            "the permit of a query is not returned",
+            "frontend/registry/queries.py",
+            "self._open.pop(answer.query, None)",
+            "self._open.get(answer.query)",
+        ),
+        "tests/processes/test_queries.py",
+    ),
+    (
+        Bug(
+            "the deadline of a body is not checked",
+            "frontend/http/body.py",
+            "asyncio.timeout(BODY_TIMEOUT_S)",
+            "asyncio.timeout(None)",
+        ),
+        "tests/frontend/test_disconnect.py",
+    ),
+    (
+        Bug(
+            "the values of a body are not counted before it is built",
+            "frontend/http/body.py",
+            "    size.check()\n",
+            "",
+        ),
+        "tests/frontend/test_body_size.py",
+    ),
+    (
+        Bug(
+            "a refusal at a limit has no Retry-After",
+            "frontend/http/errors.py",
+            "if error.http_status == NotReadyError.http_status:",
+            "if isinstance(error, NotReadyError):",
+        ),
+        "tests/frontend/test_app.py",
+    ),
+    (
+        Bug(
+            "output that nobody reads is kept without limit",
+            "frontend/registry/open_request.py",
+            "event.num_bytes for event in self.pending.values()) > MAX_UNREAD_BYTES",
+            "event.num_bytes for event in self.pending.values()) < 0",
+        ),
+        "tests/frontend/test_disconnect.py",
+    ),
+    (
+        Bug(
+            "a drain does not wait for replies that have not begun",
+            "frontend/http/protocol.py",
+            "return cycle.response_started or not cycle.more_body",
+            "return cycle.response_started",
+        ),
+        "tests/processes/test_drain.py",
+    ),
+]
+
 
 def run(bug: Bug, tests: list[str]) -> str | None:
     """The first test that fails with the bug in place, or None."""
@@ -130,8 +198,10 @@ def run(bug: Bug, tests: list[str]) -> str | None:
         source = (package / bug.file).read_text()
         assert source.count(bug.old) == 1, f"{bug.file} does not contain the code of: {bug.name}"
         (package / bug.file).write_text(source.replace(bug.old, bug.new))
+        # A bug may make a test wait for something that never comes.
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--timeout", "120"]
         # The pythonpath of pyproject.toml would put the unmodified package first.
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={folder} ."]
+        options += ["-o", f"pythonpath={folder} ."]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *options, *tests],
             cwd=ROOT,
@@ -163,4 +233,5 @@ def report(bugs: list[tuple[Bug, list[str]]]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(report([(bug, TESTS) for bug in BUGS]))
+    cache_bugs = [(bug, CACHE_TESTS) for bug in CACHE_BUGS]
+    sys.exit(report(cache_bugs + [(bug, [test]) for bug, test in SERVER_BUGS]))
