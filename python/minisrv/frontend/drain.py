@@ -9,11 +9,14 @@ from collections.abc import Callable
 from minisrv.frontend.registry.registry import RequestRegistry
 
 _POLL_S = 0.05
+# Requests that are on their way when the drain begins get a 503, not a closed connection.
+_LEAST_S = 0.2
 
 
 async def drain(registry: RequestRegistry, is_idle: Callable[[], bool], timeout_s: float) -> None:
     """Refuse new requests and wait until `is_idle`, for at most `timeout_s`."""
     registry.start_drain()
-    deadline = time.monotonic() + timeout_s
-    while not is_idle() and time.monotonic() < deadline:
+    began = time.monotonic()
+    await asyncio.sleep(min(_LEAST_S, timeout_s))
+    while not is_idle() and time.monotonic() < began + timeout_s:
         await asyncio.sleep(_POLL_S)
