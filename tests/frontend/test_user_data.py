@@ -171,7 +171,7 @@ WRITTEN_BY_A_MODEL: list[tuple[str, str | None]] = [
 def test_arguments_that_a_model_wrote_need_not_be_strict(
     server: HttpServer, theirs: Any, text: str, read: str | None
 ) -> None:
-    """The text of arguments is read as Python reads it; what is no object stays text."""
+    """The text of arguments is read as Python reads it; text that is not an object stays text."""
     arguments = text if read is None else json.loads(read)
     assert prompt_of(server, CHAT, chat_with(json.dumps(text))) == expected_chat(theirs, arguments)
 

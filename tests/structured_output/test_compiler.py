@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from minisrv.errors import InvalidRequestError
+from minisrv.errors import InvalidRequestError, OverloadedError
 from minisrv.sampling_params import Grammar
-from minisrv.structured_output.compiler import GrammarCompiler, Outcome
+from minisrv.structured_output.compiler import REFUSAL_SECONDS, GrammarCompiler, Outcome
 from minisrv.structured_output.matcher import Matcher
 from tests.support.builders import demo_vocabulary
 
@@ -61,3 +62,36 @@ def test_a_grammar_that_cannot_be_compiled_fails_all_who_wait(compiler: GrammarC
     for outcome in outcomes(compiler, 2).values():
         assert isinstance(outcome, InvalidRequestError)
         assert outcome.param == "response_format"
+
+
+def test_grammars_that_running_requests_hold_are_bounded() -> None:
+    compiler = GrammarCompiler(demo_vocabulary(), max_cache_bytes=0, max_held_bytes=2 * 2**18)
+    running = []
+    for ticket, pattern in enumerate(["a", "b"]):
+        compiler.request(Grammar.regex(pattern), ticket)
+        running.append(outcomes(compiler, 1)[ticket])
+    assert compiler.cache_bytes == 0
+    with pytest.raises(OverloadedError, match="0 MiB"):
+        compiler.request(Grammar.regex("c"), 2)
+    copies = [matcher.copy() for matcher in running if isinstance(matcher, Matcher)]
+    running.clear()  # the copies still hold the grammars
+    with pytest.raises(OverloadedError):
+        compiler.request(Grammar.regex("c"), 2)
+    del copies[0]
+    assert compiler.request(Grammar.regex("c"), 2) is None  # not remembered as refused
+    assert isinstance(outcomes(compiler, 1)[2], Matcher)
+    compiler.close()
+
+
+def test_a_refusal_is_remembered_for_a_while(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = Grammar.regex("a(b")
+    compiler.request(wrong, 0)
+    outcomes(compiler, 1)
+    with pytest.raises(InvalidRequestError, match="unclosed group"):
+        compiler.request(wrong, 1)
+    later = time.monotonic() + REFUSAL_SECONDS + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert compiler.request(wrong, 2) is None
+    assert isinstance(outcomes(compiler, 1)[2], InvalidRequestError)

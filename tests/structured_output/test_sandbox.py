@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.sampling_params import Grammar
-from minisrv.structured_output.compiler import GrammarCompiler
+from minisrv.structured_output.compiler import GrammarCompiler, Outcome
 from minisrv.structured_output.matcher import Matcher
 from minisrv.structured_output.sandbox import Sandbox
 from tests.support.builders import demo_vocabulary
@@ -97,6 +98,33 @@ def test_a_helper_that_was_killed_is_replaced(sandbox: Sandbox) -> None:
     sandbox.try_out(Grammar.regex("b"))
 
 
+def test_a_grammar_is_not_blamed_for_a_helper_that_was_killed_during_its_trial(
+    sandbox: Sandbox,
+) -> None:
+    sandbox.try_out(Grammar.regex("a"))
+    outcomes: list[BaseException] = []
+
+    def try_out() -> None:
+        try:
+            sandbox.try_out(HOSTILE[0])
+        except MinisrvError as error:
+            outcomes.append(error)
+
+    thread = threading.Thread(target=try_out)
+    thread.start()
+    for _ in range(2):  # the grammar is tried twice
+        first = sandbox._helper
+        assert first is not None
+        _wait_for_child(first.pid)
+        first.kill()
+        while thread.is_alive() and sandbox._helper is first:
+            time.sleep(0.01)
+    thread.join(30)
+    (outcome,) = outcomes
+    assert not isinstance(outcome, InvalidRequestError)
+    assert outcome.code == "grammar_not_compiled"
+
+
 def test_a_closed_sandbox_has_no_process(sandbox: Sandbox) -> None:
     sandbox.try_out(Grammar.regex("a"))
     assert sandbox._helper is not None
@@ -134,6 +162,44 @@ def test_honest_grammars_wait_for_two_hostile_ones_and_then_pass(sandbox: Sandbo
     with pytest.raises(InvalidRequestError, match="more than"):  # remembered: refused at once
         compiler.request(HOSTILE[0], 9)
     compiler.close()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_200_hostile_grammars_leave_no_memory_behind() -> None:
+    sandbox = Sandbox(demo_vocabulary().source, cpu_seconds=1, memory_mib=128)
+    compiler = GrammarCompiler(demo_vocabulary(), sandbox)
+    compiler.compile(Grammar.regex("a"))
+    before = _tree_mib()
+    done: dict[int, Outcome] = {}
+    for i in range(200):
+        factors = [{"multipleOf": 9973}, {"multipleOf": 9967}, {"minimum": i}]
+        compiler.request(Grammar.json_schema({"type": "integer", "allOf": factors}), i)
+    while len(done) < 200:
+        compiler.wait(5)
+        done.update(compiler.take_done())
+    assert all(isinstance(outcome, InvalidRequestError) for outcome in done.values())
+    assert _tree_mib() < before + 50
+    compiler.close()
+
+
+def _children(pid: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _wait_for_child(pid: int) -> None:
+    deadline = time.monotonic() + 20
+    while not _children(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _tree_mib() -> float:
+    """The memory of this process and of all processes that it has started."""
+    pids = [os.getpid()]
+    for pid in pids:
+        pids += _children(pid)
+    return sum(_resident_mib(pid) for pid in pids)
 
 
 def _resident_mib(pid: int) -> float:

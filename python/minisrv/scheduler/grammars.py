@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minisrv.errors import InvalidRequestError
+from minisrv.errors import MinisrvError
 from minisrv.sampling_params import Grammar
 from minisrv.scheduler.request import Request, Status, outputs_so_far
 from minisrv.scheduler.scheduler import Scheduler
@@ -29,7 +29,7 @@ class Grammars:
         for uid in outputs_so_far(message):
             try:
                 matcher = self._compiler.request(message.sampling.grammar, uid)
-            except InvalidRequestError as error:
+            except MinisrvError as error:
                 self._scheduler.fail_request(uid, error)
             else:
                 if matcher is not None:

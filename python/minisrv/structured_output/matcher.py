@@ -13,21 +13,27 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 
+class CompiledGrammar:
+    """Stands for the memory that the matchers of one grammar share."""
+
+
 class Matcher:
     """The state after all tokens given to `advance`.
 
     error: set permanently once the grammar became too complex to continue, or a token did not fit.
     misfit: the latter, which a mask rules out: a fault of the engine, not of the grammar.
+    compiled: shared with all copies; it lives as long as the memory of the compiled grammar.
     """
 
-    def __init__(self, inner: LLMatcher) -> None:
+    def __init__(self, inner: LLMatcher, compiled: CompiledGrammar | None = None) -> None:
         self._inner = inner
+        self.compiled = compiled or CompiledGrammar()
         self.error: str | None = None
         self.misfit = False
 
     def copy(self) -> Matcher:
         """An independent copy of the state; the compiled grammar is shared."""
-        return Matcher(self._inner.deep_copy())
+        return Matcher(self._inner.deep_copy(), self.compiled)
 
     @property
     def ended(self) -> bool:

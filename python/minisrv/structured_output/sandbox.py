@@ -37,6 +37,7 @@ logger = logging.getLogger("minisrv.grammar")
 _WALL_PER_CPU = 2  # a child is stopped after this many times its CPU time
 _START_SECONDS = 60  # for the helper to load the vocabulary
 _NICENESS = 5
+_REAP_SECONDS = 0.2
 _STARTED, _FAILED = b".", b"!"
 
 
@@ -66,11 +67,25 @@ class Sandbox:
         Raises InvalidRequestError if it is wrong or exceeds them, MinisrvError if that could not be
         found out.
         """
-        for _ in range(2):  # the helper may have been killed since the last grammar
+        for _ in range(2):  # the helper may have been killed since the last grammar, or during it
             reply = self._ask(grammar)
+            if reply in (b"", _STARTED) and self._helper_has_ended():
+                continue
             if reply.startswith(_STARTED):
                 return self._judge(grammar, reply[len(_STARTED) :])
         raise MinisrvError("the grammar could not be tried out", code="grammar_not_compiled")
+
+    def _helper_has_ended(self) -> bool:
+        """Whether the helper was killed. Its children are killed after it, but reaped sooner."""
+        with self._lock:
+            helper = self._helper
+        if helper is None:
+            return False
+        try:
+            helper.wait(_REAP_SECONDS)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def close(self) -> None:
         """End the helper and its children."""

@@ -36,7 +36,7 @@ def _endpoint(directory: Path, name: str) -> str:
 
 
 def _open(context: zmq.Context[Any], kind: int, high_water: int = HIGH_WATER) -> Any:
-    """A socket for `high_water` messages per link; 0 is no limit."""
+    """A socket for `high_water` messages per link; 0 means no limit."""
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, high_water)

@@ -132,7 +132,7 @@ def test_filtered_rows_return_the_first_nan_or_else_the_first_infinity() -> None
     logits[2, [70, 30]] = torch.tensor([torch.nan, torch.inf])
     for case in CASES[1:]:
         columns = sampling_columns(3, temperature=0.7, **case)
-        if case != {"top_k": 1000}:  # which is no filter
+        if case != {"top_k": 1000}:  # which filters nothing
             with np.errstate(invalid="ignore"):
                 assert draw(logits, columns, np.arange(3)).tolist() == [90, 40, 70]
 
