@@ -181,7 +181,7 @@ def kill_after(arguments: list[str], target: Path, lines: int) -> None:
         time.sleep(0.002)
 
 
-def test_a_line_that_fails_while_it_runs_is_told_and_the_others_go_on(
+def test_a_line_that_fails_while_it_runs_gets_its_error_and_the_others_go_on(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_choices(monkeypatch, {1, 4})
@@ -224,6 +224,8 @@ def fail_choices(monkeypatch: pytest.MonkeyPatch, failing: set[int]) -> None:
         for name in ("texts", "stop_reasons"):
             column = zip(getattr(reply, name), fails, strict=True)
             changes[name] = tuple(value for value, failed in column if not failed)
+        changes["num_new_ids"] = reply.num_new_ids[~fails]
+        changes["new_ids"] = reply.new_ids[~np.repeat(fails, reply.num_new_ids)]
         changes["ends"] = tuple(end for end in reply.ends if end.uid in changes["uids"])
         failures = [Failure.from_error(int(uid), error) for uid in reply.uids[fails]]
         return replace(reply, **changes, failures=(*reply.failures, *failures)), aborts

@@ -219,7 +219,7 @@ def test_a_connection_is_closed_when_its_client_reads_nothing_at_all(
 
 def test_a_pipelined_request_does_not_hide_that_the_client_has_left(server: HttpServer) -> None:
     text = json.dumps(body("stall", stream=True)).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     one = f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:

@@ -57,7 +57,7 @@ async def files_of_five_tokens(path: str, body: dict[str, Any]) -> set[str]:
         "method": "POST",
         "path": path,
         "raw_path": path.encode(),
-        "headers": [(b"content-type", b"application/json")],
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
         "query_string": b"",
     }
     app = create_app(ServerConfig(model="m"), registry)

@@ -32,9 +32,13 @@ class Queries:
 
         Raises RequestFailedError for a refused query, MinisrvError after TIMEOUT_S.
         """
-        send()
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._open[number] = future
+        try:
+            send()
+        except BaseException:
+            del self._open[number]
+            raise
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 return await future
