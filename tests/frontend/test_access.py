@@ -270,7 +270,7 @@ def test_two_keys_are_refused_also_where_none_is_needed(headers: list[tuple[str,
             assert server.http.get(path, headers=headers).status_code == 401
             assert server.http.get(path, headers=same).status_code == 200
         assert server.http.get("/health", headers=headers).status_code == 200
-    with serve() as server:  # there is no key that they could be
+    with serve() as server:  # without configured keys, none is wrong
         assert server.http.get("/v1/models", headers=headers).status_code == 200
 
 

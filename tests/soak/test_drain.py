@@ -1,4 +1,4 @@
-"""Servers that are told to stop under load: what they have accepted, they finish."""
+"""Servers that are stopped under load finish what they have accepted."""
 
 from __future__ import annotations
 

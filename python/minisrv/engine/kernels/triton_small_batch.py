@@ -56,7 +56,7 @@ def _normed_products(
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The normed input times two blocks of columns, but for the norm's scale; and the mean squares
+    """The normed input times two blocks of columns, except the norm's scale; and the mean squares
     of the input, from which that scale follows.
 
     first_at, second_at: pointers [INNER, COLUMNS] to the first inputs of the two blocks.

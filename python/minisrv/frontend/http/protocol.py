@@ -135,7 +135,7 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 class HttpServer(uvicorn.Server):
-    """A server that listens until it is told to exit; signals are the supervisor's."""
+    """Listens until `should_exit` is set; signals are the supervisor's."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Ignore a signal."""
