@@ -74,6 +74,10 @@ class FrameChannel:
         frames, self.inbox = self.inbox, []
         return [decode(frame, SCHEDULER_INBOX) for frame in frames]
 
+    def begins_epoch(self) -> bool:
+        """As ZmqChannel."""
+        return False
+
     def send(self, message: DetokenizeMsg) -> None:
         """As ZmqChannel."""
         self.outbox.append(encode(message))

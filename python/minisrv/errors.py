@@ -139,3 +139,11 @@ class UnsupportedModelError(ConfigError):
 
 class DecodeError(MinisrvError):
     """A frame is not a message that its socket may carry."""
+
+
+class OtherEpochError(DecodeError):
+    """A frame is of another epoch than its receiver. epoch: the frame's."""
+
+    def __init__(self, message: str, epoch: int) -> None:
+        super().__init__(message)
+        self.epoch = epoch

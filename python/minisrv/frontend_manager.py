@@ -20,9 +20,10 @@ from minisrv.errors import EngineDeadError, InvalidRequestError, NotReadyError
 from minisrv.frontend.drain import drain
 from minisrv.frontend.process import take_notice
 from minisrv.frontend.registry.engine_client import EngineClient
-from minisrv.frontend.registry.registry import RequestRegistry, Serving
-from minisrv.supervision.records import EngineEnded, EngineReady, Notice
-from minisrv.supervision.supervisor import EPOCH, Supervisor, SupervisorThread
+from minisrv.frontend.registry.registry import RequestRegistry
+from minisrv.frontend.registry.states import Serving
+from minisrv.supervision.records import FIRST_EPOCH, EngineEnded, EngineReady, Notice
+from minisrv.supervision.supervisor import Supervisor, SupervisorThread
 from minisrv.wire.arrays import token_array
 from minisrv.wire.events import Event
 from minisrv.wire.messages import Start, TokenizeMsg
@@ -92,14 +93,16 @@ class FrontendManager:
         # It binds in the run directory, which a supervisor that fails takes with it.
         num_tokenizers = self.config.num_tokenizers
         self._client = EngineClient(
-            supervisor.run_dir, self.registry, num_tokenizers, EPOCH, on_error=supervisor.stop
+            supervisor.run_dir, self.registry, num_tokenizers, FIRST_EPOCH, on_error=supervisor.stop
         )
         self._thread = SupervisorThread(supervisor)
         self._thread.start()
         await self._client.__aenter__()
 
     def _take(self, notice: Notice) -> None:
-        take_notice(self.registry, self.config, notice)
+        if self._client is None:  # closed
+            return
+        take_notice(self.registry, self._client, self.config, notice)
         if isinstance(notice, EngineReady | EngineEnded):
             self._started.set()
 

@@ -168,6 +168,8 @@ class Console:
                 if phase != shown_phase or fraction >= min(1.0, shown_fraction + 0.25):
                     self._shown = (phase, fraction)
                     self._print(f"{self._seconds:6.1f} s  {phase} {fraction:.0%}")
+            case EngineReady(restarts=restarts) if restarts:
+                self._print("all processes serve again")
             case EngineReady(facts):
                 self._print(banner(self._config, self._url, facts, self._seconds))
             case DrainRequested():

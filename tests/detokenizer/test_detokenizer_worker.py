@@ -266,13 +266,13 @@ def test_a_failure_after_a_stop_string_is_not_a_second_final() -> None:
 
 
 @pytest.mark.parametrize("stop", [(), (TOKENIZER.decode([301]),)])
-def test_an_end_tells_the_time_since_the_first_token_also_at_a_stop(stop: tuple[str, ...]) -> None:
+def test_an_end_has_its_time_also_at_a_stop(stop: tuple[str, ...]) -> None:
     worker = DetokenizerWorker(TOKENIZER)
     worker.handle(replace(step([(1, 300, Finish.NONE)], start(1, stop=stop, at=100.0)), at=100.0))
     last = Finish.NONE if stop else Finish.LENGTH
     reply, _ = worker.handle(replace(step([(1, 301, last)]), at=100.25))
     assert reply is not None
-    assert [(end.uid, end.decode_s) for end in reply.ends] == [(1, 0.25)]
+    assert [(end.uid, end.at) for end in reply.ends] == [(1, 100.25)]
 
 
 def test_one_broken_request_fails_alone() -> None:

@@ -20,7 +20,7 @@ from minisrv.wire.messages import (
     TakenMsg,
     TokenizeMsg,
 )
-from minisrv.wire.sockets import INBOX_BYTES, AsyncInbox, Inbox, Outbox
+from minisrv.wire.sockets import INBOX_BYTES, AsyncInbox, Epoch, Inbox, Outbox
 from tests.support.http_server import MODEL
 from tests.support.scripted_backend import reply
 
@@ -31,11 +31,11 @@ def never() -> None:
 
 async def _round_trips(run_dir: Path) -> None:
     registry = RequestRegistry(ServerConfig(num_tokenizers=2))
-    inboxes = [AsyncInbox(run_dir, f"tokenizer-{i}", TOKENIZER_INBOX, 4) for i in range(2)]
-    scheduler = AsyncInbox(run_dir, "scheduler", SCHEDULER_INBOX, 4)
+    inboxes = [AsyncInbox(run_dir, f"tokenizer-{i}", TOKENIZER_INBOX, Epoch(4)) for i in range(2)]
+    scheduler = AsyncInbox(run_dir, "scheduler", SCHEDULER_INBOX, Epoch(4))
     async with EngineClient(run_dir, registry, num_tokenizers=2, epoch=4, on_error=never):
         registry.set_ready(MODEL)
-        back = Outbox(run_dir, "frontend", epoch=4)
+        back = Outbox(run_dir, "frontend", Epoch(4))
         for inbox in inboxes:
             base = registry.open()
             sampling = SamplingParams(temperature=0.5)
@@ -68,7 +68,7 @@ async def _bad_reply(run_dir: Path) -> None:
         run_dir, registry, num_tokenizers=1, epoch=4, on_error=lambda: errors.append("called")
     ) as client:
         registry.set_ready(MODEL)
-        back = Outbox(run_dir, "frontend", epoch=4)
+        back = Outbox(run_dir, "frontend", Epoch(4))
         base = registry.open()
         back.send(reply(base, "a", 1, finish=99))
         (event,) = await registry.all_events(base)
@@ -86,11 +86,11 @@ def test_a_reply_that_makes_no_sense_fails_all_requests_and_is_reported() -> Non
 
 async def _full_inbox(run_dir: Path) -> None:
     registry = RequestRegistry(ServerConfig())
-    tokenizer = Inbox(run_dir, "tokenizer-0", TOKENIZER_INBOX, 4)
+    tokenizer = Inbox(run_dir, "tokenizer-0", TOKENIZER_INBOX, Epoch(4))
     text = "x" * (8 * 2**20)
     async with EngineClient(run_dir, registry, num_tokenizers=1, epoch=4, on_error=never):
         registry.set_ready(MODEL)
-        back = Outbox(run_dir, "frontend", epoch=4)
+        back = Outbox(run_dir, "frontend", Epoch(4))
 
         def submit(text: str) -> int:
             base = registry.open()

@@ -158,7 +158,9 @@ def sent(server: HttpServer, path: str, **fields: Any) -> Any:
     response = server.http.post(path, json={"prompt": "hi", **fields})
     assert response.status_code == 200, response.text
     assert "x-minisrv-warnings" not in response.headers
-    return replace(server.backend.requests[-1], uid=0)
+    message = server.backend.requests[-1]
+    seed = message.sampling.seed if fields.get("seed") is not None else None
+    return replace(message, uid=0, sent_at=0.0, sampling=replace(message.sampling, seed=seed))
 
 
 @pytest.mark.parametrize("path", TABLES)

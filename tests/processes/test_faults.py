@@ -33,10 +33,11 @@ def assert_failed(requests: list[OpenRequest], status: int, code: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["scheduler", "detokenizer", "tokenizer"])
-def test_a_death_behind_the_frontend_fails_open_requests_and_ends_all(
+def test_without_restarts_a_death_behind_the_frontend_fails_open_requests_and_ends_all(
     kind: str, model_dir: Path, socket_dir: Path
 ) -> None:
-    with running("--model", str(model_dir), tmp_dir=socket_dir, step_s=STEP_S) as server:
+    arguments = ("--model", str(model_dir), "--restart-limit", "0")
+    with running(*arguments, tmp_dir=socket_dir, step_s=STEP_S) as server:
         requests = open_requests(server.url, num_streams=3, num_whole=3)
         server.child(kind).kill()
         assert_failed(list(requests), 500, "engine_dead")
@@ -49,7 +50,8 @@ def test_a_death_behind_the_frontend_fails_open_requests_and_ends_all(
 def test_the_openai_client_raises_when_the_engine_dies_in_a_stream(
     model_dir: Path, socket_dir: Path
 ) -> None:
-    with running("--model", str(model_dir), tmp_dir=socket_dir, step_s=STEP_S) as server:
+    arguments = ("--model", str(model_dir), "--restart-limit", "0")
+    with running(*arguments, tmp_dir=socket_dir, step_s=STEP_S) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         stream = client.completions.create(
             model=str(model_dir), prompt="go on", max_tokens=1500, stream=True
@@ -61,8 +63,11 @@ def test_the_openai_client_raises_when_the_engine_dies_in_a_stream(
                 pass
 
 
-def test_the_death_of_the_frontend_ends_all(model_dir: Path, socket_dir: Path) -> None:
-    with running("--model", str(model_dir), tmp_dir=socket_dir, step_s=STEP_S) as server:
+def test_without_restarts_the_death_of_the_frontend_ends_all(
+    model_dir: Path, socket_dir: Path
+) -> None:
+    arguments = ("--model", str(model_dir), "--restart-limit", "0")
+    with running(*arguments, tmp_dir=socket_dir, step_s=STEP_S) as server:
         (stream,) = open_requests(server.url, num_streams=1, num_whole=0)
         server.child("frontend").kill()
         assert stream.join().error is not None

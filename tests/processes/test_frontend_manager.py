@@ -21,8 +21,9 @@ from minisrv import FrontendManager, SamplingParams, ServerConfig
 from minisrv.errors import ConfigError, InvalidRequestError, NotReadyError, RequestFailedError
 from minisrv.frontend_manager import Ack
 from minisrv.supervision import supervisor
+from minisrv.supervision.records import FIRST_EPOCH
 from minisrv.wire.messages import TokenizeMsg
-from minisrv.wire.sockets import Outbox
+from minisrv.wire.sockets import Epoch, Outbox
 from tests.support.hash_engine import expected_output
 from tests.support.scripted_backend import reply
 from tests.support.server_process import VOCAB_SIZE, environment
@@ -157,7 +158,7 @@ def test_a_message_must_fit_its_uid(model_dir: Path) -> None:
 
 def test_a_death_raises_in_every_open_stream(model_dir: Path) -> None:
     async def run() -> None:
-        manager = FrontendManager(model=str(model_dir))
+        manager = FrontendManager(model=str(model_dir), restart_limit="0")
         await manager.start()
         uid = manager.new_user()
         await manager.send_one(message(uid, max_tokens=2000))
@@ -187,7 +188,7 @@ def test_a_reply_that_makes_no_sense_ends_the_engine_and_not_the_program(model_d
         manager = FrontendManager(model=str(model_dir))
         await manager.start()
         assert manager._thread is not None
-        outbox = Outbox(manager._thread._supervisor.run_dir, "frontend", supervisor.EPOCH)
+        outbox = Outbox(manager._thread._supervisor.run_dir, "frontend", Epoch(FIRST_EPOCH))
         uid = manager.new_user()
         await manager.send_one(message(uid, max_tokens=2000))
         outbox.send(reply(uid, "a", 1, finish=99))  # type: ignore[arg-type]

@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-from minisrv.supervision.supervisor import EPOCH
-from minisrv.wire.sockets import INBOX_BYTES, Outbox
+from minisrv.supervision.records import FIRST_EPOCH
+from minisrv.wire.sockets import INBOX_BYTES, Epoch, Outbox
 from tests.support.scripted_backend import reply
 from tests.support.server_process import open_requests, running, wait_until
 
@@ -116,7 +116,7 @@ def test_a_reply_that_makes_no_sense_ends_the_server(model_dir: Path, socket_dir
     with running("--model", str(model_dir), tmp_dir=socket_dir, step_s=0.02) as server:
         (stream,) = open_requests(server.url, num_streams=1, num_whole=0)
         (path,) = socket_dir.rglob("frontend")
-        outbox = Outbox(path.parent, "frontend", EPOCH)
+        outbox = Outbox(path.parent, "frontend", Epoch(FIRST_EPOCH))
         outbox.send(reply(1, "a", 1, finish=99))  # type: ignore[arg-type]
         *_, error, done = stream.join().events
         assert (json.loads(error)["error"]["code"], done) == ("engine_dead", "[DONE]")

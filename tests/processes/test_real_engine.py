@@ -95,7 +95,8 @@ def test_http_is_the_only_thing_that_listens(server: ServerProcess) -> None:
 
 
 def test_the_death_of_the_engine_fails_open_requests(checkpoint: Path, socket_dir: Path) -> None:
-    with running("--model", str(checkpoint), tmp_dir=socket_dir, hash_engine=False) as server:
+    arguments = ("--model", str(checkpoint), "--restart-limit", "0")
+    with running(*arguments, tmp_dir=socket_dir, hash_engine=False) as server:
         requests = open_requests(server.url, num_streams=1, num_whole=1)
         server.child("scheduler").kill()
         stream, whole = (request.join() for request in requests)

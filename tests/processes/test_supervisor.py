@@ -142,7 +142,7 @@ def test_a_death_is_noticed_within_100_ms(children: Children, model_dir: Path) -
     children()
     delays = []
     for _ in range(3):  # the machine may be busy once
-        run = Run(model_dir)
+        run = Run(model_dir, restart_limit="0")
         ready = run.wait_for(EngineReady)
         assert isinstance(ready, EngineReady)
         killed = time.monotonic()
@@ -171,7 +171,7 @@ def test_a_death_ends_all_and_says_why(
     body: str, sentence: str, children: Children, model_dir: Path
 ) -> None:
     children(scheduler=body)
-    run = Run(model_dir).join()
+    run = Run(model_dir, restart_limit="0").join()
     assert isinstance(run.error, EngineDeadError)
     assert run.error.message.startswith(sentence)
     assert run.notices[-1] == EngineEnded(run.error.message, stopping=False)
@@ -278,7 +278,7 @@ def test_a_worker_that_dies_right_after_ready_ends_the_engine(
     children(scheduler="child.report(ChildReady())")
     monkeypatch.setattr(selectors, "DefaultSelector", LateSelector)
     monkeypatch.setattr(sys.modules[__name__], "SHORT_LIVED", ["scheduler"])
-    run = Run(model_dir).join()
+    run = Run(model_dir, restart_limit="0").join()
     assert isinstance(run.error, EngineDeadError)
     assert run.error.message == "the scheduler process has died with exit status 0"
 

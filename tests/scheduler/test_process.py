@@ -41,6 +41,7 @@ def test_collections_leave_out_what_exists_before_the_first_request(
         config=ServerConfig(),
         boot=SimpleNamespace(model_dir=demo, run_dir=tmp_path, tokenizer_dir=demo, epoch=0),
         report=lambda report: frozen.append(gc.get_freeze_count()),
+        handle_notices=lambda handle: None,
         report_progress=lambda phase, fraction: None,
     )
     process._serve(child)

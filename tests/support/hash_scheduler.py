@@ -50,6 +50,7 @@ def make_compiler(child: Child, model: ModelConfig) -> GrammarCompiler:
 def serve(child: Child) -> None:
     model = load_model_config(child.boot.model_dir, child.config.max_seq_len)
     channel = ZmqChannel(Path(child.boot.run_dir), child.boot.epoch)
+    child.handle_notices(channel.take_notice)
     child.report_progress("weights", 0.5)
     while GATE and not Path(GATE).exists():
         time.sleep(0.01)

@@ -48,7 +48,7 @@ def reply(
         new_ids=np.empty(0, np.int32),
         num_new_ids=np.zeros(1, np.int32),
         starts=() if start is None else (start,),
-        ends=(End(uid=uid, decode_s=DECODE_S),) if finish else (),
+        ends=(End(uid=uid, at=DECODE_S),) if finish else (),
     )
 
 

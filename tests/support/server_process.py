@@ -136,6 +136,8 @@ class ServerProcess:
         return self
 
     def child(self, kind: str) -> psutil.Process:
+        """The process of a kind that runs now."""
+        self.family = psutil.Process(self.popen.pid).children(recursive=True)
         modules = (f"minisrv.{kind}", f"tests.support.hash_{kind}")
         (found,) = [p for p in self.family if p.cmdline()[-1] in modules]
         return found

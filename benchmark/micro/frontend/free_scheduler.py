@@ -47,6 +47,7 @@ def _serve(child: Child) -> None:
     model = load_model_config(child.boot.model_dir, child.config.max_seq_len)
     tokenizer = load_tokenizer(Path(child.boot.tokenizer_dir), None)
     channel = ZmqChannel(Path(child.boot.run_dir), child.boot.epoch)
+    child.handle_notices(channel.take_notice)
     scheduler = Scheduler(
         KVCacheManager(NUM_PAGES, NUM_ROWS, PAGE_SIZE, radix_cache=True),
         max_seq_len=model.max_seq_len,
@@ -59,6 +60,7 @@ def _serve(child: Child) -> None:
         "vocab_size": model.vocab_size,
         "sampling_defaults": {"temperature": 0.0},
         "unapplied_defaults": [],
+        "notes": [],
         "placement": "no model",
         "memory_plan": "none",
     }

@@ -16,15 +16,15 @@ from minisrv.checkpoint.chat_format import ChatFormat
 from minisrv.supervision.child_main import Child, run_child
 from minisrv.supervision.records import ChildReady
 from minisrv.wire.messages import TOKENIZER_INBOX, Finish, Start, TokenizeMsg, UserReply
-from minisrv.wire.sockets import Inbox, Outbox
+from minisrv.wire.sockets import Epoch, Inbox, Outbox
 
 TEXT = " word"
 
 
 def _serve(child: Child) -> None:
-    boot, run_dir = child.boot, Path(child.boot.run_dir)
-    inbox = Inbox(run_dir, f"tokenizer-{boot.index}", TOKENIZER_INBOX, boot.epoch)
-    frontend = Outbox(run_dir, "frontend", boot.epoch)
+    boot, run_dir, epoch = child.boot, Path(child.boot.run_dir), Epoch(child.boot.epoch)
+    inbox = Inbox(run_dir, f"tokenizer-{boot.index}", TOKENIZER_INBOX, epoch)
+    frontend = Outbox(run_dir, "frontend", epoch)
     child.report(ChildReady({"chat_format": asdict(ChatFormat())}))
     left: dict[int, int] = {}
     counts: dict[int, int] = {}

@@ -9,7 +9,7 @@ from minisrv.detokenizer.worker import DetokenizerWorker
 from minisrv.supervision.child_main import Child, run_child
 from minisrv.supervision.records import ChildReady
 from minisrv.wire.messages import DETOKENIZER_INBOX
-from minisrv.wire.sockets import Inbox, Outbox
+from minisrv.wire.sockets import Epoch, Inbox, Outbox
 
 
 def main() -> None:
@@ -18,10 +18,11 @@ def main() -> None:
 
 def _serve(child: Child) -> None:
     boot, run_dir = child.boot, Path(child.boot.run_dir)
-    inbox = Inbox(run_dir, "detokenizer", DETOKENIZER_INBOX, boot.epoch)
-    scheduler = Outbox(run_dir, "scheduler", boot.epoch)
-    frontend = Outbox(run_dir, "frontend", boot.epoch)
     worker = DetokenizerWorker(load_tokenizer(Path(boot.tokenizer_dir), child.config.chat_template))
+    epoch = Epoch(boot.epoch)
+    inbox = Inbox(run_dir, "detokenizer", DETOKENIZER_INBOX, epoch, worker.drop_requests)
+    scheduler = Outbox(run_dir, "scheduler", epoch)
+    frontend = Outbox(run_dir, "frontend", epoch)
     child.report(ChildReady())
     while inbox.wait():
         for message in inbox.drain():

@@ -36,7 +36,7 @@ _WITH_TEXT = (Finish.NONE, Finish.LENGTH, Finish.COMPLETE)  # the entry's token 
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """start: kept until it is forwarded. started_at: of its first token, on the scheduler's clock.
+    """start: kept until it is forwarded.
 
     matcher: None without stop strings. splitter: None when no (further) reasoning is possible.
     hidden: by id, special tokens that are not shown but occur in a stop string.
@@ -50,7 +50,6 @@ class _Request:
     min_tokens: int
     start: Start | None
     num_tokens: int = 0
-    started_at: float = 0.0
     new_ids: list[int] = field(default_factory=list)
     speller: LogprobSpeller | None = None
     hidden: dict[int, str] = field(default_factory=dict)
@@ -123,6 +122,11 @@ class DetokenizerWorker:
         """Requests without a final from the scheduler."""
         return len(self._requests) + len(self._ended)
 
+    def drop_requests(self) -> None:
+        """Forget all requests: nobody waits for their text any more."""
+        self._requests.clear()
+        self._ended.clear()
+
     def handle(self, message: DetokenizeMsg) -> tuple[UserReply | None, AbortMsg | None]:
         """The reply to the frontend, and the uids that the scheduler need not continue."""
         reply = _Reply(message.at, message.progress)
@@ -179,7 +183,6 @@ class DetokenizerWorker:
             splitter=splitter,
             min_tokens=start.min_tokens,
             start=None if resumed else start,
-            started_at=start.at,
             speller=LogprobSpeller(self._decoder, num_chars) if start.logprobs else None,
             hidden=hidden,
         )
@@ -239,7 +242,7 @@ class DetokenizerWorker:
         if request.speller is not None:
             reply.logprobs += request.speller.take_spelled()
         if finish:
-            reply.ends.append(End(uid=request.uid, decode_s=reply.at - request.started_at))
+            reply.ends.append(End(uid=request.uid, at=reply.at))
             del self._requests[request.uid]
 
     def _stop(self, uid: int, reply: _Reply) -> None:

@@ -34,13 +34,8 @@ from minisrv.frontend.http.openapi import describe_errors, errors
 from minisrv.frontend.ops.admin import add_admin_routes, add_drain_route, add_load_route
 from minisrv.frontend.ops.metrics import CONTENT_TYPE, ServerMetrics
 from minisrv.frontend.ops.root_page import add_root_page
-from minisrv.frontend.registry.registry import (
-    Dead,
-    Draining,
-    RequestRegistry,
-    Serving,
-    Starting,
-)
+from minisrv.frontend.registry.registry import RequestRegistry
+from minisrv.frontend.registry.states import Dead, Draining, Restarting, Serving, Starting
 
 VERSION = version("minisrv")
 # By path prefix; errors of all other routes have OpenAI's form.
@@ -74,10 +69,8 @@ def create_app(
     unknown_fields = app.state.unknown_fields = UnknownFields(strict=config.strict_params)
     metrics = ServerMetrics(
         config.served_name,
-        lambda: registry.stats,
         unknown_fields.counts.total,
-        registry.refused,
-        lambda: registry.num_dropped,
+        registry,
         vllm_names=config.metrics_vllm_names,
     )
     bodies = BodyReader(config.max_body_bytes, unknown_fields, metrics.count_ignored_field)
@@ -146,6 +139,9 @@ def _add_state_routes(app: FastAPI, registry: RequestRegistry, metrics: ServerMe
                 return JSONResponse({"status": "ready"})
             case Starting(phase, fraction):
                 body = {"status": "loading", "phase": phase, "progress": round(fraction, 4)}
+                return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})
+            case Restarting(_, sentence):
+                body = {"status": "restarting", "reason": sentence}
                 return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})
             case Draining():
                 body = {"status": "draining", "open_requests": registry.num_open}

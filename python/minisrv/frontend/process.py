@@ -23,6 +23,7 @@ from minisrv.supervision.records import (
     Drained,
     DrainRequested,
     EngineEnded,
+    EngineLost,
     EngineReady,
     Notice,
     StartProgress,
@@ -32,13 +33,21 @@ from minisrv.supervision.records import (
 LAST_WORDS_S = 2
 
 
-def take_notice(registry: RequestRegistry, config: ServerConfig, notice: Notice) -> None:
+def take_notice(
+    registry: RequestRegistry, client: EngineClient, config: ServerConfig, notice: Notice
+) -> None:
     """Change the state of the registry as the supervisor's notice says."""
     match notice:
         case StartProgress(phase, fraction):
             registry.set_progress(phase, fraction)
-        case EngineReady(facts):
-            registry.set_ready(ModelInfo.from_facts(config, facts))
+        case EngineReady(facts, epoch, suspects, restarts):
+            model = ModelInfo.from_facts(config, facts)
+            registry.restarts = restarts
+            client.begin_epoch(epoch)
+            registry.set_ready(model)
+            registry.resume(model, suspects)
+        case EngineLost(sentence):
+            registry.hold(sentence)
         case EngineEnded(sentence, stopping=True):
             registry.fail_all(NotReadyError(sentence, code="server_draining"))
         case EngineEnded(sentence):
@@ -77,7 +86,7 @@ async def _serve(child: Child) -> None:
     loop = asyncio.get_running_loop()
 
     def take(notice: Notice) -> None:
-        take_notice(registry, child.config, notice)
+        take_notice(registry, client, child.config, notice)
         if isinstance(notice, EngineReady):
             child.report(ChildReady())
         elif isinstance(notice, DrainRequested):

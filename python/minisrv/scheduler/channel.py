@@ -25,6 +25,12 @@ class Channel(Protocol):
         Returns an empty list from time to time, so that the caller can check whether to stop.
         """
 
+    def begins_epoch(self) -> bool:
+        """Whether the messages last received are the first of a new epoch.
+
+        Then nobody waits for the replies to earlier ones.
+        """
+
     def send(self, message: DetokenizeMsg) -> None:
         """Send the tokens of a step to the detokenizer."""
 
@@ -45,6 +51,10 @@ class LocalChannel:
         messages: list[Message] = list(self.inbox)
         self.inbox.clear()
         return messages
+
+    def begins_epoch(self) -> bool:
+        """Never: requests end with the process."""
+        return False
 
     def send(self, message: DetokenizeMsg) -> None:
         self.outbox.append(message)

@@ -136,6 +136,8 @@ class SchedulerLoop:
 
     def _receive(self, wait: bool) -> None:
         messages = self.channel.receive(wait)
+        if self.channel.begins_epoch():
+            self.scheduler.drop_requests()
         if messages:
             self._now = time.monotonic()
         for message in messages:

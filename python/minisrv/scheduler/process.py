@@ -22,6 +22,7 @@ def _serve(child: Child) -> None:
     model_dir, run_dir = Path(child.boot.model_dir), Path(child.boot.run_dir)
     model = load_model_config(model_dir, child.config.max_seq_len)
     channel = ZmqChannel(run_dir, child.boot.epoch)
+    child.handle_notices(channel.take_notice)
     child.report_progress("import torch", 0.0)
     # It takes seconds: by now the lifeline holds, and a wrong config.json has been refused.
     from minisrv.engine.engine import Engine

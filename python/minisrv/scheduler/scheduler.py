@@ -106,9 +106,14 @@ class Scheduler:
     def abort_requests(self, uids: Iterable[int], now: float) -> None:
         """End those of the requests that are open; their computed pages stay in the cache."""
         for uid in uids:
-            request = self._requests.get(uid)
-            if request is not None:
+            if (request := self._requests.get(uid)) is not None:
                 self._finish_request(request, -1, Finish.ABORT, now)
+
+    def drop_requests(self) -> None:
+        """End all requests without a reply; their computed pages stay in the cache."""
+        for request in list(self._requests.values()):
+            self._retire(request)
+        self._replies = Replies()
 
     def set_matcher(self, uid: int, matcher: Matcher) -> None:
         """Let a request that waits for its grammar be admitted, if it is still open."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from minisrv.supervision.records import NewEpoch, Notice
 from minisrv.wire.messages import SCHEDULER_INBOX, AnswerMsg, DetokenizeMsg, Message, StatsMsg
-from minisrv.wire.sockets import Inbox, Outbox
+from minisrv.wire.sockets import Epoch, Inbox, Outbox
 
 
 class ZmqChannel:
@@ -16,15 +17,35 @@ class ZmqChannel:
     MAX_MESSAGES = 64
 
     def __init__(self, run_dir: Path, epoch: int) -> None:
-        self._inbox = Inbox(run_dir, "scheduler", SCHEDULER_INBOX, epoch)
-        self._outbox = Outbox(run_dir, "detokenizer", epoch)
-        self._frontend = Outbox(run_dir, "frontend", epoch)
+        self._epoch = Epoch(epoch)
+        self._announced = epoch
+        self._begins_epoch = False
+        self._inbox = Inbox(
+            run_dir, "scheduler", SCHEDULER_INBOX, self._epoch, self._note_new_epoch
+        )
+        self._outbox = Outbox(run_dir, "detokenizer", self._epoch)
+        self._frontend = Outbox(run_dir, "frontend", self._epoch)
+
+    def take_notice(self, notice: Notice) -> None:
+        """Enter a new epoch of which no message may come soon. May be called in any thread."""
+        if isinstance(notice, NewEpoch):
+            self._announced = notice.epoch
 
     def receive(self, wait: bool) -> list[Message]:
         """With `wait`, blocks for at most WAIT_S. The rest is returned by later calls."""
         if wait:
             self._inbox.wait(self.WAIT_S)
+        if self._announced > self._epoch.number:
+            self._epoch.number = self._announced
+            self._note_new_epoch()
         return self._inbox.drain(self.MAX_MESSAGES)
+
+    def begins_epoch(self) -> bool:
+        begins, self._begins_epoch = self._begins_epoch, False
+        return begins
+
+    def _note_new_epoch(self) -> None:
+        self._begins_epoch = True
 
     def send(self, message: DetokenizeMsg) -> None:
         self._outbox.send(message)

@@ -25,12 +25,15 @@ from minisrv.supervision.run_dir import home_variables
 class ChildProcess:
     """A child as its supervisor sees it: the lifeline, the reports, the exit.
 
+    index: which one among the children of its kind.
     ready, failed: the report of that kind, once `read_reports` has returned it.
     drained: whether there was a report of that kind.
     """
 
-    def __init__(self, name: str, module: str, boot: dict[str, Any], fds: dict[str, int]) -> None:
-        self.name = name
+    def __init__(
+        self, kind: str, name: str, module: str, boot: dict[str, Any], fds: dict[str, int]
+    ) -> None:
+        self.kind, self.index, self.name = kind, boot["index"], name
         self.ready: ChildReady | None = None
         self.failed: ChildFailed | None = None
         self.drained = False

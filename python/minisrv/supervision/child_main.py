@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 from minisrv import log
@@ -71,9 +71,9 @@ def run_child(name: str, main: Callable[[Child], None]) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
-    lines = open(STDIN_FD, "rb", buffering=0, closefd=False)  # noqa: SIM115
-    first = lines.readline()
-    if not first:
+    lines = _read_lines(STDIN_FD)
+    first = next(lines, None)
+    if first is None:
         os._exit(0)
     child = Child(records.decode_line(first))
     log.setup(name, child.config.log_level, child.config.log_format, own_process=True)
@@ -98,6 +98,18 @@ def freeze_objects() -> None:
     """Exempt what exists now from garbage collections, which would visit all of it again."""
     gc.collect()
     gc.freeze()
+
+
+def _read_lines(fd: int) -> Iterator[bytes]:
+    """The lines that arrive, until the other end closes.
+
+    Not a buffered file: at exit Python would wait for its lock, which the reading thread holds. An
+    unbuffered one reads single bytes, and waits for the interpreter after each.
+    """
+    buffer = b""
+    while chunk := os.read(fd, 65536):
+        *lines, buffer = (buffer + chunk).split(b"\n")
+        yield from lines
 
 
 def _leave(status: int) -> NoReturn:

@@ -9,6 +9,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
+FIRST_EPOCH = 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Boot:
@@ -58,9 +60,30 @@ class Drained:
 
 @dataclass(frozen=True, slots=True)
 class EngineReady:
-    """Supervisor to frontend: all other processes serve. `facts`: all of theirs, merged."""
+    """Supervisor to frontend: all other processes serve, in this epoch.
+
+    facts: all of theirs, merged. suspects: uids that a process worked on when it died, since the
+    last such notice. restarts: how often each kind of process has been started again.
+    """
 
     facts: dict[str, Any]
+    epoch: int = FIRST_EPOCH
+    suspects: tuple[int, ...] = ()
+    restarts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLost:
+    """Supervisor to frontend: a process has died, and an `EngineReady` will follow."""
+
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewEpoch:
+    """Supervisor to scheduler: the frontend has died, and with it all open requests."""
+
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +103,7 @@ class EngineEnded:
 
 
 Report = StartProgress | ChildReady | ChildFailed | Drained
-Notice = StartProgress | EngineReady | DrainRequested | EngineEnded
+Notice = StartProgress | EngineReady | EngineLost | NewEpoch | DrainRequested | EngineEnded
 _RECORDS = {kind.__name__: kind for kind in (Boot, *get_args(Report), *get_args(Notice))}
 
 

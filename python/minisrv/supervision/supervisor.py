@@ -1,9 +1,11 @@
-"""Starts the processes in order, watches them, and ends them together.
+"""Starts the processes in order, watches them, starts those that die again, and ends all together.
 
 A lifeline runs from this process to every child, and a status pipe back; the closing of the pipe
-and the child's pidfd report a death at once. The processes share state (the cache, open requests),
-so when one dies the others are ended too. The thread in `Supervisor.run` starts all children and
-outlives them, because the kernel ties each to the thread that started it.
+and the child's pidfd report a death at once. A child that dies while the server serves is started
+again in a new epoch: the others drop what they were working on when they receive the first message
+of that epoch, and the frontend sends what is open again (`frontend.registry`). A death during the
+start, or one too many, ends all. The thread in `Supervisor.run` starts all children and outlives
+them, because the kernel ties each to the thread that started it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import selectors
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,15 +26,20 @@ from typing import Any
 from minisrv.checkpoint.hub import find_local_model
 from minisrv.checkpoint.tokenizer import needs_conversion
 from minisrv.config import ServerConfig
-from minisrv.errors import MinisrvError
+from minisrv.errors import ConfigError, EngineDeadError, MinisrvError
+from minisrv.restart_limit import RestartLimit
 from minisrv.supervision.child_handle import ChildProcess
 from minisrv.supervision.records import (
+    FIRST_EPOCH,
     DrainRequested,
     EngineEnded,
+    EngineLost,
     EngineReady,
+    NewEpoch,
     Notice,
     StartProgress,
 )
+from minisrv.supervision.restarts import Restarts
 from minisrv.supervision.run_dir import private_directory
 from minisrv.supervision.standard_streams import open_standard_streams
 
@@ -41,7 +49,6 @@ END_GRACE_S = 3.5
 HURRIED_GRACE_S = 0.5
 # A frontend that does not report the end of its drain in time is not waited for any longer.
 DRAIN_MARGIN_S = 0.5
-EPOCH = 1
 MODULES = {
     "frontend": "minisrv.frontend",
     "hub": "minisrv.supervision.prepare",
@@ -84,11 +91,18 @@ class Supervisor:
         for resource in (self._selector, self._wake_receiver, self._wake_sender):
             self._exit_stack.callback(resource.close)
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)
+        self._model_dir, self._tokenizer_dir = Path(), Path()
         self._children: list[ChildProcess] = []
         self._frontend: ChildProcess | None = None
         self._last_progress = StartProgress("", 0.0)
         self._num_stops = 0
         self._drains = False  # whether the first stop lets the frontend drain
+        self._restarts = Restarts(RestartLimit.parse(config.restart_limit))
+        self._epoch = FIRST_EPOCH
+        self._announced = 0  # the epoch of the last EngineReady
+        self._ready_notice: EngineReady | None = None  # that the caller does not know yet
+        self._lost_at = 0.0
+        self._num_restarts: Counter[str] = Counter()
 
     @property
     def wake_fd(self) -> int:
@@ -108,15 +122,16 @@ class Supervisor:
         """Start the children and watch them; return after `stop`, when none is left.
 
         Raises ConfigError if the model or an option cannot be used, EngineDeadError if a process
-        dies, MinisrvError if the start takes too long.
+        dies during the start or more often than --restart-limit allows, MinisrvError if the start
+        takes too long.
         """
         try:
             self._start()
             self._serve()
         except _StopRequested:
-            self._notify(EngineEnded("the server is stopping", stopping=True))
+            self._end(EngineEnded("the server is stopping", stopping=True))
         except Exception as error:
-            self._notify(EngineEnded(str(error), stopping=False))
+            self._end(EngineEnded(str(error), stopping=False))
             raise
         finally:
             self._end_children()
@@ -124,35 +139,29 @@ class Supervisor:
 
     def _start(self) -> None:
         local_model_dir = find_local_model(self._config.model)
-        if self._listeners:
-            fds = {f"listener-{i}": one.fileno() for i, one in enumerate(self._listeners)}
-            self._frontend = self._spawn("frontend", fds=fds)
-            for listener in self._listeners:
-                listener.close()
+        self._spawn_frontend()
         # A download has no deadline.
-        model_dir = local_model_dir or Path(self._prepare("hub")["model_dir"])
+        self._model_dir = local_model_dir or Path(self._prepare("hub")["model_dir"])
         deadline = time.monotonic() + self._config.start_timeout_s
-        tokenizer_dir = model_dir
-        if needs_conversion(model_dir):
-            tokenizer_dir = self.run_dir / "tokenizer"
-            self._prepare("converter", model_dir, tokenizer_dir, deadline=deadline)
+        self._tokenizer_dir = self._model_dir
+        if needs_conversion(self._model_dir):
+            out = self.run_dir / "tokenizer"
+            self._prepare("converter", self._model_dir, out, deadline=deadline)
+            self._tokenizer_dir = out
         tokenizers = [("tokenizer", index) for index in range(self._config.num_tokenizers)]
-        workers = [
-            self._spawn(kind, model_dir, tokenizer_dir, index=index)
-            for kind, index in [("scheduler", 0), ("detokenizer", 0), *tokenizers]
-        ]
-        self._watch_until_ready(workers, deadline)
-        facts = {k: v for w in workers if w.ready for k, v in w.ready.facts.items()}
-        notice = EngineReady(facts)
+        for kind, index in [("scheduler", 0), ("detokenizer", 0), *tokenizers]:
+            self._spawn_worker(kind, index)
+        self._watch_until_ready(self._workers, deadline)
+        self._announce()
         if self._frontend is not None:
-            self._frontend.notify(notice)
             self._watch_until_ready([self._frontend], deadline)
-        self._on_notice(notice)
+        self._report_ready()
 
     def _serve(self) -> None:
         """Watch the children. Raises _StopRequested when they are to be ended."""
         self._drains = self._frontend is not None
         self._watch_until(lambda: self._num_stops > 0)
+        self._close_listeners()
         self._notify(DrainRequested())
         deadline = time.monotonic() + self._config.drain_timeout + DRAIN_MARGIN_S
         self._watch_until(lambda: False, deadline)
@@ -164,6 +173,19 @@ class Supervisor:
         self._watch_until_ready([child], deadline)
         self._retire(child)
         return child.ready.facts if child.ready else {}
+
+    @property
+    def _workers(self) -> list[ChildProcess]:
+        """The engine's processes."""
+        return [child for child in self._children if child is not self._frontend]
+
+    def _spawn_frontend(self) -> None:
+        if self._listeners:
+            fds = {f"listener-{i}": one.fileno() for i, one in enumerate(self._listeners)}
+            self._frontend = self._spawn("frontend", fds=fds)
+
+    def _spawn_worker(self, kind: str, index: int) -> None:
+        self._spawn(kind, self._model_dir, self._tokenizer_dir, index=index)
 
     def _spawn(
         self,
@@ -177,13 +199,13 @@ class Supervisor:
         boot = {
             "config": self._config.to_dict(),
             "run_dir": str(self.run_dir),
-            "epoch": EPOCH,
+            "epoch": self._epoch,
             "index": index,
             "model_dir": str(model_dir or ""),
             "tokenizer_dir": str(tokenizer_dir or ""),
         }
         name = f"{kind}-{index}" if kind == "tokenizer" else kind
-        child = ChildProcess(name, MODULES[kind], boot, fds or {})
+        child = ChildProcess(kind, name, MODULES[kind], boot, fds or {})
         self._children.append(child)
         for fd in child.watched_fds:
             self._selector.register(fd, selectors.EVENT_READ, child)
@@ -196,19 +218,79 @@ class Supervisor:
         self._unwatch(child)
         child.kill()
 
+    def _lose(self, child: ChildProcess) -> None:
+        """Have a dead child started again soon. Raises its error if that is not to be tried."""
+        error, now = child.error(), time.monotonic()
+        ends = child is self._frontend and self._num_stops > 0
+        if not self._announced or isinstance(error, ConfigError) or ends:
+            raise error
+        delay_s = self._restarts.delay_s(now)
+        if delay_s is None:
+            raise EngineDeadError(error.message + self._restarts.refusal)
+        logger.error("%s; it is started again", error.message)
+        if self._announced == self._epoch:
+            self._lost_at = now
+        self._epoch += 1
+        self._num_restarts[child.kind] += 1
+        self._retire(child)
+        self._restarts.add(child.kind, child.index, now + delay_s)
+        if child is self._frontend:
+            self._frontend = None
+            for worker in self._workers:
+                if worker.kind == "scheduler":
+                    worker.notify(NewEpoch(self._epoch))
+        else:
+            self._notify(EngineLost(error.message))
+
+    def _restart_due(self) -> None:
+        """Start the children whose time has come, and announce an engine that is whole again.
+
+        Raises MinisrvError if that takes too long.
+        """
+        now = time.monotonic()
+        for kind, index in self._restarts.take_due(now):
+            if kind == "frontend":
+                self._spawn_frontend()
+            else:
+                self._spawn_worker(kind, index)
+        if 0 < self._announced < self._epoch:
+            if self._restarts.next_at == math.inf and all(one.ready for one in self._workers):
+                self._announce()
+            elif now > self._lost_at + self._config.start_timeout_s:
+                self._raise_late()
+        self._report_ready()
+
+    def _announce(self) -> None:
+        """Notify the frontend that the engine serves."""
+        facts = {k: v for w in self._workers if w.ready for k, v in w.ready.facts.items()}
+        self._announced = self._epoch
+        self._ready_notice = EngineReady(facts, self._epoch, (), dict(self._num_restarts))
+        if self._frontend is not None:
+            self._frontend.notify(self._ready_notice)
+
+    def _report_ready(self) -> None:
+        """Notify the caller, once the frontend serves too."""
+        serves = self._frontend.ready if self._frontend is not None else not self._listeners
+        if self._ready_notice is not None and serves:
+            notice, self._ready_notice = self._ready_notice, None
+            self._on_notice(notice)
+
     def _watch_until_ready(self, children: list[ChildProcess], deadline: float) -> None:
         """Watch until all `children` are ready. Raises MinisrvError if `deadline` passes first."""
         if not self._watch_until(lambda: all(child.ready for child in children), deadline):
-            late = ", ".join(child.name for child in self._children if not child.ready)
-            raise MinisrvError(
-                f"the start took more than {self._config.start_timeout_s:g} s, waiting for "
-                f"{late}; raise --start-timeout-s if it needs longer"
-            )
+            self._raise_late()
+
+    def _raise_late(self) -> None:
+        late = ", ".join(child.name for child in self._children if not child.ready)
+        raise MinisrvError(
+            f"the start took more than {self._config.start_timeout_s:g} s, waiting for "
+            f"{late}; raise --start-timeout-s if it needs longer"
+        )
 
     def _watch_until(self, done: Callable[[], bool], deadline: float = math.inf) -> bool:
-        """Read reports until `done`; False if `deadline` passes first.
+        """Read reports and start dead children again until `done`; False if `deadline` is first.
 
-        Raises _StopRequested, and the error of a child that has died.
+        Raises _StopRequested, and the error of a dead child that is not started again.
 
         A child may report and exit before this process runs again. Its last reports are therefore
         read, and `done` is checked, before its exit counts as a death.
@@ -222,10 +304,12 @@ class Supervisor:
             if done():
                 return True
             if dead is not None:
-                raise dead.error()
+                self._lose(dead)
+                continue
+            self._restart_due()
             if time.monotonic() >= deadline:
                 return False
-            self._poll(deadline)
+            self._poll(min(deadline, self._restarts.next_at))
 
     @property
     def _must_stop(self) -> bool:
@@ -261,6 +345,15 @@ class Supervisor:
         for fd in child.watched_fds:
             with contextlib.suppress(KeyError):
                 self._selector.unregister(fd)
+
+    def _close_listeners(self) -> None:
+        """Close the listening sockets, which are kept open for a frontend that is started again."""
+        for listener in self._listeners:
+            listener.close()
+
+    def _end(self, notice: EngineEnded) -> None:
+        self._close_listeners()
+        self._notify(notice)
 
     def _end_children(self) -> None:
         """Kill the workers, which have nothing to save; give the frontend time to end."""

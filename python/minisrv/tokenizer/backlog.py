@@ -64,6 +64,12 @@ class Backlog:
                 self._append(message, num_bytes)
         return self._remove(aborted) if aborted else []
 
+    def clear(self) -> None:
+        """Remove all work: nobody waits for it any more."""
+        self._queues.clear()
+        self._flushes.clear()
+        self.taken_bytes = 0
+
     def take(self) -> Work:
         """The work whose turn it is."""
         before = self._flushes[0].number if self._flushes else None

@@ -13,7 +13,7 @@ from minisrv.tokenizer.backlog import Backlog
 from minisrv.tokenizer.chat_template import ChatTemplate
 from minisrv.tokenizer.worker import TokenizerWorker
 from minisrv.wire.messages import TOKENIZER_INBOX, AnswerMsg, Message, TakenMsg, UserReply
-from minisrv.wire.sockets import REPORT_BYTES, Inbox, Outbox
+from minisrv.wire.sockets import REPORT_BYTES, Epoch, Inbox, Outbox
 
 
 def main() -> None:
@@ -22,9 +22,10 @@ def main() -> None:
 
 def _serve(child: Child) -> None:
     boot, run_dir = child.boot, Path(child.boot.run_dir)
-    inbox = Inbox(run_dir, f"tokenizer-{boot.index}", TOKENIZER_INBOX, boot.epoch)
-    scheduler = Outbox(run_dir, "scheduler", boot.epoch)
-    frontend = Outbox(run_dir, "frontend", boot.epoch)
+    backlog, epoch = Backlog(), Epoch(boot.epoch)
+    inbox = Inbox(run_dir, f"tokenizer-{boot.index}", TOKENIZER_INBOX, epoch, backlog.clear)
+    scheduler = Outbox(run_dir, "scheduler", epoch)
+    frontend = Outbox(run_dir, "frontend", epoch)
     model = load_model_config(boot.model_dir, child.config.max_seq_len)
     tokenizer = load_tokenizer(Path(boot.tokenizer_dir), child.config.chat_template)
     worker = TokenizerWorker(
@@ -34,7 +35,6 @@ def _serve(child: Child) -> None:
         model.vocab_size,
     )
     child.report(ChildReady({"chat_format": asdict(worker.chat_format)}))
-    backlog = Backlog()
 
     def send(message: Message) -> None:
         receiver = frontend if isinstance(message, UserReply | AnswerMsg) else scheduler

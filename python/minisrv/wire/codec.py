@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import msgpack
 import numpy as np
 
-from minisrv.errors import DecodeError, InvalidRequestError
+from minisrv.errors import DecodeError, InvalidRequestError, OtherEpochError
 from minisrv.wire.messages import DetokenizeMsg, InboxTypes, Message, UserReply
 
 _TAGS: dict[type[Any], int] = {kind: tag for tag, kind in enumerate(get_args(Message), 1)}
@@ -28,7 +28,7 @@ _COLUMNS = {
 
 
 def encode(message: Message, epoch: int = 0) -> bytes:
-    """The frame of a message; `epoch` numbers the start of the processes that exchange it."""
+    """The frame of a message; `epoch` counts the starts of the processes that exchange it."""
     frame = [_TAGS[type(message)], epoch, *_field_values(message)]
     return msgpack.packb(frame, default=_pack)  # type: ignore[no-any-return]
 
@@ -36,7 +36,8 @@ def encode(message: Message, epoch: int = 0) -> bytes:
 def decode(frame: bytes, types: InboxTypes, epoch: int = 0) -> Message:
     """The message in a frame.
 
-    Raises DecodeError unless the frame is of this epoch and holds a whole message of `types`.
+    Raises DecodeError unless the frame is of this epoch and holds a whole message of `types`; the
+    error is an OtherEpochError if only the epoch is another one.
     """
     try:
         values = msgpack.unpackb(frame, ext_hook=_unpack_extension)
@@ -47,8 +48,12 @@ def decode(frame: bytes, types: InboxTypes, epoch: int = 0) -> Message:
     kind = next((kind for kind in types if _TAGS[kind] == values[0]), None)
     if kind is None:
         raise DecodeError("the frame holds no message that this socket accepts")
+    if type(values[1]) is not int:
+        raise DecodeError("the frame has no epoch")
     if values[1] != epoch:
-        raise DecodeError(f"the frame is of epoch {values[1]}; this is epoch {epoch}")
+        raise OtherEpochError(
+            f"the frame is of epoch {values[1]}; this is epoch {epoch}", values[1]
+        )
     message: Message = _unpack_fields(kind, values[2:])
     if len({len(getattr(message, name)) for name in _COLUMNS.get(kind, ())}) > 1:
         raise DecodeError(f"{kind.__name__} has columns of different lengths")

@@ -20,8 +20,8 @@ class Event:
     start: in the first event after prefill. progress: the latest of the prefill.
     token_ids: one per token of output, also of those that give no text.
     logprobs, echo: if requested; the echo comes before all deltas.
-    started_at: by time.monotonic(). decode_s: from the first token to the last, in the last event,
-    which has a `finish` other than NONE, or a `failure`.
+    started_at: by time.monotonic(). ended_at: of the last token, on the scheduler's clock, in the
+    last event, which has a `finish` other than NONE, or a `failure`.
     """
 
     uid: int
@@ -39,7 +39,7 @@ class Event:
     echo: PromptEcho | None = None
     progress: PrefillProgress | None = None
     started_at: float = 0.0
-    decode_s: float | None = None
+    ended_at: float | None = None
 
     def __repr__(self) -> str:
         end = "failure" if self.failure else self.finish.name
@@ -98,7 +98,7 @@ def gather_reply(
             event.logprobs.append(logprobs)
     for end in reply.ends:
         if event := event_of(end.uid):
-            event.decode_s = end.decode_s
+            event.ended_at = end.at
     columns = (reply.uids.tolist(), reply.texts, reply.output_tokens.tolist())
     ends = (reply.finishes.tolist(), reply.stop_reasons)
     new_ids, num_ids = reply.new_ids.tolist(), 0

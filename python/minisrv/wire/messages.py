@@ -276,10 +276,10 @@ class DetokenizeMsg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """The end of a request. decode_s: from its first token to its last."""
+    """The end of a request, at its last token. at: on the scheduler's clock."""
 
     uid: int
-    decode_s: float
+    at: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

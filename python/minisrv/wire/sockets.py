@@ -1,12 +1,19 @@
 """ZeroMQ links between processes: every receiver binds one inbox, every sender connects to it.
 
 All sockets are PUSH/PULL over ipc:// in a private directory. Messages of one sender to one inbox
-keep their order, and nothing is dropped. A sender with HIGH_WATER messages in a link to an inbox
-waits. The frontend never waits: the bytes in its links are bounded instead (`BoundedOutbox`).
+keep their order, and nothing of the same epoch is dropped. A sender with HIGH_WATER messages in a
+link to an inbox waits. The frontend never waits: the bytes in its links are bounded instead
+(`BoundedOutbox`).
+
+A new epoch begins when a process has been started again. The links outlive the process, and what
+was sent to the earlier one reaches the new one: every frame names its epoch, and an inbox drops
+those of earlier ones. Processes that keep running learn from the first frame of a new epoch that
+nobody waits for what they are working on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -17,7 +24,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from minisrv.errors import DecodeError, OverloadedError
+from minisrv.errors import DecodeError, OtherEpochError, OverloadedError
 from minisrv.wire.codec import decode, encode
 from minisrv.wire.messages import InboxTypes, Message
 
@@ -44,21 +51,47 @@ def _open(context: zmq.Context[Any], kind: int, high_water: int = HIGH_WATER) ->
     return socket
 
 
-def _accept(frame: bytes, types: InboxTypes, epoch: int) -> Message | None:
-    """The message in a frame; None, with a log line, for a frame that must be dropped."""
+class Epoch:
+    """The number of the epoch that a process is in, shared by its sockets."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _accept(frame: bytes, types: InboxTypes, epoch: Epoch) -> Message | None:
+    """The message in a frame; None for a frame that must be dropped.
+
+    It is logged, unless it is of an earlier epoch. Raises OtherEpochError for a later one.
+    """
     try:
-        return decode(frame, types, epoch)
+        return decode(frame, types, epoch.number)
+    except OtherEpochError as error:
+        if error.epoch > epoch.number:
+            raise
+        logger.debug("dropped a frame of %d bytes: %s", len(frame), error)
     except DecodeError as error:
         logger.error("dropped a frame of %d bytes: %s", len(frame), error)
-        return None
+    return None
 
 
 class Inbox:
-    """A blocking PULL socket that accepts only messages of `types` and of `epoch`."""
+    """A blocking PULL socket that accepts only messages of `types`.
 
-    def __init__(self, directory: Path, name: str, types: InboxTypes, epoch: int) -> None:
+    A message of a later epoch begins that epoch for the process: `epoch` changes, `on_new_epoch` is
+    called, and messages of the earlier one that were not returned yet are dropped.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        types: InboxTypes,
+        epoch: Epoch,
+        on_new_epoch: Callable[[], None] = lambda: None,
+    ) -> None:
         self._types = types
         self._epoch = epoch
+        self._on_new_epoch = on_new_epoch
         self._socket = _open(zmq.Context.instance(), zmq.PULL)
         self._socket.bind(_endpoint(directory, name))
 
@@ -78,7 +111,13 @@ class Inbox:
                 frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return messages
-            message = _accept(frame, self._types, self._epoch)
+            try:
+                message = _accept(frame, self._types, self._epoch)
+            except OtherEpochError as later:
+                messages.clear()
+                self._epoch.number = later.epoch
+                self._on_new_epoch()
+                message = _accept(frame, self._types, self._epoch)
             if message is not None:
                 messages.append((message, len(frame)))
         return messages
@@ -90,14 +129,14 @@ class Inbox:
 class Outbox:
     """A PUSH socket to one inbox; the inbox may bind later."""
 
-    def __init__(self, directory: Path, name: str, epoch: int) -> None:
+    def __init__(self, directory: Path, name: str, epoch: Epoch) -> None:
         self._epoch = epoch
         self._socket = _open(zmq.Context.instance(), zmq.PUSH)
         self._socket.connect(_endpoint(directory, name))
 
     def send(self, message: Message) -> None:
         """Queue a message; blocks while the inbox is full."""
-        self._socket.send(encode(message, self._epoch))
+        self._socket.send(encode(message, self._epoch.number))
 
     def close(self) -> None:
         self._socket.close()
@@ -111,7 +150,7 @@ class BoundedOutbox:
     """
 
     def __init__(
-        self, directory: Path, name: str, epoch: int, max_bytes: int = INBOX_BYTES
+        self, directory: Path, name: str, epoch: Epoch, max_bytes: int = INBOX_BYTES
     ) -> None:
         self._name = name
         self._epoch = epoch
@@ -125,7 +164,7 @@ class BoundedOutbox:
 
         While fewer than REPORT_BYTES wait, a message of any size passes.
         """
-        frame = encode(message, self._epoch)
+        frame = encode(message, self._epoch.number)
         if self.num_bytes > REPORT_BYTES and self.num_bytes + len(frame) > self._max_bytes:
             raise OverloadedError(
                 f"the inbox of {self._name} holds {self.num_bytes} bytes, and this request has "
@@ -136,7 +175,7 @@ class BoundedOutbox:
 
     def send_always(self, message: Message) -> None:
         """Queue a message however full the inbox is: one that makes room."""
-        self._queue(encode(message, self._epoch))
+        self._queue(encode(message, self._epoch.number))
 
     def count_taken(self, num_bytes: int) -> None:
         """The receiver has taken frames of this many bytes."""
@@ -151,7 +190,9 @@ class BoundedOutbox:
 
 
 class AsyncInbox:
-    def __init__(self, directory: Path, name: str, types: InboxTypes, epoch: int) -> None:
+    """As `Inbox`, in an event loop. It drops messages of other epochs, later ones too."""
+
+    def __init__(self, directory: Path, name: str, types: InboxTypes, epoch: Epoch) -> None:
         self._types = types
         self._epoch = epoch
         self._socket = _open(zmq.asyncio.Context.instance(), zmq.PULL)
@@ -159,9 +200,11 @@ class AsyncInbox:
 
     async def receive(self) -> Message:
         while True:
-            message = _accept(await self._socket.recv(), self._types, self._epoch)
-            if message is not None:
-                return message
+            frame = await self._socket.recv()
+            with contextlib.suppress(OtherEpochError):
+                message = _accept(frame, self._types, self._epoch)
+                if message is not None:
+                    return message
 
     async def deliver_to(self, handle: Callable[[Any], None]) -> None:
         """Call `handle` with each message, which is of the inbox's types, until cancelled."""

@@ -116,7 +116,7 @@ class Ranks:
                 "model_dir": str(self._model_dir),
             }
             name, fds = f"rank {rank}", {"plan": reading}
-            self._children.append(ChildProcess(name, "minisrv.engine.parallel", boot, fds))
+            self._children.append(ChildProcess("rank", name, "minisrv.engine.parallel", boot, fds))
             self._pipes.append(writing)
             os.close(reading)
 

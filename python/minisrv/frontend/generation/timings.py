@@ -49,7 +49,8 @@ class RequestTimings:
                 self.first = choice
         if event.finish and event.uid in self.choices:
             choice = self.choices[event.uid]
-            choice.decode_s = event.decode_s
+            if event.ended_at is not None:
+                choice.decode_s = event.ended_at - choice.start.at
             choice.output_tokens = event.output_tokens
             choice.finish_reason = event.finish.reason
 

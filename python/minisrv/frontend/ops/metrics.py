@@ -1,12 +1,12 @@
 """The metrics in Prometheus' text format, with vLLM's names under the prefix `minisrv:`.
 
-Sources: requests as they end, HTTP responses, and the scheduler's last StatsMsg.
+Sources: requests as they end, HTTP responses, the registry, and the scheduler's last StatsMsg.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -14,6 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from minisrv.frontend.generation.timings import RequestTimings
+from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.wire.histogram import SECONDS, TOKENS
 from minisrv.wire.messages import StatsMsg
 
@@ -24,6 +25,7 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 _OWN = (
     *("http_", "unknown_request_fields", "harmless_request_fields"),
     *("refused_requests", "dropped_streams"),
+    *("restarts", "resumed_requests", "given_up_requests"),
 )
 
 _GAUGE, _COUNTER = GaugeMetricFamily, CounterMetricFamily
@@ -60,27 +62,19 @@ _COUNTED = (
 
 
 class ServerMetrics(Collector):
-    """stats: returns the scheduler's last statistics.
-
-    num_unknown: returns the count of request fields that no table has. refused: requests that a
-    limit refused, by its name. num_dropped: returns the count of streams that were not read.
-    """
+    """num_unknown: returns the count of request fields that no table has."""
 
     def __init__(
         self,
         model_name: str,
-        stats: Callable[[], StatsMsg | None],
         num_unknown: Callable[[], int],
-        refused: Mapping[str, int],
-        num_dropped: Callable[[], int],
+        requests: RequestRegistry,
         *,
         vllm_names: bool,
     ) -> None:
         self._model = model_name
-        self._stats = stats
         self._num_unknown = num_unknown
-        self._refused = refused
-        self._num_dropped = num_dropped
+        self._requests = requests
         self._vllm_names = vllm_names
         self._registry = registry = CollectorRegistry()
         self._registry.register(self)
@@ -154,35 +148,36 @@ class ServerMetrics(Collector):
             "Unknown request fields, which were ignored.",
             value=self._num_unknown(),
         )
-        refused = CounterMetricFamily(
-            f"{PREFIX}refused_requests",
-            "Requests and queries refused, by limit.",
-            labels=["reason"],
-        )
-        for reason, count in self._refused.items():
-            refused.add_metric([reason], count)
-        yield refused
-        yield CounterMetricFamily(
-            f"{PREFIX}dropped_streams",
-            "Streams ended because too much output was not read.",
-            value=self._num_dropped(),
-        )
-        stats = self._stats()
+        for name, help, label, counts in (
+            ("refused_requests", "Requests and queries refused.", "reason", self._requests.refused),
+            ("restarts", "Processes started again.", "process", self._requests.restarts),
+            ("given_up_requests", "Choices ended by a restart.", "reason", self._requests.given_up),
+        ):
+            family = CounterMetricFamily(PREFIX + name, help, labels=[label])
+            for value, count in counts.items():
+                family.add_metric([value], count)
+            yield family
+        for name, help, total in (
+            ("dropped_streams", "Streams whose output was not read.", self._requests.num_dropped),
+            ("resumed_requests", "Requests sent again.", self._requests.num_resumed),
+        ):
+            yield CounterMetricFamily(PREFIX + name, help, value=total)
+        stats = self._requests.stats
         if stats is None:
             return
-        for kind, name, help, value in _FIGURES:
-            family = kind(PREFIX + name, help, labels=["model_name"])
-            family.add_metric([self._model], value(stats))
-            yield family
+        for kind, name, help, figure in _FIGURES:
+            gauge = kind(PREFIX + name, help, labels=["model_name"])
+            gauge.add_metric([self._model], figure(stats))
+            yield gauge
         for name, help, histogram, bounds in (
             ("inter_token_latency_seconds", "Between two tokens.", stats.inter_token, SECONDS),
             ("iteration_tokens_total", "Tokens computed per step.", stats.step_tokens, TOKENS),
         ):
             buckets = HistogramMetricFamily(PREFIX + name, help, labels=["model_name"])
             upper = [*(str(float(bound)) for bound in bounds), "+Inf"]
-            counts = map(float, histogram.counts.cumsum().tolist())
+            totals = map(float, histogram.counts.cumsum().tolist())
             buckets.add_metric(
-                [self._model], list(zip(upper, counts, strict=True)), histogram.total
+                [self._model], list(zip(upper, totals, strict=True)), histogram.total
             )
             yield buckets
         labels = {"block_size": str(stats.page_size), "num_gpu_blocks": str(stats.num_pages)}

@@ -19,7 +19,7 @@ from minisrv.wire.messages import (
     TokenizeMsg,
     UserReply,
 )
-from minisrv.wire.sockets import AsyncInbox, BoundedOutbox
+from minisrv.wire.sockets import AsyncInbox, BoundedOutbox, Epoch
 
 logger = logging.getLogger("minisrv.frontend")
 
@@ -42,11 +42,10 @@ class EngineClient:
         self.error: MinisrvError | None = None
         self._registry = registry
         self._on_error = on_error
-        self._inbox = AsyncInbox(run_dir, "frontend", FRONTEND_INBOX, epoch)
-        self._tokenizers = [
-            BoundedOutbox(run_dir, f"tokenizer-{i}", epoch) for i in range(num_tokenizers)
-        ]
-        self._scheduler = BoundedOutbox(run_dir, "scheduler", epoch)
+        self._run_dir, self._num_tokenizers = run_dir, num_tokenizers
+        self._epoch = Epoch(epoch)
+        self._inbox = AsyncInbox(run_dir, "frontend", FRONTEND_INBOX, self._epoch)
+        self._open_outboxes()
         self._receiving: asyncio.Task[None] | None = None
         registry.connect(self._send)
 
@@ -59,6 +58,29 @@ class EngineClient:
         self._receiving.cancel()
         await asyncio.gather(self._receiving, return_exceptions=True)
         self._inbox.close()
+        self._close_outboxes()
+
+    def begin_epoch(self, number: int) -> None:
+        """Drop what is on its way in either direction, and have the processes do so.
+
+        Nothing happens if it is the present epoch.
+        """
+        if number == self._epoch.number:
+            return
+        self._epoch.number = number
+        self._close_outboxes()
+        self._open_outboxes()
+        for outbox in (*self._tokenizers, self._scheduler):
+            outbox.send_always(AbortMsg(uids=()))
+
+    def _open_outboxes(self) -> None:
+        self._tokenizers = [
+            BoundedOutbox(self._run_dir, f"tokenizer-{i}", self._epoch)
+            for i in range(self._num_tokenizers)
+        ]
+        self._scheduler = BoundedOutbox(self._run_dir, "scheduler", self._epoch)
+
+    def _close_outboxes(self) -> None:
         for outbox in (*self._tokenizers, self._scheduler):
             outbox.close()
 

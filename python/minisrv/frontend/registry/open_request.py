@@ -1,15 +1,25 @@
-"""One accepted request at the frontend: what arrived for its uids, and who waits for it."""
+"""One accepted request at the frontend: what arrived for its uids, and who waits for it.
+
+It can be sent again when a process behind the frontend has died: it keeps its messages, and the
+token ids of its output so far.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from minisrv.errors import MinisrvError
+from minisrv.wire.arrays import Int32Array
 from minisrv.wire.events import Event
+from minisrv.wire.messages import Produced, TokenizeMsg
 
 MAX_UNREAD_BYTES = 2**20
+CLEARING_TOKENS = 256
 _LOOK_EVERY = 64  # deliveries
 
 
@@ -21,7 +31,10 @@ class RequestAborted(Exception):
 class OpenRequest:
     """What the registry keeps of a request; one reader waits for its events.
 
-    live: uids without a final. tokenizers: which one each sent uid went to.
+    live: uids without a final. messages: those that were sent, or will be once the engine serves
+    again. tokenizers: which one each sent uid went to.
+    taken_ids: by uid, the output in events that the reader has taken. suspected_at: by uid, the
+    length of its output when a process last died while working on it.
     changed: the reader has something to do. silence: the timer that ends its wait without events.
     unread: the events that nobody had read when it was closed. num_late: deliveries since the
     reader last took events, other than the first.
@@ -32,7 +45,10 @@ class OpenRequest:
     live: set[int]
     request_id: str = ""
     drop_reader: Callable[[], None] | None = None
+    messages: list[TokenizeMsg] = field(default_factory=list)
     tokenizers: dict[int, int] = field(default_factory=dict)
+    taken_ids: dict[int, array[int]] = field(default_factory=dict)
+    suspected_at: dict[int, int] = field(default_factory=dict)
     pending: dict[int, Event] = field(default_factory=dict)
     unread: list[Event] = field(default_factory=list)
     changed: bool = False
@@ -107,4 +123,31 @@ class OpenRequest:
         self.changed, self.num_late = False, 0
         events = list(self.pending.values())
         self.pending.clear()
+        for event in events:
+            if event.token_ids:
+                self.taken_ids.setdefault(event.uid, array("i")).extend(event.token_ids)
         return events
+
+    def continued(self, message: TokenizeMsg) -> TokenizeMsg | None:
+        """One of its messages, to go on where its choices stopped; None if all have ended."""
+        uids = range(message.uid, message.uid + message.sampling.n)
+        produced = tuple(
+            Produced(uid=uid, token_ids=self._output(uid)) for uid in uids if uid in self.live
+        )
+        if len(produced) == len(uids) and not any(len(one.token_ids) for one in produced):
+            return message
+        return replace(message, resumed=produced) if produced else None
+
+    def suspect(self, uid: int) -> bool:
+        """Note that a process died while working on `uid`; returns whether it is to be given up.
+
+        That is so the second time, unless there were CLEARING_TOKENS of output in between.
+        """
+        before, now = self.suspected_at.get(uid), len(self._output(uid))
+        self.suspected_at[uid] = now
+        return before is not None and now - before < CLEARING_TOKENS
+
+    def _output(self, uid: int) -> Int32Array:
+        taken = np.array(self.taken_ids.get(uid, ()), np.int32)
+        event = self.pending.get(uid)
+        return taken if event is None else np.append(taken, np.array(event.token_ids, np.int32))

@@ -21,6 +21,7 @@ class Queries:
 
     def __init__(self) -> None:
         self._open: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._sends: dict[int, Callable[[], None]] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -33,11 +34,11 @@ class Queries:
         Raises RequestFailedError for a refused query, MinisrvError after TIMEOUT_S.
         """
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._open[number] = future
+        self._open[number], self._sends[number] = future, send
         try:
             send()
         except BaseException:
-            del self._open[number]
+            self._forget(number)
             raise
         try:
             async with asyncio.timeout(TIMEOUT_S):
@@ -52,7 +53,7 @@ class Queries:
 
     def deliver(self, answer: AnswerMsg) -> None:
         """Pass an answer to the caller that waits for it, if it still does."""
-        future = self._open.pop(answer.query, None)
+        future = self._forget(answer.query)
         if future is None or future.done():
             return
         if answer.failure is not None:
@@ -60,8 +61,25 @@ class Queries:
         else:
             future.set_result(answer.value)
 
+    def resume(self) -> None:
+        """Send again what somebody waits for; forget the others, which nobody will answer."""
+        for number, future in list(self._open.items()):
+            if future.done():
+                self._forget(number)
+                continue
+            try:
+                self._sends[number]()
+            except MinisrvError as error:
+                self._forget(number)
+                future.set_exception(error)
+
     def fail_all(self, error: MinisrvError) -> None:
         for future in self._open.values():
             if not future.done():
                 future.set_exception(error)
         self._open.clear()
+        self._sends.clear()
+
+    def _forget(self, number: int) -> asyncio.Future[dict[str, Any]] | None:
+        self._sends.pop(number, None)
+        return self._open.pop(number, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
+from minisrv.errors import OverloadedError
 from minisrv.wire.messages import StatsMsg
 
 WINDOW_S = 30.0
@@ -35,6 +36,10 @@ class QueueGauge:
             self._count(now - self._taken_at, stats.admitted - last.admitted)
         self._stats, self._taken_at, self._unstarted = stats, now, num_unstarted
 
+    def forget_stats(self) -> None:
+        """The next figures are those of a new scheduler, which counts from 0."""
+        self._stats = None
+
     def waiting(self, num_open: int, num_unstarted: int) -> int:
         """How many of the open uids have to wait for others."""
         behind = num_open - self._max_running
@@ -49,6 +54,30 @@ class QueueGauge:
         if not self._seconds:
             return None
         return num_waiting * self._seconds / max(1, self._admitted)
+
+    def check_limits(
+        self, n: int, waiting: int, after: int, max_waiting: int | None, max_wait_s: float | None
+    ) -> None:
+        """Raise OverloadedError if `n` more uids would make the queue too long.
+
+        waiting, after: how many wait now, and would wait then. max_waiting, max_wait_s: how many
+        may wait, and for how long; None without a limit.
+        """
+        if max_waiting is not None and after > max_waiting:
+            raise OverloadedError(
+                f"{waiting} requests wait, and of this one's {n} would {after - waiting}; the "
+                f"limit is {max_waiting}; try again later",
+                reason="waiting_requests",
+                retry_after_s=self.retry_after_s(waiting),
+            )
+        wait_s = self.wait_s(waiting)
+        if max_wait_s is not None and wait_s is not None and wait_s > max_wait_s:
+            raise OverloadedError(
+                f"this request would wait for about {wait_s:.1f} s behind {waiting} others; the "
+                f"limit is {max_wait_s:g} s; try again later",
+                reason="queue_wait",
+                retry_after_s=self.retry_after_s(waiting),
+            )
 
     def retry_after_s(self, num_waiting: int) -> int | None:
         """`wait_s` as whole seconds, at least one."""

@@ -3,24 +3,30 @@
 A request holds consecutive uids, one per choice; a query holds one. A uid is open from `open` until
 its final (a finish code, a failure or an answer) arrives, even if its client has left: so the limit
 on open requests limits the work of the other processes.
+
+When one of those processes has died, requests and queries are kept. Once all serve again, those
+that are open are sent again, each with the output that has arrived, from which it goes on.
 """
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import cycle
 from typing import Any
 
 from minisrv.config import ServerConfig
-from minisrv.errors import MinisrvError, NotReadyError, OverloadedError
+from minisrv.errors import MinisrvError, NotReadyError, OverloadedError, RequestFailedError
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.open_request import OpenRequest, RequestAborted
 from minisrv.frontend.registry.queries import Queries
 from minisrv.frontend.registry.queue_gauge import QueueGauge
+from minisrv.frontend.registry.states import Dead, Draining, Restarting, Serving, Starting, State
 from minisrv.frontend.registry.status_line import StatusLine
 from minisrv.wire.events import Event, failure_error, gather_reply
 from minisrv.wire.messages import (
@@ -35,47 +41,32 @@ from minisrv.wire.messages import (
 )
 
 STOPPING = "the server is stopping"
+SEED_BITS = 63
+MESSAGES_AT_ONCE = 64  # of one request, before others run
+FULL_INBOX_S = 0.05
 Send = Callable[[int, TokenizeMsg | AbortMsg | Query], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Starting:
-    """The model is being loaded; `fraction` of `phase` is done, 0 to 1."""
-
-    phase: str
-    fraction: float
-
-
-@dataclass(frozen=True, slots=True)
-class Serving:
-    model: ModelInfo
-
-
-@dataclass(frozen=True, slots=True)
-class Draining:
-    """Open requests may end; further ones are refused."""
-
-    model: ModelInfo
-
-
-@dataclass(frozen=True, slots=True)
-class Dead:
-    error: MinisrvError
 
 
 class RequestRegistry:
     """Routes replies to the requests they belong to. All methods belong to one event loop.
 
     refused: requests and queries that a limit refused, by its name. num_dropped: requests aborted
-    because their output was not read.
+    because their output was not read. restarts: of the other processes, by kind. num_resumed:
+    requests sent again after one. given_up: choices that ended because of one, by reason.
     """
 
     def __init__(self, config: ServerConfig) -> None:
-        self.state: Starting | Serving | Draining | Dead = Starting("start", 0.0)
+        self.state: State = Starting("start", 0.0)
         self.phases: dict[str, float] = {}
         self.stats: StatsMsg | None = None
         self.refused: Counter[str] = Counter()
         self.num_dropped = 0
+        self.restarts: dict[str, int] = {}
+        self.num_resumed = 0
+        self.given_up: Counter[str] = Counter()
+        self._resumes = config.resume
+        self._on_hold = False
+        self._resuming: asyncio.Task[None] | None = None
         self._queries = Queries()
         self._queue = QueueGauge(config.max_running_requests)
         self._max_waiting = config.max_waiting_requests
@@ -106,9 +97,75 @@ class RequestRegistry:
             self.state = Serving(model)
             self.phases["ready"] = time.monotonic()
 
+    def hold(self, sentence: str) -> None:
+        """Send nothing until `resume`, because a process has died; `sentence` says which.
+
+        With --no-resume all that is open fails.
+        """
+        if isinstance(self.state, Starting | Dead):
+            return
+        if isinstance(self.state, Serving | Restarting):
+            self.state = Restarting(self.state.model, sentence)
+        self._on_hold = True
+        if not self._resumes:
+            error = NotReadyError(f"{sentence}; try again later", code="engine_restarted")
+            self._queries.fail_all(error)
+            self._give_up(list(self._owners), error, "no_resume")
+
+    def resume(self, model: ModelInfo, suspects: Iterable[int] = ()) -> None:
+        """All processes serve again: send what is open, in the background.
+
+        suspects: uids that a process worked on when it died. One that is so for the second time,
+        without progress in between, is given up: it may be what ends them.
+        """
+        if not self._on_hold or isinstance(self.state, Dead):
+            return
+        self._on_hold = False
+        if isinstance(self.state, Restarting):
+            self.state = Serving(model)
+        self._queue.forget_stats()
+        error = RequestFailedError(
+            "a process of the server has died twice while it worked on this request",
+            code="request_ended_engine",
+        )
+        suspected = [uid for uid in suspects if (one := self._owners.get(uid)) and one.suspect(uid)]
+        self._give_up(suspected, error, "suspect")
+        requests = list(dict.fromkeys(self._owners.values()))
+        for request in requests:
+            request.tokenizers.clear()
+            if request.aborted:
+                for uid in list(request.live):
+                    self._release(request, uid)
+        self._queries.resume()
+        if self._resuming is not None:
+            self._resuming.cancel()
+        messages = [(one, list(one.messages)) for one in requests if not one.aborted]
+        self._resuming = asyncio.create_task(self._send_again(messages), name="resume")
+
+    async def _send_again(self, messages: list[tuple[OpenRequest, list[TokenizeMsg]]]) -> None:
+        """Send these again, unless a further process dies: then all begins anew."""
+        for request, sent in messages:
+            self.num_resumed += bool(sent)
+            for number, message in enumerate(sent):
+                if number % MESSAGES_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+                await self._send_one_again(request, message)
+
+    async def _send_one_again(self, request: OpenRequest, message: TokenizeMsg) -> None:
+        while not request.aborted and (rest := request.continued(message)) is not None:
+            try:
+                return self._dispatch(request, rest)
+            except OverloadedError:
+                await asyncio.sleep(FULL_INBOX_S)
+
+    def _give_up(self, uids: Sequence[int], error: MinisrvError, reason: str) -> None:
+        if uids:
+            self.given_up[reason] += len(uids)
+            self.deliver(failure_reply([Failure.from_error(uid, error) for uid in uids]))
+
     def start_drain(self) -> None:
         """Refuse further requests and queries; those that are open go on."""
-        if isinstance(self.state, Serving):
+        if isinstance(self.state, Serving | Restarting):
             self.state = Draining(self.state.model)
 
     @property
@@ -120,7 +177,7 @@ class RequestRegistry:
     def model(self) -> ModelInfo:
         """The served model. Raises NotReadyError while starting, RequestFailedError when dead."""
         match self.state:
-            case Serving(model) | Draining(model):
+            case Serving(model) | Restarting(model) | Draining(model):
                 return model
             case Starting(phase, fraction):
                 raise NotReadyError(f"the server is starting: {phase}, {fraction:.0%}")
@@ -149,33 +206,15 @@ class RequestRegistry:
         assert n >= 1
         self._require_serving()
         with self._counting_refusals():
-            self._check_queue(n)
+            after = self._queue.waiting(len(self._owners) + n, len(self._unstarted) + n)
+            limits = (self._max_waiting, self._max_queue_wait)
+            self._queue.check_limits(n, self._num_waiting, after, *limits)
         base = self._reserve(n)
         request = OpenRequest(base, set(range(base, base + n)), request_id, drop_reader)
         self._requests[base] = request
         self._owners.update(dict.fromkeys(request.live, request))
         self._unstarted |= request.live
         return base
-
-    def _check_queue(self, n: int) -> None:
-        """Raise OverloadedError if `n` more uids would make the queue too long."""
-        waiting = self._num_waiting
-        after = self._queue.waiting(len(self._owners) + n, len(self._unstarted) + n)
-        if self._max_waiting is not None and after > self._max_waiting:
-            raise OverloadedError(
-                f"{waiting} requests wait, and of this one's {n} would {after - waiting}; the "
-                f"limit is {self._max_waiting}; try again later",
-                reason="waiting_requests",
-                retry_after_s=self._queue.retry_after_s(waiting),
-            )
-        wait_s, longest_s = self._queue.wait_s(waiting), self._max_queue_wait
-        if longest_s is not None and wait_s is not None and wait_s > longest_s:
-            raise OverloadedError(
-                f"this request would wait for about {wait_s:.1f} s behind {waiting} others; the "
-                f"limit is {longest_s:g} s; try again later",
-                reason="queue_wait",
-                retry_after_s=self._queue.retry_after_s(waiting),
-            )
 
     def _reserve(self, n: int) -> int:
         """The first of `n` uids. Raises OverloadedError past the limit, and as `model` does."""
@@ -193,17 +232,27 @@ class RequestRegistry:
         return base
 
     def send(self, message: TokenizeMsg) -> None:
-        """Send a message with open uids to the next tokenizer in turn.
+        """Send a message with open uids to the next tokenizer in turn, or keep it until `resume`.
 
-        Raises OverloadedError if its inbox is full.
+        A seed that it does not have, and the time, are set here, so that both stay the same when it
+        is sent again. Raises OverloadedError if the tokenizer's inbox is full.
         """
-        assert self._send is not None
         request = self._owners.get(message.uid)
         if request is None or request.aborted:
             raise RequestAborted
+        sampling = message.sampling
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(SEED_BITS))
+        message = replace(message, sampling=sampling, sent_at=message.sent_at or time.time())
+        if not self._on_hold:
+            with self._counting_refusals():
+                self._dispatch(request, message)
+        request.messages.append(message)
+
+    def _dispatch(self, request: OpenRequest, message: TokenizeMsg) -> None:
+        assert self._send is not None
         index = next(self._tokenizers)
-        with self._counting_refusals():
-            self._send(index, message)
+        self._send(index, message)
         uids = range(message.uid, message.uid + message.sampling.n)
         request.tokenizers.update(dict.fromkeys(uids, index))
 
@@ -223,8 +272,9 @@ class RequestRegistry:
         index = next(self._tokenizers) if tokenizer_index is None else tokenizer_index
 
         def send_query() -> None:
-            with self._counting_refusals():
-                send(index, make(number))
+            if not self._on_hold:
+                with self._counting_refusals():
+                    send(index, make(number))
 
         abort = AbortMsg(uids=(number,))
         return await self._queries.ask(number, send_query, lambda: send(index, abort))

@@ -24,6 +24,8 @@ class StatusLine:
         last, seconds = self._last, now - self._logged_at
         if last is not None and seconds < PERIOD_S:
             return
+        if last is not None and stats.steps < last.steps:  # a new scheduler counts from 0
+            last = None
         if last is not None and (stats.steps > last.steps or stats.waiting):
             prompt = stats.prompt_tokens - last.prompt_tokens
             output = stats.output_tokens - last.output_tokens

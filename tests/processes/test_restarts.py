@@ -1,0 +1,177 @@
+"""A process that dies is started again, and the requests go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from minisrv import FrontendManager
+from tests.processes.test_frontend_manager import expected_text, message
+from tests.support.server_process import (
+    OpenRequest,
+    ServerProcess,
+    open_requests,
+    running,
+    status_of,
+    wait_until,
+)
+
+STEP_S = 0.02
+NUM_TOKENS = 200
+REAL = ("--model", "demo", "--dtype", "float32", "--num-threads", "1", "--tp", "2")
+
+
+def metric(server: ServerProcess, name: str) -> float:
+    """The sum of the samples of a metric."""
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"minisrv:{name}"))
+
+
+def text_of(request: OpenRequest) -> str:
+    """The text of a whole reply or a stream, which must have ended as usual."""
+    request.join()
+    assert request.error is None
+    assert request.status == 200, request.text
+    if not request.events:
+        return str(json.loads(request.text)["choices"][0]["text"])
+    *chunks, done = request.events
+    assert done == "[DONE]"
+    assert '"error"' not in request.text
+    return "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)
+
+
+@pytest.mark.parametrize("kind", ["scheduler", "detokenizer", "tokenizer"])
+def test_requests_survive_the_death_of_a_process(
+    kind: str, model_dir: Path, socket_dir: Path
+) -> None:
+    with running("--model", str(model_dir), tmp_dir=socket_dir, step_s=STEP_S) as server:
+        (whole,) = open_requests(server.url, num_streams=1, num_whole=0, max_tokens=NUM_TOKENS)
+        expected = text_of(whole)
+        requests = open_requests(server.url, num_streams=3, num_whole=2, max_tokens=NUM_TOKENS)
+        server.child(kind).kill()
+        wait_until(lambda: status_of(f"{server.url}/ready") == 503, 5)
+        assert httpx.get(f"{server.url}/ready").json()["status"] == "restarting"
+        assert status_of(f"{server.url}/health") == 200
+        late = OpenRequest(server.url, stream=True, max_tokens=NUM_TOKENS)
+        count = httpx.post(f"{server.url}/tokenize", json={"prompt": "abc"}, timeout=30)
+        assert count.json()["count"] == 3
+        assert [text_of(request) for request in (*requests, late)] == [expected] * 6
+        server.wait_until_ready()
+        assert metric(server, f'restarts_total{{process="{kind}"}}') == 1
+        assert metric(server, "resumed_requests_total") == 6
+        assert metric(server, "given_up_requests_total") == 0
+        assert "it is started again" in server.output
+        server.popen.terminate()
+        assert server.wait() == 0
+        server.assert_nothing_is_left()
+
+
+def test_a_killed_frontend_comes_back_without_its_requests(
+    model_dir: Path, socket_dir: Path
+) -> None:
+    arguments = ("--model", str(model_dir), "--max-running-requests", "3")
+    with running(*arguments, tmp_dir=socket_dir, step_s=STEP_S) as server:
+        requests = open_requests(server.url, num_streams=3, num_whole=0)
+        server.child("frontend").kill()
+        # It arrives before there is a process to accept it, and needs one of the three places.
+        late = OpenRequest(server.url, stream=False, max_tokens=20)
+        assert all(request.join().error is not None for request in requests)
+        assert not any("[DONE]" in request.text for request in requests)
+        assert len(text_of(late)) > 0
+        assert metric(server, "num_requests_running") == 0
+        assert metric(server, 'restarts_total{process="frontend"}') == 1
+        server.wait_until_ready().popen.terminate()
+        assert server.wait() == 0
+        server.assert_nothing_is_left()
+
+
+def test_too_many_deaths_end_the_server(model_dir: Path, socket_dir: Path) -> None:
+    arguments = ("--model", str(model_dir), "--restart-limit", "2/60")
+    with running(*arguments, tmp_dir=socket_dir, step_s=STEP_S) as server:
+        requests = open_requests(server.url, num_streams=2, num_whole=1)
+        server.child("tokenizer").kill()
+        wait_until(lambda: metric(server, "resumed_requests_total") == 3)
+        server.child("detokenizer").kill()
+        for request in requests:
+            assert '"engine_dead"' in request.join().text
+        assert server.wait(5) == 1
+        assert "it is death number 2 within 60 s" in server.output
+        server.assert_nothing_is_left()
+
+
+def test_without_resuming_open_requests_fail_and_later_ones_are_served(
+    model_dir: Path, socket_dir: Path
+) -> None:
+    arguments = ("--model", str(model_dir), "--no-resume")
+    with running(*arguments, tmp_dir=socket_dir, step_s=STEP_S) as server:
+        stream, whole = open_requests(server.url, num_streams=1, num_whole=1)
+        server.child("detokenizer").kill()
+        *_, error, done = stream.join().events
+        assert json.loads(error)["error"]["code"] == "engine_restarted"
+        assert done == "[DONE]"
+        assert whole.join().status == 503
+        assert json.loads(whole.text)["error"]["code"] == "engine_restarted"
+        assert text_of(OpenRequest(server.url, stream=False, max_tokens=5))
+        assert metric(server, 'given_up_requests_total{reason="no_resume"}') == 2
+
+
+def test_a_drain_waits_for_requests_that_are_resumed(model_dir: Path, socket_dir: Path) -> None:
+    with running("--model", str(model_dir), tmp_dir=socket_dir, step_s=STEP_S) as server:
+        requests = open_requests(server.url, num_streams=2, num_whole=1, max_tokens=NUM_TOKENS)
+        server.child("scheduler").kill()
+        wait_until(lambda: status_of(f"{server.url}/ready") == 503, 5)
+        server.popen.terminate()
+        assert len({text_of(request) for request in requests}) == 1
+        assert server.wait() == 0
+        server.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("kind", ["engine.parallel", "scheduler"])
+def test_all_ranks_start_again_after_the_death_of_one(kind: str, socket_dir: Path) -> None:
+    with running(*REAL, tmp_dir=socket_dir, hash_engine=False) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        body: dict[str, Any] = {"model": "demo", "prompt": "A story:", "max_tokens": 300}
+        body |= {"temperature": 1.0, "seed": 3, "extra_body": {"ignore_eos": True}}
+        expected = client.completions.create(**body).choices[0].text
+        stream = client.completions.create(**body, stream=True)
+        text = next(stream).choices[0].text
+        server.child(kind).kill()
+        text += "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
+        assert text == expected
+        server.wait_until_ready().popen.terminate()
+        assert server.wait() == 0
+        server.assert_nothing_is_left()
+
+
+def test_an_embedded_frontend_resumes_too(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minisrv.supervision import supervisor
+
+    monkeypatch.setitem(supervisor.MODULES, "scheduler", "tests.support.hash_scheduler")
+
+    async def run() -> None:
+        async with FrontendManager(model=str(model_dir)) as manager:
+            uid = manager.new_user()
+            manager.send_one(message(uid, max_tokens=2000))
+            (process,) = [
+                p
+                for p in psutil.Process().children()
+                if p.cmdline()[-1] == "tests.support.hash_scheduler"
+            ]
+            text = ""
+            async for ack in manager.wait_for_ack(uid):
+                if not text:
+                    process.send_signal(signal.SIGKILL)
+                text += ack.incremental_output
+            assert text == expected_text(2000)
+            assert manager.registry.restarts == {"scheduler": 1}
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert not psutil.Process().children()
