@@ -72,6 +72,9 @@ def test_defaults_are_those_of_the_fields() -> None:
         (("--num-tokenizer", "2"), "num_tokenizers", 2),
         (("--dtype", "float16"), "dtype", "float16"),
         (("--api-key", "a", "--api-key", "b"), "api_key", ("a", "b")),
+        (("--restart-limit", "5/12.5"), "restart_limit", "5/12.5"),
+        (("--no-resume",), "resume", False),
+        (("--stall-timeout", "0"), "stall_timeout", 0.0),
     ],
 )
 def test_a_flag_sets_its_field(argv: tuple[str, ...], field: str, value: Any) -> None:
@@ -125,6 +128,9 @@ def test_keys_of_the_environment_hold_beside_those_of_flags(
         ({"attention_backend": "fast"}, "--attention-backend is 'fast'; it must be one of auto"),
         ({"dtype": "int8"}, "--dtype is 'int8'; it must be one of auto, bfloat16"),
         ({"kv_memory": "lots"}, "invalid size 'lots'"),
+        ({"restart_limit": "often"}, "--restart-limit is 'often'; it must be deaths/seconds"),
+        ({"stall_timeout": -1.0}, "--stall-timeout is -1.0; it must be at least 0"),
+        ({"stall_timeout": float("nan")}, "--stall-timeout is nan"),
         ({"num_pages": True}, "--num-pages is True; it must be an integer"),
         ({"num_pages": 1.5}, "--num-pages is 1.5; it must be an integer"),
         ({"model": None}, "--model is None; it must be a string"),

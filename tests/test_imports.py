@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "python" / "minisrv"
 LAYERS = [
     {"errors", "log"},
-    {"sampling_params"},
+    {"sampling_params", "restart_limit"},
     {"config", "checkpoint"},
     {"wire"},
     {"supervision"},

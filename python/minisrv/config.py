@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from minisrv.errors import ConfigError
+from minisrv.restart_limit import RestartLimit
 
 ENV_PREFIX = "MINISRV_"
 MODEL_ENV = "MINISRV_MODEL_PATH"
@@ -187,6 +188,20 @@ class ServerConfig:
     drain_timeout: float = option(
         30.0, "seconds that open requests have to end after a stop was requested", at_least=0
     )
+    restart_limit: str = option(
+        "3/60",
+        "N/S: start a process that has died again, until N deaths within S seconds end the server; "
+        "0 never restarts",
+    )
+    resume: bool = option(
+        True,
+        "do not continue open requests after a restart: they end with the code engine_restarted",
+    )
+    stall_timeout: float = option(
+        30.0,
+        "seconds without progress after which a process is restarted; 0 switches it off",
+        at_least=0,
+    )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "minimum level to log")
     log_format: Literal["text", "json"] = option("text", "json writes one object per line")
     metrics_vllm_names: bool = option(
@@ -212,6 +227,7 @@ class ServerConfig:
         self._require("overlap_depth", self.overlap_depth in (None, 0, 1), "0 or 1")
         if self.kv_memory is not None:
             parse_size(self.kv_memory)
+        RestartLimit.parse(self.restart_limit)
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ConfigError("--ssl-keyfile needs --ssl-certfile")
 

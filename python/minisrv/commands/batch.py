@@ -67,7 +67,8 @@ HARMLESS_OPTIONS = (
     *("cuda_graph_max_bs", "max_open_requests", "num_tokenizers", "api_key", "api_key_file"),
     *("admin_key", "allowed_host", "public_metrics", "ssl_certfile", "ssl_keyfile"),
     *("strict_params", "cors_origins", "max_body_bytes", "start_timeout_s", "drain_timeout"),
-    *("log_level", "log_format", "metrics_vllm_names"),
+    *("restart_limit", "resume", "stall_timeout", "log_level", "log_format"),
+    "metrics_vllm_names",
 )
 # Larger files of a model are recognized by their size, beginning and end.
 _WHOLE_FILE_BYTES = 2**24
