@@ -224,6 +224,7 @@ class ServerConfig:
         self._require("page_size", self.page_size.bit_count() == 1, "a power of two")
         self._require("memory_fraction", 0 < self.memory_fraction <= 1, "in (0, 1]")
         self._require("port", 0 <= self.port <= 65535, "from 0 to 65535")
+        self._require("stall_timeout", not 0 < self.stall_timeout < 1, "0 or at least 1")
         self._require("overlap_depth", self.overlap_depth in (None, 0, 1), "0 or 1")
         if self.kv_memory is not None:
             parse_size(self.kv_memory)

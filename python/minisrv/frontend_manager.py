@@ -23,7 +23,8 @@ from minisrv.frontend.registry.engine_client import EngineClient
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.frontend.registry.states import Serving
 from minisrv.supervision.records import FIRST_EPOCH, EngineEnded, EngineReady, Notice
-from minisrv.supervision.supervisor import Supervisor, SupervisorThread
+from minisrv.supervision.supervisor import Supervisor
+from minisrv.supervision.thread import SupervisorThread
 from minisrv.wire.arrays import token_array
 from minisrv.wire.events import Event
 from minisrv.wire.messages import Start, TokenizeMsg

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from minisrv import FrontendManager
 from tests.processes.test_frontend_manager import expected_text, message
+from tests.support.hash_engine import DEADLY_ID, ENDLESS_ID
 from tests.support.server_process import (
     OpenRequest,
     ServerProcess,
@@ -175,3 +177,60 @@ def test_an_embedded_frontend_resumes_too(model_dir: Path, monkeypatch: pytest.M
 
     asyncio.run(asyncio.wait_for(run(), 60))
     assert not psutil.Process().children()
+
+
+def test_a_request_that_ends_the_engine_is_given_up(model_dir: Path, socket_dir: Path) -> None:
+    arguments = ("--model", str(model_dir), "--restart-limit", "9/60")
+    with running(*arguments, tmp_dir=socket_dir, step_s=STEP_S, poisons=True) as server:
+        reply = post_ids(server, [DEADLY_ID])
+        assert reply.status_code == 500
+        assert reply.json()["error"]["code"] == "request_ended_engine"
+        assert reply.headers["x-should-retry"] == "false"
+        assert metric(server, 'restarts_total{process="scheduler"}') == 2
+        assert post_ids(server, [3]).status_code == 200
+
+
+def post_ids(server: ServerProcess, prompt: list[int]) -> httpx.Response:
+    body = {"prompt": prompt, "max_tokens": 5}
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=30)
+
+
+@pytest.mark.parametrize("kind", ["scheduler", "detokenizer", "tokenizer", "frontend"])
+def test_a_stopped_process_is_continued_and_nothing_is_lost(
+    kind: str, model_dir: Path, socket_dir: Path
+) -> None:
+    arguments = ("--model", str(model_dir), "--stall-timeout", "1")
+    with running(*arguments, tmp_dir=socket_dir, step_s=STEP_S) as server:
+        requests = open_requests(server.url, num_streams=2, num_whole=1, max_tokens=NUM_TOKENS)
+        server.child(kind).suspend()
+        if kind != "frontend":
+            wait_until(lambda: status_of(f"{server.url}/ready") == 503, 5)
+        assert len({text_of(request) for request in requests}) == 1
+        wait_until(lambda: status_of(f"{server.url}/ready") == 200, 5)
+        wait_until(lambda: f"the {server_name(kind)} process goes on" in server.output, 5)
+        assert metric(server, "restarts_total") == 0
+        assert "most recent call first" in server.output
+
+
+def server_name(kind: str) -> str:
+    return "tokenizer-0" if kind == "tokenizer" else kind
+
+
+def test_a_process_that_hangs_is_killed_and_started_again(
+    model_dir: Path, socket_dir: Path
+) -> None:
+    arguments = ("--model", str(model_dir), "--stall-timeout", "1")
+    with running(*arguments, tmp_dir=socket_dir, poisons=True) as server:
+        reply = post_ids(server, [ENDLESS_ID])
+        assert reply.json()["error"]["code"] == "request_ended_engine"
+        assert server.output.count("the scheduler process made no progress for") == 2
+        assert "hash_scheduler.py" in server.output  # in the stacks
+        assert post_ids(server, [3]).status_code == 200
+
+
+def test_a_server_without_work_is_not_stalled(model_dir: Path, socket_dir: Path) -> None:
+    arguments = ("--model", str(model_dir), "--stall-timeout", "1.5")
+    with running(*arguments, tmp_dir=socket_dir) as server:
+        time.sleep(4)
+        assert "no progress" not in server.output
+        assert metric(server, "restarts_total") == 0

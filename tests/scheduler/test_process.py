@@ -14,6 +14,7 @@ from minisrv.checkpoint.hub import resolve_model
 from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
 from minisrv.scheduler import build, process
+from minisrv.supervision.progress import NoProgress
 
 
 @pytest.fixture
@@ -42,6 +43,7 @@ def test_collections_leave_out_what_exists_before_the_first_request(
         boot=SimpleNamespace(model_dir=demo, run_dir=tmp_path, tokenizer_dir=demo, epoch=0),
         report=lambda report: frozen.append(gc.get_freeze_count()),
         handle_notices=lambda handle: None,
+        open_progress=lambda: NoProgress(),
         report_progress=lambda phase, fraction: None,
     )
     process._serve(child)

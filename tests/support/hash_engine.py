@@ -18,6 +18,7 @@ from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput, Logprobs
 from minisrv.wire.arrays import Int32Array
 
 MASK = (1 << 64) - 1
+DEADLY_ID, ENDLESS_ID = 1, 2  # see hash_scheduler
 
 
 def mix(value: int) -> int:

@@ -1,7 +1,8 @@
 """A scheduler process without torch: the real loop and scheduler over a hash engine.
 
 MINISRV_TEST_STEP_S makes its steps slow, so that a test finds streams open. It is not ready
-before there is a file MINISRV_TEST_GATE. With MINISRV_TEST_GRAMMARS it has structured output.
+before there is a file MINISRV_TEST_GATE. With MINISRV_TEST_GRAMMARS it has structured output. With
+MINISRV_TEST_POISONS a step with the token DEADLY_ID ends it, and one with ENDLESS_ID does not end.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from minisrv.structured_output.sandbox import Sandbox
 from minisrv.structured_output.vocabulary import Vocabulary, open_vocabulary
 from minisrv.supervision.child_main import Child, run_child
 from minisrv.supervision.records import ChildReady
-from tests.support.hash_engine import HashEngine
+from tests.support.hash_engine import DEADLY_ID, ENDLESS_ID, HashEngine
 
 STEP_S = float(os.environ.get("MINISRV_TEST_STEP_S", "0"))
 GATE = os.environ.get("MINISRV_TEST_GATE", "")
+POISONS = os.environ.get("MINISRV_TEST_POISONS") == "1"
 GRAMMARS = os.environ.get("MINISRV_TEST_GRAMMARS") == "1"
 NUM_PAGES = 256
 PAGE_SIZE = 16
@@ -36,6 +38,10 @@ NUM_ROWS = 64
 class SlowHashEngine(HashEngine):
     def launch(self, batch: ForwardBatch) -> Any:
         time.sleep(STEP_S)
+        if POISONS and DEADLY_ID in batch.prefill_ids:
+            os.abort()
+        while POISONS and ENDLESS_ID in batch.prefill_ids:
+            pass
         return super().launch(batch)
 
 
@@ -83,7 +89,8 @@ def serve(child: Child) -> None:
     }
     compiler = make_compiler(child, model) if GRAMMARS else None
     child.report(ChildReady(facts))
-    SchedulerLoop(scheduler, engine, channel, 0, compiler).run(lambda: None)
+    record = child.open_progress()
+    SchedulerLoop(scheduler, engine, channel, 0, compiler, record).run(lambda: None)
 
 
 run_child("scheduler", serve)

@@ -85,6 +85,7 @@ class ServerProcess:
         step_s: float = 0.0,
         gate: Path | str = "",
         grammars: bool = False,
+        poisons: bool = False,
     ) -> None:
         program = ["-c", WITH_HASH_ENGINE] if hash_engine else ["-m", "minisrv.launch_server"]
         self.tmp_dir = tmp_dir
@@ -98,6 +99,7 @@ class ServerProcess:
                 MINISRV_TEST_STEP_S=str(step_s),
                 MINISRV_TEST_GATE=str(gate),
                 MINISRV_TEST_GRAMMARS=str(int(grammars)),
+                MINISRV_TEST_POISONS=str(int(poisons)),
                 # A check takes time by the page: 0.4 ms here, 40 ms in the cache of a real engine.
                 MINISRV_CHECK=str(int(hash_engine and check)),
                 TMPDIR=str(tmp_dir),

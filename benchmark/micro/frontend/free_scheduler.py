@@ -66,7 +66,8 @@ def _serve(child: Child) -> None:
     }
     child.report(ChildReady(facts))
     engine = FreeEngine(tokenizer.encode("a")[-1])
-    SchedulerLoop(scheduler, engine, channel, 0).run(lambda: None)
+    record = child.open_progress()
+    SchedulerLoop(scheduler, engine, channel, 0, progress=record).run(lambda: None)
 
 
 if __name__ == "__main__":

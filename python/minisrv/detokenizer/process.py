@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minisrv.checkpoint.tokenizer import load_tokenizer
 from minisrv.detokenizer.worker import DetokenizerWorker
-from minisrv.supervision.child_main import Child, run_child
+from minisrv.supervision.child_main import BEAT_S, Child, run_child
 from minisrv.supervision.records import ChildReady
 from minisrv.wire.messages import DETOKENIZER_INBOX
 from minisrv.wire.sockets import Epoch, Inbox, Outbox
@@ -23,10 +23,16 @@ def _serve(child: Child) -> None:
     inbox = Inbox(run_dir, "detokenizer", DETOKENIZER_INBOX, epoch, worker.drop_requests)
     scheduler = Outbox(run_dir, "scheduler", epoch)
     frontend = Outbox(run_dir, "frontend", epoch)
+    progress = child.open_progress()
+    progress.beat()
     child.report(ChildReady())
-    while inbox.wait():
+    while True:
+        inbox.wait(BEAT_S)
+        progress.beat()
         for message in inbox.drain():
+            progress.begin(0, message.uids.tolist())
             reply, abort = worker.handle(message)
+            progress.end(0)
             if reply is not None:
                 frontend.send(reply)
             if abort is not None:

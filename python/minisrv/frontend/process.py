@@ -17,7 +17,7 @@ from minisrv.frontend.http.protocol import HttpProtocol, HttpServer
 from minisrv.frontend.registry.engine_client import EngineClient
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.registry import RequestRegistry
-from minisrv.supervision.child_main import Child, run_child
+from minisrv.supervision.child_main import BEAT_S, Child, run_child
 from minisrv.supervision.records import (
     ChildReady,
     Drained,
@@ -25,6 +25,7 @@ from minisrv.supervision.records import (
     EngineEnded,
     EngineLost,
     EngineReady,
+    EngineStalled,
     Notice,
     StartProgress,
 )
@@ -48,6 +49,8 @@ def take_notice(
             registry.resume(model, suspects)
         case EngineLost(sentence):
             registry.hold(sentence)
+        case EngineStalled(sentence):
+            registry.set_stalled(sentence)
         case EngineEnded(sentence, stopping=True):
             registry.fail_all(NotReadyError(sentence, code="server_draining"))
         case EngineEnded(sentence):
@@ -94,6 +97,13 @@ async def _serve(child: Child) -> None:
         elif isinstance(notice, EngineEnded):
             server.should_exit = True
 
+    progress = child.open_progress()
+
+    def beat() -> None:
+        progress.beat()
+        loop.call_later(BEAT_S, beat)
+
+    beat()
     run_dir, num_tokenizers = Path(child.boot.run_dir), child.config.num_tokenizers
 
     def leave() -> None:

@@ -22,6 +22,7 @@ from minisrv.scheduler.stats import LoopStats
 from minisrv.structured_output.compiler import GrammarCompiler
 from minisrv.structured_output.sandbox import Sandbox
 from minisrv.structured_output.vocabulary import Vocabulary
+from minisrv.supervision.progress import Progress
 from minisrv.wire.messages import GenerateMsg
 
 logger = logging.getLogger("minisrv.scheduler")
@@ -45,12 +46,13 @@ def build_loop(
     run_dir: Path | None = None,
     vocabulary: Vocabulary | MinisrvError | None = None,
     model_config: ModelConfig | None = None,
+    record: Progress | None = None,
 ) -> SchedulerLoop:
     """Load the model and make a loop that is ready to turn; `progress` gets (phase, fraction).
 
     run_dir: where tensor-parallel ranks meet; by default a directory of their own.
     vocabulary: for structured output; without it there is none. model_config: that of model_dir,
-    which is read if it is None.
+    which is read if it is None. record: where the loop shows its progress to who watches it.
     The context is the model's or --max-seq-len, and no more than the cache holds.
     Raises ConfigError for an unusable checkpoint or option, or too little memory.
     """
@@ -85,7 +87,7 @@ def build_loop(
         compiler = GrammarCompiler(vocabulary, Sandbox(vocabulary.source, *limits))
     else:
         compiler = vocabulary
-    loop = SchedulerLoop(scheduler, engine, channel, engine.overlap_depth, compiler)
+    loop = SchedulerLoop(scheduler, engine, channel, engine.overlap_depth, compiler, record)
     progress("warm-up", 0.0)
     _warm_up(loop, engine.warm_up_lens)
     progress("warm-up", 1.0)

@@ -23,6 +23,7 @@ from minisrv.scheduler.scheduler import Scheduler
 from minisrv.scheduler.stats import LoopStats
 from minisrv.scheduler.step_plan import StepPlan
 from minisrv.structured_output.compiler import GrammarCompiler
+from minisrv.supervision.progress import MESSAGE, NoProgress, Progress
 from minisrv.wire.arrays import Int32Array
 from minisrv.wire.messages import (
     AbortMsg,
@@ -52,7 +53,7 @@ class SchedulerLoop:
     engine calls `_fill_masks` from inside `launch`, after the forward pass is queued and before
     sampling is: it settles step n-1 and fills the masks while the device computes.
 
-    compiler: the error says why the model has no structured output.
+    compiler: the error says why the model has no structured output. progress: for who watches it.
     With MINISRV_CHECK=1 the scheduler's and the cache's invariants are asserted in every turn.
     """
 
@@ -63,11 +64,13 @@ class SchedulerLoop:
         channel: Channel,
         overlap_depth: int,
         compiler: GrammarCompiler | MinisrvError | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.engine = engine
         self.channel = channel
         self.overlap_depth = overlap_depth
+        self._progress = progress or NoProgress()
         self._grammars = (
             Grammars(scheduler, compiler) if isinstance(compiler, GrammarCompiler) else None
         )
@@ -93,6 +96,7 @@ class SchedulerLoop:
 
     def turn(self) -> None:
         """One round. Blocks for messages only when there is nothing to do."""
+        self._progress.beat()
         self._receive(wait=not self.busy)
         if self._grammars is not None:
             self._grammars.deliver()
@@ -107,6 +111,7 @@ class SchedulerLoop:
         plan = self.scheduler.schedule(self._now)
         if plan is not None:
             self.stats.count_launch(plan)
+            self._progress.begin(plan.step_id % 2, plan.uids(), plan.num_tokens)
             batch = self._builder.build_batch(plan, self._fill_masks)
             self._in_flight.append((plan, self.engine.launch(batch)))
         elif not self._in_flight and self.scheduler.num_open:
@@ -127,6 +132,7 @@ class SchedulerLoop:
                 plan, output.token_ids.tolist(), self._now, output.logprobs
             )
             self.stats.count_tokens(outcome, self._now)
+            self._progress.end(plan.step_id % 2)
 
     def _fill_masks(self, requests: list[Request]) -> Int32Array:
         """The masks of the step that is being launched; it is not in `_in_flight` yet."""
@@ -142,9 +148,11 @@ class SchedulerLoop:
             self._now = time.monotonic()
         for message in messages:
             if isinstance(message, GenerateMsg):
+                self._progress.begin(MESSAGE, (message.uid,))
                 self.scheduler.add_request(message, self._now)
                 if message.sampling.grammar is not None:
                     self._request_grammar(message, message.sampling.grammar)
+                self._progress.end(MESSAGE)
             elif isinstance(message, AbortMsg):
                 self.scheduler.abort_requests(message.uids, self._now)
             elif isinstance(message, FlushMsg):

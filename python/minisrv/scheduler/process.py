@@ -32,7 +32,14 @@ def _serve(child: Child) -> None:
     model = add_end_token(model, tokenizer)
     vocabulary = open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
     loop = build_loop(
-        child.config, model_dir, channel, child.report_progress, run_dir, vocabulary, model
+        child.config,
+        model_dir,
+        channel,
+        child.report_progress,
+        run_dir,
+        vocabulary,
+        model,
+        child.open_progress(),
     )
     assert isinstance(loop.engine, Engine)
     freeze_objects()

@@ -34,8 +34,7 @@ class LoopStats:
     def count_launch(self, plan: StepPlan) -> None:
         """Count a step that is launched, and its tokens."""
         self._steps += 1
-        chunks = sum(chunk.length for chunk in plan.prefills)
-        self._step_tokens.count_value(len(plan.decodes) + chunks)
+        self._step_tokens.count_value(plan.num_tokens)
 
     def count_tokens(self, outcome: StepOutcome, now: float) -> None:
         """Count the tokens of a step that is settled; a request's first has no latency."""

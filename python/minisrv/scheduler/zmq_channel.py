@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from minisrv.supervision.child_main import BEAT_S
 from minisrv.supervision.records import NewEpoch, Notice
 from minisrv.wire.messages import SCHEDULER_INBOX, AnswerMsg, DetokenizeMsg, Message, StatsMsg
 from minisrv.wire.sockets import Epoch, Inbox, Outbox
@@ -12,7 +13,6 @@ from minisrv.wire.sockets import Epoch, Inbox, Outbox
 class ZmqChannel:
     """A Channel between processes, over ZeroMQ."""
 
-    WAIT_S = 1.0
     # A request of thousands of prompts arrives faster than it is read; steps must go on meanwhile.
     MAX_MESSAGES = 64
 
@@ -32,9 +32,9 @@ class ZmqChannel:
             self._announced = notice.epoch
 
     def receive(self, wait: bool) -> list[Message]:
-        """With `wait`, blocks for at most WAIT_S. The rest is returned by later calls."""
+        """With `wait`, blocks for at most BEAT_S. The rest is returned by later calls."""
         if wait:
-            self._inbox.wait(self.WAIT_S)
+            self._inbox.wait(BEAT_S)
         if self._announced > self._epoch.number:
             self._epoch.number = self._announced
             self._note_new_epoch()

@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import IO, Any
 
 from minisrv.errors import ConfigError, EngineDeadError, MinisrvError
 from minisrv.supervision import records
+from minisrv.supervision.progress import ProgressView
 from minisrv.supervision.records import (
     Boot,
     ChildFailed,
@@ -28,12 +30,16 @@ class ChildProcess:
     index: which one among the children of its kind.
     ready, failed: the report of that kind, once `read_reports` has returned it.
     drained: whether there was a report of that kind.
+    progress: what it shows of its progress, if it has a record.
+    killed_because: why it was killed, if its supervisor had a reason.
     """
 
     def __init__(
         self, kind: str, name: str, module: str, boot: dict[str, Any], fds: dict[str, int]
     ) -> None:
         self.kind, self.index, self.name = kind, boot["index"], name
+        self.progress = ProgressView(Path(boot["progress"])) if boot.get("progress") else None
+        self.killed_because: str | None = None
         self.ready: ChildReady | None = None
         self.failed: ChildFailed | None = None
         self.drained = False
@@ -96,6 +102,8 @@ class ChildProcess:
         """The error that says why a child has exited."""
         if self.failed is not None and self.failed.exit_code == 2:
             return ConfigError(self.failed.sentence)
+        if self.killed_because is not None:
+            return EngineDeadError(f"the {self.name} process {self.killed_because}")
         status = self._popen.wait()
         if self.failed is not None:
             how = f": {self.failed.sentence}"
@@ -106,6 +114,10 @@ class ChildProcess:
         if status == -signal.SIGKILL and self.failed is None:
             how += " (the kernel does this when memory runs out)"
         return EngineDeadError(f"the {self.name} process has died{how}")
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal, unless the process has ended."""
+        self._popen.send_signal(number)
 
     def kill(self) -> None:
         """Kill the process if it still runs, wait for it, and close the pipes."""

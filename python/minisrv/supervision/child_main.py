@@ -16,17 +16,21 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from minisrv import log
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError
 from minisrv.supervision import records
+from minisrv.supervision.progress import ProgressRecord
 from minisrv.supervision.records import Boot, ChildFailed, Notice, Report, StartProgress
 
 logger = logging.getLogger("minisrv.supervision.child_main")
 
 STDIN_FD = 0
+STACKS_SIGNAL = signal.SIGUSR1  # writes the stacks of all threads to the log
+BEAT_S = 0.5  # a process without work shows this often that it lives
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -39,6 +43,10 @@ class Child:
         self._lock = threading.Lock()
         self._early: list[Notice] = []
         self._handle: Callable[[Notice], object] = self._early.append
+
+    def open_progress(self) -> ProgressRecord:
+        """Its record for the supervisor's watch, which begins when it has reported ChildReady."""
+        return ProgressRecord(Path(self.boot.progress))
 
     def report(self, report: Report) -> None:
         os.write(self.boot.status_fd, records.encode_line(report))
@@ -71,6 +79,7 @@ def run_child(name: str, main: Callable[[Child], None]) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
     lines = _read_lines(STDIN_FD)
     first = next(lines, None)
     if first is None:

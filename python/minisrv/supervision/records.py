@@ -17,6 +17,7 @@ class Boot:
     """What a child needs to know. Paths that are not needed, or not known yet, are empty.
 
     index: which one among the children of its kind. fds: inherited file descriptors by name.
+    progress: the file in which it shows its progress.
     """
 
     config: dict[str, Any]
@@ -27,6 +28,7 @@ class Boot:
     parent_pid: int
     model_dir: str = ""
     tokenizer_dir: str = ""
+    progress: str = ""
     fds: dict[str, int] = field(default_factory=dict)
 
 
@@ -80,6 +82,16 @@ class EngineLost:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineStalled:
+    """Supervisor to frontend: a process makes no progress; `EngineReady` or `EngineLost` follows.
+
+    An `EngineReady` of the same epoch means that it goes on with what it was doing.
+    """
+
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
 class NewEpoch:
     """Supervisor to scheduler: the frontend has died, and with it all open requests."""
 
@@ -103,7 +115,15 @@ class EngineEnded:
 
 
 Report = StartProgress | ChildReady | ChildFailed | Drained
-Notice = StartProgress | EngineReady | EngineLost | NewEpoch | DrainRequested | EngineEnded
+Notice = (
+    StartProgress
+    | EngineReady
+    | EngineLost
+    | EngineStalled
+    | NewEpoch
+    | DrainRequested
+    | EngineEnded
+)
 _RECORDS = {kind.__name__: kind for kind in (Boot, *get_args(Report), *get_args(Notice))}
 
 

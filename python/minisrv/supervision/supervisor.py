@@ -10,13 +10,12 @@ them, because the kernel ties each to the thread that started it.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import math
 import selectors
+import signal
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,18 +28,22 @@ from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError, EngineDeadError, MinisrvError
 from minisrv.restart_limit import RestartLimit
 from minisrv.supervision.child_handle import ChildProcess
+from minisrv.supervision.child_main import STACKS_SIGNAL
+from minisrv.supervision.progress import progress_path
 from minisrv.supervision.records import (
     FIRST_EPOCH,
     DrainRequested,
     EngineEnded,
     EngineLost,
     EngineReady,
+    EngineStalled,
     NewEpoch,
     Notice,
     StartProgress,
 )
 from minisrv.supervision.restarts import Restarts
 from minisrv.supervision.run_dir import private_directory
+from minisrv.supervision.stall_watch import StallWatch
 from minisrv.supervision.standard_streams import open_standard_streams
 
 logger = logging.getLogger("minisrv.supervision.supervisor")
@@ -49,6 +52,7 @@ END_GRACE_S = 3.5
 HURRIED_GRACE_S = 0.5
 # A frontend that does not report the end of its drain in time is not waited for any longer.
 DRAIN_MARGIN_S = 0.5
+STACKS_S = 1.0  # from the request for its stacks to the end of a stalled process
 MODULES = {
     "frontend": "minisrv.frontend",
     "hub": "minisrv.supervision.prepare",
@@ -102,6 +106,9 @@ class Supervisor:
         self._announced = 0  # the epoch of the last EngineReady
         self._ready_notice: EngineReady | None = None  # that the caller does not know yet
         self._lost_at = 0.0
+        self._suspects: set[int] = set()  # since the last EngineReady
+        self._stall_watch = StallWatch(config.stall_timeout)
+        self._stalled: tuple[ChildProcess, float] | None = None  # and when it is to be killed
         self._num_restarts: Counter[str] = Counter()
 
     @property
@@ -205,6 +212,8 @@ class Supervisor:
             "tokenizer_dir": str(tokenizer_dir or ""),
         }
         name = f"{kind}-{index}" if kind == "tokenizer" else kind
+        if MODULES[kind] != MODULES["hub"]:
+            boot["progress"] = str(progress_path(self.run_dir, name))
         child = ChildProcess(kind, name, MODULES[kind], boot, fds or {})
         self._children.append(child)
         for fd in child.watched_fds:
@@ -230,6 +239,9 @@ class Supervisor:
         logger.error("%s; it is started again", error.message)
         if self._announced == self._epoch:
             self._lost_at = now
+        self._stalled = None
+        if child.progress is not None and child is not self._frontend:
+            self._suspects |= child.progress.working_on()
         self._epoch += 1
         self._num_restarts[child.kind] += 1
         self._retire(child)
@@ -260,11 +272,50 @@ class Supervisor:
                 self._raise_late()
         self._report_ready()
 
+    def _watch_progress(self) -> float:
+        """Act on a process that makes no progress; returns when to look again.
+
+        Its stacks are written to the log. A second later it is killed, unless it goes on: it may
+        have been stopped, and SIGCONT continues it.
+        """
+        now = time.monotonic()
+        if self._announced != self._epoch or not all(child.ready for child in self._children):
+            self._stall_watch.restart_clocks(now)
+            return self._stall_watch.next_check_at if self._announced else math.inf
+        views = [(one, one.progress) for one in self._children if one.progress is not None]
+        if self._stalled is None and now >= self._stall_watch.next_check_at:
+            if (found := self._stall_watch.stalled(views, now)) is not None:
+                self._ask_for_stacks(*found, now)
+        elif self._stalled is not None and now >= self._stalled[1]:
+            self._judge(self._stalled[0], now)
+        return self._stalled[1] if self._stalled is not None else self._stall_watch.next_check_at
+
+    def _ask_for_stacks(self, child: ChildProcess, silent_s: float, now: float) -> None:
+        child.killed_because = f"made no progress for {silent_s:.1f} s and was killed"
+        sentence = f"the {child.name} process has made no progress for {silent_s:.1f} s"
+        logger.error("%s; its stacks follow", sentence)
+        self._notify(EngineStalled(sentence))
+        for number in (signal.SIGCONT, STACKS_SIGNAL):
+            child.send_signal(number)
+        self._stalled = child, now + STACKS_S
+
+    def _judge(self, child: ChildProcess, now: float) -> None:
+        self._stalled = None
+        self._stall_watch.restart_clocks(now)
+        if child.progress is not None and child.progress.last_beat > now - STACKS_S:
+            logger.error("the %s process goes on", child.name)
+            child.killed_because = None
+            self._announce()
+        else:
+            child.send_signal(signal.SIGKILL)
+
     def _announce(self) -> None:
         """Notify the frontend that the engine serves."""
         facts = {k: v for w in self._workers if w.ready for k, v in w.ready.facts.items()}
         self._announced = self._epoch
-        self._ready_notice = EngineReady(facts, self._epoch, (), dict(self._num_restarts))
+        suspects = tuple(sorted(self._suspects))
+        self._suspects.clear()
+        self._ready_notice = EngineReady(facts, self._epoch, suspects, dict(self._num_restarts))
         if self._frontend is not None:
             self._frontend.notify(self._ready_notice)
 
@@ -309,7 +360,7 @@ class Supervisor:
             self._restart_due()
             if time.monotonic() >= deadline:
                 return False
-            self._poll(min(deadline, self._restarts.next_at))
+            self._poll(min(deadline, self._restarts.next_at, self._watch_progress()))
 
     @property
     def _must_stop(self) -> bool:
@@ -369,37 +420,3 @@ class Supervisor:
         while not serving.ended and self._num_stops == num_stops and time.monotonic() < deadline:
             self._poll(deadline)
         self._retire(serving)
-
-
-class SupervisorThread:
-    """A supervisor in a thread of a process that is the frontend itself.
-
-    error: what `Supervisor.run` raised, once the thread has ended. A process that exits without
-    calling `stop` ends the children too.
-    """
-
-    def __init__(self, supervisor: Supervisor) -> None:
-        self._supervisor = supervisor
-        self.error: MinisrvError | None = None
-        self._thread = threading.Thread(target=self._run, name="minisrv supervisor", daemon=True)
-
-    def start(self) -> None:
-        """Run the supervisor in its thread."""
-        atexit.register(self.stop)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End all children and wait until they are gone."""
-        atexit.unregister(self.stop)
-        self._supervisor.stop()
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            self._supervisor.run()
-        except MinisrvError as error:
-            self.error = error
-            logger.error("%s", error.message)
-        except Exception as error:
-            self.error = MinisrvError(f"the supervisor failed: {error}")
-            logger.exception("the supervisor failed")

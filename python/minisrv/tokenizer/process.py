@@ -7,12 +7,19 @@ from pathlib import Path
 
 from minisrv.checkpoint.model_config import load_model_config
 from minisrv.checkpoint.tokenizer import load_tokenizer
-from minisrv.supervision.child_main import Child, run_child
+from minisrv.supervision.child_main import BEAT_S, Child, run_child
 from minisrv.supervision.records import ChildReady
 from minisrv.tokenizer.backlog import Backlog
 from minisrv.tokenizer.chat_template import ChatTemplate
 from minisrv.tokenizer.worker import TokenizerWorker
-from minisrv.wire.messages import TOKENIZER_INBOX, AnswerMsg, Message, TakenMsg, UserReply
+from minisrv.wire.messages import (
+    TOKENIZER_INBOX,
+    AnswerMsg,
+    Message,
+    TakenMsg,
+    TokenizeMsg,
+    UserReply,
+)
 from minisrv.wire.sockets import REPORT_BYTES, Epoch, Inbox, Outbox
 
 
@@ -34,6 +41,8 @@ def _serve(child: Child) -> None:
         model.max_seq_len,
         model.vocab_size,
     )
+    progress = child.open_progress()
+    progress.beat()
     child.report(ChildReady({"chat_format": asdict(worker.chat_format)}))
 
     def send(message: Message) -> None:
@@ -41,11 +50,18 @@ def _serve(child: Child) -> None:
         receiver.send(message)
 
     # One text may take seconds: the inbox is looked at before each, for aborts.
-    while backlog or inbox.wait():
+    while True:
+        if not backlog:
+            inbox.wait(BEAT_S)
+        progress.beat()
         for message in backlog.add(inbox.drain_frames()):
             send(message)
         if backlog:
-            send(worker.handle(backlog.take()))
+            work = backlog.take()
+            progress.begin(0, (work.uid if isinstance(work, TokenizeMsg) else work.query,))
+            made = worker.handle(work)
+            progress.end(0)
+            send(made)
         if backlog.taken_bytes >= REPORT_BYTES:
             frontend.send(TakenMsg(tokenizer=boot.index, num_bytes=backlog.taken_bytes))
             backlog.taken_bytes = 0

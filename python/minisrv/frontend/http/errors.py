@@ -19,7 +19,7 @@ from minisrv.frontend.http.context import context_of
 RETRY_AFTER_S = 1
 RETRY_HEADER = "X-Should-Retry"
 # The same request would fail again, or was ended on purpose.
-_FINAL_CODES = frozenset({"internal_error", "request_aborted"})
+_FINAL_CODES = frozenset({"internal_error", "request_aborted", "request_ended_engine"})
 
 logger = logging.getLogger("minisrv.frontend")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from minisrv.errors import MinisrvError
@@ -71,6 +71,13 @@ class Queries:
                 self._sends[number]()
             except MinisrvError as error:
                 self._forget(number)
+                future.set_exception(error)
+
+    def fail(self, numbers: Iterable[int], error: MinisrvError) -> None:
+        """Fail those of these queries that are open."""
+        for number in numbers:
+            future = self._forget(number)
+            if future is not None and not future.done():
                 future.set_exception(error)
 
     def fail_all(self, error: MinisrvError) -> None:

@@ -14,7 +14,7 @@ import asyncio
 import secrets
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle
@@ -104,30 +104,36 @@ class RequestRegistry:
         """
         if isinstance(self.state, Starting | Dead):
             return
-        if isinstance(self.state, Serving | Restarting):
-            self.state = Restarting(self.state.model, sentence)
+        self.set_stalled(sentence)
         self._on_hold = True
         if not self._resumes:
             error = NotReadyError(f"{sentence}; try again later", code="engine_restarted")
             self._queries.fail_all(error)
             self._give_up(list(self._owners), error, "no_resume")
 
-    def resume(self, model: ModelInfo, suspects: Iterable[int] = ()) -> None:
-        """All processes serve again: send what is open, in the background.
+    def set_stalled(self, sentence: str) -> None:
+        """A process makes no progress; requests are accepted, and /ready says no."""
+        if isinstance(self.state, Serving | Restarting):
+            self.state = Restarting(self.state.model, sentence)
+
+    def resume(self, model: ModelInfo, suspects: Collection[int] = ()) -> None:
+        """All processes serve again: after `hold`, send what is open, in the background.
 
         suspects: uids that a process worked on when it died. One that is so for the second time,
-        without progress in between, is given up: it may be what ends them.
+        without progress in between, is given up: it may be what ends them. So is a query.
         """
+        if isinstance(self.state, Restarting):
+            self.state = Serving(model)
         if not self._on_hold or isinstance(self.state, Dead):
             return
         self._on_hold = False
-        if isinstance(self.state, Restarting):
-            self.state = Serving(model)
         self._queue.forget_stats()
         error = RequestFailedError(
-            "a process of the server has died twice while it worked on this request",
+            "a process of the server has died while it worked on this request, "
+            "so it is not tried again",
             code="request_ended_engine",
         )
+        self._queries.fail(suspects, error)
         suspected = [uid for uid in suspects if (one := self._owners.get(uid)) and one.suspect(uid)]
         self._give_up(suspected, error, "suspect")
         requests = list(dict.fromkeys(self._owners.values()))
