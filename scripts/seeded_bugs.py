@@ -1,5 +1,6 @@
 """Put bugs into a copy of the package, one at a time, and name the test that fails: fourteen of the
-cache, and seven that would let one request harm others or a stop lose some.
+cache, seven that would let one request harm others or a stop lose some, and five that would let the
+death of a process change an answer or go on without end.
 
 Exits with status 1 if the tests miss a bug. Run: python scripts/seeded_bugs.py [NUMBER ...]
 """
@@ -137,8 +138,8 @@ SERVER_BUGS = [
         Bug(
             "the permit of a query is not returned",
             "frontend/registry/queries.py",
-            "self._open.pop(answer.query, None)",
-            "self._open.get(answer.query)",
+            "        future = self._forget(answer.query)\n",
+            "        future = self._open.get(answer.query)\n",
         ),
         "tests/processes/test_queries.py",
     ),
@@ -186,6 +187,52 @@ SERVER_BUGS = [
             "return cycle.response_started",
         ),
         "tests/processes/test_drain.py",
+    ),
+    (
+        Bug(
+            "the epoch of a frame is not checked",
+            "wire/codec.py",
+            "    if values[1] != epoch:\n",
+            "    if False:\n",
+        ),
+        "tests/wire",
+    ),
+    (
+        Bug(
+            "a resume forgets the held text of a stop string",
+            "detokenizer/worker.py",
+            "    _filter_text(request, token_id, text, Finish.NONE)\n",
+            "",
+        ),
+        "tests/scheduler/test_resumed_requests.py",
+    ),
+    (
+        Bug(
+            "the journal is one token short",
+            "frontend/registry/open_request.py",
+            ".extend(event.token_ids)",
+            ".extend(event.token_ids[:-1])",
+        ),
+        "tests/frontend/test_resume.py",
+    ),
+    (
+        Bug(
+            "a suspect is never cleared",
+            "frontend/registry/open_request.py",
+            "before is not None and now - before < CLEARING_TOKENS",
+            "before is not None",
+        ),
+        "tests/frontend/test_resume.py",
+    ),
+    (
+        Bug(
+            "the counts of penalties leave out the output of an earlier engine",
+            "scheduler/penalties.py",
+            "*(r.prefill_ids for r in requests)",
+            "*(np.where(np.arange(len(r.prefill_ids)) < len(r.prompt_ids), r.prefill_ids, 0)"
+            " for r in requests)",
+        ),
+        "tests/scheduler/test_resumed_requests.py",
     ),
 ]
 
