@@ -21,6 +21,7 @@ SERVER_TESTS = {
     "crowd": ["tests/soak/test_crowd.py"],
     "fuzz": ["tests/soak/test_fuzz.py"],
     "drain": ["tests/soak/test_drain.py"],
+    "day": ["tests/soak/test_day.py"],
     "processes": ["tests/processes"],
 }
 TESTS = {
