@@ -219,8 +219,8 @@ SERVER_BUGS = [
         Bug(
             "a suspect is never cleared",
             "frontend/registry/open_request.py",
-            "before is not None and now - before < CLEARING_TOKENS",
-            "before is not None",
+            "before is None or now - before >= CLEARING_TOKENS else",
+            "before is None else",
         ),
         "tests/frontend/test_resume.py",
     ),

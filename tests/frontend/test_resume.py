@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from minisrv.errors import MinisrvError, NotReadyError, OverloadedError, RequestFailedError
-from minisrv.frontend.registry.open_request import CLEARING_TOKENS
+from minisrv.frontend.registry.open_request import CLEARING_TOKENS, PROVEN_TOKENS
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.frontend.registry.states import Draining, Restarting, Serving
 from minisrv.wire.messages import (
@@ -212,7 +212,9 @@ def test_a_request_that_was_worked_on_at_two_deaths_is_given_up() -> None:
         poison, other = registry.open(), registry.open()
         for uid in (poison, other):
             registry.send(make_message(uid))
+        sent.clear()
         await die_and_resume(registry, (poison, 12345))
+        assert [message.uid for message in sent_now(sent)] == [poison]  # first it has to go on
         await die_and_resume(registry, (poison,))
         (event,) = await registry.next_events(poison)
         with pytest.raises(RequestFailedError) as caught:
@@ -221,7 +223,47 @@ def test_a_request_that_was_worked_on_at_two_deaths_is_given_up() -> None:
         assert not registry.is_open(poison)
         assert registry.is_open(other)
         assert registry.given_up == {"suspect": 1}
-        assert [message.uid for message in sent_now(sent)] == [poison, other, poison, other, other]
+        assert [message.uid for message in sent_now(sent)] == [other]
+
+    run(check())
+
+
+def test_suspects_are_sent_when_those_before_have_gone_on() -> None:
+    async def check() -> None:
+        registry, sent = make_registry()
+        uids = [registry.open() for _ in range(4)]
+        for uid in uids:
+            registry.send(make_message(uid))
+        sent.clear()
+        await die_and_resume(registry, tuple(uids[1:]))
+        assert [message.uid for message in sent_now(sent)] == [uids[1]]
+        registry.deliver(replace(tokens(uids[1], [1] * (PROVEN_TOKENS - 1)), starts=()))
+        await asyncio.sleep(0.02)
+        assert sent == []
+        registry.deliver(tokens(uids[1], [1]))
+        await asyncio.sleep(0.02)
+        assert [message.uid for message in sent_now(sent)] == [uids[2]]
+        registry.abort(uids[2])
+        await asyncio.sleep(0.02)
+        assert [message.uid for message in sent_now(sent)] == [uids[3]]
+        registry.deliver(reply(uids[3], "", 0, Finish.STOP))
+        await asyncio.sleep(0.02)
+        assert [message.uid for message in sent_now(sent)] == [uids[0]]
+
+    run(check())
+
+
+def test_one_that_has_gone_on_is_not_given_up_for_one_that_has_not() -> None:
+    async def check() -> None:
+        registry, _ = make_registry()
+        good, poison = registry.open(), registry.open()
+        for uid in (good, poison):
+            registry.send(make_message(uid))
+        await die_and_resume(registry, (good, poison))
+        registry.deliver(tokens(good, [1] * PROVEN_TOKENS))
+        await die_and_resume(registry, (good, poison))
+        assert registry.given_up == {"suspect": 1}
+        assert (registry.is_open(good), registry.num_open) == (True, 1)
 
     run(check())
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import psutil
 import pytest
 
 from minisrv import FrontendManager
+from minisrv.supervision.progress import _FIRST, _PLACE_ITEMS, _PLACES
 from tests.processes.test_frontend_manager import expected_text, message
 from tests.support.hash_engine import DEADLY_ID, ENDLESS_ID
 from tests.support.server_process import (
@@ -35,6 +37,17 @@ def metric(server: ServerProcess, name: str) -> float:
     """The sum of the samples of a metric."""
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(f"minisrv:{name}"))
+
+
+def works(server: ServerProcess, name: str) -> bool:
+    """Whether a process begins any work in the next tenth of a second."""
+    (path,) = server.tmp_dir.glob(f"*/progress-{name}")
+    until = time.monotonic() + 0.1
+    while time.monotonic() < until:
+        items = np.fromfile(path, np.int64)
+        if any(items[_FIRST + place * _PLACE_ITEMS] for place in range(_PLACES)):
+            return True
+    return False
 
 
 def text_of(request: OpenRequest) -> str:
@@ -83,6 +96,9 @@ def test_a_killed_frontend_comes_back_without_its_requests(
     with running(*arguments, tmp_dir=socket_dir, step_s=STEP_S) as server:
         requests = open_requests(server.url, num_streams=3, num_whole=0)
         server.child("frontend").kill()
+        killed = time.monotonic()
+        while works(server, "scheduler"):
+            assert time.monotonic() < killed + 1
         # It arrives before there is a process to accept it, and needs one of the three places.
         late = OpenRequest(server.url, stream=False, max_tokens=20)
         assert all(request.join().error is not None for request in requests)
@@ -179,14 +195,21 @@ def test_an_embedded_frontend_resumes_too(model_dir: Path, monkeypatch: pytest.M
     assert not psutil.Process().children()
 
 
-def test_a_request_that_ends_the_engine_is_given_up(model_dir: Path, socket_dir: Path) -> None:
-    arguments = ("--model", str(model_dir), "--restart-limit", "9/60")
+def test_a_request_that_ends_the_engine_is_given_up_and_no_other(
+    model_dir: Path, socket_dir: Path
+) -> None:
+    arguments = ("--model", str(model_dir))
     with running(*arguments, tmp_dir=socket_dir, step_s=STEP_S, poisons=True) as server:
+        (whole,) = open_requests(server.url, num_streams=1, num_whole=0, max_tokens=NUM_TOKENS)
+        expected = text_of(whole)
+        others = open_requests(server.url, num_streams=5, num_whole=0, max_tokens=NUM_TOKENS)
         reply = post_ids(server, [DEADLY_ID])
         assert reply.status_code == 500
         assert reply.json()["error"]["code"] == "request_ended_engine"
         assert reply.headers["x-should-retry"] == "false"
+        assert [text_of(other) for other in others] == [expected] * 5
         assert metric(server, 'restarts_total{process="scheduler"}') == 2
+        assert metric(server, "given_up_requests_total") == 1
         assert post_ids(server, [3]).status_code == 200
 
 

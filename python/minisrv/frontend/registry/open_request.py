@@ -19,7 +19,11 @@ from minisrv.wire.events import Event
 from minisrv.wire.messages import Produced, TokenizeMsg
 
 MAX_UNREAD_BYTES = 2**20
+# Tokens of output since a process died while working on a request: after so many it was not the
+# cause, and after fewer it probably was if others have more. The first few may be those that had
+# been computed and were lost.
 CLEARING_TOKENS = 256
+PROVEN_TOKENS = 3
 _LOOK_EVERY = 64  # deliveries
 
 
@@ -138,14 +142,24 @@ class OpenRequest:
             return message
         return replace(message, resumed=produced) if produced else None
 
-    def suspect(self, uid: int) -> bool:
-        """Note that a process died while working on `uid`; returns whether it is to be given up.
+    def suspect(self, uid: int) -> int | None:
+        """Note that a process died while working on `uid`.
 
-        That is so the second time, unless there were CLEARING_TOKENS of output in between.
+        Returns the tokens of output since that happened before; None if it did not, or if they are
+        CLEARING_TOKENS or more.
         """
         before, now = self.suspected_at.get(uid), len(self._output(uid))
         self.suspected_at[uid] = now
-        return before is not None and now - before < CLEARING_TOKENS
+        return None if before is None or now - before >= CLEARING_TOKENS else now - before
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether each choice that was a suspect has gone on, or has ended."""
+        return self.aborted or all(
+            len(self._output(uid)) >= before + PROVEN_TOKENS
+            for uid, before in self.suspected_at.items()
+            if uid in self.live
+        )
 
     def _output(self, uid: int) -> Int32Array:
         taken = np.array(self.taken_ids.get(uid, ()), np.int32)

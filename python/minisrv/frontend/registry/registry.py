@@ -26,6 +26,7 @@ from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.open_request import OpenRequest, RequestAborted
 from minisrv.frontend.registry.queries import Queries
 from minisrv.frontend.registry.queue_gauge import QueueGauge
+from minisrv.frontend.registry.resuming import causes, send_again
 from minisrv.frontend.registry.states import Dead, Draining, Restarting, Serving, Starting, State
 from minisrv.frontend.registry.status_line import StatusLine
 from minisrv.wire.events import Event, failure_error, gather_reply
@@ -42,8 +43,6 @@ from minisrv.wire.messages import (
 
 STOPPING = "the server is stopping"
 SEED_BITS = 63
-MESSAGES_AT_ONCE = 64  # of one request, before others run
-FULL_INBOX_S = 0.05
 Send = Callable[[int, TokenizeMsg | AbortMsg | Query], None]
 
 
@@ -119,8 +118,8 @@ class RequestRegistry:
     def resume(self, model: ModelInfo, suspects: Collection[int] = ()) -> None:
         """All processes serve again: after `hold`, send what is open, in the background.
 
-        suspects: uids that a process worked on when it died. One that is so for the second time,
-        without progress in between, is given up: it may be what ends them. So is a query.
+        suspects: uids that a process worked on when it died. What may have been the cause is given
+        up: a request at the second time (`causes`), a query at the first.
         """
         if isinstance(self.state, Restarting):
             self.state = Serving(model)
@@ -134,8 +133,8 @@ class RequestRegistry:
             code="request_ended_engine",
         )
         self._queries.fail(suspects, error)
-        suspected = [uid for uid in suspects if (one := self._owners.get(uid)) and one.suspect(uid)]
-        self._give_up(suspected, error, "suspect")
+        owners = {uid: self._owners[uid] for uid in suspects if uid in self._owners}
+        self._give_up(causes(owners), error, "suspect")
         requests = list(dict.fromkeys(self._owners.values()))
         for request in requests:
             request.tokenizers.clear()
@@ -145,24 +144,9 @@ class RequestRegistry:
         self._queries.resume()
         if self._resuming is not None:
             self._resuming.cancel()
-        messages = [(one, list(one.messages)) for one in requests if not one.aborted]
-        self._resuming = asyncio.create_task(self._send_again(messages), name="resume")
-
-    async def _send_again(self, messages: list[tuple[OpenRequest, list[TokenizeMsg]]]) -> None:
-        """Send these again, unless a further process dies: then all begins anew."""
-        for request, sent in messages:
-            self.num_resumed += bool(sent)
-            for number, message in enumerate(sent):
-                if number % MESSAGES_AT_ONCE == 0:
-                    await asyncio.sleep(0)
-                await self._send_one_again(request, message)
-
-    async def _send_one_again(self, request: OpenRequest, message: TokenizeMsg) -> None:
-        while not request.aborted and (rest := request.continued(message)) is not None:
-            try:
-                return self._dispatch(request, rest)
-            except OverloadedError:
-                await asyncio.sleep(FULL_INBOX_S)
+        open_ones = [request for request in requests if not request.aborted]
+        self.num_resumed += sum(bool(request.messages) for request in open_ones)
+        self._resuming = asyncio.create_task(send_again(open_ones, self._dispatch), name="resume")
 
     def _give_up(self, uids: Sequence[int], error: MinisrvError, reason: str) -> None:
         if uids:
