@@ -14,9 +14,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from minisrv.checkpoint.model_config import load_model_config
 from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
 from minisrv.engine.parallel.communicator import TPGroup
+from minisrv.engine.parallel.ranks import Ranks
 from minisrv.engine.step_runner import StepHandle
 from minisrv.errors import ConfigError, EngineDeadError
 from minisrv.llm import LLM
@@ -93,8 +95,8 @@ def test_a_seeded_draw_is_the_same_with_one_rank_and_two() -> None:
     assert texts[0] == texts[1]
 
 
-def test_the_death_of_a_rank_is_an_error_that_names_it() -> None:
-    with LLM("demo", tp=2, num_threads=1) as llm:
+def test_without_restarts_the_death_of_a_rank_is_an_error_that_names_it() -> None:
+    with LLM("demo", tp=2, num_threads=1, restart_limit="0") as llm:
         llm.generate("Count", max_tokens=3, use_tqdm=False)
         engine = llm._loop.engine
         assert isinstance(engine, Engine)
@@ -135,6 +137,29 @@ def test_a_step_that_waits_for_a_dead_rank_ends_with_its_error(
             engine.wait(StepHandle(torch.zeros(1, dtype=torch.int32), None, event))
         assert 0.2 < time.monotonic() - began < 5
     assert len(aborted) == 1
+
+
+def test_engines_that_start_in_the_same_directory_do_not_meet(tmp_path: Path) -> None:
+    """As those of a scheduler that was killed and of the next one do."""
+    model_dir, run_dir = make_checkpoint(tmp_path, "llama"), tmp_path / "run"
+    run_dir.mkdir()
+    config = ServerConfig(model=str(model_dir), device="cpu", tp=2, num_threads=1, num_pages=10)
+    model_config = load_model_config(model_dir, None)
+    first = Engine(config, model_dir, model_config, run_dir=run_dir)
+    try:
+        second = Engine(config, model_dir, model_config, run_dir=run_dir)
+        second.close()
+        first.check()
+    finally:
+        first.close()
+    assert not list(run_dir.iterdir())
+
+
+def test_ranks_without_a_directory_to_meet_in_are_an_error_at_once(tmp_path: Path) -> None:
+    ranks = Ranks(ServerConfig(tp=2), tmp_path, tmp_path / "nowhere")
+    with pytest.raises(EngineDeadError, match=r"cannot start the ranks: .*nowhere"):
+        ranks.wait_until_joining()
+    ranks.close()
 
 
 def test_what_one_rank_refuses_is_the_error_of_all(tmp_path: Path) -> None:

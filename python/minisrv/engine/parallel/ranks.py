@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 from minisrv.config import ServerConfig
@@ -16,7 +16,6 @@ from minisrv.engine.parallel.plan_pipe import encode_plan
 from minisrv.errors import EngineDeadError, MinisrvError
 from minisrv.supervision.child_handle import ChildProcess
 from minisrv.supervision.records import StartProgress
-from minisrv.supervision.run_dir import private_directory
 
 JOINING = "join the other ranks"
 _DEATH_SHOWS_S = 2.0
@@ -25,13 +24,17 @@ _DEATH_SHOWS_S = 2.0
 class Ranks:
     """The processes of ranks 1 .. tp - 1, which are children of this process and end with it.
 
-    run_dir: a private directory for the rendezvous; by default a temporary one. A separate thread
-    starts and watches the ranks: the kernel ends a child when the thread that started it exits,
-    and the thread that creates an engine may exit before the engine does.
+    The ranks meet in `run_dir`, a private directory that each start makes: the rendezvous file of a
+    start that was killed must not mislead the next one. It lies in `parent_dir` or, by default,
+    where temporary files do. A separate thread starts and watches the ranks: the kernel ends a
+    child when the thread that started it exits, and the thread that creates an engine may exit
+    before the engine does.
     """
 
-    def __init__(self, config: ServerConfig, model_dir: Path, run_dir: Path | None = None) -> None:
-        self._config, self._model_dir, self._given_dir = config, model_dir, run_dir
+    def __init__(
+        self, config: ServerConfig, model_dir: Path, parent_dir: Path | None = None
+    ) -> None:
+        self._config, self._model_dir, self._parent_dir = config, model_dir, parent_dir
         self.run_dir = Path()
         self._children: list[ChildProcess] = []
         self._pipes: list[int] = []
@@ -39,7 +42,7 @@ class Ranks:
         self._error: MinisrvError | None = None
         self._on_death: Callable[[], object] = lambda: None
         self._changed = threading.Condition()
-        self._wake, self._woken = os.pipe()
+        self._wake_pipe = list(os.pipe())
         self._thread = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._thread.start()
 
@@ -69,9 +72,12 @@ class Ranks:
                     view = view[os.write(pipe, view) :]
 
     def check(self) -> None:
-        """Raise the error of the first rank that died, if any."""
+        """Raise the error of the first rank that died, if any.
+
+        A new one each time: its traceback holds the engine, which may be gone before this object.
+        """
         if self._error is not None:
-            raise self._error
+            raise type(self._error)(self._error.message)
 
     @contextlib.contextmanager
     def explaining_failures(self) -> Iterator[None]:
@@ -87,23 +93,30 @@ class Ranks:
     def close(self) -> None:
         """End all ranks; `send_plan` fails from now on."""
         if self._thread.is_alive():
-            os.write(self._woken, b"e")
+            os.write(self._wake_pipe[1], b"e")
             self._thread.join()
-        while self._pipes:
-            os.close(self._pipes.pop())
+        for pipes in (self._pipes, self._wake_pipe):
+            while pipes:
+                os.close(pipes.pop())
         self._error = self._error or EngineDeadError("the ranks of this model have been stopped")
 
     def _watch(self) -> None:
-        given = self._given_dir
-        with nullcontext(given) if given else private_directory() as self.run_dir:
-            try:
-                self._start()
-                self._read_reports()
-            except OSError as error:
-                self._notify(error=EngineDeadError(f"cannot start the ranks: {error}"))
-            finally:
-                for child in self._children:
-                    child.kill()
+        try:
+            with tempfile.TemporaryDirectory(
+                prefix="minisrv-ranks-", dir=self._parent_dir, ignore_cleanup_errors=True
+            ) as run_dir:
+                self.run_dir = Path(run_dir)
+                self._start_and_read()
+        except OSError as error:
+            self._notify(error=EngineDeadError(f"cannot start the ranks: {error}"))
+
+    def _start_and_read(self) -> None:
+        try:
+            self._start()
+            self._read_reports()
+        finally:
+            for child in self._children:
+                child.kill()
 
     def _start(self) -> None:
         for rank in range(1, self._config.tp):
@@ -122,7 +135,7 @@ class Ranks:
 
     def _read_reports(self) -> None:
         with selectors.DefaultSelector() as selector:
-            selector.register(self._wake, selectors.EVENT_READ, None)
+            selector.register(self._wake_pipe[0], selectors.EVENT_READ, None)
             for child in self._children:
                 selector.register(child.status_fd, selectors.EVENT_READ, child)
             while True:
