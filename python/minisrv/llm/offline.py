@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import logging
+import secrets
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -24,8 +27,9 @@ from minisrv.checkpoint.model_config import load_model_config
 from minisrv.checkpoint.tokenizer import load_tokenizer, needs_conversion
 from minisrv.config import ServerConfig
 from minisrv.detokenizer.worker import DetokenizerWorker
-from minisrv.errors import ConfigError, InvalidRequestError, MinisrvError
+from minisrv.errors import ConfigError, EngineDeadError, InvalidRequestError, MinisrvError
 from minisrv.llm.outputs import RequestOutput, Run, error_of, raise_failures
+from minisrv.restart_limit import RestartLimit
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.facts import model_facts
@@ -58,8 +62,6 @@ class LLM:
         dtype: torch.dtype | str | None = None,
         **engine_options: Any,
     ) -> None:
-        from minisrv.scheduler.build import build_loop
-
         config = _make_config(str(model_path), dtype, engine_options)
         model_dir = resolve_model(config.model, lambda phase, fraction: None)
         model = load_model_config(model_dir, config.max_seq_len)
@@ -73,17 +75,9 @@ class LLM:
         self.model_config = model
         self.sampling_defaults = model.defaults_of(config.sampling_defaults)
         self.tokenizer = tokenizer
-        self._detokenizer = DetokenizerWorker(tokenizer)
-        self._channel = LocalChannel()
-        vocabulary = open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
-        self._loop = build_loop(
-            config,
-            model_dir,
-            self._channel,
-            lambda phase, fraction: None,
-            vocabulary=vocabulary,
-            model_config=model,
-        )
+        self._model_dir = model_dir
+        self._vocabulary = open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
+        self._build_engine(config)
         self._tokenizer = TokenizerWorker(
             tokenizer,
             ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens),
@@ -92,7 +86,25 @@ class LLM:
         )
         self._next_uid = 0
         self._closed = False
+        self._restart_limit = RestartLimit.parse(config.restart_limit)
+        self._deaths: list[float] = []
+        self._dead: str | None = None  # why no engine runs, once none is started any more
         self._turning = threading.Lock()  # closing waits for the end of a turn
+
+    def _build_engine(self, config: ServerConfig) -> None:
+        """Load the model, and put around it what knows of its requests."""
+        from minisrv.scheduler.build import build_loop
+
+        self._detokenizer = DetokenizerWorker(self.tokenizer)
+        self._channel = LocalChannel()
+        self._loop = build_loop(
+            config,
+            self._model_dir,
+            self._channel,
+            lambda phase, fraction: None,
+            vocabulary=self._vocabulary,
+            model_config=self.model_config,
+        )
 
     @property
     def max_seq_len(self) -> int:
@@ -169,11 +181,13 @@ class LLM:
     def prepare(self, request: TokenizeMsg) -> GenerateMsg:
         """Encode and check a request, and give it its uid.
 
-        The model's defaults fill what its sampling leaves open. Raises InvalidRequestError.
+        The model's defaults fill what its sampling leaves open, and a random seed its seed, so that
+        another engine continues it. Raises InvalidRequestError.
         """
-        if self._closed:
-            raise RuntimeError("this LLM is closed")
+        self._check_usable()
         sampling = request.sampling.with_defaults(self.sampling_defaults)
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(63))
         made = self._tokenizer.handle(replace(request, uid=self._next_uid, sampling=sampling))
         if isinstance(made, UserReply):
             raise error_of(made.failures[0])
@@ -186,10 +200,10 @@ class LLM:
     def stream_outputs(self, messages: Sequence[GenerateMsg]) -> Iterator[RequestOutput]:
         """Serve prepared requests together; yields each when all its choices have ended or failed.
 
-        Closing the iterator early aborts the others. Raises MinisrvError after `close`.
+        When the engine dies, they go on where they are on another one. Closing the iterator early
+        aborts the others. Raises MinisrvError after `close`, EngineDeadError at the restart limit.
         """
-        if self._closed:
-            raise RuntimeError("this LLM is closed")
+        self._check_usable()
         run = Run(messages)
         self._channel.inbox.extend(messages)
         try:
@@ -198,8 +212,7 @@ class LLM:
                     if not run.choices and (self._closed or not self._loop.busy):
                         return
                     self._check_open()
-                    self._loop.turn()
-                    ended = list(self._collect(run))
+                    ended = self._turn(run)
                 yield from ended
         finally:
             with _delay_interrupt(), self._turning:
@@ -221,6 +234,12 @@ class LLM:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise RuntimeError("this LLM is closed")
+        if self._dead is not None:
+            raise EngineDeadError(self._dead)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -253,6 +272,43 @@ class LLM:
             done[index].prompt = request.prompt if isinstance(request.prompt, str) else None
         return [done[index] for index in range(len(requests))]
 
+    def _turn(self, run: Run) -> list[RequestOutput]:
+        """Turn the loop, or replace it if its engine has died; returns the requests that ended.
+
+        Raises EngineDeadError at the restart limit.
+        """
+        try:
+            self._loop.turn()
+            return list(self._collect(run))
+        except EngineDeadError as error:
+            death = error.message
+        # Not in the handler: the error's traceback holds the old engine.
+        self._restart_engine(death)
+        if not self.config.resume:
+            return run.fail_open(death)
+        self._channel.inbox.extend(run.resume_open())
+        return []
+
+    def _restart_engine(self, death: str) -> None:
+        """Build the engine again, with as many pages; raises EngineDeadError at the limit."""
+        config = replace(self.config, num_pages=self._loop.scheduler.cache.pages.size)
+        while True:
+            self._deaths.append(time.monotonic())
+            self._free()
+            gc.collect()  # the old engine is part of reference cycles
+            if not self._restart_limit.allows_restart(self._deaths):
+                self._dead = death
+                raise EngineDeadError(death)
+            logger.warning("%s; the engine starts again", death)
+            try:
+                self._build_engine(config)
+                return
+            except EngineDeadError as error:
+                death = error.message
+            except Exception as error:
+                self._dead = f"{death}; it cannot be started again: {error}"
+                raise EngineDeadError(self._dead) from error
+
     def _collect(self, run: Run) -> Iterator[RequestOutput]:
         """The requests that have ended with the last turn."""
         outbox = self._channel.outbox
@@ -267,14 +323,15 @@ class LLM:
 
     def _drop(self, run: Run) -> None:
         """Abort what is still open, so that the next call finds an idle engine."""
-        if self._closed:
+        if self._closed or self._dead is not None:
             return
         self._channel.inbox.append(AbortMsg(uids=tuple(run.choices)))
         run.choices.clear()
-        while self._loop.busy or self._channel.inbox:
-            self._loop.turn()
-            for _ in self._collect(run):
-                pass
+        with suppress(EngineDeadError):  # the next call replaces the engine
+            while self._loop.busy or self._channel.inbox:
+                self._loop.turn()
+                for _ in self._collect(run):
+                    pass
 
 
 @contextmanager

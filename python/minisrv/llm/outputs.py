@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.wire.events import Event, gather_reply
 from minisrv.wire.logprobs import TokenLogprob
-from minisrv.wire.messages import DetokenizeMsg, Failure, GenerateMsg, UserReply
+from minisrv.wire.messages import DetokenizeMsg, Failure, GenerateMsg, Produced, UserReply
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,6 +103,7 @@ class Run:
 
     def __init__(self, messages: Sequence[GenerateMsg]) -> None:
         self.choices: dict[int, tuple[RequestOutput, CompletionOutput]] = {}
+        self._messages = messages
         self._missing: dict[int, int] = {}
         for index, message in enumerate(messages):
             self._missing[index] = message.sampling.n
@@ -115,7 +118,7 @@ class Run:
     def add_tokens(self, message: DetokenizeMsg) -> None:
         """Add the tokens of a step, from the scheduler."""
         for start in message.starts:
-            if start.uid in self.choices:
+            if start.uid in self.choices and start.produced_ids is None:
                 output, choice = self.choices[start.uid]
                 if choice.index == 0:
                     output.cached_tokens = start.cached_tokens
@@ -142,6 +145,32 @@ class Run:
             self._missing[output.index] -= 1
             if not self._missing[output.index]:
                 yield output
+
+    def resume_open(self) -> list[GenerateMsg]:
+        """What another engine needs to continue the open choices where their events end."""
+        left = []
+        for message in self._messages:
+            produced = []
+            for uid in range(message.uid, message.uid + message.sampling.n):
+                if uid in self.choices:
+                    choice = self.choices[uid][1]
+                    ids = choice.event.token_ids
+                    del choice.token_ids[len(ids) :]
+                    del choice.logprobs[len(ids) :]
+                    produced.append(Produced(uid=uid, token_ids=np.array(ids, np.int32)))
+            if produced:
+                left.append(replace(message, resumed=tuple(produced)))
+        return left
+
+    def fail_open(self, why: str) -> list[RequestOutput]:
+        """End the open choices with an error; returns their requests."""
+        outputs = {output.index: output for output, _ in self.choices.values()}
+        self.choices.clear()
+        for output in outputs.values():
+            sentence = f"{why}; open requests end, because --no-resume is set"
+            error = MinisrvError(sentence, code="engine_restarted", status=503)
+            output.error = output.error or error
+        return list(outputs.values())
 
     def _event_of(self, uid: int) -> Event | None:
         return self.choices[uid][1].event if uid in self.choices else None
