@@ -1,11 +1,6 @@
 """minisrv batch: every line once, whatever happens in between."""
 
 import json
-import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -149,38 +144,6 @@ def test_text_lines_are_prompts(model_dir: Path, tmp_path: Path) -> None:
     assert {answer["index"] for answer in read(target)} == {0, 2}
 
 
-def test_killed_at_any_line_and_started_again_nothing_is_lost_or_doubled(
-    model_dir: Path, tmp_path: Path
-) -> None:
-    count = 150
-    source = write_lines(tmp_path / "in.jsonl", [{"prompt": f"line {i}"} for i in range(count)])
-    whole, target = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    assert batch.main(command(model_dir, source, whole)) == 0
-    rng = random.Random(5)
-    for _ in range(3):
-        kill_after(command(model_dir, source, target), target, rng.randint(1, 40))
-    with target.open("ab") as file:
-        file.write(b'{"index": 149, "te')
-    assert batch.main(command(model_dir, source, target)) == 0
-    answers = sorted(read(target), key=lambda answer: answer["index"])
-    expected = sorted(read(whole), key=lambda answer: answer["index"])
-    assert [answer["index"] for answer in answers] == list(range(count))
-    assert [answer["text"] for answer in answers] == [answer["text"] for answer in expected]
-
-
-def kill_after(arguments: list[str], target: Path, lines: int) -> None:
-    """Run the command and kill it when it has written so many more lines."""
-    before = target.read_bytes().count(b"\n") if target.exists() else 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "minisrv", "batch", *arguments], stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None:
-        if target.exists() and target.read_bytes().count(b"\n") >= before + lines:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        time.sleep(0.002)
-
-
 def test_a_line_that_fails_while_it_runs_gets_its_error_and_the_others_go_on(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,7 +212,14 @@ def test_every_option_that_is_not_harmless_is_a_setting(model_dir: Path, tmp_pat
     digests.add(batch.settings_digest(config, {"seed": 1}))
     assert len(digests) == len(other) + 3
     assert set(batch.HARMLESS_OPTIONS) <= {field.name for field in fields(ServerConfig)}
-    quiet = ServerConfig(model=str(model_dir), chat_template=str(template), log_level="error")
+    quiet = ServerConfig(
+        model=str(model_dir),
+        chat_template=str(template),
+        log_level="error",
+        restart_limit="0",
+        resume=False,
+        stall_timeout=0.0,
+    )
     assert batch.settings_digest(quiet, {}) == batch.settings_digest(config, {})
 
 
@@ -258,6 +228,16 @@ def test_a_byte_order_mark_is_not_part_of_the_first_line(tmp_path: Path) -> None
     source.write_bytes(b'\xef\xbb\xbf{"prompt": "x"}\r\n')
     (line,) = batch.read_lines(source)
     assert (line.fault, line.value) == (None, {"prompt": "x"})
+
+
+def test_an_input_that_is_not_utf_8_is_refused(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    source.write_bytes(b"caf\xe9\n")
+    assert batch.main(command(model_dir, source, target)) == 2
+    assert f"{source} is not UTF-8" in capsys.readouterr().err
+    assert not target.exists()
 
 
 def test_other_input_or_settings_are_refused(

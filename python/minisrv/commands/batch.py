@@ -17,12 +17,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from minisrv import log
 from minisrv.checkpoint.hub import find_local_model
+from minisrv.commands.batch_output import Key, Output
 from minisrv.config import ServerConfig, parse_command_line
 from minisrv.errors import ConfigError, InvalidRequestError, MinisrvError
 from minisrv.frontend.apis.openai.chat import ChatRenderer, read_chat
@@ -86,7 +87,7 @@ class Line:
     value: of a JSON line. fault: what is wrong with the line as a whole.
     """
 
-    key: str | int
+    key: Key
     index: int
     text: str
     openai: bool = False
@@ -109,52 +110,6 @@ class Line:
 
 
 Answer = tuple[Line, Fields]
-
-
-class Output:
-    """The answers file. A line is written whole or, after a crash, cut off at the next start.
-
-    A file beside it, with `.batch` added to its name, says what input and settings it is for.
-    """
-
-    def __init__(self, path: Path, purpose: dict[str, str]) -> None:
-        """Raises ConfigError if the file holds something else."""
-        self.done: set[str | int] = set()
-        note = path.with_name(path.name + ".batch")
-        if note.exists():
-            if json.loads(note.read_text()) != purpose:
-                raise ConfigError(
-                    f"{path} was started with another input or other settings; "
-                    "choose another --output, or remove it and the .batch file beside it"
-                )
-        elif path.exists() and path.stat().st_size:
-            raise ConfigError(f"{path} exists and is not a batch's; choose another --output")
-        else:
-            partial = note.with_name(note.name + ".partial")
-            partial.write_text(json.dumps(purpose) + "\n")
-            os.replace(partial, note)
-        path.touch()
-        self._file: IO[bytes] = path.open("r+b")
-        end = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                break
-            end += len(line)
-            answer = json.loads(line)
-            self.done.add(answer["custom_id"] if "custom_id" in answer else answer["index"])
-        self._file.truncate(end)
-        self._file.seek(end)
-
-    def write(self, key: str | int, answer: dict[str, Any]) -> None:
-        """Append the answer to one line of the input."""
-        self._file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        self.done.add(key)
-
-    def close(self) -> None:
-        """Wait until everything is on the disk."""
-        os.fsync(self._file.fileno())
-        self._file.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -234,12 +189,18 @@ def _content(path: Path) -> bytes:
 
 
 def read_lines(source: Path) -> list[Line]:
-    """The lines of the input that are not empty. Raises ConfigError for a repeated custom_id."""
+    """The lines of the input that are not empty.
+
+    Raises ConfigError for a repeated custom_id and for a file that is not UTF-8.
+    """
     jsonl = source.suffix in (".jsonl", ".json")
-    texts = source.read_text(encoding="utf-8-sig").split("\n")
+    try:
+        texts = source.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source} is not UTF-8: {error}") from None
     full = [(i, text.rstrip("\r")) for i, text in enumerate(texts) if text.strip()]
     lines = [_read_json_line(i, text) if jsonl else Line(i, i, text) for i, text in full]
-    keys: set[str | int] = set()
+    keys: set[Key] = set()
     for line in lines:
         if line.key in keys:
             raise ConfigError(f"line {line.index + 1}: the custom_id {line.key!r} is a repetition")
