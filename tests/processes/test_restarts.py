@@ -152,6 +152,18 @@ def test_a_drain_waits_for_requests_that_are_resumed(model_dir: Path, socket_dir
         server.assert_nothing_is_left()
 
 
+def test_a_stop_while_the_frontend_is_dead_ends_the_server(
+    model_dir: Path, socket_dir: Path
+) -> None:
+    with running("--model", str(model_dir), tmp_dir=socket_dir) as server:
+        server.child("frontend").kill()
+        wait_until(lambda: "it is started again" in server.output, 5)
+        server.popen.terminate()
+        assert server.wait(5) == 0
+        assert "Traceback" not in server.output
+        server.assert_nothing_is_left()
+
+
 @pytest.mark.parametrize("kind", ["engine.parallel", "scheduler"])
 def test_all_ranks_start_again_after_the_death_of_one(kind: str, socket_dir: Path) -> None:
     with running(*REAL, tmp_dir=socket_dir, hash_engine=False) as server:

@@ -168,6 +168,8 @@ class Supervisor:
         """Watch the children. Raises _StopRequested when they are to be ended."""
         self._drains = self._frontend is not None
         self._watch_until(lambda: self._num_stops > 0)
+        if self._listeners and self._frontend is None:  # it has died, and its requests with it
+            raise _StopRequested
         self._close_listeners()
         self._notify(DrainRequested())
         deadline = time.monotonic() + self._config.drain_timeout + DRAIN_MARGIN_S
