@@ -36,14 +36,15 @@ END_S = 5
 class Drain:
     """accepted: requests that ended with their texts. refused: before a 200, with Retry-After.
 
-    open_at_stop: requests that were sent and not answered to their end. unserved: found nobody who
-    listened any more, or nobody who read.
+    open_at_stop: requests that were sent and not answered to their end. unserved: got a connection
+    but no reply, which must not happen. too_late: came when nobody listened any more.
     """
 
     accepted: int = 0
     open_at_stop: int = 0
     refused: int = 0
     unserved: int = 0
+    too_late: int = 0
     ready_after_s: float | None = None
     differences: list[str] = field(default_factory=list)
 
@@ -109,27 +110,31 @@ class Load:
         sent_at = time.monotonic()
         try:
             connection = await Connection.open(*self._address)
-        except OSError as error:
-            self._not_served(sent_at, f"not connected: {error}")
+        except ConnectionRefusedError:
+            self._refuse_connection()
             return
         self._num_open += 1
         try:
             async with asyncio.timeout(DRAIN_TIMEOUT_S):
                 await self._exchange(connection, request, sent_at)
         except ConnectionEnded as error:
-            self._not_served(sent_at, f"no reply: {error}")
+            self.result.unserved += 1
+            self._differ(f"no reply: {error}", sent_at)
         except (BrokenReply, WrongReply, TimeoutError, OSError, ValueError, KeyError) as error:
-            after = "" if self.stopped_at is None else f", sent {sent_at - self.stopped_at:+.3f} s"
-            self.result.differences.append(f"{type(error).__name__}: {error}{after}")
+            self._differ(f"{type(error).__name__}: {error}", sent_at)
         finally:
             self._num_open -= 1
             connection.close()
 
-    def _not_served(self, sent_at: float, sentence: str) -> None:
-        """Only a server that had nothing left to do may be gone."""
-        self.result.unserved += 1
-        if self._is_certain(sent_at):
-            self.result.differences.append(sentence)
+    def _refuse_connection(self) -> None:
+        """Only a server that has ended all its replies may have stopped listening."""
+        self.result.too_late += 1
+        if self._num_open or self.stopped_at is None:
+            self.result.differences.append(f"not connected, with {self._num_open} replies open")
+
+    def _differ(self, sentence: str, sent_at: float) -> None:
+        after = "" if self.stopped_at is None else f", sent {sent_at - self.stopped_at:+.3f} s"
+        self.result.differences.append(sentence + after)
 
     def _is_certain(self, sent_at: float) -> bool:
         """Whether a request was sent so early that the server has accepted it."""
@@ -175,6 +180,7 @@ def drain(model_dir: Path, tmp_dir: Path, number: int, num_requests: int) -> Dra
     with running("--model", str(model_dir), tmp_dir=tmp_dir, step_s=STEP_S) as server:
         result = uvloop.run(Load(server, RequestMaker(model_dir), rng).run(how, num_requests))
         assert result.differences == [], (how, result.differences[:5])
+        assert result.unserved == 0
         assert server.wait(1) == 0, server.output
         assert "Traceback" not in server.output, server.output
         server.assert_nothing_is_left()
@@ -230,8 +236,10 @@ def test_many_stops_under_load_lose_nothing(
         totals["open at the stop"] += result.open_at_stop
         totals["refused"] += result.refused
         totals["unserved"] += result.unserved
+        totals["too late"] += result.too_late
     print(dict(totals))
     assert min(totals["accepted"], totals["refused"]) > 0
+    assert totals["unserved"] == 0
 
 
 @pytest.mark.soak
