@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minisrv.checkpoint.model_config import load_model_config
 from minisrv.commands import cli
-from minisrv.commands.plan import Deployment, advise, find_gpu, fits, make_plan
+from minisrv.commands.plan import Deployment, advise, find_gpu, fits, load_model, make_plan
 from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
 from minisrv.engine.model_size import count_parameters
@@ -83,6 +84,22 @@ def test_the_engine_takes_the_planned_bytes(
     assert engine.memory_plan.weights == planned.weights
     assert engine.memory_plan.page_bytes == planned.page_bytes
     assert engine.memory_plan.token_counts == planned.token_counts == 256 * 2 * model.vocab_size
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_tied_head_is_counted_if_the_files_have_other_values_for_it(
+    tmp_path: Path, same: bool
+) -> None:
+    path = make_checkpoint(tmp_path, "llama", tie_word_embeddings=True)
+    tensors = load_file(path / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = table.clone() if same else table.roll(1, 0).contiguous()
+    save_file(tensors, path / "model.safetensors")
+    model = load_model(path, None)
+    config = ServerConfig(model=str(path), num_pages=4, num_threads=1)
+    engine = Engine(config, path, load_model_config(path))
+    assert engine.memory_plan.weights == make_plan(Deployment(model, config, 2**34)).weights
+    assert model.tie_word_embeddings == same
 
 
 @pytest.mark.parametrize("directory", MODELS, ids=lambda path: path.name)

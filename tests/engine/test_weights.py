@@ -53,6 +53,25 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         open_engine(path)
 
 
+def test_a_tensor_of_two_files_comes_from_the_last_as_in_transformers_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_checkpoint(tmp_path, "llama", max_shard_size="100KB")
+    name = "model.norm.weight"
+    last = max(path.glob("*.safetensors"))
+    tensors = load_file(last)
+    before = text(path)
+    changed = next(load_file(p)[name] for p in path.glob("*.safetensors") if name in load_file(p))
+    first = min(path.glob("*.safetensors"))
+    save_file({**load_file(first), name: -changed}, first)
+    save_file({**tensors, name: changed}, last)
+    with caplog.at_level("WARNING"):
+        assert text(path) == before
+    assert f"have {name}; those in the last file are used" in caplog.text
+    save_file({**tensors, name: -changed}, last)
+    assert text(path) == reference_tokens(load_reference(path), [PROMPT])[0][:8] != before
+
+
 @pytest.mark.parametrize(
     "content", ["{", "[]", '{"weight_map": {"a": 3}}', '{"weight_map": 1}', '{"weight_map": {}}']
 )

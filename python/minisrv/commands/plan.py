@@ -1,8 +1,8 @@
-"""`minisrv plan`: the memory a model needs on a GPU, computed from its config.json only.
+"""`minisrv plan`: the memory a model needs on a GPU, computed from its config.json.
 
-Weights, token counts and pages are exact. Workspace and CUDA graphs are estimates; the formulas are
-printed beside them, and the engine measures both when it starts. With several ranks the plan is for
-the fullest one.
+A head that config.json ties is looked up in the files of a local model. Weights, token counts and
+pages are exact. Workspace and CUDA graphs are estimates; the formulas are printed beside them, and
+the engine measures both when it starts. With several ranks the plan is for the fullest one.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from minisrv.checkpoint.hub import CONFIG_FILES, resolve_model
 from minisrv.checkpoint.model_config import ModelConfig, load_model_config
+from minisrv.checkpoint.own_head import has_own_head
 from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig, flag, parse_command_line, parse_size
 from minisrv.engine import model_size
 from minisrv.engine.memory import MemoryPlan, format_size, useful_pages
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gpu = None if options.gpu is None else find_gpu(options.gpu)
         memory = int(gpu.usable_gib * 2**30) if gpu else parse_size(options.gpu_memory)
         directory = resolve_model(config.model, lambda phase, fraction: None, CONFIG_FILES)
-        model = load_model_config(directory, config.max_seq_len)
+        model = load_model(directory, config.max_seq_len)
         check_divisible(model, config.tp)
     except MinisrvError as error:
         print(f"minisrv: {error.message}", file=sys.stderr)
@@ -112,6 +114,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     print("\n" + advise(deployment), file=sys.stderr)
     return 2
+
+
+def load_model(directory: Path, max_seq_len: int | None) -> ModelConfig:
+    """The config, without a tied head where the files have other values for it."""
+    model = load_model_config(directory, max_seq_len)
+    if model.tie_word_embeddings and has_own_head(directory):
+        return replace(model, tie_word_embeddings=False)
+    return model
 
 
 def describe(deployment: Deployment, gpu: GPU | None) -> str:

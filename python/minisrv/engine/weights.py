@@ -7,6 +7,7 @@ ways: nothing asked for may be missing, nothing in the files may be left over.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from minisrv.engine.fp8 import DTYPES as FP8_DTYPES
 from minisrv.engine.fp8 import SCALE_SUFFIXES, Fp8Matrix, read_matrix
 from minisrv.engine.parallel.shard import Shard
 from minisrv.errors import ConfigError
+
+logger = logging.getLogger("minisrv.engine")
 
 Progress = Callable[[str, float], None]
 
@@ -77,11 +80,7 @@ class CheckpointWeights:
     ) -> None:
         self.device, self.num_bytes = device, 0
         self._fp8, self.keeps_fp8 = fp8, keep_fp8
-        self._file_of: dict[str, Any] = {
-            name: file
-            for file in _open_files(directory)
-            for name in file.keys()  # noqa: SIM118
-        }
+        self._file_of = _files_by_tensor(directory)
         self.has_cache_scales = any(_CACHE_SCALES.search(name) for name in self._file_of)
         self.dtype = dtype or self._stored_dtype()
         self._left = {name for name in self._file_of if not _NOT_PARAMETERS.search(name)}
@@ -228,6 +227,23 @@ def _index(shard: Shard) -> tuple[slice, ...]:
 def _copy_shard(tensor: torch.Tensor, shard: Shard | None) -> torch.Tensor:
     """A copy of the shard, so that the full tensor can be freed."""
     return tensor if shard is None else tensor[_index(shard)].clone()
+
+
+def _files_by_tensor(directory: Path) -> dict[str, Any]:
+    """The file of each tensor; of several files the last one, as in transformers."""
+    file_of: dict[str, Any] = {}
+    repeated: set[str] = set()
+    for file in _open_files(directory):
+        names = set(file.keys())
+        repeated |= names & file_of.keys()
+        file_of |= dict.fromkeys(names, file)
+    if repeated:
+        logger.warning(
+            "several safetensors files in %s have %s; those in the last file are used",
+            directory,
+            _listing(sorted(repeated)),
+        )
+    return file_of
 
 
 def _open_files(directory: Path) -> list[Any]:

@@ -8,15 +8,13 @@ import logging
 
 from torch import Tensor
 
+from minisrv.checkpoint.own_head import EMBEDDING_NAME, HEAD_NAME
 from minisrv.engine.kernels.base import Float32Product
 from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.linear import make_float32_product
 from minisrv.engine.parallel.communicator import Communicator
 
 logger = logging.getLogger("minisrv.engine")
-
-EMBEDDING_NAME = "model.embed_tokens.weight"
-HEAD_NAME = "lm_head.weight"
 
 
 class Embedding:
