@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,8 @@ from minisrv.supervision.thread import SupervisorThread
 from minisrv.wire.arrays import token_array
 from minisrv.wire.events import Event
 from minisrv.wire.messages import Start, TokenizeMsg
+
+logger = logging.getLogger("minisrv.frontend_manager")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,7 @@ class FrontendManager:
             raise TypeError("give a config or options, not both")
         self.config = config or ServerConfig.from_environment(**options)
         self.registry = RequestRegistry(self.config)
+        self._supervisor: Supervisor | None = None
         self._thread: SupervisorThread | None = None
         self._client: EngineClient | None = None
         self._started = asyncio.Event()
@@ -90,7 +94,7 @@ class FrontendManager:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(self._take, notice)
 
-        supervisor = Supervisor(self.config, on_notice=hand_over)
+        self._supervisor = supervisor = Supervisor(self.config, on_notice=hand_over)
         # It binds in the run directory, which a supervisor that fails takes with it.
         num_tokenizers = self.config.num_tokenizers
         self._client = EngineClient(
@@ -101,9 +105,15 @@ class FrontendManager:
         await self._client.__aenter__()
 
     def _take(self, notice: Notice) -> None:
-        if self._client is None:  # closed
+        if self._client is None or self._supervisor is None:  # closed
             return
-        take_notice(self.registry, self._client, self.config, notice)
+        try:
+            take_notice(self.registry, self._client, self.config, notice)
+        except Exception as error:
+            logger.exception("a notice cannot be handled")
+            self.registry.fail_all(EngineDeadError(f"a notice cannot be handled: {error}"))
+            self._supervisor.stop()
+            self._started.set()
         if isinstance(notice, EngineReady | EngineEnded):
             self._started.set()
 

@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 
 def setup(
@@ -19,7 +19,7 @@ def setup(
 
     own_process: in the same form also the warnings and errors of other packages.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     text = logging.Formatter(f"%(asctime)s {process:<11} %(levelname)-7s %(message)s", "%H:%M:%S")
     handler.setFormatter(_JsonFormatter(process) if format == "json" else text)
     logger = logging.getLogger("minisrv")
@@ -35,6 +35,14 @@ def event(logger: logging.Logger, level: int, name: str, values: dict[str, Any])
     """Log an event. Values must be safe to print: no text from a client unless it is escaped."""
     text = "".join(f" {key}={value}" for key, value in values.items())
     logger.log(level, "%s%s", name, text, extra={"event": name, "values": values})
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what is stderr at the time: a program may replace it and close the earlier one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class _JsonFormatter(logging.Formatter):

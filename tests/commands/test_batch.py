@@ -1,20 +1,20 @@
 """minisrv batch: every line once, whatever happens in between."""
 
+import io
 import json
-from dataclasses import fields, replace
+import logging
+import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
 from minisrv.commands import batch
 from minisrv.config import ServerConfig
-from minisrv.detokenizer.worker import DetokenizerWorker
-from minisrv.errors import InvalidRequestError
-from minisrv.wire.messages import Failure
+from tests.support.failing_choices import fail_choices
 
 FLAGS = ["--temperature", "0", "--max-tokens", "6", "--kv-memory", "64MiB", "--num-threads", "1"]
 
@@ -171,31 +171,6 @@ def test_a_line_that_fails_while_it_runs_gets_its_error_and_the_others_go_on(
     assert response["body"]["error"]["param"] == "prompt.1"
 
 
-def fail_choices(monkeypatch: pytest.MonkeyPatch, failing: set[int]) -> None:
-    """Have the detokenizer report a failure in place of the end of these uids."""
-    handle = DetokenizerWorker.handle
-
-    def fail(self: DetokenizerWorker, message: Any) -> Any:
-        reply, aborts = handle(self, message)
-        if reply is None:
-            return reply, aborts
-        fails = np.isin(reply.uids, list(failing)) & (reply.finishes > 0)
-        error = InvalidRequestError("no", param="prompt", code="grammar_too_complex")
-        changes: dict[str, Any] = {
-            name: getattr(reply, name)[~fails] for name in ("uids", "output_tokens", "finishes")
-        }
-        for name in ("texts", "stop_reasons"):
-            column = zip(getattr(reply, name), fails, strict=True)
-            changes[name] = tuple(value for value, failed in column if not failed)
-        changes["num_new_ids"] = reply.num_new_ids[~fails]
-        changes["new_ids"] = reply.new_ids[~np.repeat(fails, reply.num_new_ids)]
-        changes["ends"] = tuple(end for end in reply.ends if end.uid in changes["uids"])
-        failures = [Failure.from_error(int(uid), error) for uid in reply.uids[fails]]
-        return replace(reply, **changes, failures=(*reply.failures, *failures)), aborts
-
-    monkeypatch.setattr(DetokenizerWorker, "handle", fail)
-
-
 def test_every_option_that_is_not_harmless_is_a_setting(model_dir: Path, tmp_path: Path) -> None:
     other: dict[str, Any] = {"dtype": "float16", "max_seq_len": 99, "tp": 2}
     other |= {"chat_template_kwargs": '{"a": 1}', "sampling_defaults": "openai"}
@@ -254,3 +229,23 @@ def test_other_input_or_settings_are_refused(
     other.write_text("mine")
     assert batch.main(command(model_dir, source, other)) == 2
     assert (target.read_bytes(), other.read_text()) == (done, "mine")
+
+
+def test_the_log_of_a_command_goes_to_what_is_stderr_at_the_time(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("minisrv")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    first, second = io.StringIO(), io.StringIO()
+    try:
+        monkeypatch.setattr(sys, "stderr", first)
+        source = write_lines(tmp_path / "in.jsonl", [{"prompt": "x", "max_tokens": 1}])
+        assert batch.main(command(model_dir, source, tmp_path / "out.jsonl")) == 0
+        monkeypatch.setattr(sys, "stderr", second)
+        first.close()
+        logger.warning("later")
+    finally:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+    assert "later" in second.getvalue()
+    assert "Logging error" not in second.getvalue()

@@ -11,7 +11,9 @@ import torch
 
 from minisrv import LLM, SamplingParams
 from minisrv.errors import ConfigError, InvalidRequestError, MinisrvError
+from minisrv.llm.outputs import PromptsFailedError
 from minisrv.sampling_params import TokenBias
+from tests.support.failing_choices import fail_choices
 from tests.support.oracle import load_reference, make_prompts, reference_tokens
 
 OPTIONS = {"dtype": torch.float32, "kv_memory": "64MiB", "num_threads": 1}
@@ -148,6 +150,25 @@ def test_an_interrupt_leaves_it_usable(llm: LLM) -> None:
     assert not llm._loop.busy
     llm._loop.scheduler.check()
     assert len(llm.generate("x", max_tokens=2)) == 1
+
+
+def test_a_prompt_that_fails_raises_its_error_and_one_of_several_with_all_outputs(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(model_dir, **OPTIONS) as made:
+        whole = made.generate(["a", "b", "c"], max_tokens=3, temperature=0, use_tqdm=False)
+        fail_choices(monkeypatch, {4, 6})
+        with pytest.raises(PromptsFailedError, match="1 of 3 prompts failed; prompt 1: no") as some:
+            made.generate(["a", "b", "c"], max_tokens=3, temperature=0, use_tqdm=False)
+        assert (some.value.param, some.value.code) == ("prompt", "grammar_too_complex")
+        assert some.value.http_status == 400
+        outputs = some.value.outputs
+        assert [output.error is None for output in outputs] == [True, False, True]
+        texts = [output.outputs[0].text for output in outputs]
+        assert (texts[0], texts[2]) == (whole[0], whole[2])
+        with pytest.raises(InvalidRequestError, match="no") as single:
+            made.generate("a", max_tokens=3, use_tqdm=False)
+        assert single.value.code == "grammar_too_complex"
 
 
 def test_closing_ends_what_runs_in_another_thread(model_dir: Path) -> None:

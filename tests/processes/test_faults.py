@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +16,15 @@ import openai
 import psutil
 import pytest
 
-from tests.support.server_process import OpenRequest, ServerProcess, open_requests, running
+from tests.support.server_process import (
+    PYTHONPATH,
+    WITH_HASH_ENGINE,
+    OpenRequest,
+    ServerProcess,
+    environment,
+    open_requests,
+    running,
+)
 
 STEP_S = 0.02
 
@@ -179,3 +189,32 @@ def test_two_servers_run_side_by_side(
         }
         assert len(texts) == 1
         assert texts != {""}
+
+
+def test_a_notice_that_the_frontend_cannot_handle_ends_the_server_loudly(
+    model_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tmp_dir = tmp_path_factory.mktemp("s")
+    (tmp_path / "scheduler_without_facts.py").write_text(
+        "import time\n"
+        "from minisrv.supervision.child_main import run_child\n"
+        "from minisrv.supervision.records import ChildReady\n"
+        "def main(child):\n"
+        "    child.report(ChildReady({}))\n"
+        "    time.sleep(60)\n"
+        "run_child('scheduler', main)\n"
+    )
+    program = WITH_HASH_ENGINE.replace("tests.support.hash_scheduler", "scheduler_without_facts")
+    options = ("--port", "0", "--restart-limit", "0", "--model", str(model_dir))
+    done = subprocess.run(
+        [sys.executable, "-c", program, *options],
+        env=environment(PYTHONPATH=f"{PYTHONPATH}{os.pathsep}{tmp_path}", TMPDIR=str(tmp_dir)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    assert "frontend" in done.stderr
+    assert "the frontend process has died: KeyError" in done.stderr
+    assert not list(tmp_dir.iterdir())

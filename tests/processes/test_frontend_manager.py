@@ -18,7 +18,14 @@ import pytest
 from nbclient import NotebookClient
 
 from minisrv import FrontendManager, SamplingParams, ServerConfig
-from minisrv.errors import ConfigError, InvalidRequestError, NotReadyError, RequestFailedError
+from minisrv.errors import (
+    ConfigError,
+    EngineDeadError,
+    InvalidRequestError,
+    NotReadyError,
+    RequestFailedError,
+)
+from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.frontend_manager import Ack
 from minisrv.supervision import supervisor
 from minisrv.supervision.records import FIRST_EPOCH
@@ -201,6 +208,52 @@ def test_a_reply_that_makes_no_sense_ends_the_engine_and_not_the_program(model_d
         await manager.aclose()
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_closing_fails_every_open_stream(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINISRV_TEST_STEP_S", "0.01")
+
+    async def run() -> None:
+        manager = FrontendManager(model=str(model_dir))
+        await manager.start()
+        uids = [manager.new_user() for _ in range(3)]
+        begun = asyncio.Semaphore(0)
+
+        async def read(uid: int) -> None:
+            async for ack in manager.wait_for_ack(uid):
+                assert not ack.finished
+                begun.release()
+
+        for uid in uids:
+            await manager.send_one(message(uid, max_tokens=2000))
+        readers = [asyncio.create_task(read(uid)) for uid in uids]
+        for _ in range(2 * len(uids)):
+            await begun.acquire()
+        await manager.aclose()
+        for ended in await asyncio.gather(*readers, return_exceptions=True):
+            assert isinstance(ended, RequestFailedError)
+            assert ended.code == "server_draining"
+        assert manager.registry.num_open == 0
+        await manager.aclose()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert not psutil.Process().children()
+
+
+def test_a_notice_that_cannot_be_handled_ends_the_start_and_not_the_program(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(registry: RequestRegistry, progress: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(RequestRegistry, "set_ready", fail)
+
+    async def run() -> None:
+        with pytest.raises(EngineDeadError):
+            await FrontendManager(model=str(model_dir)).start()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert not psutil.Process().children()
 
 
 def test_before_its_start_the_manager_says_what_to_do(model_dir: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import selectors
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,9 +18,19 @@ import pytest
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError, EngineDeadError, MinisrvError
 from minisrv.supervision import supervisor
-from minisrv.supervision.records import EngineEnded, EngineReady, Notice, StartProgress
+from minisrv.supervision.records import (
+    Boot,
+    ChildFailed,
+    ChildReady,
+    EngineEnded,
+    EngineReady,
+    Notice,
+    StartProgress,
+    decode_line,
+    encode_line,
+)
 from minisrv.supervision.supervisor import Supervisor
-from tests.support.server_process import wait_until
+from tests.support.server_process import environment, wait_until
 
 CHILD = """
 import os, signal, sys, time
@@ -296,3 +307,42 @@ def test_a_child_ignores_the_signals_that_stop_a_server(
     assert len(psutil.Process().children()) == 3
     run.supervisor.stop()
     assert run.join().error is None
+
+
+@pytest.mark.parametrize("notice", [EngineEnded("the end", stopping=True), "not a notice"])
+def test_a_notice_that_cannot_be_handled_ends_the_child_loudly(notice: object) -> None:
+    body = "child.handle_notices(lambda notice: 1 / 0); child.report(ChildReady()); time.sleep(60)"
+    reports, status_fd = os.pipe()
+    boot = Boot(
+        config={"model": "demo"},
+        run_dir="",
+        epoch=1,
+        index=0,
+        status_fd=status_fd,
+        parent_pid=os.getpid(),
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD.format(body=body)],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=[status_fd],
+        env=environment(),
+    )
+    os.close(status_fd)
+    assert child.stdin is not None
+    with os.fdopen(reports, "rb") as lines:
+        child.stdin.write(encode_line(boot))
+        child.stdin.flush()
+        assert decode_line(lines.readline()) == ChildReady()
+        line = b"{}\n" if isinstance(notice, str) else encode_line(notice)  # type: ignore[arg-type]
+        child.stdin.write(line)
+        child.stdin.flush()
+        try:
+            assert child.wait(20) == 1
+            failed = decode_line(lines.readline())
+        finally:
+            child.kill()
+        _, errors = child.communicate()
+    assert isinstance(failed, ChildFailed)
+    assert errors.count(b"Traceback") == 1
+    assert b"the process exits after an unexpected error" in errors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -74,18 +75,7 @@ async def _serve(child: Child) -> None:
         nonlocal draining
         draining = draining or asyncio.create_task(drain_and_report(), name="drain")
 
-    server = HttpServer(
-        uvicorn.Config(
-            create_app(child.config, registry, start_drain=start_drain),
-            http=HttpProtocol,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=LAST_WORDS_S,
-            ssl_certfile=child.config.ssl_certfile,
-            ssl_keyfile=child.config.ssl_keyfile,
-        )
-    )
+    server = _make_server(child.config, registry, start_drain)
     loop = asyncio.get_running_loop()
 
     def take(notice: Notice) -> None:
@@ -96,6 +86,18 @@ async def _serve(child: Child) -> None:
             start_drain()
         elif isinstance(notice, EngineEnded):
             server.should_exit = True
+
+    failure: Exception | None = None
+
+    def take_or_fail(notice: Notice) -> None:
+        """The event loop would only log an error and go on."""
+        nonlocal failure
+        try:
+            take(notice)
+        except Exception as error:
+            failure = error
+            leave()
+            registry.fail_all(EngineDeadError(f"a notice cannot be handled: {error}"))
 
     progress = child.open_progress()
 
@@ -112,7 +114,24 @@ async def _serve(child: Child) -> None:
     async with EngineClient(
         run_dir, registry, num_tokenizers, child.boot.epoch, on_error=leave
     ) as client:
-        child.handle_notices(lambda notice: loop.call_soon_threadsafe(take, notice))
+        child.handle_notices(lambda notice: loop.call_soon_threadsafe(take_or_fail, notice))
         await server.serve([socket.socket(fileno=fd) for fd in child.boot.fds.values()])
-        if client.error is not None:
-            raise client.error
+        if (error := failure or client.error) is not None:
+            raise error
+
+
+def _make_server(
+    config: ServerConfig, registry: RequestRegistry, start_drain: Callable[[], None]
+) -> HttpServer:
+    return HttpServer(
+        uvicorn.Config(
+            create_app(config, registry, start_drain=start_drain),
+            http=HttpProtocol,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=LAST_WORDS_S,
+            ssl_certfile=config.ssl_certfile,
+            ssl_keyfile=config.ssl_keyfile,
+        )
+    )

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -63,11 +64,21 @@ class Child:
             self._handle = handle
 
     def hold_lifeline(self, lines: Iterable[bytes]) -> None:
-        """Pass on notices until the lifeline closes, then end the process."""
-        for line in lines:
-            with self._lock:
-                self._handle(records.decode_line(line))
+        """Pass on notices until the lifeline closes or one cannot be handled; end the process."""
+        try:
+            for line in lines:
+                with self._lock:
+                    self._handle(records.decode_line(line))
+        except Exception as error:
+            self.fail(error)
         os._exit(0)
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Log and report an unexpected error, and end the process with status 1."""
+        logger.error("the process exits after an unexpected error", exc_info=error)
+        with suppress(OSError):  # nobody reads reports any more
+            self.report(ChildFailed(f"{type(error).__name__}: {error}", 1))
+        _leave(1)
 
 
 def run_child(name: str, main: Callable[[Child], None]) -> NoReturn:
@@ -97,9 +108,7 @@ def run_child(name: str, main: Callable[[Child], None]) -> NoReturn:
         child.report(ChildFailed(error.message, 2))
         _leave(2)
     except Exception as error:
-        logger.exception("the process exits after an unexpected error")
-        child.report(ChildFailed(f"{type(error).__name__}: {error}", 1))
-        _leave(1)
+        child.fail(error)
     sys.exit(0)
 
 
