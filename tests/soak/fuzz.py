@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from tests.soak.hostile import Hostile, fault_of
 from tests.soak.raw_http import BrokenReply, Connection, ConnectionEnded, Reply
 
-HANG_S = 120
+HANG_S = 60
 LOOSE_WAIT_S = 0.3
 MAX_SHOWN = 40
 NUM_SLOWEST = 8

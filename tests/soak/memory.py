@@ -8,6 +8,9 @@ import numpy as np
 import psutil
 
 MIB = 1 << 20
+# The tokenizers library keeps the ids of the first 10,000 words that it meets, then no more. The
+# crowd's requests bring about one new word each, and some are refused before they are tokenized.
+WARM_REQUESTS = 15_000
 
 
 @dataclass
@@ -36,9 +39,12 @@ class MemoryLog:
         }
 
     def growth(self) -> dict[str, float]:
-        """MiB per 10,000 requests: the slope of a line through the second half of the requests."""
+        """MiB per 10,000 requests: the slope of a line through the second half of the requests.
+
+        The line begins later if the caches of words (WARM_REQUESTS) are not full by then.
+        """
         ended = np.array(self.num_ended, float)
-        late = ended >= ended[-1] / 2
+        late = ended >= max(ended[-1] / 2, min(WARM_REQUESTS, ended[-1] * 3 / 4))
         return {
             name: float(np.polyfit(ended[late], np.array(mib)[late], 1)[0]) * 10_000
             for name, mib in self.mib.items()

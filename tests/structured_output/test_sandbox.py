@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -68,6 +69,19 @@ def test_memory_is_limited_before_time() -> None:
         sandbox.try_out(HOSTILE[0])
     assert time.monotonic() - began < 20
     sandbox.close()
+
+
+def test_a_child_that_gets_no_processor_ends_after_twice_its_time(sandbox: Sandbox) -> None:
+    sandbox.try_out(Grammar.regex("a"))
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            sandbox._send(theirs)
+        ours.settimeout(10)
+        began = time.monotonic()
+        assert ours.recv(1) == b"."  # it has started, and waits for its grammar
+        assert ours.recv(1) == b""
+        assert 1.5 < time.monotonic() - began < 4
 
 
 def test_hostile_grammars_leave_no_process_and_no_memory(sandbox: Sandbox) -> None:

@@ -38,7 +38,7 @@ NAMES = FieldNames(
 _WITH_NAME = object_of(["name"])
 
 
-def read_response(fields: Fields, model: ModelInfo) -> ChatRequest:
+async def read_response(fields: Fields, model: ModelInfo) -> ChatRequest:
     """Read a request for a response. Raises InvalidRequestError."""
     common = read_common(fields, model)
     for key, text in fields.get("metadata", {}).items():
@@ -51,7 +51,7 @@ def read_response(fields: Fields, model: ModelInfo) -> ChatRequest:
     own = read_template_kwargs(fields.get("chat_template_kwargs", {}))
     return ChatRequest(
         prompt=ChatPrompt(
-            messages=read_conversation(fields),
+            messages=await read_conversation(fields),
             tools=_read_tools(fields, model),
             template_kwargs={**model.template_kwargs, **variables, **own},
         ),

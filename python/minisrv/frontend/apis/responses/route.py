@@ -45,7 +45,7 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
         fields = await bodies.read_generation(request, RESPONSE_FIELDS)
         context = context_of(request.scope)
         context.names = NAMES
-        chat = read_response(fields, model)
+        chat = await read_response(fields, model)
         id = RESPONSE_PREFIX + context.request_id
         renderer = ResponseRenderer(id, chat.model, _echo(fields, chat))
         return service.runner.response(chat, renderer)
@@ -57,7 +57,7 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
         """The number of tokens in the prompt of a response."""
         fields = await bodies.read(request, COUNT_FIELDS)
         context_of(request.scope).names = NAMES
-        prompt = read_response(fields, registry.model).prompt
+        prompt = (await read_response(fields, registry.model)).prompt
         num_tokens = await service.count(request, prompt)
         return JSONResponse({"object": "response.input_tokens", "input_tokens": num_tokens})
 
