@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -202,16 +203,22 @@ def test_a_source_that_does_not_compile_is_told_with_its_error(
     assert not list((tmp_path / "minisrv").iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_no_obstacle(
+def test_a_folder_that_cannot_be_written_is_no_obstacle_and_nothing_stays_behind(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
+    (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     source = tmp_path / "fine.cpp"
     source.write_text('extern "C" int seven() { return 7; }')
     library = compiler.load_library(source)
     assert library is not None
     assert library.seven() == 7
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("int main() { return nothing_of_that_name; }")
+    assert compiler.load_library(broken) is None
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_a_second_start_compiles_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

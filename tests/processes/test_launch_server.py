@@ -196,6 +196,29 @@ def test_a_model_path_that_is_not_utf_8_gets_a_name_that_is(
         assert httpx.get(f"{server.url}/server_info").status_code == 200
 
 
+@pytest.mark.parametrize("utf8_mode", ["0", "1"])
+def test_a_model_path_is_served_by_its_name_under_a_c_locale(
+    model_dir: Path,
+    socket_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    utf8_mode: str,
+) -> None:
+    path = tmp_path / "caf\u00e9"
+    path.symlink_to(model_dir)
+    for name in ("LANG", "LC_CTYPE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LC_ALL", "C")
+    monkeypatch.setenv("PYTHONCOERCECLOCALE", "0")
+    monkeypatch.setenv("PYTHONUTF8", utf8_mode)
+    with running("--model", str(path), tmp_dir=socket_dir) as server:
+        (model,) = httpx.get(f"{server.url}/v1/models").json()["data"]
+        assert model["id"] == str(path)
+        body = {"prompt": "x", "model": model["id"]}
+        assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
+        assert httpx.get(f"{server.url}/server_info").status_code == 200
+
+
 def test_model_files_that_libraries_cannot_open_by_name_stop_the_start(
     model_dir: Path, tmp_path: Path
 ) -> None:
