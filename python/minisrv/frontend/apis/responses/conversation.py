@@ -67,9 +67,8 @@ async def read_conversation(fields: Mapping[str, Any]) -> Messages:
     else:
         for i, item in enumerate(given):
             _add_item(conversation, item, f"input.{i}")
-            if i % PIECE_ITEMS == PIECE_ITEMS - 1:
-                await asyncio.sleep(0)
-    return conversation.messages()
+            await _give_way(i)
+    return await conversation.messages()
 
 
 class _Conversation:
@@ -78,8 +77,12 @@ class _Conversation:
     def __init__(self) -> None:
         self._messages: list[Message] = []
 
-    def messages(self) -> Messages:
-        return tuple(map(_joined, self._messages))
+    async def messages(self) -> Messages:
+        messages = []
+        for i, message in enumerate(self._messages):
+            messages.append(_joined(message))
+            await _give_way(i)
+        return tuple(messages)
 
     def add_message(self, role: str, text: str) -> None:
         """A message of anybody but the model. Templates take one system message, in front."""
@@ -118,6 +121,11 @@ class _Conversation:
     def _begin_turn(self) -> Message:
         self._messages.append({"role": "assistant", "content": []})
         return self._messages[-1]
+
+
+async def _give_way(index: int) -> None:
+    if index % PIECE_ITEMS == PIECE_ITEMS - 1:
+        await asyncio.sleep(0)
 
 
 def _joined(message: Message) -> Message:
