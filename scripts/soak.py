@@ -22,6 +22,7 @@ SERVER_TESTS = {
     "fuzz": ["tests/soak/test_fuzz.py"],
     "drain": ["tests/soak/test_drain.py"],
     "day": ["tests/soak/test_day.py"],
+    "kills": ["tests/soak/test_kills.py"],
     "processes": ["tests/processes"],
 }
 TESTS = {
