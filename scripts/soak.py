@@ -30,7 +30,11 @@ TESTS = {
     "sampling": ["tests/exactness/test_sampled_texts.py", "tests/exactness/test_seeds.py"],
     "grammars": ["tests/exactness/test_grammar_draws.py", "tests/structured_output"],
     "streams": ["tests/frontend"],
-    "gpu_dry_run": ["tests/gpu_dry_run"],
+    "real": ["tests/real"],
+    "gpu_dry_run": [
+        *("tests/gpu_dry_run", "tests/engine/test_triton_kernels.py"),
+        "tests/test_offline_throughput.py",
+    ],
 }
 # Faults put into a copy of the package; the tests must find each.
 SCRIPTS = {

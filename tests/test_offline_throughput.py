@@ -88,6 +88,7 @@ def test_rates_are_measured_on_random_data(monkeypatch: pytest.MonkeyPatch) -> N
         assert len(operand.flatten()[:4096].unique()) > 200
 
 
+@pytest.mark.soak
 def test_the_whole_script_runs_on_a_cpu_with_its_peer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -259,7 +259,10 @@ def test_the_interpreted_masks_are_those_of_torch() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name",
-    ["launches.py", "moe.py", "sample.py", "sample_listed.py", "small_batch.py"],
+    [
+        *("launches.py", "moe.py", "sample_listed.py", "small_batch.py"),
+        pytest.param("sample.py", marks=pytest.mark.soak),
+    ],
 )
 def test_the_interpreted_kernels_pass_their_own_tests(name: str) -> None:
     path = Path(__file__).parent / "run_in_triton_interpreter" / name

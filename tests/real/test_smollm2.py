@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from make_real_model import default_folder
 from tests.support.step_driver import StepDriver, open_engine
 
-NUM_TOKENS = 1500
+SOAK = pytest.mark.soak
 
 pytestmark = pytest.mark.skipif(
     not (default_folder() / "config.json").exists(),
@@ -47,12 +47,19 @@ def share_of_ties(logits: torch.Tensor) -> float:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("num_tokens", "least_agreement", "largest_share"),
+    [(200, 0.95, 1.0), pytest.param(1500, 0.98, 0.75, marks=SOAK)],
+)
 def test_bfloat16_weights_with_float32_logits_are_close_to_float32(
+    num_tokens: int,
+    least_agreement: float,
+    largest_share: float,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = default_folder()
-    ids = AutoTokenizer.from_pretrained(folder)(licence_text())["input_ids"][:NUM_TOKENS]
-    assert len(ids) == NUM_TOKENS
+    ids = AutoTokenizer.from_pretrained(folder)(licence_text())["input_ids"][:num_tokens]
+    assert len(ids) == num_tokens
     driver = StepDriver(open_engine(folder, max_seq_len=2048))
     sequence = driver.add()
     ours = torch.cat([driver.logits(prefills=[(sequence, [token])]) for token in ids])
@@ -69,5 +76,5 @@ def test_bfloat16_weights_with_float32_logits_are_close_to_float32(
     ties, agree, kl = figures["minisrv"]
     assert ours.dtype is torch.float32
     assert ties == 0
-    assert agree >= 0.98
-    assert kl <= 0.75 * figures["transformers"][2]
+    assert agree >= least_agreement
+    assert kl <= largest_share * figures["transformers"][2]
