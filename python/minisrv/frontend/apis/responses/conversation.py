@@ -5,8 +5,7 @@ One turn of the model (reasoning, text and calls) is several items, but one mess
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
@@ -25,6 +24,7 @@ from minisrv.frontend.generation.request import Messages
 
 Item = dict[str, Any]
 Message = dict[str, Any]
+GiveWay = Callable[[], Awaitable[None]]
 
 PIECE_ITEMS = 2000  # take some 7 ms
 
@@ -48,10 +48,10 @@ _SYSTEM_ROLES = frozenset({"system", "developer"})
 _TEXTS = ("content", "reasoning_content")
 
 
-async def read_conversation(fields: Mapping[str, Any]) -> Messages:
+async def read_conversation(fields: Mapping[str, Any], give_way: GiveWay) -> Messages:
     """The messages of `instructions` and `input`. Raises InvalidRequestError naming the item.
 
-    Other requests get a turn after every PIECE_ITEMS items.
+    give_way: lets other requests run; awaited after every PIECE_ITEMS items.
     """
     given = fields.get("input")
     if given is None or given == []:
@@ -67,8 +67,9 @@ async def read_conversation(fields: Mapping[str, Any]) -> Messages:
     else:
         for i, item in enumerate(given):
             _add_item(conversation, item, f"input.{i}")
-            await _give_way(i)
-    return await conversation.messages()
+            if i % PIECE_ITEMS == PIECE_ITEMS - 1:
+                await give_way()
+    return await conversation.messages(give_way)
 
 
 class _Conversation:
@@ -77,11 +78,12 @@ class _Conversation:
     def __init__(self) -> None:
         self._messages: list[Message] = []
 
-    async def messages(self) -> Messages:
+    async def messages(self, give_way: GiveWay) -> Messages:
         messages = []
         for i, message in enumerate(self._messages):
             messages.append(_joined(message))
-            await _give_way(i)
+            if i % PIECE_ITEMS == PIECE_ITEMS - 1:
+                await give_way()
         return tuple(messages)
 
     def add_message(self, role: str, text: str) -> None:
@@ -121,11 +123,6 @@ class _Conversation:
     def _begin_turn(self) -> Message:
         self._messages.append({"role": "assistant", "content": []})
         return self._messages[-1]
-
-
-async def _give_way(index: int) -> None:
-    if index % PIECE_ITEMS == PIECE_ITEMS - 1:
-        await asyncio.sleep(0)
 
 
 def _joined(message: Message) -> Message:

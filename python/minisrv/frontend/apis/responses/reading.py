@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.apis.responses.conversation import read_conversation
+from minisrv.frontend.apis.responses.conversation import GiveWay, read_conversation
 from minisrv.frontend.fields.names import FieldNames
 from minisrv.frontend.fields.schema import STRING, check_value, object_of
 from minisrv.frontend.fields.template import (
@@ -38,8 +38,8 @@ NAMES = FieldNames(
 _WITH_NAME = object_of(["name"])
 
 
-async def read_response(fields: Fields, model: ModelInfo) -> ChatRequest:
-    """Read a request for a response. Raises InvalidRequestError."""
+async def read_response(fields: Fields, model: ModelInfo, give_way: GiveWay) -> ChatRequest:
+    """Read a request for a response, in pieces. Raises InvalidRequestError."""
     common = read_common(fields, model)
     for key, text in fields.get("metadata", {}).items():
         check_value(text, STRING, f"metadata.{key[:64]}")
@@ -51,7 +51,7 @@ async def read_response(fields: Fields, model: ModelInfo) -> ChatRequest:
     own = read_template_kwargs(fields.get("chat_template_kwargs", {}))
     return ChatRequest(
         prompt=ChatPrompt(
-            messages=await read_conversation(fields),
+            messages=await read_conversation(fields, give_way),
             tools=_read_tools(fields, model),
             template_kwargs={**model.template_kwargs, **variables, **own},
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -45,7 +46,7 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
         fields = await bodies.read_generation(request, RESPONSE_FIELDS)
         context = context_of(request.scope)
         context.names = NAMES
-        chat = await read_response(fields, model)
+        chat = await read_response(fields, model, _give_way)
         id = RESPONSE_PREFIX + context.request_id
         renderer = ResponseRenderer(id, chat.model, _echo(fields, chat))
         return service.runner.response(chat, renderer)
@@ -57,11 +58,15 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
         """The number of tokens in the prompt of a response."""
         fields = await bodies.read(request, COUNT_FIELDS)
         context_of(request.scope).names = NAMES
-        prompt = (await read_response(fields, registry.model)).prompt
+        prompt = (await read_response(fields, registry.model, _give_way)).prompt
         num_tokens = await service.count(request, prompt)
         return JSONResponse({"object": "response.input_tokens", "input_tokens": num_tokens})
 
     _add_stored_routes(app)
+
+
+async def _give_way() -> None:
+    await asyncio.sleep(0)
 
 
 def _add_stored_routes(app: FastAPI) -> None:
