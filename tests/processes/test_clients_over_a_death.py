@@ -34,7 +34,8 @@ def openai_client(server: ServerProcess) -> openai.OpenAI:
 
 def next_text(stream: openai.Stream[Any]) -> str:
     """The first text of a stream; the rest is left unread."""
-    return next(c.choices[0].delta.content for c in stream if c.choices[0].delta.content)
+    parts = (chunk.choices[0].delta.content for chunk in stream)
+    return str(next(part for part in parts if part))
 
 
 def anthropic_client(server: ServerProcess) -> anthropic.Anthropic:
@@ -44,9 +45,9 @@ def anthropic_client(server: ServerProcess) -> anthropic.Anthropic:
 @pytest.mark.parametrize("server", [()], indirect=True)
 def test_the_openai_package_sees_one_stream(server: ServerProcess) -> None:
     client = openai_client(server)
-    whole = client.chat.completions.create(**CHAT)
-    usage = {"include_usage": True}
-    stream = client.chat.completions.create(**CHAT, stream=True, stream_options=usage)
+    whole: Any = client.chat.completions.create(**CHAT)
+    usage: Any = {"include_usage": True}
+    stream: Any = client.chat.completions.create(**CHAT, stream=True, stream_options=usage)
     text, finishes, last = next_text(stream), [], None
     server.child("scheduler").kill()
     for last in stream:

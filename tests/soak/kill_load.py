@@ -82,6 +82,7 @@ class KillLoad:
         self._requests, self._rng = requests, rng
         self._open: set[Sent] = set()
         self._ended = False
+        self._num_deaths = 0
         self.num_replies = 0
         self.seen: dict[str, Seen] = {}
         self.differences: list[str] = []
@@ -106,6 +107,7 @@ class KillLoad:
         for sent in hit:
             sent.fault, sent.num_faults = fault, sent.num_faults + 1
         process.send_signal(fault.signal)
+        self._num_deaths += fault.signal == signal.SIGKILL
         hurt_at = time.monotonic()
         seen.num_open += len(hit)
         while not any(fault.line in line for line in self._server.lines[num_lines:]):
@@ -113,7 +115,7 @@ class KillLoad:
                 self.differences.append(f"{fault}: nothing was done about it")
                 return
             await asyncio.sleep(0.005)
-        while await self._ready_status() != 200:
+        while not await self._is_ready():
             if time.monotonic() > hurt_at + HANG_S:
                 self.differences.append(f"{fault}: not ready again")
                 return
@@ -122,14 +124,23 @@ class KillLoad:
         while self._open.intersection(hit):
             await asyncio.sleep(0.01)
 
-    async def _ready_status(self) -> int | None:
+    async def _is_ready(self) -> bool:
+        """Whether /ready is 200, in the epoch that follows the last death."""
+        if (await self._get("/ready")).status != 200:
+            return False
+        lines = (await self._get("/metrics")).body.decode().splitlines()
+        counts = [line.split()[-1] for line in lines if line.startswith("minisrv:restarts_total{")]
+        return sum(map(float, counts)) == self._num_deaths
+
+    async def _get(self, path: str) -> Reply:
+        """The reply, or one without a status if the connection breaks."""
         try:
             async with asyncio.timeout(HANG_S):
                 with await Connection.open(*self._address) as connection:
-                    await connection.send(request_bytes("/ready", method="GET"))
-                    return (await connection.read_reply()).status
+                    await connection.send(request_bytes(path, method="GET"))
+                    return await connection.read_reply()
         except (OSError, BrokenReply, TimeoutError):
-            return None
+            return Reply(0, {})
 
     async def _client(self) -> None:
         while not self._ended:
@@ -149,6 +160,7 @@ class KillLoad:
     async def _exchange(self, sent: Sent) -> None:
         async with asyncio.timeout(HANG_S):
             with await Connection.open(*self._address) as connection:
+                reply = Reply(0, {})
                 try:
                     await connection.send(sent.request.data)
                     reply = await connection.read_head()
@@ -157,7 +169,8 @@ class KillLoad:
                     if sent.fault is None or not sent.fault.cuts_connections:
                         raise
                     self.seen[str(sent.fault)].num_cut += 1
-                    return
+                    if "[DONE]" not in reply.events:
+                        return
         sent.request.check(reply)
         self.num_replies += 1
         if sent.fault is not None and reply.is_stream:

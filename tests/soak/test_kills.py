@@ -24,7 +24,7 @@ from tests.support.server_process import ServerProcess
 KINDS = ("scheduler", "detokenizer", "tokenizer", "frontend")
 # From the death to the service, without what the process needs to start.
 BACK_S = 2.0
-OPTIONS = ("--dtype", "float32", "--num-threads", "1", "--kv-memory", "64MiB")
+OPTIONS: tuple[str, ...] = ("--dtype", "float32", "--num-threads", "1", "--kv-memory", "64MiB")
 # Within one second, so that the deaths before do not lengthen the back-off.
 OPTIONS += ("--restart-limit", "9/1")
 
