@@ -19,7 +19,8 @@ QUESTIONS = ["What is 58 + 67?", "Count from 3 to 9.", "Who are you?"]
 
 @pytest.fixture
 def server(socket_dir: Path) -> Iterator[ServerProcess]:
-    with running(*ARGUMENTS, "--tp", "2", tmp_dir=socket_dir, hash_engine=False) as server:
+    arguments = (*ARGUMENTS, "--tp", "2", "--restart-limit", "0")
+    with running(*arguments, tmp_dir=socket_dir, hash_engine=False) as server:
         yield server
 
 
@@ -63,7 +64,7 @@ def test_one_rank_opens_nothing_but_http(socket_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("busy", [True, False])
-def test_the_death_of_a_rank_ends_all_and_is_told(server: ServerProcess, busy: bool) -> None:
+def test_without_restarts_the_death_of_a_rank_ends_all_and_is_reported(server: ServerProcess, busy: bool) -> None:
     requests = open_requests(server.url, num_streams=1, num_whole=0) if busy else ()
     server.child("engine.parallel").kill()
     for request in requests:
@@ -75,7 +76,7 @@ def test_the_death_of_a_rank_ends_all_and_is_told(server: ServerProcess, busy: b
     server.assert_nothing_is_left()
 
 
-def test_the_death_of_the_scheduler_ends_its_ranks(server: ServerProcess) -> None:
+def test_without_restarts_the_death_of_the_scheduler_ends_its_ranks(server: ServerProcess) -> None:
     server.child("scheduler").kill()
     assert server.wait(5) == 1
     server.assert_nothing_is_left()
