@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minisrv.config import ServerConfig
+from minisrv.supervision.child_main import STACKS_SIGNAL
 from minisrv.supervision.progress import MAX_UIDS, MESSAGE, ProgressRecord, ProgressView
+from minisrv.supervision.records import Boot, encode_line
 from minisrv.supervision.stall_watch import StallWatch
 
 DYING = """
@@ -30,12 +34,39 @@ record.begin(0, [5, 2**40])
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
+WORKING = """
+import sys, time
+from pathlib import Path
+from minisrv.supervision.progress import ProgressRecord
+record = ProgressRecord(Path(sys.argv[1]))
+while True:
+    record.begin(0, [1])
+    time.sleep(0.01)
+    record.end(0)
+"""
+
+INSIDE_C = """
+from minisrv.supervision.child_main import run_child
+
+def main(child):
+    print("begins", flush=True)
+    sum(range(10**12))
+
+run_child("test", main)
+"""
+
 
 class View:
     """Implements ProgressView."""
 
     def __init__(self, last_beat: float, allowance_s: float = 0.0) -> None:
         self.last_beat, self.allowance_s = last_beat, allowance_s
+
+    def note_longest(self) -> None:
+        pass
+
+    def disregard_work(self, now: float) -> None:
+        pass
 
 
 def test_work_that_a_killed_process_did_not_end_is_seen(tmp_path: Path) -> None:
@@ -82,6 +113,58 @@ def test_a_beat_is_a_sign_of_life_and_the_allowance_grows_with_the_work(tmp_path
     assert view.allowance_s == longest
     record.begin(1, [1], size=40)
     assert view.allowance_s == pytest.approx(4 * longest)
+    record.begin(0, [2], size=1)  # beside it
+    assert view.allowance_s == pytest.approx(4 * longest)
+    record.end(1)
+    assert view.allowance_s < 2 * longest
+
+
+def test_a_process_that_is_stopped_again_and_again_is_found_as_soon_each_time(
+    tmp_path: Path,
+) -> None:
+    """Also in the middle of its work, which then takes as long as the stop."""
+    view = ProgressView(tmp_path / "p")
+    process = subprocess.Popen([sys.executable, "-c", WORKING, str(tmp_path / "p")])
+    try:
+        while not view.working_on():
+            time.sleep(0.01)
+        watch = StallWatch(0.2)
+        for _ in range(5):
+            watch.restart_clocks(time.monotonic())
+            for _ in range(5):
+                assert watch.stalled([("a", view)], time.monotonic()) is None
+                time.sleep(0.02)
+            os.kill(process.pid, signal.SIGSTOP)
+            while (found := watch.stalled([("a", view)], time.monotonic())) is None:
+                time.sleep(0.02)
+            assert found[1] < 0.6  # each stop would add at least 0.2
+            os.kill(process.pid, signal.SIGCONT)
+            while time.monotonic() - view.last_beat > 0.1:
+                time.sleep(0.01)
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_work_that_a_stop_of_all_processes_has_held_up_does_not_count(tmp_path: Path) -> None:
+    view, record = ProgressView(tmp_path / "p"), ProgressRecord(tmp_path / "p")
+    watch = StallWatch(5.0)
+    record.begin(0, [1])
+    record.end(0)  # before the first check, as the warm-up
+    usual = view.allowance_s
+    assert usual > 0
+    for now in (100.0, 101.0):
+        assert watch.stalled([("a", view)], now) is None
+    record.begin(0, [1])
+    record.begin(1, [1])
+    time.sleep(0.05)
+    record.end(0)
+    assert view.allowance_s > usual
+    assert watch.stalled([("a", view)], time.monotonic() + 200) is None
+    assert view.allowance_s == usual
+    record.end(1)
+    assert view.allowance_s == usual
 
 
 def test_the_one_that_is_silent_for_longest_is_stalled() -> None:
@@ -130,14 +213,40 @@ def test_a_process_is_stalled_exactly_when_it_is_silent_for_too_long(
 
 
 def test_the_stacks_of_a_process_are_written_while_it_is_inside_c() -> None:
-    script = """
-import faulthandler, hashlib, os, threading
-from minisrv.supervision.child_main import STACKS_SIGNAL
-faulthandler.register(STACKS_SIGNAL, all_threads=True)
-threading.Timer(0.2, os.kill, (os.getpid(), STACKS_SIGNAL)).start()
-(1 << 3_000_000) ** 5 % 7
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ, capture_output=True, text=True, check=True
+    """In one call that neither ends nor gives the interpreter to another thread."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", INSIDE_C],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    assert "most recent call first" in done.stderr
+    too_late = threading.Timer(10, process.kill)
+    too_late.start()
+    try:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        boot = Boot(
+            config=ServerConfig().to_dict(),
+            run_dir="",
+            epoch=1,
+            index=0,
+            status_fd=1,
+            parent_pid=os.getpid(),
+        )
+        process.stdin.write(encode_line(boot).decode())
+        process.stdin.flush()
+        assert process.stdout.readline() == "begins\n"
+        time.sleep(0.1)
+        process.send_signal(STACKS_SIGNAL)
+        for line in process.stderr:
+            if 'File "<string>", line 6 in main' in line:
+                break
+        else:
+            raise AssertionError("the process has ended without writing its stacks")
+        assert process.poll() is None
+    finally:
+        too_late.cancel()
+        process.kill()
+        process.communicate()

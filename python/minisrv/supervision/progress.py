@@ -16,7 +16,7 @@ from typing import Protocol
 MAX_UIDS = 4096
 MESSAGE = 2  # the place of a message that is being taken; steps have the places 0 and 1
 _PLACES = 3
-_BEAT, _LONGEST, _LARGEST, _SIZE, _FIRST = range(5)  # items of the file
+_BEAT, _LONGEST, _LARGEST, _SIZE, _COUNTED_FROM, _FIRST = range(6)  # items of the file
 _PLACE_ITEMS = 1 + MAX_UIDS
 _NUM_BYTES = 8 * (_FIRST + _PLACES * _PLACE_ITEMS)
 
@@ -72,16 +72,19 @@ class ProgressRecord:
         self._items[count + 1 : count + 1 + len(listed)] = listed
         self._items[count] = len(listed)
         self._sizes[place] = size
+        self._seconds[_SIZE] = max(self._sizes)
         self._begun_at[place] = self._seconds[_BEAT] = time.monotonic()
-        self._seconds[_SIZE] = size
 
     def end(self, place: int) -> None:
         """See Progress."""
         now = time.monotonic()
         seconds = self._seconds
         self._items[_FIRST + place * _PLACE_ITEMS] = 0
-        seconds[_LONGEST] = max(seconds[_LONGEST], now - self._begun_at[place])
-        seconds[_LARGEST] = max(seconds[_LARGEST], self._sizes[place])
+        if self._begun_at[place] >= seconds[_COUNTED_FROM]:
+            seconds[_LONGEST] = max(seconds[_LONGEST], now - self._begun_at[place])
+            seconds[_LARGEST] = max(seconds[_LARGEST], self._sizes[place])
+        self._sizes[place] = 0
+        seconds[_SIZE] = max(self._sizes)
         seconds[_BEAT] = now
 
 
@@ -94,6 +97,7 @@ class ProgressView:
             file.truncate(_NUM_BYTES)
             mapped = memoryview(mmap.mmap(file.fileno(), _NUM_BYTES))
         self._seconds, self._items = mapped.cast("d"), mapped.cast("l")
+        self._longest: float | None = None
 
     def working_on(self) -> set[int]:
         """The uids of work that has begun and not ended."""
@@ -113,3 +117,18 @@ class ProgressView:
         """How long the present work may take: the longest so far, or more if it is larger."""
         larger = self._seconds[_SIZE] / max(1.0, self._seconds[_LARGEST])
         return self._seconds[_LONGEST] * max(1.0, larger)
+
+    def note_longest(self) -> None:
+        """Note the longest work so far, for `disregard_work`."""
+        self._longest = self._seconds[_LONGEST]
+
+    def disregard_work(self, now: float) -> None:
+        """Forget how long work took that has ended since `note_longest`, or began before `now`.
+
+        It may have been held up: while its process was stopped, or waited for another.
+        """
+        self._seconds[_COUNTED_FROM] = now
+        if self._longest is None:
+            self.note_longest()
+        else:
+            self._seconds[_LONGEST] = self._longest
