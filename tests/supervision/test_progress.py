@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +25,25 @@ from minisrv.supervision.stall_watch import StallWatch
 
 DYING = """
 import os, signal, sys
+from array import array
 from pathlib import Path
 from minisrv.supervision.progress import ProgressRecord
 record = ProgressRecord(Path(sys.argv[1]))
-record.begin(0, [1, 2, 3])
-record.begin(1, [4])
+record.begin(0, array("l", [1, 2, 3]))
+record.begin(1, array("l", [4]))
 record.end(0)
-record.begin(0, [5, 2**40])
+record.begin(0, array("l", [5, 2**40]))
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 WORKING = """
 import sys, time
+from array import array
 from pathlib import Path
 from minisrv.supervision.progress import ProgressRecord
 record = ProgressRecord(Path(sys.argv[1]))
 while True:
-    record.begin(0, [1])
+    record.begin(0, array("l", [1]))
     time.sleep(0.01)
     record.end(0)
 """
@@ -80,21 +83,21 @@ def test_work_that_a_killed_process_did_not_end_is_seen(tmp_path: Path) -> None:
 def test_a_new_process_begins_with_a_clean_record(tmp_path: Path) -> None:
     first = ProgressView(tmp_path / "p")
     earlier = ProgressRecord(tmp_path / "p")
-    earlier.begin(0, [1])
+    earlier.begin(0, array("l", [1]))
     second = ProgressView(tmp_path / "p")
-    earlier.begin(1, [2])
+    earlier.begin(1, array("l", [2]))
     assert (first.working_on(), second.working_on()) == ({1, 2}, set())
     assert second.last_beat == 0
 
 
 def test_places_are_independent_and_too_many_uids_are_left_out(tmp_path: Path) -> None:
     view, record = ProgressView(tmp_path / "p"), ProgressRecord(tmp_path / "p")
-    record.begin(MESSAGE, [7])
-    record.begin(0, range(10, 10 + MAX_UIDS + 5))
+    record.begin(MESSAGE, array("l", [7]))
+    record.begin(0, array("l", range(10, 10 + MAX_UIDS + 5)))
     assert view.working_on() == {7, *range(10, 10 + MAX_UIDS)}
     record.end(0)
     assert view.working_on() == {7}
-    record.begin(0, [])
+    record.begin(0, array("l", []))
     assert view.working_on() == {7}
 
 
@@ -104,16 +107,16 @@ def test_a_beat_is_a_sign_of_life_and_the_allowance_grows_with_the_work(tmp_path
     record.beat()
     assert before <= view.last_beat <= time.monotonic()
     assert view.allowance_s == 0
-    record.begin(0, [1], size=10)
+    record.begin(0, array("l", [1]), size=10)
     time.sleep(0.02)
     record.end(0)
     longest = view.allowance_s
     assert 0.02 <= longest < 1
-    record.begin(0, [1], size=5)
+    record.begin(0, array("l", [1]), size=5)
     assert view.allowance_s == longest
-    record.begin(1, [1], size=40)
+    record.begin(1, array("l", [1]), size=40)
     assert view.allowance_s == pytest.approx(4 * longest)
-    record.begin(0, [2], size=1)  # beside it
+    record.begin(0, array("l", [2]), size=1)  # beside it
     assert view.allowance_s == pytest.approx(4 * longest)
     record.end(1)
     assert view.allowance_s < 2 * longest
@@ -150,14 +153,14 @@ def test_a_process_that_is_stopped_again_and_again_is_found_as_soon_each_time(
 def test_work_that_a_stop_of_all_processes_has_held_up_does_not_count(tmp_path: Path) -> None:
     view, record = ProgressView(tmp_path / "p"), ProgressRecord(tmp_path / "p")
     watch = StallWatch(5.0)
-    record.begin(0, [1])
+    record.begin(0, array("l", [1]))
     record.end(0)  # before the first check, as the warm-up
     usual = view.allowance_s
     assert usual > 0
     for now in (100.0, 101.0):
         assert watch.stalled([("a", view)], now) is None
-    record.begin(0, [1])
-    record.begin(1, [1])
+    record.begin(0, array("l", [1]))
+    record.begin(1, array("l", [1]))
     time.sleep(0.05)
     record.end(0)
     assert view.allowance_s > usual

@@ -30,7 +30,7 @@ def _serve(child: Child) -> None:
         inbox.wait(BEAT_S)
         progress.beat()
         for message in inbox.drain():
-            progress.begin(0, message.uids.tolist())
+            progress.begin(0, message.uids)
             reply, abort = worker.handle(message)
             progress.end(0)
             if reply is not None:

@@ -20,9 +20,10 @@ _NO_TOKENS = np.empty(0, np.int32)
 
 
 class BatchBuilder:
-    """Keeps the sampling parameters of each row in columns, from which a step gathers its own."""
+    """Keeps what is known of each row in columns, from which a step gathers its own."""
 
     def __init__(self, num_rows: int) -> None:
+        self.uids = np.zeros(num_rows, np.int64)
         self._temperature = np.zeros(num_rows, np.float32)
         self._top_p = np.ones(num_rows, np.float32)
         self._top_k = np.zeros(num_rows, np.int32)
@@ -34,19 +35,23 @@ class BatchBuilder:
         self._has_penalties = np.zeros(num_rows, np.bool_)
         self._has_logprobs = np.zeros(num_rows, np.bool_)
 
-    def build_batch(self, plan: StepPlan, fill_masks: FillMasks) -> ForwardBatch:
-        """The batch of a plan. Call once for each plan, in order.
+    def find_rows(self, plan: StepPlan) -> Int32Array:
+        """The rows of a plan, decodes first [R]; their columns are set. Call once for each plan."""
+        requests = plan.decodes + [chunk.request for chunk in plan.prefills]
+        rows = np.array([r.lease.row for r in requests if r.lease], np.int32)
+        for chunk, row in zip(plan.prefills, rows[len(plan.decodes) :], strict=True):
+            self._set_row(int(row), chunk.request)
+        return rows
+
+    def build_batch(self, plan: StepPlan, rows: Int32Array, fill_masks: FillMasks) -> ForwardBatch:
+        """The batch of a plan with its rows. Call once for each plan, in order.
 
         fill_masks: called back when the engine needs the grammar masks of these requests.
         """
         decodes, prefills = plan.decodes, plan.prefills
-        requests = decodes + [chunk.request for chunk in prefills]
-        rows = np.array([r.lease.row for r in requests if r.lease], np.int32)
-        for request, row in zip(requests[len(decodes) :], rows[len(decodes) :], strict=True):
-            self._set_row(int(row), request)
         prompts = [c.request.prefill_ids[c.start : c.start + c.length] for c in prefills]
         starts = [r.num_computed - 1 for r in decodes] + [chunk.start for chunk in prefills]
-        query_lens = np.ones(len(requests), np.int32)
+        query_lens = np.ones(len(rows), np.int32)
         query_lens[len(decodes) :] = [chunk.length for chunk in prefills]
         sample_indices = np.arange(len(decodes) + len(plan.sampling_prefills), dtype=np.int32)
         sample_indices[len(decodes) :] = [len(decodes) + i for i in plan.sampling_prefills]
@@ -75,6 +80,7 @@ class BatchBuilder:
     def _set_row(self, row: int, request: Request) -> None:
         sampling = request.sampling
         assert sampling.top_k is not None, "the defaults are not filled in"
+        self.uids[row] = request.uid
         self._temperature[row] = sampling.temperature
         self._top_p[row] = sampling.top_p
         self._top_k[row] = sampling.top_k

@@ -111,8 +111,9 @@ class SchedulerLoop:
         plan = self.scheduler.schedule(self._now)
         if plan is not None:
             self.stats.count_launch(plan)
-            self._progress.begin(plan.step_id % 2, plan.uids(), plan.num_tokens)
-            batch = self._builder.build_batch(plan, self._fill_masks)
+            rows = self._builder.find_rows(plan)
+            self._progress.begin(plan.step_id % 2, self._builder.uids[rows], plan.num_tokens)
+            batch = self._builder.build_batch(plan, rows, self._fill_masks)
             self._in_flight.append((plan, self.engine.launch(batch)))
         elif not self._in_flight and self.scheduler.num_open:
             assert self.scheduler.num_compiling, "requests are open, but no step can be planned"
@@ -148,7 +149,8 @@ class SchedulerLoop:
             self._now = time.monotonic()
         for message in messages:
             if isinstance(message, GenerateMsg):
-                self._progress.begin(MESSAGE, (message.uid,))
+                uids = range(message.uid, message.uid + message.sampling.n)
+                self._progress.begin(MESSAGE, np.array(uids))
                 self.scheduler.add_request(message, self._now)
                 if message.sampling.grammar is not None:
                     self._request_grammar(message, message.sampling.grammar)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
-from operator import attrgetter
 
 from minisrv.scheduler.request import Request
-
-_UID = attrgetter("uid")
 
 
 @dataclass(slots=True)
@@ -56,10 +51,6 @@ class StepPlan:
     def num_tokens(self) -> int:
         """How many positions the step computes."""
         return len(self.decodes) + sum([chunk.length for chunk in self.prefills])
-
-    def uids(self) -> Iterator[int]:
-        """The requests that the step computes something for."""
-        return chain(map(_UID, self.decodes), [chunk.request.uid for chunk in self.prefills])
 
     def __repr__(self) -> str:
         decodes = [request.uid for request in self.decodes]

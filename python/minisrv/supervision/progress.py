@@ -9,9 +9,11 @@ from __future__ import annotations
 import mmap
 import time
 from array import array
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:  # numpy is not loaded for it
+    from minisrv.wire.arrays import Int64Array
 
 MAX_UIDS = 4096
 MESSAGE = 2  # the place of a message that is being taken; steps have the places 0 and 1
@@ -27,8 +29,11 @@ class Progress(Protocol):
     def beat(self) -> None:
         """The loop turns. To be called at least every BEAT_S when there is nothing to do."""
 
-    def begin(self, place: int, uids: Iterable[int], size: int = 1) -> None:
-        """Work on requests begins; `size` is in tokens or messages. Each place has one work."""
+    def begin(self, place: int, uids: array[int] | Int64Array, size: int = 1) -> None:
+        """Work on requests begins. Each place has one work.
+
+        uids: eight bytes each. size: in tokens or messages.
+        """
 
     def end(self, place: int) -> None:
         """The work of a place is done."""
@@ -40,7 +45,7 @@ class NoProgress:
     def beat(self) -> None:
         pass
 
-    def begin(self, place: int, uids: Iterable[int], size: int = 1) -> None:
+    def begin(self, place: int, uids: array[int] | Int64Array, size: int = 1) -> None:
         pass
 
     def end(self, place: int) -> None:
@@ -65,9 +70,9 @@ class ProgressRecord:
         """See Progress."""
         self._seconds[_BEAT] = time.monotonic()
 
-    def begin(self, place: int, uids: Iterable[int], size: int = 1) -> None:
+    def begin(self, place: int, uids: array[int] | Int64Array, size: int = 1) -> None:
         """See Progress. Of more than MAX_UIDS the rest is left out."""
-        listed = array("l", uids)[:MAX_UIDS]
+        listed = memoryview(uids)[:MAX_UIDS]
         count = _FIRST + place * _PLACE_ITEMS
         self._items[count + 1 : count + 1 + len(listed)] = listed
         self._items[count] = len(listed)

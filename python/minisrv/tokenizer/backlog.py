@@ -98,10 +98,10 @@ class Backlog:
         for key, queue in list(self._queues.items()):
             kept: deque[_Waiting] = deque()
             for waiting in queue:
-                if uids.isdisjoint(_uids_of(waiting.work)):
+                if uids.isdisjoint(uids_of(waiting.work)):
                     kept.append(waiting)
                     continue
-                uids -= _uids_of(waiting.work)
+                uids -= uids_of(waiting.work)
                 finals.append(_aborted(waiting.work))
                 self.taken_bytes += waiting.num_bytes
             if kept:
@@ -111,7 +111,8 @@ class Backlog:
         return [*finals, AbortMsg(uids=tuple(sorted(uids)))] if uids else finals
 
 
-def _uids_of(work: Work) -> set[int]:
+def uids_of(work: Work) -> set[int]:
+    """Those of the choices of a request, or the number of a query."""
     if isinstance(work, TokenizeMsg):
         return set(range(work.uid, work.uid + work.sampling.n))
     return {work.query}
@@ -120,5 +121,5 @@ def _uids_of(work: Work) -> set[int]:
 def _aborted(work: Work) -> UserReply | AnswerMsg:
     error = MinisrvError("the request was aborted by the server", code="request_aborted")
     if isinstance(work, TokenizeMsg):
-        return failure_reply([Failure.from_error(uid, error) for uid in sorted(_uids_of(work))])
+        return failure_reply([Failure.from_error(uid, error) for uid in sorted(uids_of(work))])
     return AnswerMsg(query=work.query, failure=Failure.from_error(0, error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from minisrv.checkpoint.model_config import load_model_config
 from minisrv.checkpoint.tokenizer import load_tokenizer
 from minisrv.supervision.child_main import BEAT_S, Child, run_child
 from minisrv.supervision.records import ChildReady
-from minisrv.tokenizer.backlog import Backlog
+from minisrv.tokenizer.backlog import Backlog, uids_of
 from minisrv.tokenizer.chat_template import ChatTemplate
 from minisrv.tokenizer.worker import TokenizerWorker
 from minisrv.wire.messages import (
@@ -17,7 +18,6 @@ from minisrv.wire.messages import (
     AnswerMsg,
     Message,
     TakenMsg,
-    TokenizeMsg,
     UserReply,
 )
 from minisrv.wire.sockets import REPORT_BYTES, Epoch, Inbox, Outbox
@@ -58,7 +58,7 @@ def _serve(child: Child) -> None:
             send(message)
         if backlog:
             work = backlog.take()
-            progress.begin(0, (work.uid if isinstance(work, TokenizeMsg) else work.query,))
+            progress.begin(0, array("l", uids_of(work)))
             made = worker.handle(work)
             progress.end(0)
             send(made)
