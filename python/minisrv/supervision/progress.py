@@ -10,7 +10,7 @@ import mmap
 import time
 from array import array
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:  # numpy is not loaded for it
     from minisrv.wire.arrays import Int64Array
@@ -72,7 +72,7 @@ class ProgressRecord:
 
     def begin(self, place: int, uids: array[int] | Int64Array, size: int = 1) -> None:
         """See Progress. Of more than MAX_UIDS the rest is left out."""
-        listed = memoryview(uids)[:MAX_UIDS]
+        listed = memoryview(cast("Any", uids))[:MAX_UIDS]
         count = _FIRST + place * _PLACE_ITEMS
         self._items[count + 1 : count + 1 + len(listed)] = listed
         self._items[count] = len(listed)
