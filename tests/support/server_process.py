@@ -141,7 +141,7 @@ class ServerProcess:
         """The process of a kind that runs now."""
         self.family = psutil.Process(self.popen.pid).children(recursive=True)
         modules = (f"minisrv.{kind}", f"tests.support.hash_{kind}")
-        (found,) = [p for p in self.family if p.cmdline()[-1] in modules]
+        (found,) = [process for process in self.family if module_of(process) in modules]
         return found
 
     def wait(self, timeout_s: float = 10) -> int:
@@ -162,6 +162,14 @@ class ServerProcess:
         self.popen.kill()
         self.wait()
         psutil.wait_procs(self.family, timeout=3)
+
+
+def module_of(process: psutil.Process) -> str:
+    """The last argument of a process, by which its kind is known; nothing of one that has died."""
+    try:
+        return "".join(process.cmdline()[-1:])
+    except psutil.NoSuchProcess:
+        return ""
 
 
 @contextlib.contextmanager
