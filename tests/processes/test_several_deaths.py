@@ -121,6 +121,20 @@ def test_a_client_that_leaves_while_there_is_no_engine_is_forgotten(server: Serv
     assert open_count(server) == 0
 
 
+def test_requests_can_be_aborted_while_there_is_no_engine(server: ServerProcess) -> None:
+    requests = open_requests(server.url, num_streams=2, num_whole=1)
+    server.child("scheduler").kill()
+    wait_until(lambda: status_of(f"{server.url}/ready") == 503, 5)
+    late = OpenRequest(server.url, stream=True, max_tokens=20)
+    wait_until(lambda: open_count(server) == 4)
+    reply = httpx.post(f"{server.url}/abort_request", json={"abort_all": True})
+    assert reply.status_code == 200
+    for request in (*requests, late):
+        assert request.join().error is None
+        assert '"request_aborted"' in request.text
+    assert metric(server, "resumed_requests_total") == 0
+
+
 def test_those_in_two_dying_steps_are_given_up_and_all_others_go_on(server: ServerProcess) -> None:
     suspects = open_requests(server.url, num_streams=3, num_whole=0)
     kill_in_step(server, 3)
