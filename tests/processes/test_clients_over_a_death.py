@@ -103,13 +103,13 @@ class Clients:
                 self._begun()
 
     def chat(self) -> Answer:
-        reply = self._openai.chat.completions.create(**self._chat)
+        reply: Any = self._openai.chat.completions.create(**self._chat)
         (choice,) = reply.choices
         return Answer(choice.message.content, reply.usage.completion_tokens, [choice.finish_reason])
 
     def chat_stream(self) -> Answer:
         options = {"include_usage": True}
-        stream = self._openai.chat.completions.create(
+        stream: Any = self._openai.chat.completions.create(
             **self._chat, stream=True, stream_options=options
         )
         text, num_tokens, ends, ids = "", 0, list[str | None](), set[str]()
@@ -124,11 +124,11 @@ class Clients:
         return Answer(text, num_tokens, ends)
 
     def response(self) -> Answer:
-        reply = self._openai.responses.create(**self._response)
+        reply: Any = self._openai.responses.create(**self._response)
         return Answer(reply.output_text, reply.usage.output_tokens, [reply.status])
 
     def response_stream(self) -> Answer:
-        stream = self._openai.responses.create(**self._response, stream=True)
+        stream: Any = self._openai.responses.create(**self._response, stream=True)
         text, num_tokens, ends, numbers = "", 0, list[str | None](), []
         for event in self._beginning(stream):
             numbers.append(event.sequence_number)
@@ -143,7 +143,7 @@ class Clients:
         return Answer(text, num_tokens, ends)
 
     def message(self) -> Answer:
-        reply = self._anthropic.messages.create(**self._message)
+        reply: Any = self._anthropic.messages.create(**self._message)
         (block,) = reply.content
         return Answer(block.text, reply.usage.output_tokens, [reply.stop_reason])
 
@@ -152,7 +152,7 @@ class Clients:
         with self._anthropic.messages.stream(**self._message) as stream:
             for event in self._beginning(stream):
                 types[event.type] += 1
-            reply = stream.get_final_message()
+            reply: Any = stream.get_final_message()
         (block,) = reply.content
         assert types["message_start"] == types["message_stop"] == types["content_block_stop"] == 1
         return Answer(block.text, reply.usage.output_tokens, [reply.stop_reason])
