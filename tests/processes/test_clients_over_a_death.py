@@ -108,7 +108,7 @@ class Clients:
         return Answer(choice.message.content, reply.usage.completion_tokens, [choice.finish_reason])
 
     def chat_stream(self) -> Answer:
-        options = {"include_usage": True}
+        options: Any = {"include_usage": True}
         stream: Any = self._openai.chat.completions.create(
             **self._chat, stream=True, stream_options=options
         )
