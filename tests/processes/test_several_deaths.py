@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -167,3 +168,28 @@ def test_two_deaths_with_256_tokens_in_between_give_nobody_up(server: ServerProc
     texts = {text_of(request) for request in requests}
     assert texts == {text_of(OpenRequest(server.url, stream=False, max_tokens=600))}
     assert metric(server, "given_up_requests_total") == 0
+
+
+def test_a_process_that_hangs_while_it_is_started_again_is_killed(
+    model_dir: Path, socket_dir: Path
+) -> None:
+    arguments = ("--model", str(model_dir), "--stall-timeout", "1", "--restart-limit", "9/1")
+    with running(*arguments, tmp_dir=socket_dir, step_s=STEP_S) as server:
+        requests = open_requests(server.url, num_streams=2, num_whole=1, max_tokens=NUM_TOKENS)
+        first = server.child("scheduler")
+        first.kill()
+        wait_until(lambda: "scheduler" in modules(server, but=first.pid))
+        server.child("scheduler").suspend()
+        assert len({text_of(request) for request in requests}) == 1
+        assert "the scheduler process did not start within" in server.output
+        assert metric(server, 'restarts_total{process="scheduler"}') == 2
+
+
+def modules(server: ServerProcess, but: int) -> str:
+    """The modules of the processes that run, without one of them."""
+    names = []
+    for process in psutil.Process(server.popen.pid).children():
+        with contextlib.suppress(psutil.Error, IndexError):
+            if process.pid != but:
+                names.append(process.cmdline()[-1])
+    return " ".join(names)

@@ -103,8 +103,8 @@ async def sample(server: ServerProcess, began: float, day: Day) -> None:
 
 
 async def kill_now_and_then(server: ServerProcess, began: float, day: Day) -> None:
-    for kind in cycle(KINDS):
-        await asyncio.sleep(KILL_EVERY_S)
+    for number, kind in enumerate(cycle(KINDS), 1):
+        await asyncio.sleep(began + number * KILL_EVERY_S - time.monotonic())
         server.child(kind).kill()
         killed = time.monotonic()
         await asyncio.sleep(0.05)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +32,8 @@ class ChildProcess:
     ready, failed: the report of that kind, once `read_reports` has returned it.
     drained: whether there was a report of that kind.
     progress: what it shows of its progress, if it has a record.
-    killed_because: why it was killed, if its supervisor had a reason.
+    killed_because: why it was killed, if its supervisor had a reason. started_at: by
+    time.monotonic().
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class ChildProcess:
         self.kind, self.index, self.name = kind, boot["index"], name
         self.progress = ProgressView(Path(boot["progress"])) if boot.get("progress") else None
         self.killed_because: str | None = None
+        self.started_at = time.monotonic()
         self.ready: ChildReady | None = None
         self.failed: ChildFailed | None = None
         self.drained = False

@@ -32,6 +32,7 @@ from minisrv.supervision.child_main import STACKS_SIGNAL
 from minisrv.supervision.progress import progress_path
 from minisrv.supervision.records import (
     FIRST_EPOCH,
+    ChildReady,
     DrainRequested,
     EngineEnded,
     EngineLost,
@@ -52,6 +53,7 @@ END_GRACE_S = 3.5
 HURRIED_GRACE_S = 0.5
 # A frontend that does not report the end of its drain in time is not waited for any longer.
 DRAIN_MARGIN_S = 0.5
+LATE_START = 3  # a restart may take so many times as long as the first start
 STACKS_S = 1.0  # from the request for its stacks to the end of a stalled process
 MODULES = {
     "frontend": "minisrv.frontend",
@@ -107,6 +109,7 @@ class Supervisor:
         self._ready_notice: EngineReady | None = None  # that the caller does not know yet
         self._lost_at = 0.0
         self._suspects: set[int] = set()  # since the last EngineReady
+        self._start_s: dict[str, float] = {}  # by kind, how long its first start took
         self._stall_watch = StallWatch(config.stall_timeout)
         self._stalled: tuple[ChildProcess, float] | None = None  # and when it is to be killed
         self._num_restarts: Counter[str] = Counter()
@@ -283,6 +286,8 @@ class Supervisor:
         now = time.monotonic()
         if self._announced != self._epoch or not all(child.ready for child in self._children):
             self._stall_watch.restart_clocks(now)
+            if self._announced and self._config.stall_timeout:
+                self._kill_late_starts(now)
             return self._stall_watch.next_check_at if self._announced else math.inf
         views = [(one, one.progress) for one in self._children if one.progress is not None]
         if self._stalled is None and now >= self._stall_watch.next_check_at:
@@ -291,6 +296,15 @@ class Supervisor:
         elif self._stalled is not None and now >= self._stalled[1]:
             self._judge(self._stalled[0], now)
         return self._stalled[1] if self._stalled is not None else self._stall_watch.next_check_at
+
+    def _kill_late_starts(self, now: float) -> None:
+        """Kill what takes much longer to start than at its first time."""
+        for child in self._children:
+            expected_s = self._start_s.get(child.kind, math.inf)
+            limit_s = self._config.stall_timeout + LATE_START * expected_s
+            if not child.ready and now - child.started_at > limit_s and not child.killed_because:
+                child.killed_because = f"did not start within {limit_s:.1f} s and was killed"
+                child.send_signal(signal.SIGKILL)
 
     def _ask_for_stacks(self, child: ChildProcess, silent_s: float, now: float) -> None:
         child.killed_because = f"made no progress for {silent_s:.1f} s and was killed"
@@ -382,7 +396,9 @@ class Supervisor:
 
     def _read_reports(self, child: ChildProcess) -> None:
         for report in child.read_reports():
-            if isinstance(report, StartProgress):
+            if isinstance(report, ChildReady):
+                self._start_s.setdefault(child.kind, time.monotonic() - child.started_at)
+            elif isinstance(report, StartProgress):
                 last = self._last_progress
                 grown = abs(report.fraction - last.fraction) >= 0.01 or report.fraction == 1.0
                 if grown or report.phase != last.phase:
