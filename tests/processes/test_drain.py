@@ -152,15 +152,19 @@ def test_a_second_signal_ends_open_requests_in_time(server: ServerProcess) -> No
     assert_ended(requests)
 
 
-def test_a_death_during_a_drain_fails_what_is_open(server: ServerProcess) -> None:
-    requests = start_requests(server.url, num_tokens=1500)
-    server.popen.terminate()
-    time.sleep(0.2)
-    server.child("scheduler").kill()
-    for request in requests:
-        error = request.events[-2] if request.join().events else request.text
-        assert json.loads(error)["error"]["code"] == "engine_dead"
-    assert server.wait(5) == 1
+def test_without_restarts_a_death_during_a_drain_fails_what_is_open(
+    model_dir: Path, socket_dir: Path
+) -> None:
+    arguments = ("--model", str(model_dir), "--restart-limit", "0")
+    with running(*arguments, tmp_dir=socket_dir, step_s=STEP_S) as server:
+        requests = start_requests(server.url, num_tokens=1500)
+        server.popen.terminate()
+        time.sleep(0.2)
+        server.child("scheduler").kill()
+        for request in requests:
+            error = request.events[-2] if request.join().events else request.text
+            assert json.loads(error)["error"]["code"] == "engine_dead"
+        assert server.wait(5) == 1
 
 
 def raw_connection(server: ServerProcess) -> socket.socket:
