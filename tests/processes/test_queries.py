@@ -112,8 +112,11 @@ def test_an_abort_does_not_wait_for_the_tokenizer(model_dir: Path, socket_dir: P
             server.child("tokenizer").resume()
 
 
-def test_a_reply_that_makes_no_sense_ends_the_server(model_dir: Path, socket_dir: Path) -> None:
-    with running("--model", str(model_dir), tmp_dir=socket_dir, step_s=0.02) as server:
+def test_without_restarts_a_reply_that_makes_no_sense_ends_the_server(
+    model_dir: Path, socket_dir: Path
+) -> None:
+    arguments = ("--model", str(model_dir), "--restart-limit", "0")
+    with running(*arguments, tmp_dir=socket_dir, step_s=0.02) as server:
         (stream,) = open_requests(server.url, num_streams=1, num_whole=0)
         (path,) = socket_dir.rglob("frontend")
         outbox = Outbox(path.parent, "frontend", Epoch(FIRST_EPOCH))

@@ -90,8 +90,10 @@ def test_http_is_the_only_thing_that_listens(server: ServerProcess) -> None:
     assert listening == {("127.0.0.1", int(server.url.rsplit(":", 1)[1]))}
     (run_dir,) = server.tmp_dir.iterdir()
     assert run_dir.stat().st_mode & 0o777 == 0o700
-    sockets = {path.name for path in run_dir.iterdir()}
+    sockets = {path.name for path in run_dir.iterdir() if path.is_socket()}
     assert sockets == {"frontend", "tokenizer-0", "scheduler", "detokenizer"}
+    files = {path.name for path in run_dir.iterdir() if not path.is_socket()}
+    assert files == {f"progress-{name}" for name in sockets}
 
 
 def test_the_death_of_the_engine_fails_open_requests(checkpoint: Path, socket_dir: Path) -> None:

@@ -25,14 +25,20 @@ def server(socket_dir: Path) -> Iterator[ServerProcess]:
 
 
 def listeners(server: ServerProcess) -> list[tuple[str, str]]:
-    """The address and the module of every TCP listener of the process tree."""
-    family = [psutil.Process(server.popen.pid), *server.family]
-    return sorted(
-        (connection.laddr.ip, process.cmdline()[-1])
-        for process in family
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    )
+    """The address and the module of every TCP listener of the supervisor's children.
+
+    The supervisor keeps only the frontend's.
+    """
+    found = {
+        process: {
+            connection.laddr
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+        for process in (psutil.Process(server.popen.pid), *server.family)
+    }
+    assert found.pop(psutil.Process(server.popen.pid)) == found[server.child("frontend")]
+    return sorted((at.ip, one.cmdline()[-1]) for one, all_at in found.items() for at in all_at)
 
 
 def test_two_ranks_answer_as_one_does_with_aborts_in_between(server: ServerProcess) -> None:
