@@ -140,6 +140,7 @@ def test_what_outlasts_the_drain_timeout_is_told(model_dir: Path, socket_dir: Pa
         server.assert_nothing_is_left()
 
 
+@pytest.mark.timed
 def test_a_second_signal_ends_open_requests_in_time(server: ServerProcess) -> None:
     requests = start_requests(server.url, num_tokens=1500)
     server.popen.terminate()
@@ -198,6 +199,7 @@ def test_a_body_that_comes_late_is_refused_without_a_reset(server: ServerProcess
     assert server.wait(5) == 0
 
 
+@pytest.mark.timed
 def test_a_stream_whose_reader_is_slow_arrives_whole(server: ServerProcess) -> None:
     body = json.dumps({"prompt": "x", "max_tokens": 1500, "ignore_eos": True, "stream": True})
     head = (

@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.server_process import ServerProcess, running, wait_until
 
+pytestmark = pytest.mark.timed
+
 STEP_S = 0.05
 NUM_CROWD = 60
 

@@ -86,6 +86,7 @@ def test_without_restarts_the_death_of_the_frontend_ends_all(
         server.assert_nothing_is_left()
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_without_time_to_drain_a_signal_fails_open_requests_and_ends_all(
     number: signal.Signals, model_dir: Path, socket_dir: Path
@@ -117,6 +118,7 @@ def test_a_client_in_the_middle_of_its_request_does_not_hold_up_the_end(
         server.assert_nothing_is_left()
 
 
+@pytest.mark.timed
 def test_a_second_signal_ends_all_at_once(model_dir: Path, socket_dir: Path) -> None:
     with running("--model", str(model_dir), tmp_dir=socket_dir) as server:
         server.child("frontend").suspend()  # it cannot say its last words

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import nbformat
@@ -51,9 +51,18 @@ async def answer():
 """
 
 
+Children = Callable[[], list[psutil.Process]]
+
+
 @pytest.fixture(autouse=True)
 def _hash_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(supervisor.MODULES, "scheduler", "tests.support.hash_scheduler")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(new_children: Children) -> Iterator[None]:
+    yield
+    assert not new_children()
 
 
 def message(uid: int, **sampling: object) -> TokenizeMsg:
@@ -68,7 +77,6 @@ def with_manager(model_dir: Path, use: Callable[[FrontendManager], Awaitable[Non
             assert manager.registry.num_open == 0
 
     asyncio.run(run())
-    assert not psutil.Process().children()
 
 
 def expected_text(count: int) -> str:
@@ -163,16 +171,14 @@ def test_a_message_must_fit_its_uid(model_dir: Path) -> None:
     with_manager(model_dir, use)
 
 
-def test_a_death_raises_in_every_open_stream(model_dir: Path) -> None:
+def test_a_death_raises_in_every_open_stream(model_dir: Path, new_children: Children) -> None:
     async def run() -> None:
         manager = FrontendManager(model=str(model_dir), restart_limit="0")
         await manager.start()
         uid = manager.new_user()
         await manager.send_one(message(uid, max_tokens=2000))
         (process,) = [
-            p
-            for p in psutil.Process().children()
-            if p.cmdline()[-1] == "tests.support.hash_scheduler"
+            p for p in new_children() if p.cmdline()[-1] == "tests.support.hash_scheduler"
         ]
 
         async def kill_at_first_ack() -> None:
@@ -187,10 +193,11 @@ def test_a_death_raises_in_every_open_stream(model_dir: Path) -> None:
         await manager.aclose()
 
     asyncio.run(run())
-    assert not psutil.Process().children()
 
 
-def test_a_reply_that_makes_no_sense_ends_the_engine_and_not_the_program(model_dir: Path) -> None:
+def test_a_reply_that_makes_no_sense_ends_the_engine_and_not_the_program(
+    model_dir: Path, new_children: Children
+) -> None:
     async def run() -> None:
         manager = FrontendManager(model=str(model_dir))
         await manager.start()
@@ -202,7 +209,7 @@ def test_a_reply_that_makes_no_sense_ends_the_engine_and_not_the_program(model_d
         with pytest.raises(RequestFailedError, match="99"):
             async for _ in manager.wait_for_ack(uid):
                 pass
-        while psutil.Process().children():
+        while new_children():
             await asyncio.sleep(0.02)
         outbox.close()
         await manager.aclose()
@@ -237,7 +244,6 @@ def test_closing_fails_every_open_stream(model_dir: Path, monkeypatch: pytest.Mo
         await manager.aclose()
 
     asyncio.run(asyncio.wait_for(run(), 60))
-    assert not psutil.Process().children()
 
 
 def test_a_notice_that_cannot_be_handled_ends_the_start_and_not_the_program(
@@ -253,7 +259,6 @@ def test_a_notice_that_cannot_be_handled_ends_the_start_and_not_the_program(
             await FrontendManager(model=str(model_dir)).start()
 
     asyncio.run(asyncio.wait_for(run(), 60))
-    assert not psutil.Process().children()
 
 
 def test_before_its_start_the_manager_says_what_to_do(model_dir: Path) -> None:
@@ -267,7 +272,6 @@ def test_a_model_that_cannot_be_used_is_a_config_error(tmp_path: Path) -> None:
         asyncio.run(FrontendManager(model=str(tmp_path)).start())
     with pytest.raises(ConfigError, match="no such directory"):
         asyncio.run(FrontendManager(ServerConfig(model="/no/such/model")).start())
-    assert not psutil.Process().children()
 
 
 def test_a_start_that_is_given_up_leaves_nothing(
@@ -281,15 +285,13 @@ def test_a_start_that_is_given_up_leaves_nothing(
 
     with pytest.raises(TimeoutError):
         asyncio.run(run())
-    assert not psutil.Process().children()
 
 
-def test_close_works_without_an_event_loop(model_dir: Path) -> None:
+def test_close_works_without_an_event_loop(model_dir: Path, new_children: Children) -> None:
     manager = FrontendManager(model=str(model_dir))
     asyncio.run(manager.start())
-    assert len(psutil.Process().children()) == 3
+    assert len(new_children()) == 3
     manager.close()
-    assert not psutil.Process().children()
 
 
 @pytest.mark.parametrize("how", ["script", "stdin"])

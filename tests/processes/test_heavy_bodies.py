@@ -13,6 +13,8 @@ from tests.support.heavy_bodies import BODIES, MAX_BYTES
 from tests.support.server_process import ServerProcess, running
 from tests.support.stream_watch import StreamWatch
 
+pytestmark = pytest.mark.timed
+
 MAX_ADDED_GAP_S = 0.05
 MAX_PROBE_S = 0.05
 # Other work on the machine adds to the time of any run, never takes away, so the best of some runs

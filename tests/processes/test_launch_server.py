@@ -120,6 +120,7 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence_and_status_2(tmp_path: Pa
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.timed
 def test_a_taken_port_is_told_before_anything_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 
 from minisrv.supervision.records import FIRST_EPOCH
 from minisrv.wire.sockets import INBOX_BYTES, Epoch, Outbox
 from tests.support.scripted_backend import reply
 from tests.support.server_process import open_requests, running, wait_until
+
+pytestmark = pytest.mark.timed
 
 MIB = 2**20
 

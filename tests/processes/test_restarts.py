@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def test_requests_survive_the_death_of_a_process(
         server.assert_nothing_is_left()
 
 
+@pytest.mark.timed
 def test_a_killed_frontend_comes_back_without_its_requests(
     model_dir: Path, socket_dir: Path
 ) -> None:
@@ -181,7 +183,11 @@ def test_all_ranks_start_again_after_the_death_of_one(kind: str, socket_dir: Pat
         server.assert_nothing_is_left()
 
 
-def test_an_embedded_frontend_resumes_too(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_embedded_frontend_resumes_too(
+    model_dir: Path,
+    new_children: Callable[[], list[psutil.Process]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from minisrv.supervision import supervisor
 
     monkeypatch.setitem(supervisor.MODULES, "scheduler", "tests.support.hash_scheduler")
@@ -191,9 +197,7 @@ def test_an_embedded_frontend_resumes_too(model_dir: Path, monkeypatch: pytest.M
             uid = manager.new_user()
             manager.send_one(message(uid, max_tokens=2000))
             (process,) = [
-                p
-                for p in psutil.Process().children()
-                if p.cmdline()[-1] == "tests.support.hash_scheduler"
+                p for p in new_children() if p.cmdline()[-1] == "tests.support.hash_scheduler"
             ]
             text = ""
             async for ack in manager.wait_for_ack(uid):
@@ -204,7 +208,7 @@ def test_an_embedded_frontend_resumes_too(model_dir: Path, monkeypatch: pytest.M
             assert manager.registry.restarts == {"scheduler": 1}
 
     asyncio.run(asyncio.wait_for(run(), 60))
-    assert not psutil.Process().children()
+    assert not new_children()
 
 
 def test_a_request_that_ends_the_engine_is_given_up_and_no_other(

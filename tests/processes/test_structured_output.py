@@ -183,6 +183,7 @@ def test_stop_strings_and_seeds_work_beside_a_grammar(client: openai.OpenAI) -> 
     assert re.fullmatch("[a-z]{2}", stopped.choices[0].message.content or "")
 
 
+@pytest.mark.timed
 def test_a_hostile_schema_is_a_400_and_stops_nobody(server: ServerProcess) -> None:
     multiples = [{"multipleOf": 9973}, {"multipleOf": 9967}]
     schema = {"type": "integer", "allOf": multiples}

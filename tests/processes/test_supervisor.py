@@ -84,6 +84,7 @@ class Run:
         self.notices: list[Notice] = []
         self.times: list[float] = []
         self.error: MinisrvError | None = None
+        self._others = set(psutil.Process().children())
         self.supervisor = Supervisor(config, on_notice=self._note)
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -107,11 +108,14 @@ class Run:
             assert time.monotonic() < deadline, self.notices
             time.sleep(0.002)
 
+    def children(self) -> list[psutil.Process]:
+        return [child for child in psutil.Process().children() if child not in self._others]
+
     def join(self) -> Run:
         """Wait for the end, after which nothing may be left."""
         self._thread.join(60)
         assert not self._thread.is_alive()
-        assert not psutil.Process().children()
+        assert not self.children()
         assert not self.supervisor.run_dir.exists()
         return self
 
@@ -126,7 +130,7 @@ def test_it_is_ready_when_all_children_are_and_stops_when_told(
     ready = run.wait_for(EngineReady)
     assert isinstance(ready, EngineReady)
     assert ready.facts["num_pages"] == 7
-    assert len(psutil.Process().children()) == 4
+    assert len(run.children()) == 4
     assert run.supervisor.run_dir.stat().st_mode & 0o777 == 0o700
     run.supervisor.stop()
     assert run.join().error is None
@@ -149,6 +153,7 @@ def test_progress_is_passed_on_in_steps_of_a_percent(children: Children, model_d
     assert len(progress) < 120
 
 
+@pytest.mark.timed
 def test_a_death_is_noticed_within_100_ms(children: Children, model_dir: Path) -> None:
     children()
     delays = []
@@ -214,14 +219,14 @@ def test_a_stop_during_the_start_ends_all(children: Children, model_dir: Path) -
 
 
 def test_a_stop_before_the_start_and_after_the_end_does_no_harm(
-    children: Children, model_dir: Path
+    children: Children, model_dir: Path, new_children: Callable[[], list[psutil.Process]]
 ) -> None:
     children()
     early = Supervisor(ServerConfig(model=str(model_dir)))
     early.stop()
     early.run()
     early.stop()
-    assert not psutil.Process().children()
+    assert not new_children()
 
 
 def test_a_tokenizer_is_converted_before_the_others_start(
@@ -304,7 +309,7 @@ def test_a_child_ignores_the_signals_that_stop_a_server(
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(ready.facts["pid"], number)
     time.sleep(0.2)
-    assert len(psutil.Process().children()) == 3
+    assert len(run.children()) == 3
     run.supervisor.stop()
     assert run.join().error is None
 

@@ -211,6 +211,7 @@ async def _signal_twice(server: ServerProcess, maker: RequestMaker, rng: random.
     return seconds
 
 
+@pytest.mark.timed
 def test_a_stop_under_load_loses_nothing(
     model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -219,6 +220,7 @@ def test_a_stop_under_load_loses_nothing(
         assert result.accepted > 0
 
 
+@pytest.mark.timed
 def test_a_second_signal_under_load_ends_the_server(model_dir: Path, socket_dir: Path) -> None:
     assert second_signal(model_dir, socket_dir, 0) < 2
 

@@ -124,6 +124,7 @@ def num_open(server: ServerProcess) -> int:
     return int(load["num_open_reqs"])
 
 
+@pytest.mark.timed
 def test_some_hostile_inputs_are_refused_and_disturb_nobody(socket_dir: Path) -> None:
     fuzz(socket_dir, scale=0.01, num_grammars=6)
 

@@ -20,6 +20,7 @@ from tests.soak.real_requests import (
     stop_requests,
 )
 from tests.soak.scale import SEED, scaled
+from tests.support.oracle import load_reference
 from tests.support.server_process import ServerProcess
 
 KINDS = ("scheduler", "detokenizer", "tokenizer", "frontend")
@@ -56,10 +57,11 @@ def endure(
         starts = StartWatch(server)
         server.wait_until_ready()
         host, port = server.url.removeprefix("http://").split(":")
+        address, model = (host, int(port)), load_reference(checkpoint)
         requests = make_requests(rng)
-        uvloop.run(run_uncut((host, int(port)), requests))
+        uvloop.run(run_uncut(address, requests, model, rng))
         stops = stop_requests(requests[1])
-        uvloop.run(run_uncut((host, int(port)), stops))
+        uvloop.run(run_uncut(address, stops, model, rng))
         load = KillLoad(server, [*requests, *stops], rng)
         uvloop.run(load.run(faults))
         print(f"\n{load.num_replies} replies as without faults; {len(load.differences)} others")

@@ -7,6 +7,7 @@ the draw, up to TOLERANCE.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -88,6 +89,34 @@ def probabilities(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         warpers.append(MinPLogitsWarper(params.min_p))
     # Below the best, so that no temperature makes infinities of finite scores.
     return warpers(None, scores[None] - scores.max())[0].softmax(-1)
+
+
+@torch.inference_mode()
+def closest_call(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    params: SamplingParams,
+    choice: int = 0,
+) -> float:
+    """How much an error may change a probability or a logit before any token becomes another.
+
+    That is the least distance of a draw from the borders of its token; for a temperature of 0, of
+    the best logit from the second.
+    """
+    logits = model(torch.tensor([[*prompt, *output]])).logits[0, len(prompt) - 1 : -1]
+    least = math.inf
+    for i, token in enumerate(output):
+        scores = adjusted_logits(logits[i], prompt, output[:i], params)
+        if not params.temperature:
+            best, second = scores.topk(2).values.tolist()
+            least = min(least, best - second)
+            continue
+        assert params.seed is not None
+        probs = probabilities(scores, params)
+        high, draw = float(probs.cumsum(-1)[token]), uniform(params.seed, choice, len(prompt) + i)
+        least = min(least, high - draw, draw - (high - float(probs[token])))
+    return least
 
 
 @torch.inference_mode()

@@ -55,8 +55,11 @@ def whole_reply(
     timings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The body of a reply that is not streamed, from one event without a failure per choice."""
-    choices: list[Choice] = []
-    for event in sorted(events, key=lambda event: event.index):
-        renderer.usage.count(event)
-        choices.append((event, ChoiceReader(request.calls).read(event)))
-    return renderer.whole(choices, timings)
+    ordered = sorted(events, key=lambda event: event.index)
+    return renderer.whole([read_choice(request, renderer, event) for event in ordered], timings)
+
+
+def read_choice(request: GenerationRequest, renderer: Renderer, event: Event) -> Choice:
+    """Count a choice's only event, and read its pieces."""
+    renderer.usage.count(event)
+    return event, ChoiceReader(request.calls).read(event)

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from minisrv import log
 from minisrv.errors import MinisrvError
 from minisrv.frontend.generation.event_reader import ChoiceReader
-from minisrv.frontend.generation.renderer import Renderer, whole_reply
+from minisrv.frontend.generation.renderer import Renderer, read_choice
 from minisrv.frontend.generation.request import GenerationRequest
 from minisrv.frontend.generation.timings import RequestTimings
 from minisrv.frontend.http.access import key_number_of
@@ -34,7 +34,7 @@ logger = logging.getLogger("minisrv.frontend")
 
 FIRST_PING_S = 5.0
 PING_S = 15.0
-PROMPTS_AT_ONCE = 64  # sent to the tokenizers before other requests run
+CHOICES_AT_ONCE = 64  # sent to the tokenizers, or read, before other requests run
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class _GenerationResponse(Response):
             key = key_number_of(scope)
             for i, message in enumerate(self._request.tokenize_messages(base), 1):
                 self._registry.send(replace(message, key=key) if key else message)
-                if i % PROMPTS_AT_ONCE == 0:
+                if i % CHOICES_AT_ONCE == 0:
                     await asyncio.sleep(0)
             if self._request.reply.stream:
                 await self._send_stream(send, base)
@@ -118,8 +118,13 @@ class _GenerationResponse(Response):
         events = await self._registry.all_events(base)
         self._count(events)
         self._raise_failure(events)
-        reply = whole_reply(self._request, self._renderer, events, self._shown_timings())
-        if len(events) > PROMPTS_AT_ONCE:  # others run before thousands of choices are written
+        choices = []
+        for i, event in enumerate(sorted(events, key=lambda event: event.index), 1):
+            choices.append(read_choice(self._request, self._renderer, event))
+            if i % CHOICES_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        reply = self._renderer.whole(choices, self._shown_timings())
+        if len(choices) > CHOICES_AT_ONCE:  # others run before thousands of choices are written
             await asyncio.sleep(0)
         body = json_bytes(reply)
         self.headers["content-length"] = str(len(body))
