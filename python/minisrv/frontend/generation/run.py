@@ -25,7 +25,7 @@ from minisrv.frontend.generation.timings import RequestTimings
 from minisrv.frontend.http.access import key_number_of
 from minisrv.frontend.http.context import CLIENT_GONE, context_of
 from minisrv.frontend.http.protocol import drop_connection_of
-from minisrv.frontend.http.sse import json_bytes
+from minisrv.frontend.http.sse import encode_json, json_bytes
 from minisrv.frontend.registry.open_request import RequestAborted
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.wire.events import Event, failure_error
@@ -68,7 +68,9 @@ class _GenerationResponse(Response):
         self._registry = runner.registry
         self._request = request
         self._renderer = renderer
-        self._readers = [ChoiceReader(request.calls) for _ in range(request.num_choices)]
+        self._readers = [
+            ChoiceReader(request.calls) for _ in range(request.num_choices * request.reply.stream)
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the reply. Raises MinisrvError for a failure before any output."""
@@ -118,18 +120,24 @@ class _GenerationResponse(Response):
         events = await self._registry.all_events(base)
         self._count(events)
         self._raise_failure(events)
-        choices = []
-        for i, event in enumerate(sorted(events, key=lambda event: event.index), 1):
-            choices.append(read_choice(self._request, self._renderer, event))
-            if i % CHOICES_AT_ONCE == 0:
-                await asyncio.sleep(0)
-        reply = self._renderer.whole(choices, self._shown_timings())
-        if len(choices) > CHOICES_AT_ONCE:  # others run before thousands of choices are written
-            await asyncio.sleep(0)
-        body = json_bytes(reply)
+        body = await self._whole_body(sorted(events, key=lambda event: event.index))
         self.headers["content-length"] = str(len(body))
         await self._start(send, ended=True)
         await _send_body(send, body)
+
+    async def _whole_body(self, events: list[Event]) -> bytes:
+        """The body of the whole reply; others run before the next of thousands of choices."""
+        timings, reply, written = self._shown_timings(), {}, []
+        for start in range(0, len(events), CHOICES_AT_ONCE):
+            part = events[start : start + CHOICES_AT_ONCE]
+            choices = [read_choice(self._request, self._renderer, event) for event in part]
+            reply = self._renderer.whole(choices, timings)
+            if len(events) > CHOICES_AT_ONCE:
+                written.append(encode_json(reply.pop("choices"))[1:-1])
+                await asyncio.sleep(0)
+        if not written:
+            return json_bytes(reply)
+        return f'{encode_json(reply)[:-1]},"choices":[{",".join(written)}]}}'.encode()
 
     async def _send_stream(self, send: Send, base: int) -> None:
         events = await self._registry.next_events(base, FIRST_PING_S)

@@ -5,6 +5,7 @@ Sources: requests as they end, HTTP responses, the registry, and the scheduler's
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Callable, Iterator
 
@@ -99,8 +100,9 @@ class ServerMetrics(Collector):
     def count_request(self, timings: RequestTimings) -> None:
         """Count a generation that has ended, however it ended."""
         finished = [choice for choice in timings.choices.values() if choice.finish_reason]
+        for reason, count in collections.Counter(c.finish_reason for c in finished).items():
+            self._count_end(reason, count)
         for choice in finished:
-            self._count_end(choice.finish_reason)
             self._observe("request_prompt_tokens", choice.start.prompt_tokens)
             self._observe("request_generation_tokens", choice.output_tokens)
             if choice.output_tokens > 1 and choice.decode_s is not None:
