@@ -26,7 +26,10 @@ SERVER_TESTS = {
     "processes": ["tests/processes"],
 }
 TESTS = {
-    "parity": ["tests/exactness/test_transformers_parity.py"],
+    "parity": [
+        *("tests/exactness/test_transformers_parity.py", "tests/exactness/test_device_runner.py"),
+        "tests/exactness/test_tensor_parallel.py",
+    ],
     "sampling": ["tests/exactness/test_sampled_texts.py", "tests/exactness/test_seeds.py"],
     "grammars": ["tests/exactness/test_grammar_draws.py", "tests/structured_output"],
     "streams": ["tests/frontend"],

@@ -126,7 +126,7 @@ def test_a_batch_that_is_killed_at_any_time_goes_on_where_it_stopped(
     arguments, rng = command(model_dir, source, target), random.Random(5)
     with running(arguments, target.exists) as process:
         killed_while_it_loads(process, target)
-    for stop in (cut_in_a_line, killed_after(0.0), killed_after(rng.uniform(0.05, 0.2))):
+    for stop in (cut_in_a_line, killed_after(rng.uniform(0.0, 0.2))):
         before = size_of(target)
         with running(arguments, lambda size=before: size_of(target) > size) as process:
             stop(process, target)

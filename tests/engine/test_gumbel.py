@@ -17,7 +17,7 @@ from tests.support.step_driver import sampling_columns
 def test_draws_follow_the_filtered_probabilities(
     case: dict[str, float],
 ) -> None:
-    count = 20_000
+    count = 10_000
     logits, positions = random_logits(1, seed=3), np.arange(count)
     columns = sampling_columns(count, temperature=0.9, seeds=7, **case)
     drawn = expected(logits.repeat(count, 1), columns, positions)

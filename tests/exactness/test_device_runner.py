@@ -65,8 +65,16 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **variant)
 
 
-@pytest.mark.parametrize(("overlap_depth", "page_size"), [(0, 1), (1, 16)])
-@pytest.mark.parametrize("largest", [0, 6, 256])
+@pytest.mark.parametrize(
+    ("overlap_depth", "page_size", "largest"),
+    [
+        *((0, 1, 0), (1, 16, 6), (0, 1, 256)),
+        *(
+            pytest.param(*rest, marks=pytest.mark.soak)
+            for rest in [(1, 16, 0), (0, 1, 6), (1, 16, 256)]
+        ),
+    ],
+)
 def test_tokens_equal_those_of_transformers(
     checkpoint: Path,
     overlap_depth: int,

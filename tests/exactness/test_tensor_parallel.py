@@ -62,7 +62,10 @@ class Case:
     ("architecture", "variant", "tp"),
     [
         ("llama", {"num_key_value_heads": 1, "vocab_size": 385}, 2),
-        ("qwen2", {"tie_word_embeddings": True, "vocab_size": 387}, 4),
+        ("qwen2", {"tie_word_embeddings": True, "vocab_size": 387}, 2),
+        pytest.param(
+            *("qwen2", {"tie_word_embeddings": True, "vocab_size": 387}, 4), marks=pytest.mark.soak
+        ),
         ("qwen3", {}, 2),
         ("qwen3_moe", {}, 2),
     ],

@@ -166,7 +166,9 @@ def test_a_stop_while_the_frontend_is_dead_ends_the_server(
         server.assert_nothing_is_left()
 
 
-@pytest.mark.parametrize("kind", ["engine.parallel", "scheduler"])
+@pytest.mark.parametrize(
+    "kind", ["engine.parallel", pytest.param("scheduler", marks=pytest.mark.soak)]
+)
 def test_all_ranks_start_again_after_the_death_of_one(kind: str, socket_dir: Path) -> None:
     with running(*REAL, tmp_dir=socket_dir, hash_engine=False) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
