@@ -133,7 +133,7 @@ def test_a_shard_has_its_rows_or_columns(name: str) -> None:
 
 
 def test_a_shard_of_part_of_a_group_is_refused() -> None:
-    with pytest.raises(ConfigError, match="columns 24 to 48 .* cannot be divided; lower --tp"):
+    with pytest.raises(ConfigError, match=r"columns 24 to 48 .* cannot be divided; lower --tp"):
         shard(read("Q8_0", 4, 512), Shard(1, 24, 24))
     with pytest.raises(ConfigError, match="cannot be divided"):
         shard(read("Q4_0", 4, 512), Shard(1, 16, 48))

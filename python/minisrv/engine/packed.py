@@ -52,7 +52,9 @@ class PackedMatrix:
 
     @property
     def groups_per_super(self) -> int:
-        return 1 if self.super_scales is None else self.scales.shape[1] // self.super_scales.shape[1]
+        return (
+            1 if self.super_scales is None else self.scales.shape[1] // self.super_scales.shape[1]
+        )
 
     @property
     def format(self) -> tuple[object, ...]:

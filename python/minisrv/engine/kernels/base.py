@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisrv.engine.forward_batch import SamplingColumns
+from minisrv.engine.packed import PackedMatrix
 from minisrv.wire.arrays import Int64Array
 
 
@@ -90,6 +91,19 @@ class PlainProduct:
         return F.linear(x_TI, self.weight_OI, self.bias_O)
 
 
+class PackedProduct(Protocol):
+    """x_TI -> a new x_TI @ matrix.T + bias_O, contiguous, for a matrix that stays packed."""
+
+    def __call__(self, x_TI: Tensor, /) -> Tensor: ...
+
+    def rows(self, ids_N: Tensor, dtype: torch.dtype) -> Tensor:
+        """A new [N, I]: N rows of the matrix, without the bias. ids_N: int64."""
+
+
+# matrix, bias_O, dtype of the results -> their product, or None if the matrix does not suit.
+MakePackedProduct = Callable[[PackedMatrix, Tensor | None, torch.dtype], PackedProduct | None]
+
+
 class SmallBatchKernels(Protocol):
     """Products of a layer for few tokens, each joined with the work before and after it."""
 
@@ -125,6 +139,7 @@ class Kernels(Protocol):
     sample: SampleRows | None
     run_experts: RunExperts | None
     make_product: MakeProduct | None
+    make_packed_product: MakePackedProduct | None
     small_batch: SmallBatchKernels | None
 
     def add_rms_norm_(self, x_TC: Tensor, delta: Tensor | None, w_C: Tensor, eps: float) -> Tensor:

@@ -18,32 +18,11 @@
 #include <immintrin.h>
 #endif
 
+#include "bf16.h"
+
 namespace {
 
 constexpr long kParallelWork = 32768;  // elements; with fewer, waking threads costs more than it saves
-
-struct bf16 {
-  uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-
-inline float load(bf16 x) {
-  const uint32_t word = uint32_t(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &word, sizeof value);
-  return value;
-}
-
-inline void store(float& to, float value) { to = value; }
-
-// Round to nearest, ties to even.
-inline void store(bf16& to, float value) {
-  uint32_t word;
-  std::memcpy(&word, &value, sizeof word);
-  const uint32_t rounded = word + 0x7fff + ((word >> 16) & 1);
-  to.bits = uint16_t((value != value ? 0x7fc00000u : rounded) >> 16);
-}
 
 inline void convert(float& to, float value) { to = value; }
 inline void convert(float& to, bf16 value) { to = load(value); }

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from minisrv.engine.kernels.base import (
     CacheSlots,
+    MakePackedProduct,
     MakeProduct,
+    PackedProduct,
     PenaltyColumns,
     Product,
     QKNormWeights,
@@ -28,7 +30,9 @@ from minisrv.engine.kernels.base import (
     SmallBatchKernels,
 )
 from minisrv.engine.kernels.compiler import load_library
+from minisrv.engine.kernels.packed import PanelProduct, can_pack, load_packed_library
 from minisrv.engine.kernels.torch_native import route
+from minisrv.engine.packed import PackedMatrix
 
 DTYPES = (torch.float32, torch.bfloat16)
 ATTENTION_HEAD_DIMS = (16, 32, 64, 80, 96, 128)
@@ -80,6 +84,7 @@ class CpuKernels:
     def __init__(self, library: CDLL, dtype: torch.dtype, num_threads: int) -> None:
         self.num_threads = num_threads
         self.make_product: MakeProduct | None = self._make_product
+        self.make_packed_product: MakePackedProduct | None = self._make_packed_product
         suffix = str(dtype).removeprefix("torch.")
         functions = [_function(library, f"{n}_{suffix}", a) for n, a in _ARGUMENTS.items()]
         self._add_rms_norm, self._silu_and_mul, self._norm_rotate_store = functions[:3]
@@ -110,6 +115,14 @@ class CpuKernels:
             return out_TO
 
         return product
+
+    def _make_packed_product(
+        self, matrix: PackedMatrix, bias_O: Tensor | None, out_dtype: torch.dtype
+    ) -> PackedProduct | None:
+        library = load_packed_library()
+        if library is None or not can_pack(matrix):
+            return None
+        return PanelProduct(library, matrix, bias_O, out_dtype, lambda: self.num_threads)
 
     def add_rms_norm_(self, x_TC: Tensor, delta: Tensor | None, w_C: Tensor, eps: float) -> Tensor:
         assert x_TC.is_contiguous()

@@ -11,6 +11,7 @@ from minisrv.engine.flashinfer_library import import_flashinfer
 from minisrv.engine.forward_batch import SamplingColumns
 from minisrv.engine.kernels.base import (
     CacheSlots,
+    MakePackedProduct,
     MakeProduct,
     PenaltyColumns,
     QKNormWeights,
@@ -38,6 +39,7 @@ class CudaKernels:
     """
 
     make_product: MakeProduct | None = None
+    make_packed_product: MakePackedProduct | None = None
 
     def __init__(self, *, joined: bool) -> None:
         self._flashinfer = import_flashinfer()

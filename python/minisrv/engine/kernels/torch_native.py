@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minisrv.engine.kernels.base import (
     CacheSlots,
+    MakePackedProduct,
     MakeProduct,
     PenaltyColumns,
     QKNormWeights,
@@ -27,6 +28,7 @@ class TorchKernels:
     run_experts: RunExperts | None = None
     small_batch: SmallBatchKernels | None = None
     make_product: MakeProduct | None = None
+    make_packed_product: MakePackedProduct | None = None
 
     def add_rms_norm_(self, x_TC: Tensor, delta: Tensor | None, w_C: Tensor, eps: float) -> Tensor:
         if delta is not None:
