@@ -65,6 +65,11 @@ class ServerConfig:
         "auto",
         "small operators on CPU: auto compiles ours on the first start, torch uses PyTorch's",
     )
+    quantization: Literal["none", "int8", "int4"] = option(
+        "none",
+        "on a CPU, round the weights of a checkpoint while it is read: int8 with a scale per 32 "
+        "weights, or int4 for all but the embedding and the head",
+    )
     tp: int = option(1, "tensor-parallel ranks", "--tp-size", "--tensor-parallel-size")
     load_format: Literal["auto", "dummy"] = option(
         "auto", "dummy uses random weights, for benchmarks; needs only config.json"

@@ -24,6 +24,7 @@ from minisrv.engine import model_size
 from minisrv.engine.memory import MemoryPlan, format_size, useful_pages
 from minisrv.engine.model_size import Parameters, count_parameters, kv_bytes_per_token
 from minisrv.engine.parallel.shard import Sharding, check_divisible
+from minisrv.engine.quantization import check_quantization
 from minisrv.errors import ConfigError, MinisrvError
 
 CONTEXT_BYTES = 512 * 2**20  # taken by the driver and the libraries' kernels
@@ -104,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         memory = int(gpu.usable_gib * 2**30) if gpu else parse_size(options.gpu_memory)
         directory = resolve_model(config.model, lambda phase, fraction: None, CONFIG_FILES)
         model = load_model(directory, config.max_seq_len)
+        check_quantization(config, model, "cuda")
         check_divisible(model, config.tp)
     except MinisrvError as error:
         print(f"minisrv: {error.message}", file=sys.stderr)

@@ -33,6 +33,7 @@ from minisrv.engine.model_size import graph_bytes, graph_sizes, largest_graph
 from minisrv.engine.models.registry import BLOCKS
 from minisrv.engine.page_table import PageTable
 from minisrv.engine.parallel.communicator import Communicator, PeerFailedError
+from minisrv.engine.quantization import check_quantization
 from minisrv.engine.sampling.adjust import LogitAdjuster
 from minisrv.engine.step_buffer import StepLimits
 from minisrv.engine.threads import ThreadGovernor, usable_cores
@@ -220,6 +221,8 @@ def _set_threads(kernels: Kernels, num_threads: int) -> None:
 def _describe_placement(config: ServerConfig, model_config: ModelConfig, weights: Weights) -> str:
     """Such as "bfloat16 on cuda, 2 ranks"."""
     placement = f"{str(weights.dtype).removeprefix('torch.')} on {weights.device.type}"
+    if config.quantization != "none":
+        placement += f", {config.quantization} weights"
     if model_config.fp8 is not None:
         placement += ", FP8 products" if weights.keeps_fp8 else ", dequantized from FP8"
     return placement if config.tp == 1 else f"{placement}, {config.tp} ranks"
@@ -243,16 +246,18 @@ def _open_weights(
     device: torch.device,
     progress: Progress,
 ) -> Weights:
+    check_quantization(config, model_config, device.type)
     name = model_config.dtype if config.dtype == "auto" else config.dtype
     dtype = None if name is None else getattr(torch, name)
     if config.load_format == "dummy":
-        return DummyWeights(dtype=dtype, device=device)
+        return DummyWeights(dtype=dtype, device=device, quantization=config.quantization)
     return CheckpointWeights(
         model_dir,
         dtype=dtype,
         device=device,
         fp8=model_config.fp8,
         keep_fp8=keeps_fp8(config, device, dtype),
+        quantization=config.quantization,
         progress=progress,
     )
 

@@ -17,9 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minisrv.checkpoint.model_config import Fp8Config
+from minisrv.checkpoint.own_head import EMBEDDING_NAME, HEAD_NAME
 from minisrv.engine.fp8 import DTYPES as FP8_DTYPES
 from minisrv.engine.fp8 import SCALE_SUFFIXES, Fp8Matrix, read_matrix
+from minisrv.engine.packed import PackedMatrix, can_round, round_int4, round_int8
 from minisrv.engine.parallel.shard import Shard
+from minisrv.engine.quantization import Quantization
 from minisrv.errors import ConfigError
 
 logger = logging.getLogger("minisrv.engine")
@@ -31,6 +34,7 @@ _INDEX = "model.safetensors.index.json"
 _NOT_PARAMETERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
 _CACHE_SCALES = re.compile(r"\.[kv]_scale$")
 _ACTIVATION_SCALES = re.compile(r"\.(input|activation|k|v|q)_scale$")
+_ROUTER = re.compile(r"\.mlp\.gate\.weight$")
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -42,6 +46,7 @@ class Weights(Protocol):
     num_bytes: int  # loaded so far
     has_cache_scales: bool  # the checkpoint has scales for an FP8 KV cache
     keeps_fp8: bool  # FP8 matrices are not dequantized
+    packs: bool  # matrices may be packed, the embedding and the head, too
 
     def load_tensor(
         self, name: str, shape: Sequence[int], shard: Shard | None = None
@@ -50,8 +55,8 @@ class Weights(Protocol):
 
     def load_matrix(
         self, name: str, shape: Sequence[int], shard: Shard | None = None
-    ) -> torch.Tensor | Fp8Matrix:
-        """As `load_tensor`, but an FP8 matrix stays FP8 if `keeps_fp8`."""
+    ) -> torch.Tensor | Fp8Matrix | PackedMatrix:
+        """As `load_tensor`, but an FP8 matrix stays FP8 if `keeps_fp8`, and may be packed."""
 
     def has_own(self, name: str, tied_to: str) -> bool:
         """Whether `name`, tied to another tensor by config.json, has values of its own."""
@@ -65,6 +70,7 @@ class CheckpointWeights:
 
     FP8 weights are multiplied by their scales, or with `keep_fp8` returned together with them.
     Scales of activations are skipped, because they are computed in each step where they are needed.
+    With `quantization` matrices are rounded one by one while they are read.
     Raises ConfigError for missing or broken files, wrong shapes, and missing or unexpected names.
     """
 
@@ -76,10 +82,12 @@ class CheckpointWeights:
         device: torch.device,
         fp8: Fp8Config | None = None,
         keep_fp8: bool = False,
+        quantization: Quantization = "none",
         progress: Progress = lambda stage, fraction: None,
     ) -> None:
         self.device, self.num_bytes = device, 0
         self._fp8, self.keeps_fp8 = fp8, keep_fp8
+        self._quantization, self.packs = quantization, quantization != "none"
         self._file_of = _files_by_tensor(directory)
         self.has_cache_scales = any(_CACHE_SCALES.search(name) for name in self._file_of)
         self.dtype = dtype or self._stored_dtype()
@@ -88,6 +96,7 @@ class CheckpointWeights:
             self._left = {name for name in self._left if not _ACTIVATION_SCALES.search(name)}
         self._num_tensors = max(1, len(self._left))
         self._missing: list[str] = []
+        self._unrounded: list[str] = []
         self._progress = progress
 
     def load_tensor(
@@ -102,15 +111,17 @@ class CheckpointWeights:
 
     def load_matrix(
         self, name: str, shape: Sequence[int], shard: Shard | None = None
-    ) -> torch.Tensor | Fp8Matrix:
-        if not self.keeps_fp8:
+    ) -> torch.Tensor | Fp8Matrix | PackedMatrix:
+        if not (self.keeps_fp8 or self.packs):
             return self.load_tensor(name, shape, shard)
-        matrix = self._read(name, shape, shard)
+        matrix = _rounded(name, self._read(name, shape, shard), self._quantization)
         if isinstance(matrix, torch.Tensor):
+            if self.packs and not _ROUTER.search(name):
+                self._unrounded.append(name)
             self.num_bytes += matrix.numel() * self.dtype.itemsize
             return matrix.to(device=self.device, dtype=self.dtype, copy=True)
         self.num_bytes += matrix.num_bytes
-        return matrix.to(self.device)
+        return matrix if isinstance(matrix, PackedMatrix) else matrix.to(self.device)
 
     def has_own(self, name: str, tied_to: str) -> bool:
         """As transformers: a tied tensor in the files counts unless it equals the other one."""
@@ -158,6 +169,11 @@ class CheckpointWeights:
         ]
         if problems:
             raise ConfigError(f"the checkpoint {' and '.join(problems)}")
+        if self._unrounded:
+            logger.warning(
+                "the rows of %s are not a multiple of 32 long and are not rounded",
+                _listing(self._unrounded),
+            )
         self._file_of.clear()
 
     def _fp8_matrix(
@@ -190,9 +206,16 @@ class CheckpointWeights:
 class DummyWeights:
     """Random weights of any shape from a fixed seed, for benchmarks."""
 
-    def __init__(self, *, dtype: torch.dtype | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        quantization: Quantization = "none",
+    ) -> None:
         self.dtype, self.device, self.num_bytes = dtype or torch.bfloat16, device, 0
         self.has_cache_scales = self.keeps_fp8 = False
+        self._quantization, self.packs = quantization, quantization != "none"
         self._generator = torch.Generator(device).manual_seed(0)
 
     def load_tensor(
@@ -210,14 +233,30 @@ class DummyWeights:
 
     def load_matrix(
         self, name: str, shape: Sequence[int], shard: Shard | None = None
-    ) -> torch.Tensor | Fp8Matrix:
-        return self.load_tensor(name, shape, shard)
+    ) -> torch.Tensor | Fp8Matrix | PackedMatrix:
+        tensor = self.load_tensor(name, shape, shard)
+        matrix = _rounded(name, tensor, self._quantization)
+        if isinstance(matrix, PackedMatrix):
+            self.num_bytes += matrix.num_bytes - tensor.nbytes
+        return matrix
 
     def has_own(self, name: str, tied_to: str) -> bool:
         return False
 
     def finish(self) -> None:
         """Nothing to check."""
+
+
+def _rounded(
+    name: str, matrix: torch.Tensor | Fp8Matrix, quantization: Quantization
+) -> torch.Tensor | Fp8Matrix | PackedMatrix:
+    """Rounded; unless the rows are no whole groups, or it is a router, which picks the experts."""
+    if quantization == "none" or isinstance(matrix, Fp8Matrix):
+        return matrix
+    if _ROUTER.search(name) or not can_round(matrix):
+        return matrix
+    is_end = name in (EMBEDDING_NAME, HEAD_NAME)
+    return round_int8(matrix) if quantization == "int8" or is_end else round_int4(matrix)
 
 
 def _index(shard: Shard) -> tuple[slice, ...]:

@@ -9,9 +9,10 @@ kernels' own product, which is several times faster than torch's without these i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import TypeGuard
 
 import torch
@@ -27,6 +28,9 @@ from minisrv.engine.kernels.base import (
     SmallBatchKernels,
 )
 from minisrv.engine.layers.fp8_linear import Fp8Linear, can_multiply
+from minisrv.engine.layers.packed_linear import SideBySide, make_packed_product
+from minisrv.engine.packed import PackedMatrix
+from minisrv.engine.packed import join as join_packed
 from minisrv.engine.parallel.shard import Shard, Sharding
 from minisrv.engine.weights import Weights
 
@@ -51,7 +55,7 @@ def make_float32_product(kernels: Kernels, weight_OI: Tensor) -> Float32Product:
     if kernels.make_product is not None:
         product = kernels.make_product(weight_OI, None, torch.float32)
         if product is not None:
-            return partial(_store, product)
+            return as_float32_product(product)
     if weight_OI.dtype is torch.float32:
         return lambda x_TI, out_TO: torch.mm(x_TI, weight_OI.t(), out=out_TO)
     if weight_OI.is_cuda:
@@ -59,10 +63,14 @@ def make_float32_product(kernels: Kernels, weight_OI: Tensor) -> Float32Product:
             x_TI, weight_OI.t(), out_dtype=torch.float32, out=out_TO
         )
     parts = torch.split(weight_OI, _ROWS_IN_FLOAT32)
-    return partial(
-        _store,
-        lambda x_TI: torch.cat([F.linear(x_TI.float(), part.float()) for part in parts], -1),
+    return as_float32_product(
+        lambda x_TI: torch.cat([F.linear(x_TI.float(), part.float()) for part in parts], -1)
     )
+
+
+def as_float32_product(product: Product) -> Float32Product:
+    """Of one whose results are in float32."""
+    return partial(_store, product)
 
 
 def _store(product: Product, x_TI: Tensor, out_TO: Tensor | None) -> Tensor:
@@ -127,16 +135,45 @@ def has_joined(product: Product, kernels: SmallBatchKernels) -> TypeGuard[PlainP
 
 def _linear(
     kernels: Kernels,
-    parts: Sequence[Tensor | Fp8Matrix],
+    parts: Sequence[Tensor | Fp8Matrix | PackedMatrix],
     bias_O: Tensor | None,
     dtype: torch.dtype,
 ) -> Product:
-    """The parts as one matrix, in FP8 if all of them are and there is a kernel for it."""
+    """The parts as one matrix, in FP8 if all of them are and there is a kernel for it.
+
+    If there are packed ones, each run of parts of one format is a product of its own.
+    """
+    if any(isinstance(part, PackedMatrix) for part in parts):
+        products = list(_products_of_runs(kernels, parts, bias_O, dtype))
+        return products[0] if len(products) == 1 else SideBySide(products)
     stored = [part for part in parts if isinstance(part, Fp8Matrix)]
     kinds = {(part.group, part.values_OI.dtype) for part in stored}
     if len(stored) == len(parts) and len(kinds) == 1:
         matrix = join(stored)
         if can_multiply(matrix):
             return Fp8Linear(matrix, bias_O)
-    plain = [p.dequantized().to(dtype) if isinstance(p, Fp8Matrix) else p for p in parts]
+    plain = [part if isinstance(part, Tensor) else part.dequantized().to(dtype) for part in parts]
     return make_product(kernels, plain[0] if len(plain) == 1 else torch.cat(plain), bias_O)
+
+
+def _products_of_runs(
+    kernels: Kernels,
+    parts: Sequence[Tensor | Fp8Matrix | PackedMatrix],
+    bias_O: Tensor | None,
+    dtype: torch.dtype,
+) -> Iterator[Product]:
+    first = 0
+    for _, run in groupby(parts, lambda x: isinstance(x, PackedMatrix) and x.format):
+        same = list(run)
+        packed = [part for part in same if isinstance(part, PackedMatrix)]
+        outputs = sum(_num_outputs(part) for part in same)
+        bias = None if bias_O is None else bias_O[first : first + outputs]
+        if packed:
+            yield make_packed_product(kernels, join_packed(packed), bias, dtype)
+        else:
+            yield _linear(kernels, same, bias, dtype)
+        first += outputs
+
+
+def _num_outputs(part: Tensor | Fp8Matrix | PackedMatrix) -> int:
+    return part.values_OI.shape[0] if isinstance(part, Fp8Matrix) else part.shape[0]

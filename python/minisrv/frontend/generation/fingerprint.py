@@ -11,7 +11,10 @@ from minisrv.config import ServerConfig
 
 def fingerprint(config: ServerConfig) -> str:
     """A digest of what may change the text of a reply: version, weights and their arithmetic."""
-    names = ("model", "dtype", "device", "attention_backend", "load_format", "tp", "joined_kernels")
+    names = (
+        *("model", "dtype", "quantization", "device", "attention_backend"),
+        *("load_format", "tp", "joined_kernels"),
+    )
     values = json.dumps([getattr(config, name) for name in names])
     digest = hashlib.sha256(values.encode()).hexdigest()[:8]
     return f"minisrv-{version('minisrv')}-{digest}"

@@ -1,0 +1,27 @@
+"""Where `--quantization` applies. Does not import torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from minisrv.checkpoint.model_config import ModelConfig
+from minisrv.config import ServerConfig, flag
+from minisrv.errors import ConfigError
+
+Quantization = Literal["none", "int8", "int4"]
+
+
+def check_quantization(config: ServerConfig, model: ModelConfig, device: str) -> None:
+    """Raise ConfigError if it is given, but not for this device ("cpu", "cuda") or checkpoint."""
+    if config.quantization == "none":
+        return
+    given = f"{flag('quantization')} {config.quantization}"
+    if device != "cpu":
+        raise ConfigError(
+            f"{given} is for CPUs only; on a GPU leave it out or serve an FP8 checkpoint"
+        )
+    if model.fp8 is not None:
+        raise ConfigError(
+            f"{given} rounds bfloat16, float16 and float32 weights, but those of this checkpoint "
+            "are FP8 already; leave it out"
+        )
