@@ -53,6 +53,8 @@ def served(
     finally:
         process.terminate()
         process.wait(20)
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def wait_ready(url: str, process: subprocess.Popen[str]) -> None:

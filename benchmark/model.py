@@ -43,52 +43,6 @@ def make_model(folder: Path, shape: Path | None = None) -> Path:
     return folder
 
 
-def write_gguf(folder: Path) -> Path:
-    """The checkpoint in `folder` as a GGUF file for llama.cpp, in bfloat16; returns its path.
-
-    Needs the package gguf.
-    """
-    import gguf
-
-    path = folder / "model.gguf"
-    if path.exists():
-        return path
-    config = Qwen3Config.from_pretrained(folder)
-    writer = gguf.GGUFWriter(path, "qwen3")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list([*sorted(vocabulary, key=vocabulary.__getitem__), END_OF_TEXT])
-    writer.add_token_types([gguf.TokenType.NORMAL] * len(vocabulary) + [gguf.TokenType.CONTROL])
-    writer.add_token_merges(["a b"])  # llama.cpp wants one
-    writer.add_eos_token_id(config.eos_token_id)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
-    for name, tensor in Qwen3ForCausalLM.from_pretrained(folder).state_dict().items():
-        if name == "lm_head.weight":  # tied
-            continue
-        to = names.get_name(name, try_suffixes=(".weight",))
-        if tensor.dim() == 1:
-            writer.add_tensor(to, tensor.float().numpy())
-        else:
-            bits = tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
-            writer.add_tensor(to, bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def _make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """Bytes first, then filler words: the benchmarks send ids and only need text back."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

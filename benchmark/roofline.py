@@ -75,13 +75,28 @@ def measure_rates(device: torch.device) -> Rates:
     )
 
 
-def ideal(model: ModelConfig, lengths: Sequence[tuple[int, int]], rates: Rates) -> Ideal:
-    """The ideal time of requests that run together; `lengths`: (prompt, output) tokens of each."""
+def measure_read_bandwidth() -> float:
+    """Bytes per second of a plain read loop on the CPU: torch's sum of 1 GiB, with its threads."""
+    source = torch.ones(2**28)
+    return source.nbytes / _best(source.device, source.sum)
+
+
+def ideal(
+    model: ModelConfig,
+    lengths: Sequence[tuple[int, int]],
+    rates: Rates,
+    weight_bytes: float = ITEMSIZE,
+) -> Ideal:
+    """The ideal time of requests that run together; `lengths`: (prompt, output) tokens of each.
+
+    weight_bytes: the mean size of a weight.
+    """
     prompts, outputs = (np.array(column, np.int64) for column in zip(*lengths, strict=True))
     parts = np.zeros(3)
     for step in range(1, int(outputs.max())):
         live = outputs > step
-        parts += decode_step(model, int(live.sum()), int((prompts[live] + step).sum()), rates)
+        cached_tokens = int((prompts[live] + step).sum())
+        parts += decode_step(model, int(live.sum()), cached_tokens, rates, weight_bytes)
     products, cache, activations = parts.tolist()
     return Ideal(
         prefill=_prefill_flops(model, prompts) / rates.flops,
@@ -93,13 +108,17 @@ def ideal(model: ModelConfig, lengths: Sequence[tuple[int, int]], rates: Rates) 
 
 
 def decode_step(
-    model: ModelConfig, batch: int, cached_tokens: int, rates: Rates
+    model: ModelConfig,
+    batch: int,
+    cached_tokens: int,
+    rates: Rates,
+    weight_bytes: float = ITEMSIZE,
 ) -> tuple[float, float, float]:
     """Seconds for products, cache and activations; `cached_tokens` counts the whole batch."""
     parameters = count_parameters(model)
     touched = 1 - (1 - parameters.experts_read) ** batch  # share of the experts, if chosen evenly
     dense = parameters.matrices + parameters.head_products + parameters.vectors
-    read = (dense + parameters.experts * touched) * ITEMSIZE
+    read = (dense + parameters.experts * touched) * weight_bytes
     flops = 2 * (parameters.layer_products + parameters.head_products) * batch
     cache = cached_tokens * kv_bytes_per_token(model, ITEMSIZE, Sharding())
     return (
