@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 
 from minisrv.engine.kernels import compiler
 from minisrv.engine.kernels.base import PackedProduct
 from minisrv.engine.kernels.cpu import CpuKernels, load_cpu_kernels
+from minisrv.engine.kernels.packed import PanelProduct, load_packed_library
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.layers.packed_linear import PackedLinear, make_packed_product
 from minisrv.engine.packed import PackedMatrix, join, round_int4, round_int8, shard
@@ -177,6 +181,7 @@ def test_rows_are_looked_up_in_the_panels(kernels: CpuKernels, name: str) -> Non
     assert ((ours - expected).abs() <= slack).all()
     assert torch.equal(made.rows(ids, torch.bfloat16), ours.bfloat16())
     assert made.rows(ids[:0], torch.float32).shape == (0, 768)
+    assert made(torch.empty(0, 768)).shape == (0, 37)
 
 
 @needs_compiler
@@ -214,3 +219,49 @@ def test_joined_matrices_have_the_outputs_of_each(kernels: CpuKernels) -> None:
     x = inputs(6, 512)
     expected = torch.cat([product(kernels, part)(x) for part in parts], 1)
     assert torch.equal(product(kernels, join(parts))(x), expected)
+
+
+# A model of the instructions, by bits of the vectors.
+EMULATION = """
+#include <immintrin.h>
+#define EMULATE(BITS)                                                                          \\
+  static inline __m##BITS##i emulated##BITS(__m##BITS##i sum, __m##BITS##i w, __m##BITS##i x) { \\
+    typedef int V __attribute__((vector_size(BITS / 8)));                                      \\
+    V total = (V)sum;                                                                          \\
+    for (int shift = 0; shift < 32; shift += 8)                                                \\
+      total += ((V)w >> shift & 255) * ((V)x << (24 - shift) >> 24);                           \\
+    return (__m##BITS##i)total;                                                                \\
+  }
+EMULATE(256)
+EMULATE(512)
+"""
+PATHS = {
+    "portable": "",
+    "avx-vnni": "#define __AVXVNNI__ 1\n#define _mm256_dpbusd_avx_epi32 emulated256\n",
+    "avx512-vnni": "#define __AVX512VNNI__ 1\n#define _mm512_dpbusd_epi32 emulated512\n",
+}
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="for another processor")
+@pytest.mark.parametrize("path", PATHS)
+def test_the_paths_for_other_processors(
+    kernels: CpuKernels, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, original = tmp_path / "paths.cpp", Path(compiler.__file__).with_name("packed.cpp")
+    head = EMULATION + PATHS[path] if PATHS[path] else ""
+    source.write_text(f'{head}#include "{original}"\n')
+    if path == "portable":
+        flags = compiler._FLAGS.replace("native", "x86-64")
+        monkeypatch.setattr(compiler, "_FLAGS", flags)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = load_packed_library(source)
+    assert library is not None
+    torch.manual_seed(6)
+    for name in NAMES:
+        matrix = read(name, 37, 512)
+        made = PanelProduct(library, matrix, None, torch.float32, lambda: 2)
+        for rows in (1, 2, 3, 5, 8, 9, 40):
+            check(made, matrix, inputs(rows, 512))
+        ids = torch.tensor([5])
+        assert torch.allclose(made.rows(ids, torch.float32), matrix.rows(ids))

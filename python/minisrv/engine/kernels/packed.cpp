@@ -16,6 +16,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #ifdef __AVX2__
@@ -28,6 +29,7 @@ namespace {
 
 constexpr long kPanel = 16;      // outputs
 constexpr long kMaxGroups = 16;  // of a block
+constexpr long kAhead = 2048;    // bytes of weights that are fetched ahead of their use
 constexpr long kRounded = 32;    // inputs that are rounded with one scale
 constexpr float kMost = 127, kLeast = 1e-36f;
 
@@ -49,13 +51,29 @@ constexpr long kBias = 128;  // added to signed values, since these instructions
 #else
 constexpr long kBias = 0;
 #endif
+#if defined __AVX2__ && !defined __AVX512VNNI__ && !defined __AVXVNNI__
+constexpr bool kInPairs = true;  // whether small products are summed in 16 bits
+#else
+constexpr bool kInPairs = false;
+#endif
 
 // How the values of the weights are stored.
 enum Values { kNibbles, kSmall /* bytes below 16 */, kBytes };
 
-// The sums of the products of one group. add: `w` are four weights of each lane, `x` four inputs.
-// The number that is added to the sum is given at both
-// ends, as only one of them uses it.
+// Keeps a vector in a register. Without it, GCC reads weights again for every row, and adds the
+// products of a group at its end, for which it has too few registers.
+template <class V>
+inline void keep(V& vector) {
+#ifdef __AVX2__
+  if constexpr (sizeof vector == 32) asm("" : "+x"(vector));
+#else
+  (void)vector;
+#endif
+}
+
+// The sums of the products of one group. begin: with the number that is added to each, or for small
+// values on AVX2 with its two parts as 16-bit numbers, of the inputs 4 i, 4 i + 1 and of the others.
+// add: `w` are four weights of each lane, `x` four inputs.
 template <Values VALUES>
 struct Dot {
   Ints sum;
@@ -65,17 +83,17 @@ struct Dot {
   void add(Words w, Words x) {
     sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
   }
-  Ints total(int32_t) const { return sum; }
+  Ints total() const { return sum; }
 #elif defined __AVXVNNI__
   void begin(int32_t start) { sum = Ints{} + start; }
   void add(Words w, Words x) {
     sum = (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
   }
-  Ints total(int32_t) const { return sum; }
+  Ints total() const { return sum; }
 #elif defined __AVX2__
-  // 16 pairs of products up to 2 * 15 * 127 or 2 * 128 * 127: a group's sum of the small ones fits in
-  // 16 bits, and of the large ones only a single pair.
-  void begin(int32_t) { sum = Ints{}; }
+  // Pairs of products up to 2 * 15 * 127 or 2 * 128 * 127: the small ones are summed in 16 bits, of
+  // the large ones only a single pair fits.
+  void begin(int32_t start) { sum = Ints{} + start; }
   void add(Words w, Words x) {
     if constexpr (VALUES == kBytes) {
       const __m256i magnitude = _mm256_abs_epi8((__m256i)w);
@@ -85,10 +103,11 @@ struct Dot {
     } else {
       sum = (Ints)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
     }
+    keep(sum);
   }
-  Ints total(int32_t start) const {
-    if constexpr (VALUES == kBytes) return sum + start;
-    return (Ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)) + start;
+  Ints total() const {
+    if constexpr (VALUES == kBytes) return sum;
+    return (Ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1));
   }
 #else
   void begin(int32_t start) { sum = Ints{} + start; }
@@ -96,9 +115,14 @@ struct Dot {
     for (int shift = 0; shift < 32; shift += 8)
       sum += ((Ints)(w << (24 - shift)) >> 24) * ((Ints)(x << (24 - shift)) >> 24);
   }
-  Ints total(int32_t) const { return sum; }
+  Ints total() const { return sum; }
 #endif
 };
+
+// `size` bytes, some time before they are read.
+inline void fetch(const uint8_t* from, long size) {
+  for (long i = 0; i < size; i += 64) __builtin_prefetch(from + kAhead + i);
+}
 
 inline Words load_words(const uint8_t* from) {
   Words words;
@@ -130,11 +154,13 @@ inline Floats8 load_floats8(const float* from) {
   return floats;
 }
 
-inline Ints8 load_bytes(const uint8_t* from) {
+template <class T>  // int8_t or uint8_t
+inline Ints8 load_bytes(const T* from) {
 #ifdef __AVX2__
-  return (Ints8)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return (Ints8)(std::is_signed<T>() ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
 #else
-  typedef uint8_t Bytes8 __attribute__((vector_size(8)));
+  typedef T Bytes8 __attribute__((vector_size(8)));
   Bytes8 bytes;
   std::memcpy(&bytes, from, sizeof bytes);
   return __builtin_convertvector(bytes, Ints8);
@@ -164,6 +190,40 @@ inline Floats8 load_halves(const uint8_t* from) {
 #endif
 }
 
+inline void read_halves(const uint8_t* from, float* to) {
+  for (int i = 0; i < kPanel; i += 8) store_floats(to + i, load_halves(from + 2 * i));
+}
+
+template <class T>
+inline void scale_bytes_by(const float* factors, const T* from, float* to) {
+  for (int i = 0; i < kPanel; i += 8)
+    store_floats(to + i, load_floats8(factors + i) * to_floats(load_bytes(from + i)));
+}
+
+// Scales and offsets of a panel in 6 bits each: 16 bytes with the lower halves of both, and 8 with the
+// upper bits of lanes 0 .. 7 in their lower halves, and of lanes 8 .. 15 in their upper ones.
+constexpr long kSixBitBytes = 24;
+
+inline void pack_six_bits(const uint8_t* scale, const uint8_t* offset, uint8_t* to) {
+  for (int i = 0; i < kPanel; ++i) to[i] = uint8_t((scale[i] & 15) | offset[i] << 4);
+  for (int i = 0; i < 8; ++i)
+    to[16 + i] = uint8_t(scale[i] >> 4 | (offset[i] >> 4) << 2 | (scale[i + 8] >> 4) << 4 |
+                         (offset[i + 8] >> 4) << 6);
+}
+
+inline void unpack_six_bits(const uint8_t* from, uint8_t* scale, uint8_t* offset) {
+  typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+  uint64_t upper[2];
+  std::memcpy(upper, from + 16, 8);
+  upper[1] = upper[0] >> 4;
+  Bytes16 low, high;
+  std::memcpy(&low, from, sizeof low);
+  std::memcpy(&high, upper, sizeof high);
+  const Bytes16 scales = (low & 15) | (high << 4 & 48), offsets = low >> 4 | (high << 2 & 48);
+  std::memcpy(scale, &scales, sizeof scales);
+  std::memcpy(offset, &offsets, sizeof offsets);
+}
+
 // Of a block: float16; float16 and such offsets; int8, and 16 super scales as float16; or 6 bits of
 // both scales and offsets, and super scales and super offsets as float16.
 enum Scales : long { kHalves, kHalvesAndOffsets, kEightBits, kSixBits };
@@ -181,7 +241,7 @@ struct Matrix {
       case kHalves: return 2 * kPanel;
       case kHalvesAndOffsets: return 4 * kPanel;
       case kEightBits: return (2 + groups) * kPanel;
-      default: return 4 * kPanel + groups * kPanel * 12 / 8;
+      default: return 4 * kPanel + groups * kSixBitBytes;
     }
   }
 
@@ -194,31 +254,113 @@ struct Matrix {
 
   // The scales and offsets of the block at `at`, for its groups.
   void read_scales(const uint8_t* at, PanelFloats* scale, PanelFloats* offset) const {
-    for (int i = 0; i < kPanel; i += 8) {
-      const Floats8 first = load_halves(at + 2 * i);
-      const uint8_t *sums = at + 2 * kPanel, *packed = at + 4 * kPanel;
-      switch (scales) {
-        case kHalvesAndOffsets: store_floats(offset[0].lanes + i, load_halves(sums + 2 * i));
+    const uint8_t *second = at + 2 * kPanel, *third = at + 4 * kPanel;
+    switch (scales) {
+      case kHalvesAndOffsets: read_halves(second, offset->lanes);
         // fall through
-        case kHalves: store_floats(scale[0].lanes + i, first); break;
-        case kEightBits:
-          for (long g = 0; g < groups; ++g, sums += kPanel)
-            store_floats(scale[g].lanes + i, first * to_floats(load_bytes(sums + i) << 24 >> 24));
-          break;
-        default: {
-          const Floats8 second = load_halves(sums + 2 * i);
-          for (long g = 0; g < groups; ++g, packed += 24) {
-            const Ints8 low = load_bytes(packed + i), high = load_bytes(packed + 16) >> (i / 2);
-            store_floats(scale[g].lanes + i, first * to_floats((low & 15) | (high & 3) << 4));
-            store_floats(offset[g].lanes + i, second * to_floats(low >> 4 | (high & 12) << 2));
-          }
+      case kHalves: return read_halves(at, scale->lanes);
+      case kEightBits: {
+        float super[kPanel];
+        read_halves(at, super);
+        for (long g = 0; g < groups; ++g, second += kPanel)
+          scale_bytes_by(super, reinterpret_cast<const int8_t*>(second), scale[g].lanes);
+        return;
+      }
+      default: {
+        float super[kPanel], super_offset[kPanel];
+        read_halves(at, super);
+        read_halves(second, super_offset);
+        for (long g = 0; g < groups; ++g, third += kSixBitBytes) {
+          uint8_t scale_lanes[kPanel], offset_lanes[kPanel];
+          unpack_six_bits(third, scale_lanes, offset_lanes);
+          scale_bytes_by(super, scale_lanes, scale[g].lanes);
+          scale_bytes_by(super_offset, offset_lanes, offset[g].lanes);
         }
       }
     }
   }
 };
 
-// Rounded rows. sums: of the values of a group, times `Matrix::start` if there are no offsets.
+// Sums of 16 rounded inputs: of those at 4 i and 4 i + 1, and of the others.
+struct HalfSums {
+  int32_t even, odd;
+};
+
+#ifdef __AVX2__
+inline __m256 load8(const float* from) { return _mm256_loadu_ps(from); }
+inline __m256 load8(const bf16* from) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+#endif
+
+// The greatest magnitude, as the bits of a float: these are ordered like the numbers, with infinity
+// and then NaN at the end.
+template <class T>
+inline uint32_t most_of(const T* x) {
+#ifdef __AVX2__
+  __m256i most = _mm256_setzero_si256();
+  for (int i = 0; i < kRounded; i += 8)
+    most = _mm256_max_epu32(most, _mm256_and_si256(_mm256_castps_si256(load8(x + i)),
+                                                   _mm256_set1_epi32(0x7fffffff)));
+  __m128i half = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+  half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
+  return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1))));
+#else
+  uint32_t most = 0;
+  for (long i = 0; i < kRounded; ++i) {
+    const float number = load(x[i]);
+    uint32_t word;
+    std::memcpy(&word, &number, sizeof word);
+    most = std::max(most, word & 0x7fffffffu);
+  }
+  return most;
+#endif
+}
+
+// 32 numbers times `factor`, to nearest, ties to even.
+template <class T>
+inline void round_by(const T* x, float factor, int8_t* to, HalfSums& first, HalfSums& second) {
+#ifdef __AVX2__
+  __m256i ints[4];
+  for (int i = 0; i < 4; ++i)
+    ints[i] = _mm256_cvtps_epi32(_mm256_mul_ps(load8(x + 8 * i), _mm256_set1_ps(factor)));
+  const __m256i bytes = _mm256_permutevar8x32_epi32(
+      _mm256_packs_epi16(_mm256_packs_epi32(ints[0], ints[1]), _mm256_packs_epi32(ints[2], ints[3])),
+      _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
+  __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
+  pairs = _mm256_add_epi16(pairs, _mm256_shuffle_epi32(pairs, 0x4e));
+  pairs = _mm256_add_epi16(pairs, _mm256_shuffle_epi32(pairs, 0xb1));
+  const int low = _mm256_extract_epi32(pairs, 0), high = _mm256_extract_epi32(pairs, 4);
+  first = {int16_t(low), low >> 16}, second = {int16_t(high), high >> 16};
+#else
+  HalfSums sums[2] = {};
+  for (long i = 0; i < kRounded; ++i) {
+    to[i] = int8_t(std::nearbyint(load(x[i]) * factor));
+    (i % 4 < 2 ? sums[i / 16].even : sums[i / 16].odd) += to[i];
+  }
+  first = sums[0], second = sums[1];
+#endif
+}
+
+// Returns the scale; NaN if not all numbers are finite.
+template <class T>
+inline float round_some(const T* x, int8_t* to, HalfSums& first, HalfSums& second) {
+  const uint32_t most = most_of(x);
+  float largest;
+  std::memcpy(&largest, &most, sizeof largest);
+  const bool finite = most < 0x7f800000u;
+  if (finite && largest >= kLeast) {
+    round_by(x, kMost / largest, to, first, second);
+    return largest / kMost;
+  }
+  std::fill_n(to, kRounded, int8_t(0));
+  first = second = {};
+  return finite ? 0 : NAN;
+}
+
+// Rounded rows. sums: of the values of a group, or if there are no offsets what `Dot` begins with.
 struct Inputs {
   std::vector<int8_t> values;  // [M, I]
   std::vector<float> scales;   // [M, G]
@@ -234,40 +376,27 @@ struct Inputs {
 
   template <class T>
   void round(const T* x, long row, const Matrix& matrix) {
-    const long group = matrix.group, per_scale = kRounded / group;
+    const bool in_pairs = kInPairs && matrix.bits == 4 && !matrix.has_offsets();
     const int32_t factor = matrix.has_offsets() ? 1 : matrix.start();
-    for (long first = 0; first < inputs; first += kRounded) {
-      int8_t* to = &values[row * inputs + first];
-      const float scale = round_some(x + row * inputs + first, to);
-      for (long i = 0; i < per_scale; ++i) {
-        const long at = row * groups + first / group + i;
-        int32_t sum = 0;
-        for (long j = 0; j < group; ++j) sum += to[i * group + j];
-        scales[at] = scale;
-        sums[at] = factor * sum;
+    const auto start = [&](HalfSums half) {
+      return in_pairs ? int32_t(uint16_t(factor * half.even) | uint32_t(factor * half.odd) << 16)
+                      : factor * (half.even + half.odd);
+    };
+    float* scale = &scales[row * groups];
+    int32_t* sum = &sums[row * groups];
+    int8_t* to = &values[row * inputs];
+    const int8_t* end = to + inputs;
+    for (x += row * inputs; to < end; x += kRounded, to += kRounded) {
+      HalfSums first, second;
+      const float rounded_by = round_some(x, to, first, second);
+      if (matrix.group == kRounded) {
+        *scale++ = rounded_by;
+        *sum++ = start({first.even + second.even, first.odd + second.odd});
+      } else {
+        *scale++ = rounded_by, *scale++ = rounded_by;
+        *sum++ = start(first), *sum++ = start(second);
       }
     }
-  }
-
-  // Returns the scale; NaN if not all numbers are finite.
-  template <class T>
-  static float round_some(const T* x, int8_t* to) {
-    float numbers[kRounded];
-    uint32_t magnitudes[kRounded], most = 0;
-    for (long i = 0; i < kRounded; ++i) numbers[i] = load(x[i]);
-    std::memcpy(magnitudes, numbers, sizeof numbers);
-    // Ordered like the numbers, with infinity and then NaN at the end.
-    for (long i = 0; i < kRounded; ++i) most = std::max(most, magnitudes[i] & 0x7fffffffu);
-    float largest;
-    std::memcpy(&largest, &most, sizeof largest);
-    const bool finite = most < 0x7f800000u;
-    if (!finite || largest < kLeast) {
-      std::fill_n(to, kRounded, int8_t(0));
-      return finite ? 0 : NAN;
-    }
-    const float inverse = kMost / largest;
-    for (long i = 0; i < kRounded; ++i) to[i] = int8_t(std::nearbyint(numbers[i] * inverse));
-    return largest / kMost;
   }
 };
 
@@ -276,7 +405,8 @@ template <Values VALUES, int GROUP, bool OFFSETS, int ROWS>
 inline __attribute__((always_inline)) void add_groups(const uint8_t* values,
                                                       const PanelFloats* scale,
                                                       const PanelFloats* offset, long first,
-                                                      long count, const Inputs& x, long row,
+                                                      long count, bool fetches,
+                                                      const Inputs& x, long row,
                                                       Floats sums[ROWS][kParts]) {
   constexpr bool halves = VALUES == kNibbles;
   for (long g = 0; g < count; ++g) {
@@ -284,6 +414,9 @@ inline __attribute__((always_inline)) void add_groups(const uint8_t* values,
     const float* scales = &x.scales[row * x.groups + first + g];
     const int32_t* starts = &x.sums[row * x.groups + first + g];
     Dot<VALUES> dots[ROWS][kParts];
+    constexpr long size = halves ? kPanel * GROUP / 2 : kPanel * GROUP;
+    if (VALUES != kSmall)
+      fetch(values + (halves && GROUP == 16 ? g % 2 * size : 0), fetches ? size : 0);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
       for (int p = 0; p < kParts; ++p)
@@ -298,6 +431,7 @@ inline __attribute__((always_inline)) void add_groups(const uint8_t* values,
       for (int p = 0; p < kParts; ++p) {
         w[p] = load_words(values + (word * kParts + p) * sizeof(Words));
         if (halves) w[p] = w[p] >> shift & 0x0f0f0f0fu;
+        keep(w[p]);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
@@ -313,9 +447,10 @@ inline __attribute__((always_inline)) void add_groups(const uint8_t* values,
       const int32_t start = starts[r * x.groups];
 #pragma GCC unroll 2
       for (int p = 0; p < kParts; ++p) {
-        const Ints total = dots[r][p].total(OFFSETS ? 0 : start);
-        Floats sum = __builtin_convertvector(total, Floats) * load_floats(scale[g].lanes + p * kLanes);
-        if (OFFSETS) sum += float(start) * load_floats(offset[g].lanes + p * kLanes);
+        const Ints total = dots[r][p].total();
+        const long lanes = p * kLanes;
+        Floats sum = __builtin_convertvector(total, Floats) * load_floats(scale[g].lanes + lanes);
+        if (OFFSETS) sum += float(start) * load_floats(offset[g].lanes + lanes);
         sums[r][p] += scales[r * x.groups] * sum;
       }
     }
@@ -372,15 +507,19 @@ struct Product {
     Floats sums[ROWS][kParts] = {};
     if constexpr (VALUES == kSmall) {
       add_groups<VALUES, GROUP, OFFSETS, ROWS>(unpacked.values.data(), unpacked.scale.data(),
-                                               unpacked.offset.data(), 0, x.groups, x, row, sums);
+                                               unpacked.offset.data(), 0, x.groups, false, x, row,
+                                               sums);
     } else {
-    const uint8_t* at = matrix.panels + panel * matrix.panel_bytes();
-    const long skip = matrix.scale_bytes(), size = matrix.block_bytes(), groups = matrix.groups;
-    PanelFloats scale[kMaxGroups], offset[kMaxGroups];
-    for (long g = 0; g < x.groups; g += groups, at += size) {
-      matrix.read_scales(at, scale, offset);
-      add_groups<VALUES, GROUP, OFFSETS, ROWS>(at + skip, scale, offset, g, groups, x, row, sums);
-    }
+      const uint8_t* at = matrix.panels + panel * matrix.panel_bytes();
+      const bool fetches = row < kMaxRows;  // later rows find the panel in the cache
+      const long skip = matrix.scale_bytes(), size = matrix.block_bytes(), groups = matrix.groups;
+      PanelFloats scale[kMaxGroups], offset[kMaxGroups];
+      for (long g = 0; g < x.groups; g += groups, at += size) {
+        fetch(at, fetches ? skip : 0);
+        matrix.read_scales(at, scale, offset);
+        add_groups<VALUES, GROUP, OFFSETS, ROWS>(at + skip, scale, offset, g, groups, fetches, x,
+                                                 row, sums);
+      }
     }
     write<ROWS>(sums, row, panel);
   }
@@ -427,6 +566,7 @@ template <class T>
 void multiply(const T* x, const Product& product, long rows, int threads) {
   constexpr long piece = 1 << 18;  // multiplications, some 10 us
   constexpr long chunk = 96;       // rows, whose inputs fit in the L2 cache
+  if (rows == 0) return;
   const Matrix& matrix = product.matrix;
   static thread_local Inputs space;
   Inputs& inputs = space;  // of this thread, for all
@@ -469,13 +609,6 @@ struct Parts {
   const void *values, *scales, *super_scales, *offsets, *super_offsets;
 };
 
-inline void pack_six_bits(const uint8_t* scale, const uint8_t* offset, uint8_t* to) {
-  for (int i = 0; i < kPanel; ++i) to[i] = uint8_t((scale[i] & 15) | offset[i] << 4);
-  for (int i = 0; i < 8; ++i)
-    to[16 + i] = uint8_t(scale[i] >> 4 | (offset[i] >> 4) << 2 | (scale[i + 8] >> 4) << 4 |
-                         (offset[i + 8] >> 4) << 6);
-}
-
 void pack_block(const Matrix& m, const Parts& parts, long panel, long block, uint8_t* to) {
   const long first = panel * kPanel, all = m.num_groups(), group = block * m.groups;
   const bool super = m.scales == kEightBits || m.scales == kSixBits;
@@ -487,7 +620,7 @@ void pack_block(const Matrix& m, const Parts& parts, long panel, long block, uin
   if (m.scales == kEightBits)
     to = interleave<1>(parts.scales, all, group, m.groups, first, m.outputs, to);
   if (m.scales == kSixBits)
-    for (long g = group; g < group + m.groups; ++g, to += 24) {
+    for (long g = group; g < group + m.groups; ++g, to += kSixBitBytes) {
       uint8_t scale[kPanel], offset[kPanel];
       interleave<1>(parts.scales, all, g, 1, first, m.outputs, scale);
       interleave<1>(parts.offsets, all, g, 1, first, m.outputs, offset);

@@ -41,9 +41,9 @@ class _Parts(Structure):
 
 
 @cache
-def load_packed_library() -> CDLL | None:
-    """The functions of packed.cpp; or None if it cannot be compiled."""
-    library = load_library(_SOURCE)
+def load_packed_library(source: Path = _SOURCE) -> CDLL | None:
+    """The functions of packed.cpp; or None if they cannot be compiled."""
+    library = load_library(source)
     if library is None:
         return None
     matrix = POINTER(_Matrix)
@@ -85,34 +85,36 @@ class PanelProduct:
         assert can_pack(matrix)
         self._library, self._num_threads, self._out_dtype = library, num_threads, out_dtype
         self._outputs, self._inputs = matrix.shape
+        self._float_out = out_dtype is torch.float32
         self._bias = None if bias_O is None else bias_O.float()
         described = _Matrix(
             None, *matrix.shape, matrix.bits, matrix.group, *_scales(matrix), matrix.zero
         )
         self._panels = torch.empty(library.packed_bytes(byref(described)), dtype=torch.uint8)
         described.panels = self._panels.data_ptr()
-        self._matrix = described
+        self._matrix = byref(described)
         parts = [
             *(matrix.values, matrix.scales, matrix.super_scales),
             *(matrix.offsets, matrix.super_offsets),
         ]
         held = [None if part is None else part.contiguous() for part in parts]
         pointers = _Parts(*(None if part is None else part.data_ptr() for part in held))
-        library.pack(byref(described), byref(pointers), num_threads())
+        library.pack(self._matrix, byref(pointers), num_threads())
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         assert x_TI.is_contiguous()
         assert x_TI.dtype in INPUT_DTYPES
-        assert x_TI.shape[1] == self._inputs
-        out_TO = torch.empty(x_TI.shape[0], self._outputs, dtype=self._out_dtype)
+        num_rows, inputs = x_TI.shape
+        assert inputs == self._inputs
+        out_TO = torch.empty(num_rows, self._outputs, dtype=self._out_dtype)
         self._library.multiply(
-            byref(self._matrix),
+            self._matrix,
             x_TI.data_ptr(),
             x_TI.dtype is torch.float32,
             None if self._bias is None else self._bias.data_ptr(),
             out_TO.data_ptr(),
-            self._out_dtype is torch.float32,
-            x_TI.shape[0],
+            self._float_out,
+            num_rows,
             self._num_threads(),
         )
         return out_TO
@@ -122,7 +124,7 @@ class PanelProduct:
         assert ids_N.dtype is torch.int64
         out_NI = torch.empty(ids_N.shape[0], self._inputs, dtype=dtype)
         is_float = dtype is torch.float32
-        pointers = byref(self._matrix), ids_N.data_ptr(), out_NI.data_ptr()
+        pointers = self._matrix, ids_N.data_ptr(), out_NI.data_ptr()
         self._library.lookup(*pointers, is_float, ids_N.shape[0], self._num_threads())
         return out_NI
 
