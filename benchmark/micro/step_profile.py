@@ -68,6 +68,11 @@ class Profile:
         make, make_head = linear.make_product, linear.make_float32_product
         linear.make_product = lambda *args: self.timed("products of layers", make(*args))
         embedding.make_float32_product = lambda *args: self.timed("head", make_head(*args))
+        make_packed, packed_head = linear.make_packed_product, embedding.as_float32_product
+        linear.make_packed_product = lambda *args: self.timed(
+            "products of layers", make_packed(*args)
+        )
+        embedding.as_float32_product = lambda product: self.timed("head", packed_head(product))
 
     def rows(self, seconds: float, steps: int) -> list[str]:
         """Lines of the table, largest part first; the rest is Python, torch and the scheduler."""

@@ -1,16 +1,16 @@
-// Products with weights of 4 or 8 bits: x [M, I] times weights [O, I], transposed. `packed.py` calls
-// these functions, and documents the weights.
+// Products with weights of 4 or 8 bits: x [M, I] times weights [O, I], transposed. `packed.py`
+// calls these functions, and documents the weights.
 //
-// Inputs are rounded to 8 bits, with a scale for each 32 of a row. A group's products are then summed
-// as integers, and the sums of the groups as floats, in order:
+// Inputs are rounded to 8 bits, with a scale for each 32 of a row. A group's products are then
+// summed as integers, and the sums of the groups as floats, in order:
 //     out[m, o] = sum over g of input_scale[m, g] * (scale[o, g] * dot + offset[o, g] * sum(x))
-// where dot = sum((value - zero) * x) = sum(value * x) - zero * sum(x). A row does not depend on the
-// other rows, and is the same for any number of rows and threads.
+// where dot = sum((value - zero) * x) = sum(value * x) - zero * sum(x). A row does not depend on
+// the other rows, and is the same for any number of rows and threads.
 //
 // Weights are stored in panels of 16 outputs. A panel is a sequence of blocks of some groups, each
 // with its scales first. The values of a block are [words, 16]: a 32-bit word holds one output's
-// values for four inputs, or with 4 bits for eight: inputs 4 i .. 4 i + 3 of 32 in the low halves of
-// its bytes, 16 + 4 i .. 16 + 4 i + 3 in the high ones.
+// values for four inputs, or with 4 bits for eight: inputs 4 i .. 4 i + 3 of 32 in the low halves
+// of its bytes, 16 + 4 i .. 16 + 4 i + 3 in the high ones.
 
 #include <algorithm>
 #include <cmath>
@@ -71,9 +71,9 @@ inline void keep(V& vector) {
 #endif
 }
 
-// The sums of the products of one group. begin: with the number that is added to each, or for small
-// values on AVX2 with its two parts as 16-bit numbers, of the inputs 4 i, 4 i + 1 and of the others.
-// add: `w` are four weights of each lane, `x` four inputs.
+// The sums of the products of one group. begin: with the number that is added to each, or for
+// small values on AVX2 with its two parts as 16-bit numbers, of the inputs 4 i, 4 i + 1 and of the
+// others. add: `w` are four weights of each lane, `x` four inputs.
 template <Values VALUES>
 struct Dot {
   Ints sum;
@@ -200,8 +200,8 @@ inline void scale_bytes_by(const float* factors, const T* from, float* to) {
     store_floats(to + i, load_floats8(factors + i) * to_floats(load_bytes(from + i)));
 }
 
-// Scales and offsets of a panel in 6 bits each: 16 bytes with the lower halves of both, and 8 with the
-// upper bits of lanes 0 .. 7 in their lower halves, and of lanes 8 .. 15 in their upper ones.
+// Scales and offsets of a panel in 6 bits each: 16 bytes with the lower 4 bits of both, and 8 with
+// the other bits, of lanes 0 .. 7 in their lower halves, and of lanes 8 .. 15 in their upper ones.
 constexpr long kSixBitBytes = 24;
 
 inline void pack_six_bits(const uint8_t* scale, const uint8_t* offset, uint8_t* to) {
@@ -325,9 +325,10 @@ inline void round_by(const T* x, float factor, int8_t* to, HalfSums& first, Half
   __m256i ints[4];
   for (int i = 0; i < 4; ++i)
     ints[i] = _mm256_cvtps_epi32(_mm256_mul_ps(load8(x + 8 * i), _mm256_set1_ps(factor)));
-  const __m256i bytes = _mm256_permutevar8x32_epi32(
-      _mm256_packs_epi16(_mm256_packs_epi32(ints[0], ints[1]), _mm256_packs_epi32(ints[2], ints[3])),
-      _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  const __m256i low16 = _mm256_packs_epi32(ints[0], ints[1]);
+  const __m256i high16 = _mm256_packs_epi32(ints[2], ints[3]);
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low16, high16),
+                                                    _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
   __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
   pairs = _mm256_add_epi16(pairs, _mm256_shuffle_epi32(pairs, 0x4e));
@@ -360,6 +361,11 @@ inline float round_some(const T* x, int8_t* to, HalfSums& first, HalfSums& secon
   return finite ? 0 : NAN;
 }
 
+template <class T>
+inline void grow(std::vector<T>& vector, long size) {
+  if (long(vector.size()) < size) vector.resize(size);
+}
+
 // Rounded rows. sums: of the values of a group, or if there are no offsets what `Dot` begins with.
 struct Inputs {
   std::vector<int8_t> values;  // [M, I]
@@ -369,9 +375,9 @@ struct Inputs {
 
   void resize(long rows, const Matrix& matrix) {
     inputs = matrix.inputs, groups = matrix.num_groups();
-    values.resize(rows * inputs);
-    scales.resize(rows * groups);
-    sums.resize(rows * groups);
+    grow(values, rows * inputs);
+    grow(scales, rows * groups);
+    grow(sums, rows * groups);
   }
 
   template <class T>
@@ -464,12 +470,12 @@ struct Unpacked {
 
   void read(const Matrix& matrix, const uint8_t* at) {
     const long groups = matrix.num_groups();
-    scale.resize(groups);
-    offset.resize(matrix.has_offsets() ? groups : 0);
-    values.resize(kPanel * matrix.inputs);
+    grow(scale, groups);
+    grow(offset, groups);
+    grow(values, kPanel * matrix.inputs);
     uint8_t* to = values.data();
     for (long g = 0; g < groups; g += matrix.groups, at += matrix.block_bytes()) {
-      matrix.read_scales(at, &scale[g], offset.data() + (offset.empty() ? 0 : g));
+      matrix.read_scales(at, &scale[g], &offset[g]);
       const uint8_t* from = at + matrix.scale_bytes();
       const long size = matrix.value_bytes();
       constexpr long half = 16 * kPanel;  // bytes of 16 inputs
@@ -590,7 +596,8 @@ void multiply(const T* x, const Product& product, long rows, int threads) {
   }
 }
 
-// Transposes a part of the rows of a panel to [count, 16], from [outputs, width] elements of SIZE bytes.
+// Transposes a part of the rows of a panel to [count, 16], from [outputs, width] elements of SIZE
+// bytes. Returns the end.
 template <int SIZE>
 uint8_t* interleave(const void* from, long width, long start, long count, long first, long outputs,
                     uint8_t* to) {
@@ -613,10 +620,10 @@ void pack_block(const Matrix& m, const Parts& parts, long panel, long block, uin
   const long first = panel * kPanel, all = m.num_groups(), group = block * m.groups;
   const bool super = m.scales == kEightBits || m.scales == kSixBits;
   const long supers = super ? all / m.groups : all, at = super ? block : group;
-  to = interleave<2>(super ? parts.super_scales : parts.scales, supers, at, 1, first, m.outputs, to);
-  if (m.has_offsets())
-    to = interleave<2>(super ? parts.super_offsets : parts.offsets, supers, at, 1, first, m.outputs,
-                       to);
+  const void* scales = super ? parts.super_scales : parts.scales;
+  const void* offsets = super ? parts.super_offsets : parts.offsets;
+  to = interleave<2>(scales, supers, at, 1, first, m.outputs, to);
+  if (m.has_offsets()) to = interleave<2>(offsets, supers, at, 1, first, m.outputs, to);
   if (m.scales == kEightBits)
     to = interleave<1>(parts.scales, all, group, m.groups, first, m.outputs, to);
   if (m.scales == kSixBits)
@@ -676,8 +683,8 @@ extern "C" void pack(const Matrix* m, const Parts* parts, int threads) {
 }
 
 // x [rows, inputs], plus the bias: [rows, outputs]; each is floats or bf16.
-extern "C" void multiply(const Matrix* m, const void* x, long float_in, const float* bias, void* out,
-                         long float_out, long rows, int threads) {
+extern "C" void multiply(const Matrix* m, const void* x, long float_in, const float* bias,
+                         void* out, long float_out, long rows, int threads) {
   const Product product{*m, bias, out, float_out != 0};
   if (float_in)
     multiply(static_cast<const float*>(x), product, rows, threads);
