@@ -39,7 +39,7 @@ def from_gguf(
     step = max(1, _BLOCK_BYTES // (blocks.shape[1] * size))
 
     def parts() -> Iterator[PackedMatrix]:
-        for part in blocks.split(step):
+        for part in torch.split(blocks, step):
             yield unpack(part)
 
     matrix = stack(parts(), shape[0])
@@ -52,6 +52,11 @@ def _half(blocks: Tensor, start: int) -> Tensor:
     return blocks[..., start : start + 2].contiguous().view(torch.float16).squeeze(-1)
 
 
+def _divided(packed: Tensor, *sizes: int) -> Tensor:
+    """The last dimension as several."""
+    return packed.view(*packed.shape[:-1], *sizes)
+
+
 def _shifted(packed: Tensor, shifts: tuple[int, ...], mask: int) -> Tensor:
     """[..., n] -> [..., len(shifts), n]: the bits of each byte that remain after each shift."""
     by = torch.tensor(shifts, dtype=torch.uint8).unsqueeze(-1)
@@ -60,8 +65,9 @@ def _shifted(packed: Tensor, shifts: tuple[int, ...], mask: int) -> Tensor:
 
 def _nibbles(values: Tensor) -> Tensor:
     """uint8 [O, B, n, 32], below 16 -> [O, B * n * 16], as PackedMatrix has them."""
-    low, high = values.split(16, -1)
-    return (low | high << 4).flatten(1)
+    low, high = torch.split(values, 16, -1)
+    packed: Tensor = (low | high << 4).flatten(1)
+    return packed
 
 
 def _q4_0(blocks: Tensor) -> PackedMatrix:
@@ -96,7 +102,7 @@ def _q8_0(blocks: Tensor) -> PackedMatrix:
 
 def _two_bits(packed: Tensor) -> Tensor:
     """[O, B, 64] -> [O, B, 8, 32]"""
-    return _shifted(packed.unflatten(-1, (2, 32)), (0, 2, 4, 6), 3).flatten(2, 3)
+    return _shifted(_divided(packed, 2, 32), (0, 2, 4, 6), 3).flatten(2, 3)
 
 
 def _q2_k(blocks: Tensor) -> PackedMatrix:
@@ -123,7 +129,7 @@ def _q3_k(blocks: Tensor) -> PackedMatrix:
 
 def _six_bit_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Of Q4_K and Q5_K: [O, B, 12] -> scales and offsets, int8 [O, B * 8]"""
-    first, second, rest = packed.split(4, -1)
+    first, second, rest = torch.split(packed, 4, -1)
     scales = torch.cat((first & 63, (rest & 15) | ((first >> 2) & 48)), -1)
     offsets = torch.cat((second & 63, (rest >> 4) | ((second >> 2) & 48)), -1)
     return scales.flatten(1).view(torch.int8), offsets.flatten(1).view(torch.int8)
@@ -132,7 +138,7 @@ def _six_bit_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
 def _q4_k(blocks: Tensor) -> PackedMatrix:
     scales, offsets = _six_bit_scales(blocks[..., 4:16])
     # Of 64 inputs, the file has the first 32 in the low halves of 32 bytes.
-    low, high = blocks[..., 16:].unflatten(-1, (4, 2, 16)).unbind(-2)
+    low, high = _divided(blocks[..., 16:], 4, 2, 16).unbind(-2)
     values = torch.stack(((low & 15) | (high << 4), (low >> 4) | (high & 240)), -2)
     return PackedMatrix(
         4, 32, values.flatten(1), scales, _half(blocks, 0), offsets, -_half(blocks, 2)
@@ -141,15 +147,15 @@ def _q4_k(blocks: Tensor) -> PackedMatrix:
 
 def _q5_k(blocks: Tensor) -> PackedMatrix:
     scales, offsets = _six_bit_scales(blocks[..., 4:16])
-    low = _shifted(blocks[..., 48:].unflatten(-1, (4, 32)), (0, 4), 15).flatten(2, 3)
+    low = _shifted(_divided(blocks[..., 48:], 4, 32), (0, 4), 15).flatten(2, 3)
     fifth = _shifted(blocks[..., 16:48], tuple(range(8)), 1)
     values = (low | fifth << 4).flatten(1).view(torch.int8)
     return PackedMatrix(8, 32, values, scales, _half(blocks, 0), offsets, -_half(blocks, 2))
 
 
 def _q6_k(blocks: Tensor) -> PackedMatrix:
-    low = _shifted(blocks[..., :128].unflatten(-1, (2, 64)), (0, 4), 15)
-    high = _shifted(blocks[..., 128:192].unflatten(-1, (2, 32)), (0, 2, 4, 6), 3)
+    low = _shifted(_divided(blocks[..., :128], 2, 64), (0, 4), 15)
+    high = _shifted(_divided(blocks[..., 128:192], 2, 32), (0, 2, 4, 6), 3)
     values = (low.flatten(-2) | high.flatten(-2) << 4).flatten(1).view(torch.int8).sub_(32)
     scales = blocks[..., 192:208].flatten(1).view(torch.int8)
     return PackedMatrix(8, 16, values, scales, _half(blocks, 208))

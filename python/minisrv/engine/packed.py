@@ -88,8 +88,7 @@ class PackedMatrix:
         outputs, inputs = self.shape
         step = max(1, _BLOCK // inputs)
         for start in range(0, outputs, step):
-            length = min(step, outputs - start)
-            yield self._changed(lambda tensor, at=start, n=length: tensor.narrow(0, at, n))
+            yield self._narrowed(start, min(step, outputs - start))
 
     def _integers(self) -> Tensor:
         if self.bits == 8:
@@ -101,6 +100,9 @@ class PackedMatrix:
     def _tensors(self) -> dict[str, Tensor]:
         held = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+
+    def _narrowed(self, start: int, length: int) -> PackedMatrix:
+        return self._changed(lambda tensor: tensor.narrow(0, start, length))
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> PackedMatrix:
         changed: dict[str, Any] = {name: change(x) for name, x in self._tensors().items()}
@@ -136,7 +138,7 @@ def stack(parts: Iterator[PackedMatrix], outputs: int) -> PackedMatrix:
 def shard(matrix: PackedMatrix, part: Shard) -> PackedMatrix:
     """A copy of some rows, or of some columns. Raises ConfigError for a part of a group."""
     if part.dim == 0:
-        return matrix._changed(lambda tensor: tensor.narrow(0, part.start, part.length).clone())
+        return matrix._narrowed(part.start, part.length)._changed(torch.clone)
     least = max(matrix.group, NIBBLES if matrix.bits == 4 else 1)
     if part.start % least or part.length % least:
         raise ConfigError(
@@ -204,12 +206,12 @@ def _rounded_int4(weight_OI: Tensor) -> PackedMatrix:
     squares = values.square().sum(-1).clamp_(min=1)
     scales = ((values * grouped).sum(-1) / squares).half()
     nibbles = values.add_(8).to(torch.uint8)
-    low, high = nibbles.split(NIBBLES // 2, -1)
+    low, high = torch.split(nibbles, NIBBLES // 2, -1)
     return PackedMatrix(4, _ROUNDED_GROUP, (low | high << 4).flatten(1), scales, zero=8)
 
 
 def _row_blocks(weight_OI: Tensor) -> Iterator[Tensor]:
-    return iter(weight_OI.split(max(1, _BLOCK // weight_OI.shape[1])))
+    return iter(torch.split(weight_OI, max(1, _BLOCK // weight_OI.shape[1])))
 
 
 def _grouped(weight_OI: Tensor) -> Tensor:
