@@ -9,7 +9,7 @@ The layouts are those that `gguf.quants` documents in code: blocks of 32 inputs,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minisrv.engine.packed import PackedMatrix, stack
+from minisrv.engine.packed import PackedMatrix, convert
 
-_BLOCK_BYTES = 1 << 22  # of the file, converted together
+_BLOCK_BYTES = 1 << 18  # of the file, converted together
 _Kind = GGMLQuantizationType
 
 
@@ -37,12 +37,7 @@ def from_gguf(
             raw = torch.from_numpy(raw)
     blocks = raw.view(shape[0], -1, size)
     step = max(1, _BLOCK_BYTES // (blocks.shape[1] * size))
-
-    def parts() -> Iterator[PackedMatrix]:
-        for part in torch.split(blocks, step):
-            yield unpack(part)
-
-    matrix = stack(parts(), shape[0])
+    matrix = convert(torch.split(blocks, step), unpack)
     assert matrix.shape == shape
     return matrix
 

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from minisrv.errors import ConfigError
 
 NIBBLES = 32  # inputs whose 4-bit values share 16 bytes
 _ROUNDED_GROUP = 32
-_BLOCK = 1 << 22  # weights that are converted together
+_BLOCK = 1 << 18  # weights that are converted together
 _SIX_BITS = 6
 
 
@@ -120,18 +123,33 @@ def join(parts: Sequence[PackedMatrix]) -> PackedMatrix:
     return replace(parts[0], **joined)
 
 
-def stack(parts: Iterator[PackedMatrix], outputs: int) -> PackedMatrix:
-    """As `join`, for the parts of a matrix with `outputs` rows while they are being made."""
-    whole, start = None, 0
-    for part in parts:
-        if whole is None:
-            whole = part._changed(lambda tensor: tensor.new_empty(outputs, *tensor.shape[1:]))
-        to, rows = whole._tensors(), part.shape[0]
+def convert(blocks: Sequence[Tensor], to_packed: Callable[[Tensor], PackedMatrix]) -> PackedMatrix:
+    """The packed forms of blocks of rows, one below the other, made by torch's number of threads.
+
+    Each thread works on blocks of its own: threads that share the operations of one would wait for
+    each other some twenty times per block, which takes long beside busy processes.
+    """
+    first = to_packed(blocks[0])
+    if len(blocks) == 1:
+        return first
+    ends = list(accumulate(block.shape[0] for block in blocks))
+    whole = first._changed(lambda tensor: tensor.new_empty(ends[-1], *tensor.shape[1:]))
+    inference = torch.is_inference_mode_enabled()
+
+    def store(part: PackedMatrix, end: int) -> None:
+        to = whole._narrowed(end - part.shape[0], part.shape[0])._tensors()
         for name, tensor in part._tensors().items():
-            to[name][start : start + rows] = tensor
-        start += rows
-    assert whole is not None
-    assert start == outputs
+            to[name].copy_(tensor)
+
+    @torch.inference_mode(inference)  # which is a mode of each thread
+    def convert_block(i: int) -> None:
+        store(to_packed(blocks[i]), ends[i])
+
+    store(first, ends[0])
+    num_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(num_threads, initializer=partial(torch.set_num_threads, 1)) as pool:
+        list(pool.map(convert_block, range(1, len(blocks))))
+    torch.set_num_threads(num_threads)
     return whole
 
 
@@ -176,7 +194,7 @@ def shard(matrix: PackedMatrix, part: Shard) -> PackedMatrix:
 
 def round_int8(weight_OI: Tensor) -> PackedMatrix:
     """8 bits per weight: the greatest magnitude of 32 inputs becomes 127."""
-    return stack(map(_rounded_int8, _row_blocks(weight_OI)), weight_OI.shape[0])
+    return convert(_row_blocks(weight_OI), _rounded_int8)
 
 
 def round_int4(weight_OI: Tensor) -> PackedMatrix:
@@ -184,7 +202,7 @@ def round_int4(weight_OI: Tensor) -> PackedMatrix:
 
     Then the scale is the one with the least squared error for these values.
     """
-    return stack(map(_rounded_int4, _row_blocks(weight_OI)), weight_OI.shape[0])
+    return convert(_row_blocks(weight_OI), _rounded_int4)
 
 
 def can_round(weight_OI: Tensor) -> bool:
@@ -194,24 +212,26 @@ def can_round(weight_OI: Tensor) -> bool:
 
 def _rounded_int8(weight_OI: Tensor) -> PackedMatrix:
     grouped = _grouped(weight_OI)
-    scales = (grouped.abs().amax(-1) / 127).half()
+    low, high = torch.aminmax(grouped, dim=-1)
+    scales = (torch.maximum(high, -low) / 127).half()
     values = (grouped * _inverse(scales)).round_().clamp_(-127, 127).to(torch.int8)
     return PackedMatrix(8, _ROUNDED_GROUP, values.flatten(1), scales)
 
 
 def _rounded_int4(weight_OI: Tensor) -> PackedMatrix:
     grouped = _grouped(weight_OI)
-    largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    low, high = torch.aminmax(grouped, dim=-1)
+    largest = torch.where(high > -low, high, low)
     values = (grouped * _inverse((largest / -8).half())).round_().clamp_(-8, 7)
     squares = values.square().sum(-1).clamp_(min=1)
     scales = ((values * grouped).sum(-1) / squares).half()
     nibbles = values.add_(8).to(torch.uint8)
-    low, high = torch.split(nibbles, NIBBLES // 2, -1)
-    return PackedMatrix(4, _ROUNDED_GROUP, (low | high << 4).flatten(1), scales, zero=8)
+    first, second = torch.split(nibbles, NIBBLES // 2, -1)
+    return PackedMatrix(4, _ROUNDED_GROUP, (first | second << 4).flatten(1), scales, zero=8)
 
 
-def _row_blocks(weight_OI: Tensor) -> Iterator[Tensor]:
-    return iter(torch.split(weight_OI, max(1, _BLOCK // weight_OI.shape[1])))
+def _row_blocks(weight_OI: Tensor) -> Sequence[Tensor]:
+    return torch.split(weight_OI, max(1, _BLOCK // weight_OI.shape[1]))
 
 
 def _grouped(weight_OI: Tensor) -> Tensor:
