@@ -93,10 +93,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--quantization", choices=("none", "int8", "int4"), default="none")
     args = parser.parse_args()
     rates, profile = measure_rates(CPU), Profile()
     profile.install()
-    bench = Bench(args.model, CPU, {"num_threads": args.threads} if args.threads else {})
+    options = {"num_threads": args.threads} if args.threads else {}
+    bench = Bench(args.model, CPU, {**options, "quantization": args.quantization})
     print(f"{args.model.name}, {torch.get_num_threads()} threads, {rates}")
     for batch in args.batches:
         seconds, _ = bench.decode(batch, args.context, args.steps, profile.clear)
