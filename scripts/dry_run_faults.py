@@ -103,8 +103,8 @@ FAULTS = [
         Bug(
             "a graph keeps the plan of the step before",
             "engine/attention/flashinfer.py",
-            "            self._plan_uniform(wrapper, step)\n",
-            "            pass\n",
+            "                step.kv_lens[:n],\n",
+            "                torch.ones_like(step.kv_lens[:n]),\n",
         ),
         dry_run("test_serving"),
     ),

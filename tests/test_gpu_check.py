@@ -20,7 +20,7 @@ import build_flashinfer
 import gpu_packages
 from minisrv.engine.attention.flashinfer import FlashInferAttention
 from minisrv.engine.step_buffer import StepBuffer, StepLimits, StepTensors
-from tests.gpu.test_gpu_attention import MAX_LEN, NUM_ROWS, STEPS, make_batch, make_pool
+from tests.gpu.test_gpu_attention import MAX_LEN, NUM_ROWS, SHAPES, STEPS, make_batch, make_pool
 
 ROOT = Path(__file__).parent.parent
 STAGE = re.compile(r"([\w.-]+) +(\d+) +(\S.*)")
@@ -261,9 +261,10 @@ def test_the_engine_asks_for_the_modules_that_are_built(
         attention = FlashInferAttention(pool, 8, 2**27)
         tensors = StepTensors(limits, pool.device, spare_page=pool.num_pages)
         attention.read_from(tensors)
-        step = StepBuffer(limits, tensors).send(make_batch(kind, np.random.default_rng(0)))
+        batch = make_batch(kind, np.random.default_rng(0))
+        step = StepBuffer(limits, tensors).send(batch, SHAPES.get(kind))
         with pytest.raises(Asked) as asked:
-            (attention.plan_for_graph if kind == "graph" else attention.plan)(step)
+            (attention.plan_for_graph if kind in SHAPES else attention.plan)(step)
         assert [str(asked.value)] == built, kind
 
 

@@ -127,6 +127,12 @@ class ServerConfig:
     cuda_graph_max_bs: int = option(
         256, "largest decode batch to capture as a CUDA graph; 0 disables CUDA graphs", at_least=0
     )
+    cuda_graph_max_tokens: int = option(
+        0,
+        "most tokens of a step with prompts to capture as a CUDA graph, such as 512 (default: such "
+        "steps run without graphs); not yet run on a GPU",
+        at_least=0,
+    )
     joined_kernels: bool = option(
         False,
         "on a GPU, compute steps of up to 16 tokens in kernels that join each product with what is "

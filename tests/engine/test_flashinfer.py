@@ -22,6 +22,7 @@ from minisrv.engine.attention.flashinfer import FlashInferAttention
 from minisrv.engine.attention.torch_native import TorchNativeAttention
 from minisrv.engine.attention.workspace import workspace_bytes
 from minisrv.engine.forward_batch import ForwardBatch
+from minisrv.engine.graph_shapes import GraphShape
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.page_table import PageTable
@@ -33,6 +34,7 @@ from tests.support.step_driver import sampling_columns
 
 flashinfer = pytest.importorskip("flashinfer")
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, MAX_LEN, NUM_ROWS = 10, 2, 64, 200, 12
+CHUNK_TOKENS = 150, 250  # of a graph; a chunk that is all padding has at most MAX_LEN
 
 
 @pytest.fixture(autouse=True)
@@ -102,16 +104,28 @@ class Ours:
             head_dim=HEAD_DIM,
             num_sms=NUM_SMS,
             largest_graph=NUM_ROWS,
+            chunk_tokens=CHUNK_TOKENS[-1],
         )
         self.attention = FlashInferAttention(pool, NUM_HEADS, num_bytes or enough)
         self.attention.read_from(self.tensors)
 
-    def plan(self, batch: ForwardBatch, padded_to: int = 0) -> None:
-        step = self.buffer.send(batch, padded_to)
-        plan = self.attention.plan_for_graph if padded_to else self.attention.plan
+    def plan(self, batch: ForwardBatch, shape: GraphShape | None = None) -> None:
+        step = self.buffer.send(batch, shape)
+        plan = self.attention.plan_for_graph if shape else self.attention.plan
         plan(step)
         expand(self.tensors, self.limits, step.num_decodes + step.num_prefills)
         self.buffer.mark_launched()
+
+
+def random_shape(rng: np.random.Generator, batch: ForwardBatch) -> GraphShape | None:
+    """One that a batch may be padded to."""
+    n, num_tokens = batch.num_decodes, batch.prefill_ids.size
+    if rng.random() < 0.2:
+        return None
+    if not num_tokens:
+        return GraphShape(int(rng.integers(n, NUM_ROWS + 1)))
+    most = next(most for most in CHUNK_TOKENS if num_tokens <= most)
+    return GraphShape(int(rng.choice([n, 4])), most)
 
 
 def make_table(pool: KVPool, rng: np.random.Generator) -> PageTable:
@@ -131,27 +145,34 @@ def test_it_attends_as_torch_does(page_size: int, seed: int, stored_dtype: torch
     ours, reference = Ours(pool, table), TorchNativeAttention(pool)
     for _ in range(4):
         batch = random_batch(rng)
-        alone = batch.num_decodes == batch.rows.size
-        padded_to = int(rng.integers(batch.num_decodes, NUM_ROWS + 1)) if alone else 0
-        ours.plan(batch, padded_to)
+        shape = random_shape(rng, batch)
+        ours.plan(batch, shape)
         reference.plan(batch, table)
-        num_tokens = int(batch.query_lens.sum())
-        num_padding = max(0, padded_to - num_tokens)
+        places, size = places_of_tokens(batch, shape)
+        others = sorted(set(range(size)) - set(places))
         for layer_id in range(2):
-            qkv = torch.randn(num_tokens + num_padding, NUM_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM)
+            qkv = torch.randn(size, NUM_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM)
             parts = qkv.split_with_sizes([NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], 1)
             slots = ours.attention.cache_slots(layer_id)
             expected_slots = reference.cache_slots(layer_id).slots_T
-            assert torch.equal(slots.slots_T[:num_tokens], expected_slots)
-            in_spare_page = slots.slots_T[num_tokens:] // page_size == pool.num_pages
-            assert in_spare_page.sum() == num_padding
+            assert torch.equal(slots.slots_T[places], expected_slots)
+            assert (slots.slots_T[others] // page_size == pool.num_pages).all()
             straight = torch.ones(len(qkv), 1, HEAD_DIM), torch.zeros(len(qkv), 1, HEAD_DIM)
             TorchKernels().norm_rotate_store_(qkv, NUM_HEADS, None, straight, slots)
-            real = [part[:num_tokens] for part in parts]
+            real = [part[places] for part in parts]
             torch.testing.assert_close(
-                ours.attention.forward(*parts, layer_id)[:num_tokens],
+                ours.attention.forward(*parts, layer_id)[places],
                 reference.forward(*real, layer_id),
             )
+
+
+def places_of_tokens(batch: ForwardBatch, shape: GraphShape | None) -> tuple[list[int], int]:
+    """Where the tokens of a step are, and how many there are with the padding."""
+    n, num_tokens = batch.num_decodes, batch.prefill_ids.size
+    if shape is None:
+        return list(range(n + num_tokens)), n + num_tokens
+    first = shape.num_decodes
+    return [*range(n), *range(first, first + num_tokens)], shape.num_tokens
 
 
 def test_plans_in_flight_are_written_to_buffers_of_their_own() -> None:
@@ -162,7 +183,7 @@ def test_plans_in_flight_are_written_to_buffers_of_their_own() -> None:
     used: dict[int, list[int]] = {}
     for _ in range(60):
         batch = random_batch(rng)
-        ours.plan(batch, NUM_ROWS if batch.num_decodes == batch.rows.size else 0)
+        ours.plan(batch, random_shape(rng, batch))
         for ring, wrapper in (
             (attention._decode_ring, attention._decode),
             (attention._prefill_ring, attention._prefill),
@@ -175,9 +196,12 @@ def test_plans_in_flight_are_written_to_buffers_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("padded_to", "option"), [(0, "--attention-backend torch_native"), (4, "--cuda-graph-max-bs")]
+    ("shape", "option"),
+    [(None, "--attention-backend torch_native"), (GraphShape(4), "--cuda-graph-max-bs")],
 )
-def test_a_plan_that_fails_names_the_option_to_change(padded_to: int, option: str) -> None:
+def test_a_plan_that_fails_names_the_option_to_change(
+    shape: GraphShape | None, option: str
+) -> None:
     pool = make_pool(16)
     ours = Ours(pool, make_table(pool, np.random.default_rng(0)), num_bytes=16)
     one = np.ones(1, np.int32)
@@ -191,17 +215,12 @@ def test_a_plan_that_fails_names_the_option_to_change(padded_to: int, option: st
     )
     pattern = f"FlashInfer cannot plan .*: Buffer overflow .*; use .*{option}"
     with pytest.raises(EngineDeadError, match=pattern):
-        ours.plan(long_decode, padded_to)
+        ours.plan(long_decode, shape)
 
 
-def test_graphs_are_planned_by_the_call_that_flashinfer_itself_makes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Its arguments, in the order in which FlashInfer's source has them."""
-    monkeypatch.undo()
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper
-    plan = inspect.unwrap(getattr(wrapper, "_plan_impl", wrapper.plan))
-    tree = ast.parse(textwrap.dedent(inspect.getsource(plan)))
+def arguments_of_plan(plan: Any) -> list[str]:
+    """What a wrapper's `plan` hands to the function behind it, as in FlashInfer's source."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(plan))))
     lists = [
         node.value
         for node in ast.walk(tree)
@@ -215,7 +234,16 @@ def test_graphs_are_planned_by_the_call_that_flashinfer_itself_makes(
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "args.append"
     ]
-    assert given == [
+    return given
+
+
+def test_decodes_in_graphs_are_planned_by_the_call_that_flashinfer_itself_makes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its arguments, in the order in which FlashInfer's source has them."""
+    monkeypatch.undo()
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper
+    assert arguments_of_plan(getattr(wrapper, "_plan_impl", wrapper.plan)) == [
         "self._float_workspace_buffer",
         "self._int_workspace_buffer",
         "self._pin_memory_int_workspace_buffer",
@@ -236,6 +264,34 @@ def test_graphs_are_planned_by_the_call_that_flashinfer_itself_makes(
         "disable_split_kv",
         "0",
         "q_len_per_req if q_len_per_req > 1 else 0",
+    ]
+
+
+def test_chunks_in_graphs_are_planned_by_the_call_that_flashinfer_itself_makes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    assert arguments_of_plan(flashinfer.BatchPrefillWithPagedKVCacheWrapper.plan) == [
+        "self._float_workspace_buffer",
+        "self._int_workspace_buffer",
+        "self._pin_memory_int_workspace_buffer",
+        "qo_indptr_host",
+        "paged_kv_indptr_host",
+        "kv_lens_arr_host",
+        "self._max_total_num_rows or total_num_rows",
+        "batch_size",
+        "num_qo_heads",
+        "num_kv_heads",
+        "page_size",
+        "self.is_cuda_graph_enabled",
+        "head_dim_qk",
+        "head_dim_vo",
+        "causal",
+        "window_left",
+        "fixed_split_size or -1",
+        "disable_split_kv",
+        "0",
+        "0",
     ]
 
 

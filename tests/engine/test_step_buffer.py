@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from minisrv.engine.forward_batch import ForwardBatch, Penalties
+from minisrv.engine.graph_shapes import CHUNKS, GraphShape
 from minisrv.engine.kernels.base import PenaltyColumns
 from minisrv.engine.page_table import PageTable, token_positions
 from minisrv.engine.sampling.device_columns import TokenBiases
@@ -155,11 +156,82 @@ def check_random_steps(expand: Any, seed: int, page_size: int) -> None:
         batch = random_step(rng, table, int(rng.integers(0, most + 1)))
         alone = batch.num_decodes == batch.rows.size
         padded_to = int(rng.integers(batch.num_decodes, NUM_ROWS + 1)) if alone else 0
-        step = buffer.send(batch, padded_to)
+        step = buffer.send(batch, GraphShape(padded_to) if padded_to else None)
         expand(tensors, limits, step.num_decodes + step.num_prefills)
         padded = max(0, padded_to - batch.rows.size)
         check(step.num_decodes + step.num_prefills, padded, batch, table, tensors)
         buffer.mark_launched()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_step_with_chunks_that_is_padded_has_the_same_entries_between_the_padding(
+    seed: int,
+) -> None:
+    rng, num_rows, page_size = np.random.default_rng(seed), NUM_ROWS + CHUNKS, 4
+    limits = StepLimits(num_rows, 400, MAX_LEN, page_size)
+    plain, padded = (StepTensors(limits, CPU, spare_page=1000) for _ in range(2))
+    buffers = StepBuffer(limits, plain), StepBuffer(limits, padded)
+    for tensors in (plain, padded):
+        tensors.page_table[:num_rows] = torch.arange(num_rows * limits.max_pages).view(num_rows, -1)
+        tensors.last_token[:num_rows] = torch.arange(1, num_rows + 1)
+    for _ in range(8):
+        batch = random_step(rng, PageTable(num_rows, MAX_LEN, page_size), 0)
+        n, num_chunks = batch.num_decodes, batch.rows.size - batch.num_decodes
+        if not num_chunks:
+            continue
+        chunk_tokens = batch.prefill_ids.size + int(rng.choice([0, 0, 1, 60]))
+        shape = GraphShape(int(rng.choice([n, NUM_ROWS])), chunk_tokens)
+        assert shape.fits(batch)
+        steps = buffers[0].send(batch), buffers[1].send(batch, shape)
+        for step, tensors in zip(steps, (plain, padded), strict=True):
+            expand(tensors, limits, step.num_decodes + step.num_prefills)
+        assert steps[1].num_tokens == shape.num_tokens
+        assert steps[1].num_samples == steps[0].num_samples
+        tokens = [*range(n), *range(shape.num_decodes, shape.num_decodes + batch.prefill_ids.size)]
+        check_tokens(plain, padded, tokens, shape, 1000 * page_size)
+        check_sequences(plain, padded, n, num_chunks, shape)
+        samples = batch.sample_indices.size
+        for name in ("sample_rows", "new_positions", "temperature", "seeds"):
+            values = padded.words[name][: shape.num_sequences].tolist()
+            filler = num_rows if name == "sample_rows" else 0
+            assert values[:samples] == plain.words[name][:samples].tolist()
+            assert values[samples:] == [filler] * (shape.num_sequences - samples)
+        places = padded.words["sample_tokens"][: shape.num_sequences].tolist()
+        at = plain.words["sample_tokens"][:samples].tolist()
+        assert places == [tokens[i] for i in at] + [0] * (shape.num_sequences - samples)
+
+
+def check_tokens(
+    plain: Any, padded: Any, tokens: list[int], shape: GraphShape, spare_slot: int
+) -> None:
+    """`tokens` are the places of a step's tokens between the padding."""
+    for name in ("ids_T", "positions_T", "slots_T"):
+        expected = getattr(plain, name)[: len(tokens)]
+        assert torch.equal(getattr(padded, name)[tokens], expected), name
+    others = sorted(set(range(shape.num_tokens)) - set(tokens))
+    assert padded.ids_T[others].tolist() == [0] * len(others)
+    assert (padded.slots_T[others] // 4 == spare_slot // 4).all()
+    chunk = [i for i in others if i >= shape.num_decodes]
+    assert padded.positions_T[chunk].tolist() == list(range(len(chunk)))
+
+
+def check_sequences(plain: Any, padded: Any, n: int, num_chunks: int, shape: GraphShape) -> None:
+    """The pages and lengths of each sequence, and of the chunks how many tokens they have."""
+    places = [*range(n), *range(shape.num_decodes, shape.num_decodes + num_chunks)]
+    for i, place in enumerate(places):
+        pages = [
+            t.pages[slice(*t.words["page_starts"][at : at + 2].tolist())].tolist()
+            for t, at in ((plain, i), (padded, place))
+        ]
+        assert pages[0] == pages[1]
+        assert plain.words["last_page_lens"][i] == padded.words["last_page_lens"][place]
+    starts = padded.words["prefill_query_starts"][: CHUNKS + 1].tolist()
+    assert (
+        starts[: num_chunks + 1] == plain.words["prefill_query_starts"][: num_chunks + 1].tolist()
+    )
+    assert starts[num_chunks + 1 :] == [shape.num_chunk_tokens] * (CHUNKS - num_chunks)
+    ends = padded.words["page_starts"][shape.num_decodes + num_chunks + 1 : shape.num_sequences + 1]
+    assert len(set(ends.tolist())) == 1  # the empty chunks have no pages
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16, 64])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minisrv.engine.attention.workspace import workspace_bytes
+from minisrv.engine.graph_shapes import CHUNKS
 from tests.support.flashinfer_planner import NUM_SMS, Heads, float_bytes
 
 SHAPES = {
@@ -23,18 +24,23 @@ SHAPES = {
 }
 
 
-def enough(heads: Heads, largest_graph: int) -> int:
+def enough(heads: Heads, largest_graph: int, chunk_tokens: int = 0) -> int:
     return workspace_bytes(
         num_heads=heads.num_heads,
         num_kv_heads=heads.num_kv_heads,
         head_dim=heads.head_dim,
         num_sms=NUM_SMS,
         largest_graph=largest_graph,
+        chunk_tokens=chunk_tokens,
     )
 
 
-def needed(heads: Heads, query_lens: np.ndarray, kv_lens: np.ndarray, in_graph: bool) -> int:
-    return float_bytes(heads, query_lens, kv_lens, num_sms=NUM_SMS, in_graph=in_graph)
+def needed(
+    heads: Heads, query_lens: np.ndarray, kv_lens: np.ndarray, in_graph: bool, uniform: bool = True
+) -> int:
+    return float_bytes(
+        heads, query_lens, kv_lens, num_sms=NUM_SMS, in_graph=in_graph, uniform=uniform
+    )
 
 
 @pytest.mark.parametrize("heads", SHAPES.values(), ids=SHAPES)
@@ -62,6 +68,21 @@ def test_some_plan_takes_all_of_it(heads: Heads, largest_graph: int) -> None:
         one = np.ones(largest_graph, int)
         found.append(needed(heads, one, one, True))
     assert max(found) == enough(heads, largest_graph)
+
+
+@pytest.mark.parametrize("heads", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("chunk_tokens", [64, 300, 512, 4096])
+def test_it_is_enough_for_the_chunks_of_a_graph_and_no_larger(
+    heads: Heads, chunk_tokens: int
+) -> None:
+    rng, eager, found = np.random.default_rng(0), enough(heads, 0), []
+    for _ in range(100):
+        total = chunk_tokens if not found else int(rng.integers(2 * CHUNKS, chunk_tokens + 1))
+        ends = np.sort(rng.integers(0, total + 1, CHUNKS - 1))
+        lens = np.diff([0, *ends, total])
+        contexts = lens + rng.integers(0, int(rng.choice([1, 5000, 40000])), CHUNKS) * (lens > 0)
+        found.append(needed(heads, lens, contexts, True, uniform=False))
+    assert max([eager, *found]) == max(eager, found[0]) == enough(heads, 0, chunk_tokens)
 
 
 def test_64_heads_take_more_than_flashinfer_recommends() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from minisrv.engine import rank_engine
 from minisrv.engine.device_runner import DeviceRunner
 from minisrv.engine.engine import Engine
 from minisrv.engine.forward_batch import ForwardBatch
+from minisrv.engine.graph_shapes import GraphShape
 from minisrv.engine.layers.decoder import Decoder
 from minisrv.engine.model_size import (
     GRAPH_NODE_BYTES,
@@ -65,13 +67,14 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **variant)
 
 
+# Graphs of decodes up to `largest`, and of steps with prompts up to `max_tokens`.
 @pytest.mark.parametrize(
-    ("overlap_depth", "page_size", "largest"),
+    ("overlap_depth", "page_size", "largest", "max_tokens"),
     [
-        *((0, 1, 0), (1, 16, 6), (0, 1, 256)),
+        *((0, 1, 0, 0), (1, 16, 6, 64), (0, 1, 256, 0), (1, 16, 256, 100)),
         *(
             pytest.param(*rest, marks=pytest.mark.soak)
-            for rest in [(1, 16, 0), (0, 1, 6), (1, 16, 256)]
+            for rest in [(1, 16, 0, 0), (0, 1, 6, 0), (0, 1, 6, 64), (1, 16, 256, 0)]
         ),
     ],
 )
@@ -80,6 +83,7 @@ def test_tokens_equal_those_of_transformers(
     overlap_depth: int,
     page_size: int,
     largest: int,
+    max_tokens: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     repeat = use_device_runner(monkeypatch)
@@ -91,13 +95,28 @@ def test_tokens_equal_those_of_transformers(
         page_size=page_size,
         num_pages=6400 // page_size,
         cuda_graph_max_bs=largest,
+        cuda_graph_max_tokens=max_tokens,
     )
+    assert isinstance(loop.engine, Engine)
+    runner = loop.engine._rank_0.runner
+    assert isinstance(runner, DeviceRunner)
+    mixed: Counter[bool] = Counter()
+    find = runner._shape
+
+    def count(batch: ForwardBatch) -> GraphShape | None:
+        shape = find(batch)
+        if batch.prefill_ids.size:
+            mixed[shape is not None] += 1
+        return shape
+
+    monkeypatch.setattr(runner, "_shape", count)
     recorded = repeat.replays
     expected = reference_tokens(model, prompts)
     for at_once in (16, 3):
         outputs, _ = run(loop, prompts, at_once)
         assert not compare(model, prompts, expected, outputs)
     assert (repeat.replays > recorded) == bool(largest)
+    assert (mixed[True] > 5) == bool(max_tokens)
 
 
 @pytest.mark.parametrize(("context", "lens"), [(None, [1, 17, 65, 513]), (40, [1, 17, 38])])
@@ -141,7 +160,7 @@ def test_graphs_of_all_sizes_write_their_logits_to_the_tensor_that_the_plan_coun
     runner = engine._rank_0.runner
     assert isinstance(runner, DeviceRunner)
     sizes = graph_sizes(20)
-    assert sorted(runner._graphs) == sizes
+    assert set(runner._graphs) == {GraphShape(size) for size in sizes}
     shared = runner._graph_logits_SV
     assert places == {shared.data_ptr()}
     hidden = 20 * widest_layer(config, 1) * 4

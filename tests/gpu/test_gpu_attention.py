@@ -18,6 +18,7 @@ from minisrv.config import ServerConfig
 from minisrv.engine.attention.flashinfer import FlashInferAttention
 from minisrv.engine.backends import choose_backends, device_kernels
 from minisrv.engine.forward_batch import ForwardBatch
+from minisrv.engine.graph_shapes import GraphShape
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.page_table import PageTable
 from minisrv.engine.step_buffer import StepBuffer, StepLimits, StepTensors
@@ -31,7 +32,9 @@ STEPS = {
     "extend": (0, 4, True),
     "mixed": (5, 3, True),
     "graph": (9, 0, False),
+    "mixed-graph": (5, 3, True),
 }
+SHAPES = {"graph": GraphShape(9), "mixed-graph": GraphShape(8, 900)}
 TOLERANCE = {"bfloat16": 1.6e-2, "float16": 2e-3}
 
 
@@ -91,7 +94,8 @@ def make_pool(module: Attention, page_size: int, num_heads: int, device: torch.d
 def make_attention(pool: KVPool, num_heads: int) -> FlashInferAttention:
     if pool.device.type == "cpu":
         return FlashInferAttention(pool, num_heads, 2**27)
-    kernels, attention = choose_backends(ServerConfig(), pool, num_heads)
+    config = ServerConfig(cuda_graph_max_tokens=1024)
+    kernels, attention = choose_backends(config, pool, num_heads)
     assert type(kernels).__name__ == "CudaKernels"
     assert isinstance(attention, FlashInferAttention)
     return attention
@@ -142,6 +146,11 @@ def attend(batch: ForwardBatch, table: PageTable, pool: KVPool, q_THD: Tensor) -
     return torch.cat(outputs)
 
 
+def places_of_tokens(batch: ForwardBatch, num_decodes: int) -> list[int]:
+    """Where the tokens are in a step that has been padded to `num_decodes` decodes."""
+    return [*range(batch.num_decodes), *range(num_decodes, num_decodes + batch.prefill_ids.size)]
+
+
 def gather(pages_NPKD: Tensor, chosen: Tensor) -> Tensor:
     """The tokens of some pages, in the dtype of the cache; viewed as bytes, because torch does not
     index FP8 on every device.
@@ -178,19 +187,19 @@ def test_attention(
     attention.read_from(tensors)
     for _ in range(3):
         batch = make_batch(kind, rng)
-        step = buffer.send(batch)
-        plan = attention.plan_for_graph if kind == "graph" else attention.plan
+        step = buffer.send(batch, SHAPES.get(kind))
+        plan = attention.plan_for_graph if kind in SHAPES else attention.plan
         plan(step)
         expand(tensors, limits, step.num_decodes + step.num_prefills)
-        num_tokens = int(batch.query_lens.sum())
+        size, places = step.num_tokens, places_of_tokens(batch, step.num_decodes)
         heads = (num_heads, NUM_KV_HEADS, NUM_KV_HEADS)
-        qkv = torch.randn(num_tokens, sum(heads), module.head_dim, dtype=pool.dtype, device=device)
+        qkv = torch.randn(size, sum(heads), module.head_dim, dtype=pool.dtype, device=device)
         q_THD, k_TKD, v_TKD = qkv.split_with_sizes(heads, 1)
         slots = attention.cache_slots(1)
         store(slots.keys_NKD, slots.slots_T, k_TKD)
         store(slots.values_NKD, slots.slots_T, v_TKD)
         ours = attention.forward(q_THD, k_TKD, v_TKD, 1)
         buffer.mark_launched()
-        expected = attend(batch, table, pool, q_THD)
+        expected = attend(batch, table, pool, q_THD[places])
         tolerance = TOLERANCE[module.dtype]
-        torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(ours[places].double(), expected, rtol=tolerance, atol=tolerance)

@@ -142,12 +142,16 @@ def test_graphs_give_the_tokens_of_eager_steps(case: Case, at_once: int) -> None
 
 
 @pytest.mark.parametrize("largest", [0, 16])
-@pytest.mark.parametrize("switch", ["joined_kernels", "programmatic_launch"])
+@pytest.mark.parametrize(
+    "switch",
+    [{"joined_kernels": True}, {"programmatic_launch": True}, {"cuda_graph_max_tokens": 256}],
+    ids=lambda switch: next(iter(switch)),
+)
 def test_what_is_off_by_default_gives_the_same_tokens(
-    case: Case, switch: str, largest: int
+    case: Case, switch: dict[str, Any], largest: int
 ) -> None:
     for at_once in (1, 3, 20):
-        loop = make_loop(case.path, cuda_graph_max_bs=largest, **{switch: True})
+        loop = make_loop(case.path, cuda_graph_max_bs=largest, **switch)
         tokens, _ = run(loop, case.prompts, at_once)
         assert_agree(case, tokens)
 

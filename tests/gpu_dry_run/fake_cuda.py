@@ -83,6 +83,7 @@ class FakeGPU:
 
     launches: names in the order of the stream. copies: how many there were of each kind.
     num_torch_calls: operations that torch was asked for, views and host memory included.
+    num_host_launches: as `launches`, but a CUDA graph is one.
     next_token: what samplers "draw", the content of int32 vectors that come from the device.
     """
 
@@ -91,7 +92,7 @@ class FakeGPU:
         self.device_index = 0
         self.launches: list[str] = []
         self.copies: Counter[str] = Counter()
-        self.num_replays = self.num_torch_calls = 0
+        self.num_replays = self.num_torch_calls = self.num_host_launches = 0
         self.next_token = 0
         self.serving = False  # before that, a wait does no harm
         self._recording: Graph | None = None
@@ -106,16 +107,28 @@ class FakeGPU:
         return self._recording
 
     def launch(self, name: str) -> None:
-        launches = self.launches if self._recording is None else self._recording.launches
-        launches.append(name)
+        if self._recording is None:
+            self.launches.append(name)
+            self.num_host_launches += 1
+        else:
+            self._recording.launches.append(name)
 
     def replay(self, graph: Graph) -> None:
         if self._recording is not None:
             raise Violation("a graph is replayed while another is being recorded")
-        for check in graph.checks:
-            check()
+        with self.uncounted():
+            for check in graph.checks:
+                check()
         self.num_replays += 1
+        self.num_host_launches += 1
         self.launches += graph.launches
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Within the context, calls of torch are those of a check and not of the engine."""
+        before = self.num_torch_calls
+        yield
+        self.num_torch_calls = before
 
     @contextmanager
     def record(self, graph: Graph) -> Iterator[None]:

@@ -7,7 +7,8 @@ the call. In a CUDA graph that is checked again at each replay.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -55,12 +56,24 @@ class _Types:
     head_dim: int
 
 
+def _uncounted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a method asks of torch is for its checks."""
+
+    @functools.wraps(function)
+    def method(module: _AttentionModule, *args: Any) -> Any:
+        with module.gpu.uncounted():
+            return function(module, *args)
+
+    return method
+
+
 class _AttentionModule:
     """The module of gen_batch_prefill_module."""
 
     def __init__(self, gpu: FakeGPU, planner: Planner, plans: Plans, types: _Types) -> None:
-        self._gpu, self._planner, self._plans, self._types = gpu, planner, plans, types
+        self.gpu, self._planner, self._plans, self._types = gpu, planner, plans, types
 
+    @_uncounted
     def plan(
         self,
         float_workspace: Tensor,
@@ -86,7 +99,7 @@ class _AttentionModule:
     ) -> Plan:
         for workspace in (float_workspace, int_workspace):
             self._require(workspace, "a workspace", torch.uint8)
-        _require(self._gpu.is_pinned(pinned), "the plan's host buffer is not pinned")
+        _require(self.gpu.is_pinned(pinned), "the plan's host buffer is not pinned")
         _require(pinned.nbytes >= int_workspace.nbytes, "the plan's host buffer is too small")
         for name, table in (("queries", query_starts), ("pages", page_starts), ("lens", kv_lens)):
             _require_host_table(table, name)
@@ -112,13 +125,14 @@ class _AttentionModule:
             kv_dtype_bytes=self._types.cache.itemsize,
         )
         planned = self._planner.plan(request, float_workspace.numel(), pinned.numpy())
-        self._gpu.upload(pinned[: planned.int_bytes], None, True)
+        self.gpu.upload(pinned[: planned.int_bytes], None, True)
         plan = Plan(planned.info, request, lens, causal)
         self._plans.held[_memory(int_workspace)] = plan
         self._plans.num_planned += 1
         self._plans.largest_float_bytes = max(self._plans.largest_float_bytes, planned.float_bytes)
         return plan
 
+    @_uncounted
     def paged_run(
         self,
         float_workspace: Tensor,
@@ -165,20 +179,20 @@ class _AttentionModule:
             _require_vectors(tensor)
         _require(lse is None and window_left == -1, "options")
         _require(mask_mode == int(plan.causal), "another mask than planned")
-        _require(self._gpu.recording is None or bool(plan[_IN_GRAPH]), "an eager plan in a graph")
-        check = _Check(self._gpu, self._plans, plan, _memory(int_workspace), tables)
+        _require(self.gpu.recording is None or bool(plan[_IN_GRAPH]), "an eager plan in a graph")
+        check = _Check(self.gpu, self._plans, plan, _memory(int_workspace), tables)
         check()
-        if self._gpu.recording is not None:
-            self._gpu.recording.checks.append(check)
-        self._gpu.launch("flashinfer::attention")
+        if self.gpu.recording is not None:
+            self.gpu.recording.checks.append(check)
+        self.gpu.launch("flashinfer::attention")
         if plan[_SPLITS]:
-            self._gpu.launch("flashinfer::merge_splits")
+            self.gpu.launch("flashinfer::merge_splits")
 
     def ragged_run(self, *args: Any) -> None:
         raise Violation("attention over a cache without pages")
 
     def _require(self, tensor: Any, name: str, dtype: torch.dtype) -> None:
-        self._gpu.require_on_device(tensor, name)
+        self.gpu.require_on_device(tensor, name)
         _require(tensor.dtype is dtype, f"{name} has dtype {tensor.dtype}, not {dtype}")
 
 
@@ -203,7 +217,7 @@ class _Check:
         for table, planned in (
             (query_starts, now.query_starts),
             (page_starts, now.page_starts),
-            (last_page_lens, (plan.kv_lens - 1) % now.page_size + 1),
+            (last_page_lens, plan.kv_lens - (np.diff(now.page_starts) - 1).clip(0) * now.page_size),
         ):
             _require(len(table) == len(planned), "the plan is for another number of sequences")
             sent = self.gpu.content(table)

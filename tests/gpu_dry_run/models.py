@@ -74,7 +74,7 @@ _30B_A3B = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
-_SWITCHES = {"joined_kernels": True, "programmatic_launch": True}
+_SWITCHES = {"joined_kernels": True, "programmatic_launch": True, "cuda_graph_max_tokens": 512}
 MODELS = {
     model.name: model
     for model in (

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from minisrv.engine import rank_engine
+from minisrv.engine import model_size
 from tests.gpu_dry_run.dry_run import decode_batch, dry_run, step_batch
 from tests.gpu_dry_run.models import MODELS, Model
 
@@ -24,11 +24,11 @@ Figures = dict[str, dict[str, int]]
 
 
 def measure(model: Model, folder: Path, num_layers: int | None) -> Figures:
-    """Launches of a decode step, plain and with every filter and penalty, by batch size; and of an
-    eager step with prompts, with the calls of torch that it takes.
+    """Launches of a decode step, plain and with every filter and penalty, by batch size; and of a
+    step with prompts, with the calls of torch and the launches by the host that it takes.
     """
     with (
-        mock.patch.object(rank_engine, "graph_sizes", return_value=list(BATCHES)),
+        mock.patch.object(model_size, "graph_sizes", return_value=list(BATCHES)),
         dry_run(model, folder, num_layers=num_layers) as run,
     ):
         figures = {
@@ -40,10 +40,14 @@ def measure(model: Model, folder: Path, num_layers: int | None) -> Figures:
         }
         gpu, batch = run.machine.gpu, step_batch(num_decodes=20, chunks=[300, 7])
         run.launches(batch)  # the first one fills caches of FlashInfer
-        before = gpu.num_torch_calls
+        before = gpu.num_torch_calls, gpu.num_host_launches
         launches = run.launches(batch).total()
-        calls = gpu.num_torch_calls - before
-        return {**figures, "eager, with prompts": {"launches": launches, "calls of torch": calls}}
+        mixed = {
+            "launches": launches,
+            "by the host": gpu.num_host_launches - before[1],
+            "calls of torch": gpu.num_torch_calls - before[0],
+        }
+        return {**figures, "with prompts": mixed}
 
 
 def extrapolate(model: Model, folder: Path) -> Figures:

@@ -16,6 +16,7 @@ from minisrv.checkpoint.model_config import ModelConfig, RopeConfig
 from minisrv.config import ServerConfig
 from minisrv.engine.attention.flashinfer import FlashInferAttention
 from minisrv.engine.backends import choose_backends
+from minisrv.engine.graph_shapes import CHUNKS, mixed_shapes
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.model_size import graph_sizes
 from tests.gpu_dry_run.dry_run import dry_run, machine
@@ -25,6 +26,9 @@ from tests.gpu_dry_run.planner import PlanError, Planner, Request, load_planner,
 
 PAGE_SIZE, MAX_LEN = 16, 40960
 LARGEST_GRAPH = 256
+CHUNK_GRAPHS = mixed_shapes(
+    512, largest_graph=LARGEST_GRAPH, num_rows=256, max_chunk_tokens=MAX_LEN
+)
 MAX_PREFILL_TOKENS = 8192
 
 
@@ -81,7 +85,9 @@ def workspace_bytes(heads: Heads) -> int:
     with machine():
         device = torch.device("cuda", 0)
         pool = KVPool(config, heads.num_kv_heads, PAGE_SIZE, torch.bfloat16, device)
-        options = ServerConfig(cuda_graph_max_bs=LARGEST_GRAPH, device="cuda")
+        options = ServerConfig(
+            cuda_graph_max_bs=LARGEST_GRAPH, cuda_graph_max_tokens=512, device="cuda"
+        )
         _, attention = choose_backends(options, pool, heads.num_heads)
         assert isinstance(attention, FlashInferAttention)
         return attention._workspace.numel()
@@ -141,6 +147,24 @@ def random_graph(heads: Heads, rng: np.random.Generator) -> Request:
     return graph_request(heads, random_kv_lens(rng, int(rng.choice(graph_sizes(LARGEST_GRAPH)))))
 
 
+def random_chunk_graph(
+    heads: Heads, rng: np.random.Generator, num_tokens: int | None = None
+) -> Request:
+    """The chunks of a padded step in a graph, with empty ones among them."""
+    total = num_tokens or int(rng.choice([shape.num_chunk_tokens for shape in CHUNK_GRAPHS]))
+    count = int(rng.integers(1, CHUNKS + 1))
+    ends = np.sort(rng.choice(np.arange(1, total), count - 1, replace=False))
+    query_lens = np.zeros(CHUNKS, int)
+    query_lens[:count] = np.diff([0, *ends, total])
+    contexts = rng.integers(0, int(rng.choice([1, 500, 5000, MAX_LEN - 4096])), CHUNKS)
+    kv_lens = query_lens + contexts * (query_lens > 0)
+    return request(heads, query_lens, kv_lens, in_graph=True)
+
+
+def largest_chunk_graph(heads: Heads) -> Request:
+    return random_chunk_graph(heads, np.random.default_rng(4), 512)
+
+
 def largest_graph(heads: Heads) -> Request:
     return graph_request(heads, np.ones(LARGEST_GRAPH, int))
 
@@ -160,6 +184,7 @@ def plan_random_mixes(planner: Planner, heads: Heads, count: int, seed: int) -> 
         planner.plan(random_chunks(heads, rng), available)
         planner.plan(random_decodes(heads, rng), available)
         planner.plan(random_graph(heads, rng), available)
+        planner.plan(random_chunk_graph(heads, rng), available)
 
 
 @every_shape
@@ -178,6 +203,7 @@ def test_the_plans_that_take_most_fit_into_the_workspace(planner: Planner, heads
     available = workspace_bytes(heads)
     planner.plan(largest_chunk(heads), available)
     planner.plan(largest_graph(heads), available)
+    planner.plan(largest_chunk_graph(heads), available)
 
 
 @every_shape
@@ -186,10 +212,13 @@ def test_no_random_mix_takes_more_than_the_largest(planner: Planner, heads: Head
     enough, rng = 2**33, np.random.default_rng(2)
     chunk = planner.plan(largest_chunk(heads), enough).float_bytes
     graph = planner.plan(largest_graph(heads), enough).float_bytes
+    chunk_graph = planner.plan(largest_chunk_graph(heads), enough).float_bytes
+    assert max(chunk, graph, chunk_graph) == workspace_bytes(heads)
     for _ in range(300):
         for eager in (random_chunks(heads, rng), random_decodes(heads, rng)):
             assert planner.plan(eager, enough).float_bytes <= chunk
         assert planner.plan(random_graph(heads, rng), enough).float_bytes <= graph
+        assert planner.plan(random_chunk_graph(heads, rng), enough).float_bytes <= chunk_graph
     with pytest.raises(PlanError):
         planner.plan(largest_chunk(heads), chunk - 1)
 
@@ -204,3 +233,16 @@ def test_the_plans_of_a_graph_differ_only_in_what_it_reads_at_run_time(
         for longest in (2, 100, 2000, MAX_LEN):
             kv_lens = rng.integers(1, longest, size)
             assert planner.plan(graph_request(heads, kv_lens), 2**33).info == recorded
+
+
+@every_shape
+def test_the_plans_of_chunks_in_a_graph_differ_only_in_what_it_reads_at_run_time(
+    planner: Planner, heads: Heads
+) -> None:
+    rng = np.random.default_rng(5)
+    for num_tokens in {shape.num_chunk_tokens for shape in CHUNK_GRAPHS}:
+        padding = np.array([num_tokens] + [0] * (CHUNKS - 1))
+        recorded = planner.plan(request(heads, padding, padding, in_graph=True), 2**33).info
+        for _ in range(20):
+            again = planner.plan(random_chunk_graph(heads, rng, num_tokens), 2**33)
+            assert again.info == recorded

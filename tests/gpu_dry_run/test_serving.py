@@ -11,8 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 
+from minisrv.engine.forward_batch import LogprobColumns
 from minisrv.sampling_params import Grammar
 from minisrv.structured_output.vocabulary import Vocabulary, read_vocabulary
 from minisrv.wire.messages import Finish
@@ -104,9 +106,10 @@ def test_it_serves_grammars_beside_free_texts(tmp_path: Path) -> None:
     assert [ends[uid] for uid in (1000, 1100, 1200)] == [Finish.LENGTH] * 3
 
 
-def test_steps_of_the_largest_sizes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"cuda_graph_max_tokens": 512}], ids=["eager", "graphs"])
+def test_steps_of_the_largest_sizes(options: dict[str, int], tmp_path: Path) -> None:
     """Those of a full server: every row decodes, and a full budget of prompt tokens."""
-    with dry_run(MODELS["Qwen3-0.6B"], tmp_path, cuda_graph_max_bs=8) as run:
+    with dry_run(MODELS["Qwen3-0.6B"], tmp_path, cuda_graph_max_bs=8, **options) as run:
         for batch in (
             decode_batch(256),
             decode_batch(256, adjusted=True),
@@ -116,3 +119,35 @@ def test_steps_of_the_largest_sizes(tmp_path: Path) -> None:
             step_batch(num_decodes=0, chunks=[4096, 4096]),
         ):
             assert run.launches(batch)
+
+
+@pytest.mark.parametrize(
+    ("num_decodes", "chunks", "fields", "in_graph"),
+    [
+        (0, [1], {}, True),
+        (0, [512], {}, True),
+        (0, [64] * 8, {}, True),
+        (0, [62] * 8, {}, False),  # the padding is a chunk, too
+        (0, [513], {}, False),
+        (5, [30, 29], {}, True),
+        (40, [300, 7], {}, True),
+        (129, [1], {}, True),
+        (200, [100, 3, 4], {}, True),
+        (248, [264], {}, True),
+        (248, [265], {}, False),
+        (249, [1], {}, False),
+        (4, [60], {"prompt_logprob_tokens": np.arange(4, 64, dtype=np.int32)}, False),
+    ],
+)
+def test_a_step_with_prompts_is_replayed_where_it_fits_into_a_graph(
+    num_decodes: int, chunks: list[int], fields: dict[str, Any], in_graph: bool, tmp_path: Path
+) -> None:
+    options = {"cuda_graph_max_tokens": 512}
+    if fields:
+        ids = np.zeros(len(fields["prompt_logprob_tokens"]), np.int32)
+        samples = np.arange(num_decodes + len(chunks), dtype=np.int32)
+        fields = fields | {"logprobs": LogprobColumns(2, samples, ids)}
+    with dry_run(MODELS["Qwen3-0.6B"], tmp_path, num_layers=1, **options) as run:
+        before = run.machine.gpu.num_replays
+        run.launches(step_batch(num_decodes=num_decodes, chunks=chunks, start=900, **fields))
+        assert run.machine.gpu.num_replays - before == 2 * in_graph

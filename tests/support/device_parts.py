@@ -21,7 +21,7 @@ from minisrv.engine.forward_batch import SamplingColumns
 from minisrv.engine.kernels.base import PenaltyColumns
 from minisrv.engine.kernels.torch_native import TorchKernels, mask_logits_
 from minisrv.engine.kv_pool import KVPool
-from minisrv.engine.model_size import largest_graph
+from minisrv.engine.model_size import largest_chunk_graph, largest_graph
 from minisrv.engine.sampling.device_columns import DeviceColumns
 from minisrv.engine.sampling.sampler import sample
 from minisrv.engine.step_buffer import StepLimits, StepTensors
@@ -126,6 +126,7 @@ def use_device_runner(monkeypatch: pytest.MonkeyPatch) -> Repeat:
             head_dim=pool.head_dim,
             num_sms=NUM_SMS,
             largest_graph=largest_graph(config),
+            chunk_tokens=largest_chunk_graph(config),
         )
         return TorchKernels(), FlashInferAttention(pool, num_heads, num_bytes)
 

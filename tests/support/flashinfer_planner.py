@@ -24,14 +24,25 @@ class Heads:
 
 
 def float_bytes(
-    heads: Heads, query_lens: np.ndarray, kv_lens: np.ndarray, *, num_sms: int, in_graph: bool
+    heads: Heads,
+    query_lens: np.ndarray,
+    kv_lens: np.ndarray,
+    *,
+    num_sms: int,
+    in_graph: bool,
+    uniform: bool = True,
 ) -> int:
-    """What the plan of these sequences takes; in a graph all have the same number of queries."""
+    """What the plan of these sequences takes; in a graph that is `uniform` all have equally many
+    queries.
+    """
     queries = np.asarray(query_lens, np.int64) * heads.group
     pages = np.maximum(-(-np.asarray(kv_lens, np.int64) // heads.page_size), 1)
-    average = int(queries.sum()) // len(queries)
+    # By this the size of tiles is chosen.
+    length = int(queries.sum()) // len(queries)
+    if in_graph and not uniform:
+        length = (int(np.sum(query_lens)) - len(queries) + 1) * heads.group
     largest = 128 if heads.head_dim < 256 else 64
-    tile_rows = 16 if average <= 16 else 64 if average <= 64 else largest
+    tile_rows = 16 if length <= 16 else 64 if length <= 64 else largest
     tiles = -(-queries // tile_rows)
     most = 2 * num_sms // heads.num_kv_heads
     chunk, whole = max(128 // heads.page_size, 1), int(pages.max())
@@ -46,6 +57,9 @@ def float_bytes(
         return 0
     num_tiles = int((tiles * -(-pages // chunk)).sum())
     if in_graph:
-        assert num_tiles <= max(most, int(tiles.sum()))
-        num_tiles = max(most, int(tiles.sum()))
+        bound = int(tiles.sum())
+        if not uniform:
+            bound = -(-int(queries.sum()) // tile_rows) + len(queries) - 1
+        assert num_tiles <= max(most, bound)
+        num_tiles = max(most, bound)
     return heads.num_heads * num_tiles * tile_rows * (heads.head_dim + 1) * 4

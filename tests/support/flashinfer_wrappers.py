@@ -29,15 +29,13 @@ def documented(real: type, plan: Any) -> type:
             self._pin_memory_int_workspace_buffer = torch.zeros(8, dtype=torch.uint8)
             self.in_graph = names.get("use_cuda_graph", False)
             self.fixed = [
-                names[name]
-                for name in (
-                    "paged_kv_indptr_buffer",
-                    "paged_kv_indices_buffer",
-                    "paged_kv_last_page_len_buffer",
-                )
-                if name in names
+                names[name + ending]
+                for name in ("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
+                for ending in ("_buf", "_buffer")
+                if name + ending in names
             ]
             assert len(self.fixed) == (3 if self.in_graph else 0)
+            self.fixed_queries = names.get("qo_indptr_buf")
             self.buffers_planned_in: list[int] = []
             self._cached_module = _Module(self)
 
@@ -55,13 +53,18 @@ def documented(real: type, plan: Any) -> type:
             head_dim = names.get("head_dim", names.get("head_dim_qk"))
             self.heads = (names["num_qo_heads"], names["num_kv_heads"], head_dim)
             self.q_dtype, self.kv_dtype = names["q_data_type"], names["kv_data_type"]
+            self.num_queries = int(self.query_starts[-1])
             if not self.in_graph:
-                kv_lens = (starts.diff() - 1) * self.page_size + last
+                kv_lens = (starts.diff() - 1).clamp(0) * self.page_size + last
                 _check_workspace(self, self.query_starts.diff(), kv_lens)
                 self.tables = (starts.clone(), pages, last.clone())
                 return
             assert len(last) == len(self.fixed[2])
             assert len(starts) == len(self.fixed[0])
+            if self.fixed_queries is not None:
+                assert len(self.query_starts) == len(self.fixed_queries)
+                self.fixed_queries.copy_(self.query_starts)
+                self.query_starts = self.fixed_queries
             self.fixed[0].copy_(starts)
             self.fixed[1][: len(pages)].copy_(pages)
             self.fixed[2].copy_(last)
@@ -79,7 +82,7 @@ def documented(real: type, plan: Any) -> type:
             starts, all_pages, lasts = self.tables
             for i, last in enumerate(lasts.tolist()):
                 pages = all_pages[starts[i] : starts[i + 1]].long()
-                kv_len = (len(pages) - 1) * self.page_size + last
+                kv_len = max(len(pages) - 1, 0) * self.page_size + last
                 if self.in_graph:
                     assert kv_len == self.planned_lens[i]
                 k, v = (
@@ -88,6 +91,8 @@ def documented(real: type, plan: Any) -> type:
                 )
                 part = slice(self.query_starts[i], self.query_starts[i + 1])
                 count = int(part.stop - part.start)
+                if not count:
+                    continue
                 # Aligned at the end: the last query sees everything.
                 mask = torch.ones(count, kv_len, dtype=torch.bool).tril(kv_len - count)
                 out[part] = F.scaled_dot_product_attention(
@@ -110,6 +115,7 @@ def _check_workspace(wrapper: Any, query_lens: torch.Tensor, kv_lens: torch.Tens
         kv_lens.numpy(),
         num_sms=NUM_SMS,
         in_graph=wrapper.in_graph,
+        uniform=wrapper.fixed_queries is None,
     )
     if size > wrapper._float_workspace_buffer.numel():
         raise RuntimeError(f"Buffer overflow when allocating memory with size {size}")
@@ -150,11 +156,14 @@ class _Module:
         assert int_workspace is wrapper._int_workspace_buffer
         assert (num_heads, num_kv_heads, head_dim_qk) == wrapper.heads
         assert (head_dim_vo, page_size) == (head_dim_qk, wrapper.page_size)
-        assert (causal, window_left) == (False, -1)
+        uniform = wrapper.fixed_queries is None
+        assert (causal, window_left) == (wrapper.causal, -1)
         assert (fixed_split_size, disable_split_kv) == (-1, False)
-        assert (num_colocated_ctas, uniform_q_len) == (0, 1)
-        assert num_rows == batch_size == len(kv_lens) == len(wrapper.fixed[2])
-        assert query_starts.tolist() == list(range(batch_size + 1))
+        assert (num_colocated_ctas, uniform_q_len) == (0, int(uniform))
+        assert batch_size == len(kv_lens) == len(wrapper.fixed[2])
+        if uniform:
+            assert query_starts.tolist() == list(range(batch_size + 1))
+        assert num_rows == query_starts[-1] == wrapper.num_queries
         assert query_starts.dtype == page_starts.dtype == kv_lens.dtype == torch.int32
         assert page_starts.diff().tolist() == (-(-kv_lens // page_size)).tolist()
         _check_workspace(wrapper, query_starts.diff(), kv_lens)

@@ -65,8 +65,16 @@ SAMPLING_FLAGS = {
 HARMLESS_OPTIONS = (
     *("host", "port", "num_threads", "num_pages", "kv_memory", "memory_fraction"),
     *("radix_cache", "max_running_requests", "max_prefill_tokens", "overlap_depth"),
-    *("cuda_graph_max_bs", "max_open_requests", "num_tokenizers", "api_key", "api_key_file"),
-    *("admin_key", "allowed_host", "public_metrics", "ssl_certfile", "ssl_keyfile"),
+    *("cuda_graph_max_bs", "cuda_graph_max_tokens", "max_open_requests", "num_tokenizers"),
+    *(
+        "api_key",
+        "api_key_file",
+        "admin_key",
+        "allowed_host",
+        "public_metrics",
+        "ssl_certfile",
+        "ssl_keyfile",
+    ),
     *("strict_params", "cors_origins", "max_body_bytes", "start_timeout_s", "drain_timeout"),
     *("restart_limit", "resume", "stall_timeout", "log_level", "log_format"),
     "metrics_vllm_names",

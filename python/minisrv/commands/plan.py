@@ -264,7 +264,11 @@ def _workspace(deployment: Deployment) -> tuple[int, str]:
     rotary = 2 * model.max_seq_len * model.head_dim * itemsize
     sampling = samples * model.vocab_size * model_size.LOGIT_BYTES
     attention = model_size.attention_workspace_bytes(
-        model, deployment.partition, deployment.num_sms, model_size.largest_graph(config)
+        model,
+        deployment.partition,
+        deployment.num_sms,
+        model_size.largest_graph(config),
+        model_size.largest_chunk_graph(config),
     )
     total = attention + rotary + tokens * width * itemsize + sampling
     return total, (
@@ -275,17 +279,18 @@ def _workspace(deployment: Deployment) -> tuple[int, str]:
 
 
 def _graphs(deployment: Deployment) -> tuple[int, str]:
-    """Bytes of the CUDA graphs of decode steps, and the formula."""
+    """Bytes of the CUDA graphs, and the formula."""
     model, config, itemsize = deployment.model, deployment.config, _ITEMSIZE[deployment.dtype]
-    largest = model_size.largest_graph(config)
-    sizes = model_size.graph_sizes(largest)
-    if not sizes:
+    shapes = model_size.graph_shapes(config, _prefill_tokens(config), model.max_seq_len)
+    if not shapes:
         return 0, "none"
+    tokens = max(shape.num_tokens for shape in shapes)
+    samples = max(shape.num_sequences for shape in shapes)
     layer_bytes = model_size.GRAPH_NODES * model_size.GRAPH_NODE_BYTES
-    return model_size.graph_bytes(model, sizes, itemsize), (
-        f"estimate: {len(sizes)} sizes x {model.num_layers} layers x {format_size(layer_bytes)}, "
-        f"{largest} tokens x ({model_size.widest_layer(model, 1)} x {itemsize} B "
-        f"+ {model.vocab_size} x {model_size.LOGIT_BYTES} B)"
+    return model_size.graph_bytes(model, shapes, itemsize), (
+        f"estimate: {len(shapes)} shapes x {model.num_layers} layers x {format_size(layer_bytes)}, "
+        f"{tokens} tokens x {model_size.widest_layer(model, 1)} x {itemsize} B, "
+        f"{samples} samples x {model.vocab_size} x {model_size.LOGIT_BYTES} B"
     )
 
 

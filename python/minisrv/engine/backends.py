@@ -20,7 +20,7 @@ from minisrv.engine.kernels.base import Kernels
 from minisrv.engine.kernels.cpu import ATTENTION_HEAD_DIMS, load_cpu_kernels
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
-from minisrv.engine.model_size import largest_graph
+from minisrv.engine.model_size import largest_chunk_graph, largest_graph
 from minisrv.engine.weights import Weights
 from minisrv.errors import ConfigError
 
@@ -151,6 +151,7 @@ def _cuda_attention(
         head_dim=pool.head_dim,
         num_sms=torch.cuda.get_device_properties(pool.device).multi_processor_count,
         largest_graph=largest_graph(config),
+        chunk_tokens=largest_chunk_graph(config),
     )
     return FlashInferAttention(pool, num_heads, num_bytes), None
 

@@ -3,8 +3,9 @@
 A decode-only step replays two CUDA graphs, forward and sampler, which are recorded for a fixed list
 of batch sizes; work that only some steps need runs between the two. The batch is padded to the next
 recorded size with dummy sequences that use a reserved row and page. A step with prefill chunks runs
-eagerly. All work is in one stream, so a step can be sent while the previous one runs: nothing that
-a step reads is overwritten before it has been read, and its tokens stay on the device for the next.
+eagerly, or, with --cuda-graph-max-tokens, is padded and replayed in the same way. All work is in
+one stream, so a step can be sent while the previous one runs: nothing that a step reads is
+overwritten before it has been read, and its tokens stay on the device for the next.
 """
 
 # Shapes: T tokens in the step, S sequences that sample, V vocabulary.
@@ -23,6 +24,7 @@ from torch import Tensor
 from minisrv.engine.attention.base import LayerAttention
 from minisrv.engine.cuda_graph import Recorder, Replay
 from minisrv.engine.forward_batch import ForwardBatch, SamplingColumns
+from minisrv.engine.graph_shapes import GraphShape
 from minisrv.engine.layers.decoder import Decoder
 from minisrv.engine.parallel.communicator import Communicator
 from minisrv.engine.sampling.adjust import LogitAdjuster
@@ -47,7 +49,7 @@ class DeviceAttention(LayerAttention, Protocol):
         """Prepare what all layers of a step share."""
 
     def plan_for_graph(self, step: SentStep) -> None:
-        """As `plan`, for a decode-only step whose forward is in a CUDA graph or being recorded."""
+        """As `plan`, for a padded step whose forward is in a CUDA graph or being recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +86,10 @@ class DeviceRunner:
         self._tensors = StepTensors(limits, device, spare_page=0)
         self._buffer = StepBuffer(limits, self._tensors)
         attention.read_from(self._tensors)
-        self._graphs: dict[int, _Graphs] = {}
-        self._sizes = np.empty(0, np.int64)
+        self._graphs: dict[GraphShape, _Graphs] = {}
+        self._decode_sizes = np.empty(0, np.int64)
+        self._mixed_shapes: list[GraphShape] = []
+        self._samplers: dict[int, Replay] = {}
         self._graph_logits_SV = torch.empty(0)
         self._has_warned = False
         pinned = device.type == "cuda"
@@ -100,35 +104,42 @@ class DeviceRunner:
         self._tensors.page_table[self._limits.num_rows] = spare_page
 
     def record(
-        self, sizes: list[int], recorder: Recorder, progress: Callable[[float], None]
+        self, shapes: list[GraphShape], recorder: Recorder, progress: Callable[[float], None]
     ) -> None:
-        """Record graphs for decode batches of `sizes`, which are ascending.
+        """Record graphs for steps of `shapes`: the first that a step fits is the one to use.
 
         The largest is recorded first, so that the others reuse its memory. They also share the
-        tensor to which they write the logits, which would otherwise stay allocated once per size.
+        tensor to which they write the logits, which would otherwise stay allocated once per shape.
         """
+        largest_first = sorted(shapes, key=lambda shape: shape.num_tokens, reverse=True)
         with torch.inference_mode():
             self._graph_logits_SV = torch.empty(
-                sizes[-1], self._model.vocab_size, dtype=torch.float32, device=self._device
+                max(shape.num_sequences for shape in shapes),
+                self._model.vocab_size,
+                dtype=torch.float32,
+                device=self._device,
             )
-            for count, size in enumerate(reversed(sizes)):
-                progress(count / len(sizes))
-                self._graphs[size] = self._record(size, recorder)
-        self._sizes = np.array(sizes)
+            for count, shape in enumerate(largest_first):
+                progress(count / len(shapes))
+                self._graphs[shape] = self._record(shape, recorder)
+        sizes = [shape.num_decodes for shape in shapes if not shape.num_chunks]
+        self._decode_sizes = np.array(sizes)
+        self._mixed_shapes = [shape for shape in shapes if shape.num_chunks]
 
     def compute(self, batch: ForwardBatch) -> StepHandle:
         with torch.inference_mode():
-            size = self._graph_size(batch)
-            logits_SV, step, logprobs = self._replay(batch, size) if size else self._run(batch)
+            shape = self._shape(batch)
+            logits_SV, step, logprobs = self._replay(batch, shape) if shape else self._run(batch)
             # Masks and penalties need the full vocabulary, which only rank 0 has.
             if self._communicator.sharding.rank == 0:
                 self._mask(batch.sampling, logits_SV)
                 if batch.penalties is not None:
                     self._adjuster.begin(batch.penalties)
-            if size and step.excess_biases is None:
-                self._graphs[size].sampler()
-            elif step.num_samples:
-                self._sample(logits_SV[: step.num_samples], step.excess_biases)
+            if step.num_samples:
+                if shape and step.excess_biases is None:
+                    self._graphs[shape].sampler()
+                else:
+                    self._sample(logits_SV[: step.num_samples], step.excess_biases)
             handle = self._to_host(step.num_samples, logprobs)
         self._buffer.mark_launched()
         return handle
@@ -139,14 +150,18 @@ class DeviceRunner:
         self._buffer.mark_launched()
         return logits_SV
 
-    def _graph_size(self, batch: ForwardBatch) -> int:
-        """The recorded size to pad the batch to, or 0 to run it eagerly."""
+    def _shape(self, batch: ForwardBatch) -> GraphShape | None:
+        """The recorded shape to pad the batch to, or None to run it eagerly."""
         size = batch.num_decodes
-        if not self._graphs or size < batch.rows.size:
-            return 0
-        found = int(np.searchsorted(self._sizes, size))
-        if found < len(self._sizes):
-            return int(self._sizes[found])
+        if not self._graphs:
+            return None
+        if size < batch.rows.size:
+            # Prompt logprobs need all hidden states, which a graph does not keep.
+            alone = not batch.prompt_logprob_tokens.size
+            return next((s for s in self._mixed_shapes if alone and s.fits(batch)), None)
+        found = int(np.searchsorted(self._decode_sizes, size))
+        if found < len(self._decode_sizes):
+            return GraphShape(int(self._decode_sizes[found]))
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -154,15 +169,15 @@ class DeviceRunner:
                 "CUDA graph, which is slower",
                 size,
             )
-        return 0
+        return None
 
     def _replay(
-        self, batch: ForwardBatch, size: int
+        self, batch: ForwardBatch, shape: GraphShape
     ) -> tuple[Tensor, SentStep, StepLogprobs | None]:
-        step = self._buffer.send(batch, padded_to=size)
+        step = self._buffer.send(batch, shape)
         self._attention.plan_for_graph(step)
-        self._graphs[size].forward()
-        logits_SV = self._graph_logits_SV[:size]
+        self._graphs[shape].forward()
+        logits_SV = self._graph_logits_SV[: shape.num_sequences]
         return logits_SV, step, _begin_logprobs(batch, logits_SV)
 
     def _run(self, batch: ForwardBatch) -> tuple[Tensor, SentStep, StepLogprobs | None]:
@@ -209,16 +224,23 @@ class DeviceRunner:
         rows_S = tensors.words["sample_rows"][:size].long()
         tensors.last_token.index_copy_(0, rows_S, tokens_S.long())
 
-    def _record(self, size: int, recorder: Recorder) -> _Graphs:
-        """Both graphs of a size, recorded with a step that is all padding."""
-        step = self._buffer.send(_NO_SEQUENCES, padded_to=size)
+    def _record(self, shape: GraphShape, recorder: Recorder) -> _Graphs:
+        """Both graphs of a shape, recorded with a step that is all padding.
+
+        Shapes with equally many samples share a sampler.
+        """
+        step = self._buffer.send(_NO_SEQUENCES, shape)
         self._attention.plan_for_graph(step)
+        size = shape.num_sequences
         logits_SV = self._graph_logits_SV[:size]
-        forward = recorder.record(lambda: self._logits(self._hidden(size, size), size, logits_SV))
+        forward = recorder.record(
+            lambda: self._logits(self._hidden(size, shape.num_tokens), size, logits_SV)
+        )
         forward()
-        sampler = recorder.record(lambda: self._sample(logits_SV))
+        if size not in self._samplers:
+            self._samplers[size] = recorder.record(lambda: self._sample(logits_SV))
         self._buffer.mark_launched()
-        return _Graphs(forward, sampler)
+        return _Graphs(forward, self._samplers[size])
 
     def _to_host(self, size: int, logprobs: StepLogprobs | None) -> StepHandle:
         host = self._results[self._next][:size]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from minisrv.checkpoint.model_config import ModelConfig, MoeConfig
 from minisrv.config import ServerConfig
 from minisrv.engine.attention.workspace import workspace_bytes
+from minisrv.engine.graph_shapes import GraphShape, mixed_shapes
 from minisrv.engine.parallel.shard import Sharding
 
 PLAN_BUFFER_BYTES = 8 * 2**20  # FlashInfer's, one each for decodes and prefill chunks
@@ -123,7 +124,7 @@ def _feed_forward(config: ModelConfig, sharding: Sharding, moe: MoeConfig | None
 
 
 def attention_workspace_bytes(
-    config: ModelConfig, sharding: Sharding, num_sms: int, largest_graph: int
+    config: ModelConfig, sharding: Sharding, num_sms: int, largest_graph: int, chunk_tokens: int
 ) -> int:
     """Bytes that FlashInfer takes on one rank: partial results, and the plans of two wrappers."""
     partial_results = workspace_bytes(
@@ -132,6 +133,7 @@ def attention_workspace_bytes(
         head_dim=config.head_dim,
         num_sms=num_sms,
         largest_graph=largest_graph,
+        chunk_tokens=chunk_tokens,
     )
     return partial_results + 2 * PLAN_BUFFER_BYTES
 
@@ -141,16 +143,35 @@ def largest_graph(config: ServerConfig) -> int:
     return 0 if config.tp > 1 else min(config.cuda_graph_max_bs, config.max_running_requests)
 
 
+def largest_chunk_graph(config: ServerConfig) -> int:
+    """Most prompt tokens in a CUDA graph; 0 if steps with prompts run without graphs."""
+    return config.cuda_graph_max_tokens if largest_graph(config) else 0
+
+
 def graph_sizes(largest: int) -> list[int]:
     """Batch sizes to record as CUDA graphs, up to `largest`; a step is padded to the next one."""
     sizes = [size for size in (1, 2, 4, *range(8, largest, 8)) if size < largest]
     return [*sizes, largest] if largest else []
 
 
-def graph_bytes(config: ModelConfig, sizes: Sequence[int], itemsize: int) -> int:
-    """Estimated bytes of the graphs: their kernels, and one set of tensors shared by all sizes."""
-    if not sizes:
+def graph_shapes(
+    config: ServerConfig, max_prefill_tokens: int, max_seq_len: int
+) -> list[GraphShape]:
+    """The shapes of steps to record: decodes by size, then those with chunks by their tokens."""
+    decodes = [GraphShape(size) for size in graph_sizes(largest_graph(config))]
+    return decodes + mixed_shapes(
+        config.cuda_graph_max_tokens,
+        largest_graph=largest_graph(config),
+        num_rows=config.max_running_requests,
+        max_chunk_tokens=min(max_prefill_tokens, max_seq_len),
+    )
+
+
+def graph_bytes(config: ModelConfig, shapes: Sequence[GraphShape], itemsize: int) -> int:
+    """Estimated bytes of the graphs: their kernels, and one set of tensors shared by all shapes."""
+    if not shapes:
         return 0
-    kernels = len(sizes) * config.num_layers * GRAPH_NODES * GRAPH_NODE_BYTES
-    token_bytes = widest_layer(config, 1) * itemsize + config.vocab_size * LOGIT_BYTES
-    return kernels + sizes[-1] * token_bytes
+    kernels = len(shapes) * config.num_layers * GRAPH_NODES * GRAPH_NODE_BYTES
+    hidden = max(shape.num_tokens for shape in shapes) * widest_layer(config, 1) * itemsize
+    samples = max(shape.num_sequences for shape in shapes)
+    return kernels + hidden + samples * config.vocab_size * LOGIT_BYTES

@@ -21,6 +21,7 @@ from minisrv.engine.backends import (
 )
 from minisrv.engine.cuda_memory import cuda_cache_bytes, largest_batch, measure_workspace
 from minisrv.engine.device_runner import DeviceRunner
+from minisrv.engine.graph_shapes import GraphShape
 from minisrv.engine.host_runner import HostRunner
 from minisrv.engine.kernels.base import Kernels
 from minisrv.engine.kernels.cpu import CpuKernels
@@ -29,7 +30,7 @@ from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.decoder import Decoder
 from minisrv.engine.layers.rope import RotaryEmbedding
 from minisrv.engine.memory import MemoryPlan, choose_num_pages, cpu_cache_bytes
-from minisrv.engine.model_size import graph_bytes, graph_sizes, largest_graph
+from minisrv.engine.model_size import graph_bytes, graph_shapes
 from minisrv.engine.models.registry import BLOCKS
 from minisrv.engine.page_table import PageTable
 from minisrv.engine.parallel.communicator import Communicator, PeerFailedError
@@ -91,10 +92,10 @@ class RankEngine:
         self.runner: HostRunner | DeviceRunner
         if isinstance(attention, FlashInferAttention):
             limits = StepLimits(num_rows, self.max_prefill_tokens, max_seq_len, config.page_size)
-            device_runner = DeviceRunner(
+            self.runner = device_runner = DeviceRunner(
                 model, attention, device_kernels(), communicator, limits, adjuster, device
             )
-            self.runner, sizes = device_runner, _sizes_to_record(config, model_config, kernels)
+            shapes = _shapes_to_record(config, model_config, kernels, limits)
         else:
             table = PageTable(num_rows, max_seq_len, config.page_size)
             governor = None
@@ -103,17 +104,17 @@ class RankEngine:
             self.runner = HostRunner(
                 model, attention, kernels, communicator, table, adjuster, device, governor
             )
-            sizes = []
+            shapes = []
         self.memory_plan = self._plan_memory(
             config,
             max_seq_len,
             weights=weights.num_bytes,
             token_counts=adjuster.num_bytes,
-            graphs=graph_bytes(model_config, sizes, weights.dtype.itemsize),
+            graphs=graph_bytes(model_config, shapes, weights.dtype.itemsize),
         )
         self._allocate_cache(self.memory_plan.num_pages)
-        if sizes:
-            device_runner.record(sizes, new_recorder(), lambda done: progress(_RECORDING, done))
+        if shapes:
+            device_runner.record(shapes, new_recorder(), lambda done: progress(_RECORDING, done))
             progress(_RECORDING, 1.0)
 
     @property
@@ -228,15 +229,17 @@ def _describe_placement(config: ServerConfig, model_config: ModelConfig, weights
     return placement if config.tp == 1 else f"{placement}, {config.tp} ranks"
 
 
-def _sizes_to_record(
-    config: ServerConfig, model_config: ModelConfig, kernels: Kernels
-) -> list[int]:
-    """Batch sizes to record as CUDA graphs.
+def _shapes_to_record(
+    config: ServerConfig, model_config: ModelConfig, kernels: Kernels, limits: StepLimits
+) -> list[GraphShape]:
+    """Shapes of steps to record as CUDA graphs.
 
     None if the experts are chosen by torch, which does that on the host.
     """
     experts_on_host = model_config.moe is not None and kernels.run_experts is None
-    return [] if experts_on_host else graph_sizes(largest_graph(config))
+    if experts_on_host:
+        return []
+    return graph_shapes(config, limits.num_prefill_tokens, limits.max_seq_len)
 
 
 def _open_weights(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minisrv.engine.forward_batch import ForwardBatch
+from minisrv.engine.graph_shapes import GraphShape, pad_to_shape
 from minisrv.engine.kernels.base import PenaltyColumns
 from minisrv.engine.sampling.device_columns import (
     BiasColumns,
@@ -83,7 +84,6 @@ class StepLimits:
             "write_columns": self.num_writes,
             "write_pages": self.num_writes,
             "prefill_query_starts": starts,
-            "prefill_page_starts": starts,
             "prefill_ids": self.num_prefill_tokens,
         }
 
@@ -108,7 +108,7 @@ class StepWords:
                 part = part.view(torch.float32)
             self.parts[name] = part
             offset += length
-        self.decode_size = size - limits.num_prefill_tokens - 2 * (limits.num_rows + 1)
+        self.decode_size = size - limits.num_prefill_tokens - (limits.num_rows + 1)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.parts[name]
@@ -192,18 +192,17 @@ class StepBuffer:
         self._finished: list[Any] = [None] * _STEPS_IN_FLIGHT
         self._next = 0
 
-    def send(self, batch: ForwardBatch, padded_to: int = 0) -> SentStep:
-        """Copy a step to the device, padded to `padded_to` sequences if it has fewer.
+    def send(self, batch: ForwardBatch, shape: GraphShape | None = None) -> SentStep:
+        """Copy a step to the device, padded to `shape` if one is given.
 
-        Only a decode-only step can be padded. Call `mark_launched` after launching all work that
-        reads the step.
+        Call `mark_launched` after launching all work that reads the step.
         """
         finished = self._finished[self._next]
         words, arrays = self._ring[self._next], self._arrays[self._next]
         if finished is not None:
             finished.synchronize()
         self._send_excess_writes(batch)
-        sent = _fill(arrays, words, batch, max(padded_to, batch.rows.size), self._limits)
+        sent = _fill(arrays, words, batch, shape, self._limits)
         size = words.words.numel() if sent.num_prefills else words.decode_size
         self._tensors.words.words[:size].copy_(words.words[:size], non_blocking=True)
         return sent
@@ -227,10 +226,17 @@ class StepBuffer:
 
 
 def _fill(
-    out: dict[str, Any], words: StepWords, batch: ForwardBatch, size: int, limits: StepLimits
+    out: dict[str, Any],
+    words: StepWords,
+    batch: ForwardBatch,
+    shape: GraphShape | None,
+    limits: StepLimits,
 ) -> SentStep:
-    """Write a batch into the words on the host, padded to `size` sequences."""
+    """Write a batch into the words on the host, padded to `shape`; so are its samples."""
+    if shape is not None and shape.num_chunks:
+        batch = pad_to_shape(batch, shape, limits.num_rows)
     used, samples = batch.rows.size, batch.sample_indices.size
+    size = used if shape is None else shape.num_sequences
     padding = size - used
     num_decodes = batch.num_decodes + padding
     num_tokens = int(batch.query_lens.sum()) + padding
@@ -243,16 +249,16 @@ def _fill(
     counts = (kv_lens + (limits.page_size - 1)) // limits.page_size
     _write_starts(out["query_starts"], batch.query_lens, padding)
     _write_starts(out["page_starts"], counts, 0)
-    out["last_page_lens"][:size] = (kv_lens - 1) % limits.page_size + 1
+    # An empty sequence has no page, and 0 tokens in the last one.
+    out["last_page_lens"][:size] = kv_lens - np.maximum(counts - 1, 0) * limits.page_size
     out["num_decodes"][0] = num_decodes
     num_prefills = size - num_decodes
     if num_prefills:
         out["prefill_ids"][: batch.prefill_ids.size] = batch.prefill_ids
         _write_starts(out["prefill_query_starts"], batch.query_lens[num_decodes:], 0)
-        _write_starts(out["prefill_page_starts"], counts[num_decodes:], 0)
     _fill_writes(out, batch, limits.num_writes)
     last_tokens = out["query_starts"][1 : used + 1][batch.sample_indices] - 1
-    sample_padding = size - samples if padding else 0
+    sample_padding = 0 if shape is None else size - samples
     _write_padded(out["sample_tokens"], last_tokens, sample_padding, 0)
     _write_padded(
         out["sample_rows"], batch.rows[batch.sample_indices], sample_padding, limits.num_rows

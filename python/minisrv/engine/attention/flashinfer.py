@@ -42,13 +42,14 @@ class FlashInferAttention:
         self._eager_decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             self._workspace, "NHD", use_tensor_cores=True, backend="fa2"
         )
-        self._prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+        self._eager_prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
             self._workspace, "NHD", backend="fa2"
         )
         self._decode_ring = _PinnedRing(self._eager_decode)
-        self._prefill_ring = _PinnedRing(self._prefill)
-        self._decode = self._eager_decode
+        self._prefill_ring = _PinnedRing(self._eager_prefill)
+        self._decode, self._prefill = self._eager_decode, self._eager_prefill
         self._graph_decodes: dict[int, Any] = {}
+        self._graph_prefills: dict[tuple[int, int], Any] = {}
         self._num_decodes = self._num_tokens = 0
         self._has_prefills = False
         self._tensors: StepTensors | None = None
@@ -57,35 +58,27 @@ class FlashInferAttention:
         self._tensors = tensors
 
     def plan(self, step: SentStep) -> None:
-        n = self._num_decodes = step.num_decodes
-        self._num_tokens = step.num_tokens
-        self._decode = self._eager_decode
-        self._has_prefills = bool(step.num_prefills)
+        self._begin(step)
+        self._decode, self._prefill = self._eager_decode, self._eager_prefill
         with _explaining_failures("use --attention-backend torch_native"):
-            if n:
+            if step.num_decodes:
                 self._plan_decodes(self._decode, step)
-            if self._has_prefills:
-                self._plan_prefills(step)
+            if step.num_prefills:
+                self._plan_prefills(self._prefill, step)
 
     def plan_for_graph(self, step: SentStep) -> None:
-        """For a decode-only step whose forward is in a CUDA graph or being recorded.
+        """For a padded step whose forward is in a CUDA graph or being recorded.
 
         The plan is that of the function behind the wrapper's `plan`, which writes the split of the
-        work to where the graph reads it. The wrapper's own is called once per size, because it
+        work to where the graph reads it. The wrapper's own is called once per shape, because it
         also sets the arguments that `forward` passes to the kernel; the graph keeps those.
         """
-        n = self._num_decodes = step.num_decodes
-        self._num_tokens = step.num_tokens
-        self._has_prefills = False
-        wrapper = self._graph_decodes.get(n)
+        self._begin(step)
         with _explaining_failures("use a lower --cuda-graph-max-bs, or 0 to run without graphs"):
-            if wrapper is None:
-                wrapper = self._graph_decodes[n] = self._make_graph_wrapper(n)
-                # Without splits it takes none of the workspace.
-                self._plan_decodes(wrapper, step, disable_split_kv=True)
-            with self._decode_ring.lent_to(wrapper):
-                self._plan_uniform(wrapper, step)
-        self._decode = wrapper
+            if step.num_decodes:
+                self._plan_graph_decodes(step)
+            if step.num_prefills:
+                self._plan_graph_prefills(step)
 
     def cache_slots(self, layer_id: int) -> CacheSlots:
         assert self._tensors is not None
@@ -100,6 +93,10 @@ class FlashInferAttention:
         if self._has_prefills:
             self._prefill.run(q_THD[n:], pages, out=out_THD[n:])
         return out_THD
+
+    def _begin(self, step: SentStep) -> None:
+        self._num_decodes, self._num_tokens = step.num_decodes, step.num_tokens
+        self._has_prefills = bool(step.num_prefills)
 
     def _plan_decodes(self, wrapper: Any, step: SentStep, **options: Any) -> None:
         assert self._tensors is not None
@@ -116,52 +113,103 @@ class FlashInferAttention:
                 **options,
             )
 
-    def _plan_uniform(self, wrapper: Any, step: SentStep) -> None:
-        """Call the private function behind `wrapper.plan`. It takes only positional arguments.
-
-        Unlike the wrapper's plan, this one states that all sequences have one query, so the graph
-        gets a tile per sequence and not one for each way in which queries might be distributed.
+    def _plan_graph_decodes(self, step: SentStep) -> None:
+        """Unlike the wrapper's plan, this one states that all sequences have one query, so the
+        graph gets a tile per sequence and not one for each way in which queries might be
+        distributed.
         """
         n = step.num_decodes
+        wrapper = self._decode = self._graph_decodes.get(n)
+        if wrapper is None:
+            wrapper = self._decode = self._graph_decodes[n] = self._make_graph_decode(n)
+            # Without splits it takes none of the workspace.
+            self._plan_decodes(wrapper, step, disable_split_kv=True)
+        with self._decode_ring.lent_to(wrapper):
+            self._plan_in_graph(
+                wrapper,
+                torch.arange(n + 1, dtype=torch.int32),
+                step.host["page_starts"][: n + 1],
+                step.kv_lens[:n],
+                num_queries=n,
+                causal=False,  # not needed with one query
+                uniform_q_len=1,
+            )
+
+    def _plan_graph_prefills(self, step: SentStep) -> None:
+        """The chunks have as many tokens together as in the step that was recorded, however they
+        are distributed, so the plan differs only in what the graph reads when it runs.
+        """
+        n, count = step.num_decodes, step.num_prefills
+        num_queries = step.num_tokens - n
+        wrapper = self._prefill = self._graph_prefills.get((n, num_queries))
+        if wrapper is None:
+            wrapper = self._prefill = self._make_graph_prefill(n, count)
+            self._graph_prefills[n, num_queries] = wrapper
+            self._plan_prefills(wrapper, step, disable_split_kv=True)
+        with self._prefill_ring.lent_to(wrapper):
+            self._plan_in_graph(
+                wrapper,
+                step.host["prefill_query_starts"][: count + 1],
+                step.host["page_starts"][n : n + count + 1],
+                step.kv_lens[n:],
+                num_queries=num_queries,
+                causal=True,
+                uniform_q_len=0,
+            )
+
+    def _plan_in_graph(
+        self,
+        wrapper: Any,
+        query_starts: Tensor,
+        page_starts: Tensor,
+        kv_lens: Tensor,
+        *,
+        num_queries: int,
+        causal: bool,
+        uniform_q_len: int,
+    ) -> None:
+        """Call the private function behind `wrapper.plan`. It takes only positional arguments."""
         num_heads, num_kv_heads, head_dim, page_size = self._heads
         wrapper._plan_info = wrapper._cached_module.plan(
             wrapper._float_workspace_buffer,
             wrapper._int_workspace_buffer,
             wrapper._pin_memory_int_workspace_buffer,
-            torch.arange(n + 1, dtype=torch.int32),  # qo_indptr: one query per sequence
-            step.host["page_starts"][: n + 1],  # kv_indptr
-            step.kv_lens,  # kv_lens
-            n,  # total_num_rows: queries
-            n,  # batch_size
+            query_starts,  # qo_indptr
+            page_starts,  # kv_indptr
+            kv_lens,  # kv_lens
+            num_queries,  # total_num_rows
+            len(kv_lens),  # batch_size
             num_heads,  # num_qo_heads
             num_kv_heads,  # num_kv_heads
             page_size,  # page_size
             True,  # enable_cuda_graph
             head_dim,  # head_dim_qk
             head_dim,  # head_dim_vo
-            False,  # causal: not needed with one query
+            causal,  # causal
             -1,  # window_left: no window
             -1,  # fixed_split_size: none
             False,  # disable_split_kv
             0,  # num_colocated_ctas
-            1,  # uniform_q_len: queries per sequence
+            uniform_q_len,  # uniform_q_len: queries per sequence, or 0 if that varies
         )
 
-    def _plan_prefills(self, step: SentStep) -> None:
+    def _plan_prefills(self, wrapper: Any, step: SentStep, **options: Any) -> None:
         assert self._tensors is not None
         n, count = step.num_decodes, step.num_prefills
-        with self._prefill_ring.lent_to(self._prefill):
-            self._prefill.plan(
+        num_pages = step.num_pages if wrapper is self._eager_prefill else 0
+        with self._prefill_ring.lent_to(wrapper):
+            wrapper.plan(
                 step.host["prefill_query_starts"][: count + 1],
-                step.host["prefill_page_starts"][: count + 1],
-                self._tensors.pages[step.num_decode_pages : step.num_pages],
+                step.host["page_starts"][n : n + count + 1],
+                self._tensors.pages[:num_pages],
                 step.host["last_page_lens"][n : n + count],
                 *self._heads,
                 causal=True,
                 **self._types,
+                **options,
             )
 
-    def _make_graph_wrapper(self, size: int) -> Any:
+    def _make_graph_decode(self, size: int) -> Any:
         """FlashInfer needs one wrapper per size; they run one at a time and share their memory."""
         assert self._tensors is not None
         words = self._tensors.words
@@ -176,6 +224,23 @@ class FlashInferAttention:
             backend="fa2",
         )
         wrapper._int_workspace_buffer = self._eager_decode._int_workspace_buffer
+        return wrapper
+
+    def _make_graph_prefill(self, num_decodes: int, count: int) -> Any:
+        """As for decodes; the tables of the chunks lie behind those of `num_decodes` decodes."""
+        assert self._tensors is not None
+        words, end = self._tensors.words, num_decodes + count
+        wrapper = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+            self._workspace,
+            "NHD",
+            use_cuda_graph=True,
+            qo_indptr_buf=words["prefill_query_starts"][: count + 1],
+            paged_kv_indptr_buf=words["page_starts"][num_decodes : end + 1],
+            paged_kv_indices_buf=self._tensors.pages,
+            paged_kv_last_page_len_buf=words["last_page_lens"][num_decodes:end],
+            backend="fa2",
+        )
+        wrapper._int_workspace_buffer = self._eager_prefill._int_workspace_buffer
         return wrapper
 
 
