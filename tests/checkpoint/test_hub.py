@@ -142,10 +142,82 @@ def test_what_is_neither_a_directory_nor_a_hub_name_is_refused(name: str) -> Non
         find_local_model(name)
 
 
-def test_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").touch()
-    with pytest.raises(ConfigError, match="is a file"):
-        find_local_model(str(tmp_path / "model.gguf"))
+@pytest.mark.parametrize("name", ["model.gguf", "blob"])
+def test_a_gguf_file_is_a_model(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"GGUF...")
+    assert find_local_model(str(tmp_path / name)) == tmp_path / name
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(ConfigError, match="is a file, but not GGUF; use a GGUF file or"):
+        find_local_model(str(tmp_path / "model.safetensors"))
+
+
+QUANTIZED = {
+    name: f"GGUF {name}".encode()
+    for name in (
+        "README.md",
+        "tiny-q4_k_m.gguf",
+        "tiny-q4_k_s.gguf",
+        "tiny.Q8_0.gguf",
+        "BF16/tiny-BF16-00001-of-00002.gguf",
+        "BF16/tiny-BF16-00002-of-00002.gguf",
+    )
+}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "files"),
+    [
+        ("Q4_K_M", ["tiny-q4_k_m.gguf"]),
+        ("q8_0@v1", ["tiny.Q8_0.gguf"]),
+        ("BF16", [name for name in QUANTIZED if name.startswith("BF16")]),
+    ],
+)
+def test_a_quantization_selects_a_file_of_the_hub(
+    quantization: str, files: list[str], client: Client
+) -> None:
+    client.hub.files = QUANTIZED
+    result = client.resolve(f"{REPOSITORY}:{quantization}")
+    path = Path(result["path"])
+    assert path.as_posix().endswith(files[0])
+    assert path.read_bytes() == QUANTIZED[files[0]]
+    assert sorted(client.hub.fetched) == files
+    assert result["progress"][-1] == ["download", 1.0]
+
+
+def test_a_file_of_the_hub_is_found_in_the_cache_without_a_network(client: Client) -> None:
+    client.hub.files = QUANTIZED
+    first = client.resolve(f"{REPOSITORY}:Q8_0")
+    again = client.resolve(f"{REPOSITORY}:Q8_0", HF_HUB_OFFLINE="1")
+    assert again["path"] == first["path"]
+    unreachable = client.resolve(f"{REPOSITORY}:Q8_0", HF_ENDPOINT="http://127.0.0.1:9")
+    assert unreachable["path"] == first["path"]
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "reason"),
+    [
+        (f"{REPOSITORY}:Q5_0", QUANTIZED, "no GGUF file with Q5_0 in its name; the repository has"),
+        (f"{REPOSITORY}:Q4_K", QUANTIZED, "no GGUF file with Q4_K in its name; "),
+        (
+            f"{REPOSITORY}:Q8_0",
+            {**QUANTIZED, "large-Q8_0.gguf": b"GGUF"},
+            "several GGUF files with Q8_0 in its name; the repository has ",
+        ),
+        (f"{REPOSITORY}:Q8_0", FILES, "no GGUF file with Q8_0 in its name; the repository has no"),
+        (REPOSITORY, QUANTIZED, "add a quantization, as in :Q4_K_M; the repository has "),
+        ("org/none:Q8_0", QUANTIZED, "no such model on the hub"),
+    ],
+)
+def test_a_quantization_that_selects_no_file_is_refused_with_the_list(
+    name: str, files: dict[str, bytes], reason: str, client: Client
+) -> None:
+    client.hub.files = files
+    error = client.resolve(name)["error"]
+    assert error.startswith(f"--model {name}: ")
+    assert reason in error
 
 
 def test_a_plan_downloads_the_config_alone(tmp_path: Path) -> None:

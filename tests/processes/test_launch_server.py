@@ -303,6 +303,7 @@ def test_the_banner_names_what_the_generation_config_asks_in_vain() -> None:
         "placement": "float32 on cpu",
         "memory_plan": "weights 1 MiB",
         "sampling_defaults": {"temperature": None, "top_k": 20},
+        "sampling_source": "generation_config.json",
         "unapplied_defaults": ["typical_p=0.9"],
         "notes": ["a note"],
     }

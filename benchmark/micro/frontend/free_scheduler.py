@@ -59,6 +59,7 @@ def _serve(child: Child) -> None:
         "max_seq_len": model.max_seq_len,
         "vocab_size": model.vocab_size,
         "sampling_defaults": {"temperature": 0.0},
+        "sampling_source": "generation_config.json",
         "unapplied_defaults": [],
         "notes": [],
         "placement": "no model",

@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from minisrv.checkpoint.generation_config import read_defaults
+from minisrv.checkpoint.gguf.files import find_gguf
 from minisrv.errors import ConfigError, UnsupportedModelError
 from minisrv.sampling_params import SamplingParams
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-RopeType = Literal["default", "linear", "llama3", "yarn"]
+RopeType = Literal["default", "linear", "llama3", "yarn", "factors"]
 Json = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """Rotary embedding. The fields after `factor` are parameters of llama3 and yarn."""
+    """Rotary embedding. The fields after `factor` are parameters of llama3, yarn and factors.
+
+    factors: what the frequency of each pair of a head is divided by, as GGUF files have it.
+    """
 
     rope_type: RopeType = "default"
     theta: float = 10000.0
@@ -37,6 +41,7 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +62,22 @@ class Fp8Config:
     block: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class PackedConfig:
+    """Weights are stored in 2 to 8 bits. kinds: GGUF's names. num_bytes: of all tensors."""
+
+    kinds: tuple[str, ...]
+    num_bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """One checkpoint. `max_position` is the model's context, `max_seq_len` the one to serve.
 
     dtype: None if the checkpoint does not state it. eos_token_ids: each of them ends a text.
     eos_is_assumed: no file states them; they are the default of the class in transformers.
-    unapplied_defaults: entries of generation_config.json that are not used, and why.
+    sampling_source: the file that has `sampling_defaults`. unapplied_defaults: its entries that are
+    not used, and why.
     notes: sentences on what was decided where the files leave it open, for the start.
     """
 
@@ -85,11 +99,13 @@ class ModelConfig:
     mlp_bias: bool = False
     moe: MoeConfig | None = None
     fp8: Fp8Config | None = None
+    packed: PackedConfig | None = None
     dtype: Dtype | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     eos_is_assumed: bool = False
     sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
+    sampling_source: str = "generation_config.json"
     unapplied_defaults: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -160,14 +176,27 @@ _ROPE_KEYS = {
 
 
 def load_model_config(path: str | Path, max_seq_len: int | None = None) -> ModelConfig:
-    """Read a checkpoint directory. `max_seq_len` is the context to serve; None is the model's.
+    """Read a checkpoint: a directory, or GGUF files as `find_gguf` finds them.
 
-    Raises ConfigError for a missing or invalid file or a context beyond the model's, and
-    UnsupportedModelError for a model that needs a feature minisrv does not implement.
+    max_seq_len: the context to serve; None is the model's. Raises ConfigError for a missing or
+    invalid file or a context beyond the model's, and UnsupportedModelError for a model that needs a
+    feature minisrv does not implement.
     """
     directory = Path(path)
+    if find_gguf(directory):
+        # Imports the package `gguf`, which takes a while.
+        from minisrv.checkpoint.gguf.config import load_gguf_config
+
+        return load_gguf_config(directory, max_seq_len)
     raw = read_json(directory / "config.json", required=True)
-    generation = read_json(directory / "generation_config.json")
+    return make_model_config(raw, read_json(directory / "generation_config.json"), max_seq_len)
+
+
+def make_model_config(raw: Json, generation: Json, max_seq_len: int | None) -> ModelConfig:
+    """The model from the contents of config.json and generation_config.json.
+
+    Raises as `load_model_config`.
+    """
     architecture = ", ".join(map(str, raw.get("architectures") or ["(none)"]))
     _check_supported("architectures", [architecture], _FAMILIES)
     family = _FAMILIES[architecture]

@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from minisrv.checkpoint.gguf.files import find_gguf
 from minisrv.checkpoint.model_config import read_json
 from minisrv.errors import ConfigError, InvalidRequestError
 
@@ -106,8 +107,15 @@ class HFTokenizer:
 def load_tokenizer(model_dir: Path, chat_template_file: str | None = None) -> HFTokenizer:
     """The tokenizer in `model_dir`, with the chat template in `chat_template_file` if given.
 
-    Raises ConfigError if a file is missing or cannot be read.
+    model_dir: a directory, or GGUF files as `find_gguf` finds them. Raises ConfigError if a file is
+    missing or cannot be read.
     """
+    if find_gguf(model_dir):
+        # Imports the package `gguf`, which takes a while.
+        from minisrv.checkpoint.gguf.tokenizer import load_gguf_tokenizer
+
+        given = None if chat_template_file is None else _read_text(Path(chat_template_file))
+        return load_gguf_tokenizer(model_dir, given)
     path = model_dir / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(f"{model_dir} has no tokenizer.json")
@@ -130,7 +138,7 @@ def load_tokenizer(model_dir: Path, chat_template_file: str | None = None) -> HF
 
 def needs_conversion(model_dir: Path) -> bool:
     """Whether `minisrv.checkpoint.convert_tokenizer` must first write a tokenizer.json."""
-    return not (model_dir / "tokenizer.json").is_file()
+    return not find_gguf(model_dir) and not (model_dir / "tokenizer.json").is_file()
 
 
 def _read_templates(

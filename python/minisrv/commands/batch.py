@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from minisrv import log
+from minisrv.checkpoint.gguf.files import find_gguf
 from minisrv.checkpoint.hub import find_local_model
 from minisrv.commands.batch_output import Key, Output
 from minisrv.config import ServerConfig, parse_command_line
@@ -177,9 +178,12 @@ def settings_digest(config: ServerConfig, defaults: Fields) -> str:
     digest = hashlib.sha256(json.dumps([options, defaults], sort_keys=True).encode())
     if config.chat_template is not None and Path(config.chat_template).is_file():
         digest.update(Path(config.chat_template).read_bytes())
-    model_dir = find_local_model(config.model)
+    model_path = find_local_model(config.model)
     # A hub name is the identity of its model; with @revision, exactly so.
-    for path in sorted(model_dir.iterdir()) if model_dir is not None else ():
+    files: Iterable[Path] = ()
+    if model_path is not None:
+        files = find_gguf(model_path) or sorted(model_path.iterdir())
+    for path in files:
         if path.is_file():
             digest.update(f"\n{path.name!a} {path.stat().st_size} ".encode())
             digest.update(_content(path))

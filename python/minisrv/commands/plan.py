@@ -1,4 +1,4 @@
-"""`minisrv plan`: the memory a model needs on a GPU, computed from its config.json.
+"""`minisrv plan`: the memory a model needs on a GPU, from its config.json or its GGUF file.
 
 A head that config.json ties is looked up in the files of a local model. Weights, token counts and
 pages are exact. Workspace and CUDA graphs are estimates; the formulas are printed beside them, and
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; exit status 0: it fits, 2: it does not or an option is wrong, 1: failed."""
     parser = argparse.ArgumentParser(
         prog="minisrv plan",
-        description="Compute from config.json the memory that a model needs on a GPU.",
+        description="Compute what memory a model needs on a GPU, from config.json or a GGUF file.",
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--gpu", "--card", metavar="NAME", help="GPU, such as H100 or 'RTX 4090'")
@@ -244,6 +244,9 @@ def _weights_note(deployment: Deployment) -> str:
     note = f"{deployment.parameters.total:,} parameters"
     if deployment.model.tie_word_embeddings:
         note += ", tied LM head"
+    if (packed := deployment.model.packed) is not None:
+        size = format_size(packed.num_bytes)
+        note += f", {size} in the file ({', '.join(packed.kinds)}), dequantized on a GPU"
     if deployment.model.fp8 is not None:
         # A GPU with FP8 keeps such matrices as they are; config.json does not say which they are.
         note += f", FP8 in the checkpoint, counted as {deployment.dtype}: a GPU with FP8 needs less"

@@ -20,6 +20,11 @@ def check_quantization(config: ServerConfig, model: ModelConfig, device: str) ->
         raise ConfigError(
             f"{given} is for CPUs only; on a GPU leave it out or serve an FP8 checkpoint"
         )
+    if model.packed is not None:
+        raise ConfigError(
+            f"{given} rounds bfloat16, float16 and float32 weights, but those of this file are "
+            f"{', '.join(model.packed.kinds)} already; leave it out"
+        )
     if model.fp8 is not None:
         raise ConfigError(
             f"{given} rounds bfloat16, float16 and float32 weights, but those of this checkpoint "

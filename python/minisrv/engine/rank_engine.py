@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from minisrv.checkpoint.gguf.files import find_gguf
 from minisrv.checkpoint.model_config import ModelConfig
 from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig
 from minisrv.engine.attention.base import LayerAttention
@@ -21,6 +22,7 @@ from minisrv.engine.backends import (
 )
 from minisrv.engine.cuda_memory import cuda_cache_bytes, largest_batch, measure_workspace
 from minisrv.engine.device_runner import DeviceRunner
+from minisrv.engine.gguf_weights import GgufWeights
 from minisrv.engine.graph_shapes import GraphShape
 from minisrv.engine.host_runner import HostRunner
 from minisrv.engine.kernels.base import Kernels
@@ -224,6 +226,9 @@ def _describe_placement(config: ServerConfig, model_config: ModelConfig, weights
     placement = f"{str(weights.dtype).removeprefix('torch.')} on {weights.device.type}"
     if config.quantization != "none":
         placement += f", {config.quantization} weights"
+    if model_config.packed is not None:
+        kinds = ", ".join(model_config.packed.kinds)
+        placement += f", {'' if weights.packs else 'dequantized from '}{kinds}"
     if model_config.fp8 is not None:
         placement += ", FP8 products" if weights.keeps_fp8 else ", dequantized from FP8"
     return placement if config.tp == 1 else f"{placement}, {config.tp} ranks"
@@ -254,6 +259,16 @@ def _open_weights(
     dtype = None if name is None else getattr(torch, name)
     if config.load_format == "dummy":
         return DummyWeights(dtype=dtype, device=device, quantization=config.quantization)
+    if find_gguf(model_dir):
+        assert dtype is not None
+        return GgufWeights(
+            model_dir,
+            model_config,
+            dtype=dtype,
+            device=device,
+            quantization=config.quantization,
+            progress=progress,
+        )
     return CheckpointWeights(
         model_dir,
         dtype=dtype,

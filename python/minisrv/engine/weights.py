@@ -114,7 +114,7 @@ class CheckpointWeights:
     ) -> torch.Tensor | Fp8Matrix | PackedMatrix:
         if not (self.keeps_fp8 or self.packs):
             return self.load_tensor(name, shape, shard)
-        matrix = _rounded(name, self._read(name, shape, shard), self._quantization)
+        matrix = rounded(name, self._read(name, shape, shard), self._quantization)
         if isinstance(matrix, torch.Tensor):
             if self.packs and not _ROUTER.search(name):
                 self._unrounded.append(name)
@@ -235,7 +235,7 @@ class DummyWeights:
         self, name: str, shape: Sequence[int], shard: Shard | None = None
     ) -> torch.Tensor | Fp8Matrix | PackedMatrix:
         tensor = self.load_tensor(name, shape, shard)
-        matrix = _rounded(name, tensor, self._quantization)
+        matrix = rounded(name, tensor, self._quantization)
         if isinstance(matrix, PackedMatrix):
             self.num_bytes += matrix.num_bytes - tensor.nbytes
         return matrix
@@ -247,7 +247,7 @@ class DummyWeights:
         """Nothing to check."""
 
 
-def _rounded(
+def rounded(
     name: str, matrix: torch.Tensor | Fp8Matrix, quantization: Quantization
 ) -> torch.Tensor | Fp8Matrix | PackedMatrix:
     """Rounded; unless the rows are no whole groups, or it is a router, which picks the experts."""

@@ -51,8 +51,8 @@ Chat = list[dict[str, Any]]
 class LLM:
     """A model in this process: `LLM("demo").generate(["Hello"], max_tokens=20)`.
 
-    model_path: a directory, a hub name or demo. dtype: a torch dtype or its name; None is the
-    checkpoint's. Options are those of the server, `page_size=16` for `--page-size 16`.
+    model_path: a directory, a GGUF file, a hub name or demo. dtype: a torch dtype or its name; None
+    is the checkpoint's. Options are those of the server, `page_size=16` for `--page-size 16`.
     Raises ConfigError for a model or option that cannot be used, TypeError for an unknown option.
     """
 

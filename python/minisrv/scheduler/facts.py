@@ -16,6 +16,7 @@ def model_facts(model: ModelConfig, config: ServerConfig, max_seq_len: int) -> d
         "max_seq_len": max_seq_len,
         "vocab_size": model.vocab_size,
         "sampling_defaults": {name: getattr(defaults, name) for name in SAMPLING_DEFAULTS},
+        "sampling_source": model.sampling_source,
         "unapplied_defaults": model.unapplied_defaults,
         "notes": model.notes,
     }

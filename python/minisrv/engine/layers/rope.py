@@ -54,6 +54,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
             return _llama3(rope, plain)
         case "yarn":
             return _yarn(rope, plain)
+        case "factors":
+            return plain / torch.tensor(rope.factors)
 
 
 def attention_factor(rope: RopeConfig) -> float:
