@@ -10,7 +10,8 @@ from pathlib import Path
 from tests.support.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parent.parent
-_WITHOUT = "import sys; sys.modules |= dict.fromkeys(('zmq', 'llguidance', 'fastapi', 'uvicorn'))\n"
+_PACKAGES = ("zmq", "llguidance", "fastapi", "uvicorn", "gguf")
+_WITHOUT = f"import sys; sys.modules |= dict.fromkeys({_PACKAGES})\n"
 
 
 def run_without(code: str) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,6 @@ from minisrv.engine.backends import (
 )
 from minisrv.engine.cuda_memory import cuda_cache_bytes, largest_batch, measure_workspace
 from minisrv.engine.device_runner import DeviceRunner
-from minisrv.engine.gguf_weights import GgufWeights
 from minisrv.engine.graph_shapes import GraphShape
 from minisrv.engine.host_runner import HostRunner
 from minisrv.engine.kernels.base import Kernels
@@ -260,6 +259,9 @@ def _open_weights(
     if config.load_format == "dummy":
         return DummyWeights(dtype=dtype, device=device, quantization=config.quantization)
     if find_gguf(model_dir):
+        # Imports the package `gguf`, which nothing else of an engine needs.
+        from minisrv.engine.gguf_weights import GgufWeights
+
         assert dtype is not None
         return GgufWeights(
             model_dir,
