@@ -20,7 +20,7 @@ serve: setup
 	$(BIN)/python -m minisrv.launch_server --model $(MODEL) $(ARGS)
 
 # They come first, so that no process is left with one of them at the end.
-LONG_TESTS = tests/processes tests/engine tests/exactness tests/commands tests/llm tests/scheduler
+LONG_TESTS = tests/engine tests/processes tests/exactness tests/commands tests/llm tests/scheduler
 OTHER_TESTS = $(filter-out $(LONG_TESTS:=/),$(sort $(dir $(wildcard tests/*/test_*.py)))) $(wildcard tests/test_*.py)
 
 # The test of SmolLM2 is skipped where its package cannot be downloaded.
