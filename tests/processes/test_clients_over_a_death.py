@@ -27,7 +27,7 @@ from tests.support.server_process import (
     wait_until,
 )
 
-STEP_S = 0.02
+STEP_S = 0.04
 NAME = ("--served-model-name", "bytes")
 NUM_TOKENS = 150
 EOS_ID = VOCAB_SIZE - 1
@@ -76,6 +76,8 @@ class Clients:
     def __init__(self, url: str, question: Question, begun: Callable[[], object]) -> None:
         self._openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         self._anthropic = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
+        # Loaded at the first use, which takes as long as a whole reply.
+        _ = self._openai.chat.completions, self._openai.responses, self._anthropic.messages
         self._question, self._begun = question, begun
         self._chat: Any = {
             "model": "bytes",
