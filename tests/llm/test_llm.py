@@ -176,7 +176,7 @@ def test_closing_ends_what_runs_in_another_thread(model_dir: Path) -> None:
     timer = threading.Timer(0.3, made.close)
     timer.start()
     with pytest.raises(MinisrvError, match="closed") as caught:
-        made.generate(["x", "y"] * 200, max_tokens=1000, ignore_eos=True, use_tqdm=False)
+        made.generate(["x", "y"] * 20, max_tokens=1000, ignore_eos=True, use_tqdm=False)
     assert caught.value.code == "server_draining"
     timer.join()
 
