@@ -157,8 +157,9 @@ class DeviceRunner:
             return None
         if size < batch.rows.size:
             # Prompt logprobs need all hidden states, which a graph does not keep.
-            alone = not batch.prompt_logprob_tokens.size
-            return next((s for s in self._mixed_shapes if alone and s.fits(batch)), None)
+            if batch.prompt_logprob_tokens.size:
+                return None
+            return next((shape for shape in self._mixed_shapes if shape.fits(batch)), None)
         found = int(np.searchsorted(self._decode_sizes, size))
         if found < len(self._decode_sizes):
             return GraphShape(int(self._decode_sizes[found]))

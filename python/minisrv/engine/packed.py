@@ -87,7 +87,7 @@ class PackedMatrix:
         return self._changed(lambda tensor: tensor.index_select(0, ids)).dequantized()
 
     def row_blocks(self) -> Iterator[PackedMatrix]:
-        """The matrix as views of some rows each, of which float32 copies are no burden."""
+        """The matrix as views of some rows, each small enough to be copied in float32."""
         outputs, inputs = self.shape
         step = max(1, _BLOCK // inputs)
         for start in range(0, outputs, step):

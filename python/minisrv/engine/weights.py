@@ -250,7 +250,7 @@ class DummyWeights:
 def rounded(
     name: str, matrix: torch.Tensor | Fp8Matrix, quantization: Quantization
 ) -> torch.Tensor | Fp8Matrix | PackedMatrix:
-    """Rounded; unless the rows are no whole groups, or it is a router, which picks the experts."""
+    """Rounded; unless its rows are not whole groups, or it is a router, which picks the experts."""
     if quantization == "none" or isinstance(matrix, Fp8Matrix):
         return matrix
     if _ROUTER.search(name) or not can_round(matrix):

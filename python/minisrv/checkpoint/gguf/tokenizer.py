@@ -106,7 +106,7 @@ def _byte_level(checkpoint: GgufCheckpoint, ids: dict[str, int]) -> tuple[Tokeni
     if listed is None:
         raise ConfigError(f"{checkpoint.name} has a BPE tokenizer, but no tokenizer.ggml.merges")
     pre_tokenizer = find_pre_tokenizer(checkpoint)
-    # As in llama.cpp, a merge into what is no token has no effect.
+    # As in llama.cpp, a merge whose result is not a token has no effect.
     merges = [
         (first, second)
         for first, _, second in (merge.partition(" ") for merge in listed)
