@@ -299,7 +299,8 @@ def test_drains_under_load_complete_whatever_was_accepted(
         tmp_dir = tmp_path_factory.mktemp("s") / "t"
         with running("--model", str(model_dir), tmp_dir=tmp_dir, step_s=0.002) as server:
             clients = [BusyClient(server.url, seed) for seed in range(16 * (1 + number % 4))]
-            time.sleep(0.5 + 0.037 * (number % 11))
+            wait_until(lambda: sum(len(c.broken) + c.completed for c in clients) >= 16)
+            time.sleep(0.037 * (number % 11))
             server.popen.terminate()
             assert server.wait(40) == 0
             for client in clients:
