@@ -299,7 +299,7 @@ def test_drains_under_load_complete_whatever_was_accepted(
         tmp_dir = tmp_path_factory.mktemp("s") / "t"
         with running("--model", str(model_dir), tmp_dir=tmp_dir, step_s=0.002) as server:
             clients = [BusyClient(server.url, seed) for seed in range(16 * (1 + number % 4))]
-            wait_until(lambda: sum(len(c.broken) + c.completed for c in clients) >= 16)
+            wait_for_replies(clients, 16)
             time.sleep(0.037 * (number % 11))
             server.popen.terminate()
             assert server.wait(40) == 0
@@ -312,6 +312,10 @@ def test_drains_under_load_complete_whatever_was_accepted(
     print(f"{num_drains} drains: {completed} completed, {refused} refused")
     assert completed >= 16 * num_drains
     assert refused
+
+
+def wait_for_replies(clients: list[BusyClient], count: int) -> None:
+    wait_until(lambda: sum(client.completed + len(client.broken) for client in clients) >= count)
 
 
 class BusyClient:
