@@ -56,7 +56,9 @@ class ServerConfig:
     port: int = option(8000, "port to listen on; 0 picks a free port", at_least=0)
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
-        "auto", "data type of weights and activations; auto uses the checkpoint's"
+        "auto",
+        "data type of weights and activations; auto uses the checkpoint's, or on a CPU with packed "
+        "weights float32",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "device to run on")
     attention_backend: Literal["auto", "torch_native", "flashinfer"] = option(
@@ -105,7 +107,9 @@ class ServerConfig:
 
     page_size: int = option(16, "tokens per page of the KV cache")
     kv_cache_dtype: Literal["auto", "fp8"] = option(
-        "auto", "data type of the KV cache: the model's, or fp8 (e4m3), half the size of bfloat16"
+        "auto",
+        "data type of the KV cache: auto uses the model's, or on a CPU with packed weights "
+        "bfloat16; fp8 (e4m3) is half the size of bfloat16",
     )
     num_pages: int | None = option(None, "pages in the KV cache (default: as many as fit)")
     kv_memory: str | None = option(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,7 +14,12 @@ import torch.nn.functional as F
 
 from minisrv.engine.kernels import compiler
 from minisrv.engine.kernels.base import CacheSlots, QKNormWeights
-from minisrv.engine.kernels.cpu import ATTENTION_HEAD_DIMS, CpuKernels, load_cpu_kernels
+from minisrv.engine.kernels.cpu import (
+    ATTENTION_HEAD_DIMS,
+    DTYPES,
+    CpuKernels,
+    load_cpu_kernels,
+)
 from minisrv.engine.kernels.torch_native import TorchKernels
 
 EPS = 1e-6
@@ -37,6 +43,22 @@ def kernels(dtype: torch.dtype) -> CpuKernels:
     loaded = load_cpu_kernels(dtype)
     assert loaded is not None, "the compiler is here, but cpu.cpp does not compile"
     return loaded
+
+
+class Cached(NamedTuple):
+    """Operators with the dtype that they compute in and that of the cache."""
+
+    kernels: CpuKernels
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+
+
+@pytest.fixture(params=DTYPES, ids=lambda pair: "-in-".join(str(dtype)[6:] for dtype in pair))
+def cached(request: pytest.FixtureRequest) -> Cached:
+    torch.manual_seed(0)
+    loaded = load_cpu_kernels(*request.param)
+    assert loaded is not None
+    return Cached(loaded, *request.param)
 
 
 def assert_close(ours: torch.Tensor, expected: torch.Tensor) -> None:
@@ -74,20 +96,22 @@ def test_silu_of_extreme_values_is_finite(kernels: CpuKernels, dtype: torch.dtyp
 @pytest.mark.parametrize("head_dim", [8, 16, 32, 40, 64, 128])
 @pytest.mark.parametrize("num_tokens", [1, 7, 200])
 @pytest.mark.parametrize("with_norm", [False, True])
-def test_norm_rotate_store(
-    kernels: CpuKernels, dtype: torch.dtype, head_dim: int, num_tokens: int, with_norm: bool
-) -> None:
+def test_norm_rotate_store(cached: Cached, head_dim: int, num_tokens: int, with_norm: bool) -> None:
+    kernels, dtype, cache_dtype = cached
     num_heads, num_kv_heads, num_slots = 6, 2, 300
     qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
     norm = QKNormWeights(torch.rand(head_dim), torch.rand(head_dim), EPS) if with_norm else None
     rope_rows = torch.randn(num_tokens, 1, head_dim), torch.randn(num_tokens, 1, head_dim)
     slots = torch.randperm(num_slots)[:num_tokens]
     results = []
-    for implementation, to in ((kernels, dtype), (REFERENCE, torch.float32)):
+    for implementation, to, stored in (
+        (kernels, dtype, cache_dtype),
+        (REFERENCE, torch.float32, torch.float32),
+    ):
         # Both get what bfloat16 holds; the reference computes on with it in float32.
         rounded = [t.to(dtype).to(to, copy=True) for t in (qkv, *rope_rows)]
         weights = norm and QKNormWeights(norm.q_D.to(dtype).to(to), norm.k_D.to(dtype).to(to), EPS)
-        keys = torch.zeros(num_slots, num_kv_heads, head_dim, dtype=to)
+        keys = torch.zeros(num_slots, num_kv_heads, head_dim, dtype=stored)
         values = torch.zeros_like(keys)
         cache = CacheSlots(slots, keys, values)
         implementation.norm_rotate_store_(
@@ -114,18 +138,18 @@ def test_argmax_takes_the_first_of_the_greatest(kernels: CpuKernels) -> None:
 @pytest.mark.parametrize("shared_len", [0, 128])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (12, 2), (40, 1)])
 def test_decode_attention(
-    kernels: CpuKernels,
-    dtype: torch.dtype,
+    cached: Cached,
     head_dim: int,
     page_size: int,
     shared_len: int,
     num_heads: int,
     num_kv_heads: int,
 ) -> None:
+    kernels, dtype, cache_dtype = cached
     kv_lens = [shared_len + n for n in (1, 15, 16, 17, 90, 200)]
     columns = -(-max(kv_lens) // page_size)
     num_pages = columns * len(kv_lens)
-    keys, values = torch.randn(2, num_pages, page_size, num_kv_heads, head_dim).to(dtype)
+    keys, values = torch.randn(2, num_pages, page_size, num_kv_heads, head_dim).to(cache_dtype)
     # A row of the table is no index of the step, and pages that are not in use hold a NaN.
     table = torch.randperm(num_pages).int().view(-1, columns)
     rows = torch.randperm(len(kv_lens)).int()
@@ -152,12 +176,15 @@ def test_decode_attention(
 @pytest.mark.parametrize("head_dim", ATTENTION_HEAD_DIMS)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize(
-    ("start", "length"), [(0, 1), (0, 77), (16, 3), (100, 33), (1023, 70), (2000, 150)]
+    ("start", "length"),
+    [
+        *((0, 1), (0, 77), (16, 3), (100, 33)),
+        *(pytest.param(*long, marks=pytest.mark.soak) for long in ((1023, 70), (2000, 150))),
+    ],
 )
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (12, 2), (72, 1)])
 def test_prefill_attention(
-    kernels: CpuKernels,
-    dtype: torch.dtype,
+    cached: Cached,
     head_dim: int,
     page_size: int,
     start: int,
@@ -165,9 +192,10 @@ def test_prefill_attention(
     num_heads: int,
     num_kv_heads: int,
 ) -> None:
+    kernels, dtype, cache_dtype = cached
     end = start + length
     num_pages = -(-end // page_size)
-    keys, values = torch.randn(2, num_pages, page_size, num_kv_heads, head_dim).to(dtype)
+    keys, values = torch.randn(2, num_pages, page_size, num_kv_heads, head_dim).to(cache_dtype)
     page_row = torch.randperm(num_pages).int()
     q = torch.randn(length, num_heads + 3, head_dim).to(dtype)[:, :num_heads]
     k, v = (x[page_row.long()].flatten(0, 1)[:end].transpose(0, 1) for x in (keys, values))

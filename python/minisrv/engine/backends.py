@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import torch
 
+from minisrv.checkpoint.model_config import ModelConfig
 from minisrv.config import ServerConfig
 from minisrv.engine.attention.base import AttentionBackend
 from minisrv.engine.attention.cpu import CpuAttention
@@ -21,6 +22,7 @@ from minisrv.engine.kernels.cpu import ATTENTION_HEAD_DIMS, load_cpu_kernels
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.model_size import largest_chunk_graph, largest_graph
+from minisrv.engine.quantization import has_packed_weights
 from minisrv.engine.weights import Weights
 from minisrv.errors import ConfigError
 
@@ -41,12 +43,14 @@ def choose_backends(
         return _cuda_backends(config, pool, num_heads)
     if config.attention_backend == "flashinfer":
         raise ConfigError("--attention-backend flashinfer requires a GPU, but the device is a CPU")
-    if pool.stored_dtype is not pool.dtype:
+    if pool.stored_dtype is torch.float8_e4m3fn:
         logger.warning(
             "using torch's operators, which are slower: there are none for an FP8 cache on a CPU"
         )
         return TorchKernels(), TorchNativeAttention(pool)
-    compiled = load_cpu_kernels(pool.dtype) if config.kernels == "auto" else None
+    compiled = None
+    if config.kernels == "auto":
+        compiled = load_cpu_kernels(pool.dtype, pool.stored_dtype)
     kernels: Kernels = compiled or TorchKernels()
     if compiled and config.attention_backend == "auto" and pool.head_dim in ATTENTION_HEAD_DIMS:
         return kernels, CpuAttention(pool, compiled)
@@ -67,10 +71,26 @@ def new_recorder() -> Recorder:
     return CudaGraphRecorder()
 
 
-def cache_dtype(config: ServerConfig, weights: Weights) -> torch.dtype:
+def activation_dtype(
+    config: ServerConfig, model: ModelConfig, device: torch.device
+) -> torch.dtype | None:
+    """None if neither the options nor the checkpoint state it.
+
+    Packed weights are multiplied with float32 activations: bfloat16 would lose about as much as the
+    weights did, and save nothing, because the weights are nearly all that a step reads.
+    """
+    name = model.dtype if config.dtype == "auto" else config.dtype
+    if config.dtype == "auto" and has_packed_weights(config, model, device.type):
+        name = "float32"
+    return None if name is None else getattr(torch, name)
+
+
+def cache_dtype(config: ServerConfig, model: ModelConfig, weights: Weights) -> torch.dtype:
     """The dtype of the KV cache; logs a warning if the checkpoint's scales for it are ignored."""
     if config.kv_cache_dtype == "auto":
-        return weights.dtype
+        packed = has_packed_weights(config, model, weights.device.type)
+        smaller = packed and config.dtype == "auto" and config.kernels == "auto"
+        return torch.bfloat16 if smaller else weights.dtype
     if weights.has_cache_scales:
         logger.warning(
             "ignoring the checkpoint's k_scale and v_scale: the FP8 cache uses a scale of 1"

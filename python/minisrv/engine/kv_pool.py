@@ -18,7 +18,8 @@ _TOUCHED_BYTES = 256 * 2**20
 class KVPool:
     """A pair of tensors, keys and values, per layer.
 
-    They are computed in `dtype` and stored in `stored_dtype`: the same, or FP8 with a scale of 1.
+    They are computed in `dtype` and stored in `stored_dtype`: the same, bfloat16, or FP8 with a
+    scale of 1.
     `pages` are views [N, P, K, D] and `slots` views [N * P, K, D] of the same memory.
     """
 

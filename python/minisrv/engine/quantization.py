@@ -11,6 +11,11 @@ from minisrv.errors import ConfigError
 Quantization = Literal["none", "int8", "int4"]
 
 
+def has_packed_weights(config: ServerConfig, model: ModelConfig, device: str) -> bool:
+    """Whether the matrices are held in 4 or 8 bits; on a GPU ("cuda") they are dequantized."""
+    return device == "cpu" and (model.packed is not None or config.quantization != "none")
+
+
 def check_quantization(config: ServerConfig, model: ModelConfig, device: str) -> None:
     """Raise ConfigError if it is given, but not for this device ("cpu", "cuda") or checkpoint."""
     if config.quantization == "none":

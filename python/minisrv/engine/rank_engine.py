@@ -14,6 +14,7 @@ from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig
 from minisrv.engine.attention.base import LayerAttention
 from minisrv.engine.attention.flashinfer import FlashInferAttention
 from minisrv.engine.backends import (
+    activation_dtype,
     cache_dtype,
     choose_backends,
     device_kernels,
@@ -82,7 +83,7 @@ class RankEngine:
             config.page_size,
             weights.dtype,
             device,
-            cache_dtype(config, weights),
+            cache_dtype(config, model_config, weights),
         )
         num_heads = sharding.query_heads(model_config).length
         kernels, attention = choose_backends(config, self._pool, num_heads)
@@ -254,8 +255,7 @@ def _open_weights(
     progress: Progress,
 ) -> Weights:
     check_quantization(config, model_config, device.type)
-    name = model_config.dtype if config.dtype == "auto" else config.dtype
-    dtype = None if name is None else getattr(torch, name)
+    dtype = activation_dtype(config, model_config, device)
     if config.load_format == "dummy":
         return DummyWeights(dtype=dtype, device=device, quantization=config.quantization)
     if find_gguf(model_dir):

@@ -27,6 +27,12 @@ constexpr long kParallelWork = 32768;  // elements; with fewer, waking threads c
 inline void convert(float& to, float value) { to = value; }
 inline void convert(float& to, bf16 value) { to = load(value); }
 inline void convert(bf16& to, bf16 value) { to = value; }
+inline void convert(bf16& to, float value) { store(to, value); }
+
+template <class From, class To>
+inline void convert(const From* from, long count, To* to) {
+  for (long i = 0; i < count; ++i) convert(to[i], from[i]);
+}
 
 // One register of floats. Wider vectors than the machine's are split through memory, at a tenth of the
 // speed.
@@ -169,9 +175,9 @@ void norm_and_rotate(T* head, const T* weight, const T* cos, const T* sin, long 
   }
 }
 
-template <class T>
+template <class T, class C>
 void norm_rotate_store(T* qkv, const T* q_weight, const T* k_weight, const T* cos, const T* sin,
-                       const int64_t* slots, T* keys, T* values, long tokens, long heads,
+                       const int64_t* slots, C* keys, C* values, long tokens, long heads,
                        long kv_heads, long size, float eps, int threads) {
   const long width = (heads + 2 * kv_heads) * size, kv_width = kv_heads * size;
 #pragma omp parallel for num_threads(threads) if (tokens * width > kParallelWork)
@@ -184,8 +190,8 @@ void norm_rotate_store(T* qkv, const T* q_weight, const T* k_weight, const T* co
       norm_and_rotate(q + h * size, q_weight, cos_row, sin_row, size, eps);
     for (long h = 0; h < kv_heads; ++h)
       norm_and_rotate(k + h * size, k_weight, cos_row, sin_row, size, eps);
-    std::copy_n(k, kv_width, keys + slots[token] * kv_width);
-    std::copy_n(k + kv_width, kv_width, values + slots[token] * kv_width);
+    convert(k, kv_width, keys + slots[token] * kv_width);
+    convert(k + kv_width, kv_width, values + slots[token] * kv_width);
   }
 }
 
@@ -258,10 +264,11 @@ inline Lanes add_products(Lanes sum, const bf16* q, const bf16* k) {
 }
 template <>
 constexpr long kStep<bf16, bf16> = 32;
-template <class T, int CHUNKS>
-using Query = std::conditional_t<std::is_same_v<T, bf16> && CHUNKS % 2 == 0, bf16, float>;
+template <class T, class C, int CHUNKS>
+using Query = std::conditional_t<
+    std::is_same_v<T, bf16> && std::is_same_v<C, bf16> && CHUNKS % 2 == 0, bf16, float>;
 #else
-template <class T, int CHUNKS>
+template <class T, class C, int CHUNKS>
 using Query = float;
 #endif
 
@@ -382,8 +389,8 @@ void attend(const float* q, const Cache<T>& cache, const int32_t* pages, long kv
 // first_head .. first_head + num. The heads of a slot are adjacent, so pages are read once, in memory
 // order, with prefetching. q and out: [num, G, D]; lse: [num, G]; scores: space for [num * G, number
 // of positions rounded up to kLanes].
-template <class T, int CHUNKS>
-void attend_to_own(const Query<T, CHUNKS>* q, const Cache<T>& cache, const int32_t* pages,
+template <class Q, class T, int CHUNKS>
+void attend_to_own(const Q* q, const Cache<T>& cache, const int32_t* pages,
                    long first_head, long num, long group, long begin, long end, float scale,
                    float* scores, float* out, float* lse) {
   constexpr long size = CHUNKS * kLanes, line = 64 / sizeof(T);
@@ -441,8 +448,8 @@ void read_queries(const T* q, long q_stride, long count, long width, float* to) 
 // Attention of decodes over their shared prefix: the first `shared` positions, which are whole pages.
 // These are read once per 32 query rows. q: [B, H, D] with a stride of `q_stride` elements between
 // tokens; sums: [B, H, D]; lse: [B, H].
-template <class T, int CHUNKS>
-void attend_to_shared(const T* q, long q_stride, const Cache<T>& cache, const int32_t* pages,
+template <class T, class C, int CHUNKS>
+void attend_to_shared(const T* q, long q_stride, const Cache<C>& cache, const int32_t* pages,
                       long shared, long batch, long heads, float scale, int threads, float* sums,
                       float* lse) {
   constexpr long size = CHUNKS * kLanes;
@@ -460,7 +467,7 @@ void attend_to_shared(const T* q, long q_stride, const Cache<T>& cache, const in
       const long count = std::min(block, batch - first);
       read_queries(q + first * q_stride + head * size, q_stride, count, group * size,
                    queries.data());
-      attend<T, CHUNKS>(queries.data(), cache, pages, head / group, count * group, group, 0,
+      attend<C, CHUNKS>(queries.data(), cache, pages, head / group, count * group, group, 0,
                         shared, shared, scale, scores.data(), out.data(), log_sums.data());
       for (long b = 0; b < count; ++b) {
         std::copy_n(&out[b * group * size], group * size,
@@ -474,8 +481,8 @@ void attend_to_shared(const T* q, long q_stride, const Cache<T>& cache, const in
 // Attention of one new token per sequence over its pages. q: [B, H, D] with a stride of `q_stride`
 // elements between tokens; page_table: rows of `columns` pages. The first `shared` positions, which
 // are whole pages, are the same for all sequences.
-template <class T, int CHUNKS>
-void decode_attention(const T* q, long q_stride, const Cache<T>& cache, const int32_t* page_table,
+template <class T, class C, int CHUNKS>
+void decode_attention(const T* q, long q_stride, const Cache<C>& cache, const int32_t* page_table,
                       long columns, const int32_t* rows, const int32_t* kv_lens, long shared,
                       T* out, long batch, long heads, float scale, int threads) {
   constexpr long size = CHUNKS * kLanes;
@@ -483,24 +490,25 @@ void decode_attention(const T* q, long q_stride, const Cache<T>& cache, const in
   std::vector<float> shared_sums(shared ? batch * heads * size : 0);
   std::vector<float> shared_lse(shared ? batch * heads : 0);
   if (shared)
-    attend_to_shared<T, CHUNKS>(q, q_stride, cache, page_table + rows[0] * columns, shared, batch,
-                                heads, scale, threads, shared_sums.data(), shared_lse.data());
+    attend_to_shared<T, C, CHUNKS>(q, q_stride, cache, page_table + rows[0] * columns, shared,
+                                   batch, heads, scale, threads, shared_sums.data(),
+                                   shared_lse.data());
   const long longest = *std::max_element(kv_lens, kv_lens + batch) - shared + kLanes;
   // A task is all heads of a sequence if that gives enough tasks, otherwise a single head.
   const long num = batch >= 2 * threads ? kv_heads : 1, parts = kv_heads / num;
 #pragma omp parallel num_threads(threads) if (batch * longest * heads * size > kParallelWork)
   {
     const long width = num * group * size;
-    std::vector<Query<T, CHUNKS>> queries(width);
+    std::vector<Query<T, C, CHUNKS>> queries(width);
     std::vector<float> sums(width), lse(num * group), scores(num * group * longest);
 #pragma omp for schedule(dynamic)
     for (long task = 0; task < batch * parts; ++task) {
       const long b = task / parts, head = task % parts * num * group;
       const T* from = q + b * q_stride + head * size;
-      for (long d = 0; d < width; ++d) convert(queries[d], from[d]);
-      attend_to_own<T, CHUNKS>(queries.data(), cache, page_table + rows[b] * columns, head / group,
-                               num, group, shared, kv_lens[b], scale, scores.data(), sums.data(),
-                               lse.data());
+      convert(from, width, queries.data());
+      attend_to_own<Query<T, C, CHUNKS>, C, CHUNKS>(
+          queries.data(), cache, page_table + rows[b] * columns, head / group, num, group, shared,
+          kv_lens[b], scale, scores.data(), sums.data(), lse.data());
       const long at = b * heads + head;
       if (shared)
         merge(&shared_sums[at * size], &shared_lse[at], num * group, size, sums.data(),
@@ -513,8 +521,8 @@ void decode_attention(const T* q, long q_stride, const Cache<T>& cache, const in
 // Causal attention of a prefill chunk: `tokens` positions, `start` and up, whose keys and values are
 // already in the pages. q: [tokens, H, D] with a stride of `q_stride` elements between tokens. Blocks
 // of queries process the positions in segments, so that the scores stay in the L2 cache.
-template <class T, int CHUNKS>
-void prefill_attention(const T* q, long q_stride, const Cache<T>& cache, const int32_t* pages,
+template <class T, class C, int CHUNKS>
+void prefill_attention(const T* q, long q_stride, const Cache<C>& cache, const int32_t* pages,
                        long start, long tokens, T* out, long heads, float scale, int threads) {
   constexpr long size = CHUNKS * kLanes, segment = 1024, rows = 64;
   const long kv_heads = cache.kv_heads, group = heads / kv_heads;
@@ -536,7 +544,7 @@ void prefill_attention(const T* q, long q_stride, const Cache<T>& cache, const i
       for (long begin = 0; begin < end;) {
         const bool is_last = begin + segment >= all_see;  // so that every row sees part of it
         const long cut = is_last ? end : begin + segment;
-        attend<T, CHUNKS>(queries.data(), cache, pages, kv_head, count * group, group, begin,
+        attend<C, CHUNKS>(queries.data(), cache, pages, kv_head, count * group, group, begin,
                           is_last ? all_see : cut, cut, scale, scores.data(),
                           begin ? more_sums.data() : sums.data(),
                           begin ? more_lse.data() : lse.data());
@@ -554,30 +562,30 @@ void prefill_attention(const T* q, long q_stride, const Cache<T>& cache, const i
 
 #define FOR_EACH_SIZE(kernel, ...)                                \
   switch (size) {                                                 \
-    case 16: return kernel<T, 16 / kLanes>(__VA_ARGS__);          \
-    case 32: return kernel<T, 32 / kLanes>(__VA_ARGS__);          \
-    case 64: return kernel<T, 64 / kLanes>(__VA_ARGS__);          \
-    case 80: return kernel<T, 80 / kLanes>(__VA_ARGS__);          \
-    case 96: return kernel<T, 96 / kLanes>(__VA_ARGS__);          \
-    case 128: return kernel<T, 128 / kLanes>(__VA_ARGS__);        \
+    case 16: return kernel<T, C, 16 / kLanes>(__VA_ARGS__);       \
+    case 32: return kernel<T, C, 32 / kLanes>(__VA_ARGS__);       \
+    case 64: return kernel<T, C, 64 / kLanes>(__VA_ARGS__);       \
+    case 80: return kernel<T, C, 80 / kLanes>(__VA_ARGS__);       \
+    case 96: return kernel<T, C, 96 / kLanes>(__VA_ARGS__);       \
+    case 128: return kernel<T, C, 128 / kLanes>(__VA_ARGS__);     \
   }
 
-template <class T>
-void decode_attention_of_size(const T* q, long q_stride, const T* keys, const T* values,
+template <class T, class C>
+void decode_attention_of_size(const T* q, long q_stride, const C* keys, const C* values,
                               const int32_t* page_table, long columns, const int32_t* rows,
                               const int32_t* kv_lens, long shared, T* out, long batch, long heads,
                               long kv_heads, long size, long page_size, float scale, int threads) {
-  const Cache<T> cache{keys, values, __builtin_ctzl(page_size), kv_heads};
+  const Cache<C> cache{keys, values, __builtin_ctzl(page_size), kv_heads};
   FOR_EACH_SIZE(decode_attention, q, q_stride, cache, page_table, columns, rows, kv_lens, shared,
                 out, batch, heads, scale, threads)
 }
 
-template <class T>
-void prefill_attention_of_size(const T* q, long q_stride, const T* keys, const T* values,
+template <class T, class C>
+void prefill_attention_of_size(const T* q, long q_stride, const C* keys, const C* values,
                                const int32_t* pages, long start, long tokens, T* out, long heads,
                                long kv_heads, long size, long page_size, float scale,
                                int threads) {
-  const Cache<T> cache{keys, values, __builtin_ctzl(page_size), kv_heads};
+  const Cache<C> cache{keys, values, __builtin_ctzl(page_size), kv_heads};
   FOR_EACH_SIZE(prefill_attention, q, q_stride, cache, pages, start, tokens, out, heads, scale,
                 threads)
 }
@@ -586,40 +594,46 @@ void prefill_attention_of_size(const T* q, long q_stride, const T* keys, const T
 
 #include "product.h"
 
-#define EXPORT(name, T)                                                                           \
-  extern "C" void add_rms_norm_##name(T* x, const T* delta, const T* weight, T* out, long rows,   \
-                                      long size, float eps, int threads) {                        \
-    add_rms_norm(x, delta, weight, out, rows, size, eps, threads);                                \
-  }                                                                                               \
-  extern "C" void silu_and_mul_##name(const T* gate_up, T* out, long rows, long size,             \
-                                      int threads) {                                              \
-    silu_and_mul(gate_up, out, rows, size, threads);                                              \
-  }                                                                                               \
-  extern "C" void norm_rotate_store_##name(                                                       \
-      T* qkv, const T* q_weight, const T* k_weight, const T* cos, const T* sin,                   \
-      const int64_t* slots, T* keys, T* values, long tokens, long heads, long kv_heads,           \
-      long size, float eps, int threads) {                                                        \
-    norm_rotate_store(qkv, q_weight, k_weight, cos, sin, slots, keys, values, tokens, heads,      \
-                      kv_heads, size, eps, threads);                                              \
-  }                                                                                               \
-  extern "C" void decode_attention_##name(                                                        \
-      const T* q, long q_stride, const T* keys, const T* values, const int32_t* page_table,       \
-      long columns, const int32_t* rows, const int32_t* kv_lens, long shared, T* out, long batch, \
-      long heads, long kv_heads, long size, long page_size, float scale, int threads) {           \
-    decode_attention_of_size(q, q_stride, keys, values, page_table, columns, rows, kv_lens,       \
-                             shared, out, batch, heads, kv_heads, size, page_size, scale,         \
-                             threads);                                                            \
-  }                                                                                               \
-  extern "C" void prefill_attention_##name(                                                       \
-      const T* q, long q_stride, const T* keys, const T* values, const int32_t* pages,            \
-      long start, long tokens, T* out, long heads, long kv_heads, long size, long page_size,      \
-      float scale, int threads) {                                                                 \
-    prefill_attention_of_size(q, q_stride, keys, values, pages, start, tokens, out, heads,        \
-                              kv_heads, size, page_size, scale, threads);                         \
+#define EXPORT_OPERATORS(name, T)                                                                  \
+  extern "C" void add_rms_norm_##name(T* x, const T* delta, const T* weight, T* out, long rows,    \
+                                      long size, float eps, int threads) {                         \
+    add_rms_norm(x, delta, weight, out, rows, size, eps, threads);                                 \
+  }                                                                                                \
+  extern "C" void silu_and_mul_##name(const T* gate_up, T* out, long rows, long size,              \
+                                      int threads) {                                               \
+    silu_and_mul(gate_up, out, rows, size, threads);                                               \
   }
 
-EXPORT(float32, float)
-EXPORT(bfloat16, bf16)
+// C: the type of the cache.
+#define EXPORT_ATTENTION(name, T, C)                                                               \
+  extern "C" void norm_rotate_store_##name(                                                        \
+      T* qkv, const T* q_weight, const T* k_weight, const T* cos, const T* sin,                    \
+      const int64_t* slots, C* keys, C* values, long tokens, long heads, long kv_heads,            \
+      long size, float eps, int threads) {                                                         \
+    norm_rotate_store(qkv, q_weight, k_weight, cos, sin, slots, keys, values, tokens, heads,       \
+                      kv_heads, size, eps, threads);                                               \
+  }                                                                                                \
+  extern "C" void decode_attention_##name(                                                         \
+      const T* q, long q_stride, const C* keys, const C* values, const int32_t* page_table,        \
+      long columns, const int32_t* rows, const int32_t* kv_lens, long shared, T* out, long batch,  \
+      long heads, long kv_heads, long size, long page_size, float scale, int threads) {            \
+    decode_attention_of_size(q, q_stride, keys, values, page_table, columns, rows, kv_lens,        \
+                             shared, out, batch, heads, kv_heads, size, page_size, scale,          \
+                             threads);                                                             \
+  }                                                                                                \
+  extern "C" void prefill_attention_##name(                                                        \
+      const T* q, long q_stride, const C* keys, const C* values, const int32_t* pages, long start, \
+      long tokens, T* out, long heads, long kv_heads, long size, long page_size, float scale,      \
+      int threads) {                                                                               \
+    prefill_attention_of_size(q, q_stride, keys, values, pages, start, tokens, out, heads,         \
+                              kv_heads, size, page_size, scale, threads);                          \
+  }
+
+EXPORT_OPERATORS(float32, float)
+EXPORT_OPERATORS(bfloat16, bf16)
+EXPORT_ATTENTION(float32_in_float32, float, float)
+EXPORT_ATTENTION(float32_in_bfloat16, float, bf16)
+EXPORT_ATTENTION(bfloat16_in_bfloat16, bf16, bf16)
 
 // Set logits to -inf where the mask of a sample has a zero: bit i of word w is token 32 w + i.
 extern "C" void mask_logits(float* logits, const int32_t* samples, const uint32_t* masks, long rows,

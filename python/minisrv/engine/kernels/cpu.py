@@ -34,14 +34,22 @@ from minisrv.engine.kernels.packed import PanelProduct, can_pack, load_packed_li
 from minisrv.engine.kernels.torch_native import route
 from minisrv.engine.packed import PackedMatrix
 
-DTYPES = (torch.float32, torch.bfloat16)
+# Of the operators, and of the KV cache.
+DTYPES = (
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+)
 ATTENTION_HEAD_DIMS = (16, 32, 64, 80, 96, 128)
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _PANEL = 16  # outputs that are stored together; kPanel in product.h
-# Of the functions that exist once per dtype; the number of threads comes last in all of them.
+# The number of threads comes last in all functions. Of those that exist once per dtype:
 _ARGUMENTS: dict[str, list[Any]] = {
     "add_rms_norm": [c_void_p] * 4 + [c_long] * 2 + [c_float],
     "silu_and_mul": [c_void_p] * 2 + [c_long] * 2,
+}
+# Of those that exist once per pair of `DTYPES`:
+_CACHE_ARGUMENTS: dict[str, list[Any]] = {
     "norm_rotate_store": [c_void_p] * 8 + [c_long] * 4 + [c_float],
     "prefill_attention": (
         [c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_long, c_void_p]
@@ -66,12 +74,20 @@ _LOGIT_ARGUMENTS: dict[str, list[Any]] = {
 }
 
 
-def load_cpu_kernels(dtype: torch.dtype) -> CpuKernels | None:
-    """The compiled operators for `dtype`, or None if there are none (compiler.py logs why)."""
-    if dtype not in DTYPES:
+def load_cpu_kernels(
+    dtype: torch.dtype, cache_dtype: torch.dtype | None = None
+) -> CpuKernels | None:
+    """The compiled operators for `dtype`, or None if there are none (compiler.py logs why).
+
+    cache_dtype: of the KV cache; by default the same.
+    """
+    cache_dtype = cache_dtype or dtype
+    if (dtype, cache_dtype) not in DTYPES:
         return None
     library = load_library(_SOURCE)
-    return None if library is None else CpuKernels(library, dtype, torch.get_num_threads())
+    if library is None:
+        return None
+    return CpuKernels(library, dtype, cache_dtype, torch.get_num_threads())
 
 
 class CpuKernels:
@@ -81,14 +97,19 @@ class CpuKernels:
     run_experts: RunExperts | None = None
     small_batch: SmallBatchKernels | None = None
 
-    def __init__(self, library: CDLL, dtype: torch.dtype, num_threads: int) -> None:
+    def __init__(
+        self, library: CDLL, dtype: torch.dtype, cache_dtype: torch.dtype, num_threads: int
+    ) -> None:
         self.num_threads = num_threads
         self.make_product: MakeProduct | None = self._make_product
         self.make_packed_product: MakePackedProduct | None = self._make_packed_product
-        suffix = str(dtype).removeprefix("torch.")
-        functions = [_function(library, f"{n}_{suffix}", a) for n, a in _ARGUMENTS.items()]
-        self._add_rms_norm, self._silu_and_mul, self._norm_rotate_store = functions[:3]
-        self._prefill_attention, self._decode_attention = functions[3:]
+        name, cache_name = (str(d).removeprefix("torch.") for d in (dtype, cache_dtype))
+        functions = [_function(library, f"{n}_{name}", a) for n, a in _ARGUMENTS.items()]
+        self._add_rms_norm, self._silu_and_mul = functions
+        self._norm_rotate_store, self._prefill_attention, self._decode_attention = (
+            _function(library, f"{n}_{name}_in_{cache_name}", a)
+            for n, a in _CACHE_ARGUMENTS.items()
+        )
         self._pack, self._multiply = (_function(library, *f) for f in _PRODUCT_ARGUMENTS.items())
         of_logits = [_function(library, *f) for f in _LOGIT_ARGUMENTS.items()]
         self._mask_logits, self._argmax, self._penalize = of_logits
