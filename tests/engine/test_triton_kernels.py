@@ -258,15 +258,18 @@ def test_the_interpreted_masks_are_those_of_torch() -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "name",
+    ("name", "marker"),
     [
-        *("launches.py", "moe.py", "sample_listed.py", "small_batch.py"),
-        pytest.param("sample.py", marks=pytest.mark.soak),
+        *((name, "not soak") for name in ("launches", "moe", "sample_listed", "small_batch")),
+        pytest.param("sample", "not soak", marks=pytest.mark.soak),
+        pytest.param("sample_listed", "soak", marks=pytest.mark.soak),
+        pytest.param("small_batch", "soak", marks=pytest.mark.soak),
     ],
 )
-def test_the_interpreted_kernels_pass_their_own_tests(name: str) -> None:
-    path = Path(__file__).parent / "run_in_triton_interpreter" / name
-    code = f"import pytest; raise SystemExit(pytest.main([{str(path)!r}]))"
+def test_the_interpreted_kernels_pass_their_own_tests(name: str, marker: str) -> None:
+    path = Path(__file__).parent / f"run_in_triton_interpreter/{name}.py"
+    arguments = [str(path), "-m", marker]
+    code = f"import pytest; raise SystemExit(pytest.main({arguments}))"
     assert " passed" in run(code, TRITON_INTERPRET="1")
 
 

@@ -38,8 +38,13 @@ MANY_KEPT = [
 
 @pytest.mark.parametrize(
     ("temperature", "case", "dtype"),
-    [(*case, torch.float32) for case in FEW_KEPT + MANY_KEPT]
-    + [(*case, torch.bfloat16) for case in (FEW_KEPT[0], MANY_KEPT[1])],
+    [
+        (*FEW_KEPT[0], torch.float32),
+        (*MANY_KEPT[1], torch.bfloat16),
+        *(pytest.param(*case, torch.float32, marks=pytest.mark.soak) for case in FEW_KEPT[1:]),
+        *(pytest.param(*case, torch.float32, marks=pytest.mark.soak) for case in MANY_KEPT),
+        pytest.param(*FEW_KEPT[0], torch.bfloat16, marks=pytest.mark.soak),
+    ],
     ids=str,
 )
 def test_the_listed_parts_give_the_tokens_of_the_whole_row(
@@ -88,6 +93,7 @@ def test_rows_in_which_few_tokens_are_possible_are_not_searched(
     assert bool(searched.rows) == (allowed > 16)
 
 
+@pytest.mark.soak
 def test_most_rows_of_a_real_size_are_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     """With Qwen3's defaults, at the sizes of the kernels, over a vocabulary of 152k."""
     monkeypatch.undo()
