@@ -174,8 +174,9 @@ def test_a_further_death_during_the_resume_begins_it_anew() -> None:
         registry.resume(MODEL)
         await asyncio.sleep(0)
         registry.hold(DEATH)
-        await asyncio.sleep(0.01)
         sent.clear()
+        await asyncio.sleep(0.01)
+        assert sent == []
         registry.resume(MODEL)
         await asyncio.sleep(0.01)
         assert [message.uid for message in sent_now(sent)] == uids

@@ -2,7 +2,8 @@
 
 MINISRV_TEST_STEP_S makes its steps slow, so that a test finds streams open. It is not ready
 before there is a file MINISRV_TEST_GATE. With MINISRV_TEST_GRAMMARS it has structured output. With
-MINISRV_TEST_POISONS a step with the token DEADLY_ID ends it, and one with ENDLESS_ID does not end.
+MINISRV_TEST_POISONS a step with a prompt that begins with the token DEADLY_ID ends it, and one with
+ENDLESS_ID does not end.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from minisrv.checkpoint.model_config import ModelConfig, load_model_config
 from minisrv.checkpoint.tokenizer import load_tokenizer
@@ -38,11 +41,21 @@ NUM_ROWS = 64
 class SlowHashEngine(HashEngine):
     def launch(self, batch: ForwardBatch) -> Any:
         time.sleep(STEP_S)
-        if POISONS and DEADLY_ID in batch.prefill_ids:
-            os.abort()
-        while POISONS and ENDLESS_ID in batch.prefill_ids:
-            pass
+        if POISONS:
+            first_ids = prompt_beginnings(batch)
+            if DEADLY_ID in first_ids:
+                os.abort()
+            while ENDLESS_ID in first_ids:
+                pass
         return super().launch(batch)
+
+
+def prompt_beginnings(batch: ForwardBatch) -> list[int]:
+    """The first tokens of the prompts that begin in this step."""
+    lens = batch.query_lens[batch.num_decodes :]
+    starts = batch.start_positions[batch.num_decodes :]
+    first = np.cumsum(lens) - lens
+    return batch.prefill_ids[first[starts == 0]].tolist()
 
 
 def make_compiler(child: Child, model: ModelConfig) -> GrammarCompiler:

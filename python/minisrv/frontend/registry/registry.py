@@ -105,6 +105,8 @@ class RequestRegistry:
             return
         self.set_stalled(sentence)
         self._on_hold = True
+        if self._resuming is not None:
+            self._resuming.cancel()
         if not self._resumes:
             error = NotReadyError(f"{sentence}; try again later", code="engine_restarted")
             self._queries.fail_all(error)
@@ -142,8 +144,6 @@ class RequestRegistry:
                 for uid in list(request.live):
                     self._release(request, uid)
         self._queries.resume()
-        if self._resuming is not None:
-            self._resuming.cancel()
         open_ones = [request for request in requests if not request.aborted]
         self.num_resumed += sum(bool(request.messages) for request in open_ones)
         self._resuming = asyncio.create_task(send_again(open_ones, self._dispatch), name="resume")
