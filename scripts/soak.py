@@ -38,6 +38,7 @@ TESTS = {
         *("tests/gpu_dry_run", "tests/engine/test_triton_kernels.py"),
         "tests/test_offline_throughput.py",
     ],
+    "cpu_kernels": ["tests/engine/test_kernels.py"],
 }
 # Faults put into a copy of the package; the tests must find each.
 SCRIPTS = {
