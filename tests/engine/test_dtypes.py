@@ -7,27 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minisrv.checkpoint.model_config import ModelConfig, PackedConfig, RopeConfig
+from minisrv.checkpoint.model_config import ModelConfig, PackedConfig
 from minisrv.config import ServerConfig
 from minisrv.engine.backends import activation_dtype, cache_dtype
 from minisrv.engine.weights import DummyWeights
+from tests.engine.test_shard import CONFIG
 
 CPU = torch.device("cpu")
-MODEL = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=10,
-    hidden_size=64,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position=128,
-    max_seq_len=128,
-    norm_eps=1e-6,
-    rope=RopeConfig(),
-    dtype="bfloat16",
-)
+MODEL = replace(CONFIG, dtype="bfloat16")
 FILE = replace(MODEL, packed=PackedConfig(("Q4_0",), 1000))
 
 
