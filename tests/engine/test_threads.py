@@ -90,6 +90,12 @@ def test_a_pause_is_not_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.run() == 1
 
 
+def test_a_step_of_seconds_is_not_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, cores=2, most=2)
+    machine.others = 0.9
+    assert machine.run(2.0) == 1
+
+
 def test_without_counters_all_threads_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_STAT", Path("/nonexistent"))
     assert read_cpu_use() is None

@@ -59,8 +59,11 @@ class ThreadGovernor:
         if last is None or time.monotonic() < last.at + PERIOD_S:
             return
         use = self._last = self._read_use()
-        # After a pause the mean of the whole pause says nothing about now.
-        if use is None or use.at > last.at + 5 * PERIOD_S:
+        if use is None:
+            return
+        # After a pause the mean of the whole pause says nothing about now; a long step is none.
+        elapsed = use.at - last.at
+        if elapsed > 5 * PERIOD_S and use.own - last.own < elapsed / 2:
             return
         taken = _taken_by_others(self._num_cores, last, use)
         at_most = math.floor(self._num_cores - taken + _TAKEN)
