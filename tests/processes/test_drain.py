@@ -310,7 +310,6 @@ def test_drains_under_load_complete_whatever_was_accepted(
             refused += sum(client.refused for client in clients)
             server.assert_nothing_is_left()
     print(f"{num_drains} drains: {completed} completed, {refused} refused")
-    assert completed >= 16 * num_drains
     assert refused
 
 
