@@ -12,7 +12,8 @@ import pytest
 
 from minisrv import launch_server
 from minisrv.commands import batch, plan
-from minisrv.config import ServerConfig, add_flags, flag, parse_command_line, parse_size
+from minisrv.command_line import add_flags, parse_command_line
+from minisrv.config import ServerConfig, flag, parse_size
 from minisrv.errors import ConfigError
 
 

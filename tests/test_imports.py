@@ -12,7 +12,7 @@ LAYERS = [
     {"errors", "log"},
     {"sampling_params", "restart_limit", "user_cache"},
     {"config", "checkpoint"},
-    {"wire"},
+    {"command_line", "wire"},
     {"supervision"},
     {"kvcache", "structured_output", "engine"},
     {"frontend", "tokenizer", "scheduler", "detokenizer"},

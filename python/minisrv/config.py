@@ -1,12 +1,14 @@
-"""All options. Flag, environment variable, default, help and check come from one field each."""
+"""All options. Flag, environment variable, default, help and check come from one field each.
+
+`command_line.py` makes the flags.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -349,49 +351,8 @@ def read_chat_template_kwargs(text: str) -> dict[str, Any]:
     return variables
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one flag per field. A flag that is not given leaves no value in the namespace."""
-    for f in fields(ServerConfig):
-        kind, text = _plain_type(f.name), f.metadata["help"]
-        if f.default is not None and kind not in (bool, tuple):
-            text += f" (default: {f.default})"
-        name = flag(f"no_{f.name}" if f.default is True else f.name)
-        if kind is bool:
-            how: dict[str, Any] = {"action": "store_false" if f.default else "store_true"}
-        elif choices := _choices(f.name):
-            how = {"choices": choices}
-        elif kind is tuple:
-            how = {"action": "append", "metavar": "X"}
-        else:
-            how = {"type": kind, "metavar": "X"}
-        names = [name, *f.metadata["aliases"]]
-        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=text, **how)
-
-
-def parse_command_line(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None
-) -> tuple[ServerConfig, argparse.Namespace]:
-    """The server's options, whose flags override the environment, and all flags of `parser`.
-
-    Exits with status 2 on an error.
-    """
-    add_flags(parser)
-    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    given = dict(vars(options))
-    positional = given.pop("positional_model")
-    if positional is not None and given.setdefault("model", positional) != positional:
-        parser.error(f"two models are given: {positional} and {given['model']}")
-    known = {f.name for f in fields(ServerConfig)}
-    try:
-        config = ServerConfig.from_environment(**{k: v for k, v in given.items() if k in known})
-    except ConfigError as error:
-        parser.error(error.message)
-    return config, options
-
-
 def _parse_variable(name: str, variable: str, text: str) -> Any:
-    kind = _plain_type(name)
+    kind = plain_type(name)
     try:
         if kind is bool:
             return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
@@ -405,7 +366,7 @@ def _parse_variable(name: str, variable: str, text: str) -> Any:
         raise ConfigError(f"{variable} is {text!r}; it must be {_TYPE_NAMES[kind]}{hint}") from None
 
 
-def _plain_type(name: str) -> type[Any]:
+def plain_type(name: str) -> type[Any]:
     """The type of a field without None; str for a Literal, tuple for a tuple of strings."""
     kind = _TYPES[name]
     if get_origin(kind) in (Union, UnionType):
@@ -415,12 +376,13 @@ def _plain_type(name: str) -> type[Any]:
     return str if get_origin(kind) is Literal else kind
 
 
-def _choices(name: str) -> tuple[str, ...]:
+def choices_of(name: str) -> tuple[str, ...]:
+    """The values of a Literal field; empty for the others."""
     return get_args(_TYPES[name]) if get_origin(_TYPES[name]) is Literal else ()
 
 
 def _check_type(name: str, value: Any) -> None:
-    choices, kind = _choices(name), _plain_type(name)
+    choices, kind = choices_of(name), plain_type(name)
     if choices and value not in choices:
         raise ConfigError(f"{flag(name)} is {value!r}; it must be one of {', '.join(choices)}")
     if value is None and type(None) in get_args(_TYPES[name]):

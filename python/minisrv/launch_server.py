@@ -14,7 +14,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from minisrv import log
-from minisrv.config import ServerConfig, parse_command_line
+from minisrv.command_line import parse_command_line
+from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError, MinisrvError
 from minisrv.supervision.records import DrainRequested, EngineReady, Notice, StartProgress
 from minisrv.supervision.standard_streams import open_standard_streams

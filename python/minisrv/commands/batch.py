@@ -25,7 +25,8 @@ from minisrv import log
 from minisrv.checkpoint.gguf.files import find_gguf
 from minisrv.checkpoint.hub import find_local_model
 from minisrv.commands.batch_output import Key, Output
-from minisrv.config import ServerConfig, parse_command_line
+from minisrv.command_line import parse_command_line
+from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError, InvalidRequestError, MinisrvError
 from minisrv.frontend.apis.openai.chat import ChatRenderer, read_chat
 from minisrv.frontend.apis.openai.completions import CompletionRenderer, read_completion

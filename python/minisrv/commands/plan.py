@@ -19,7 +19,8 @@ from typing import Any
 from minisrv.checkpoint.hub import CONFIG_FILES, resolve_model
 from minisrv.checkpoint.model_config import ModelConfig, load_model_config
 from minisrv.checkpoint.own_head import has_own_head
-from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig, flag, parse_command_line, parse_size
+from minisrv.command_line import parse_command_line
+from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig, flag, parse_size
 from minisrv.engine import model_size
 from minisrv.engine.memory import MemoryPlan, format_size, useful_pages
 from minisrv.engine.model_size import Parameters, count_parameters, kv_bytes_per_token
