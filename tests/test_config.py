@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from minisrv import launch_server
-from minisrv.commands import batch, plan
 from minisrv.command_line import add_flags, parse_command_line
+from minisrv.commands import batch, plan
 from minisrv.config import ServerConfig, flag, parse_size
 from minisrv.errors import ConfigError
 

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from minisrv import log
 from minisrv.checkpoint.gguf.files import find_gguf
 from minisrv.checkpoint.hub import find_local_model
-from minisrv.commands.batch_output import Key, Output
 from minisrv.command_line import parse_command_line
+from minisrv.commands.batch_output import Key, Output
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError, InvalidRequestError, MinisrvError
 from minisrv.frontend.apis.openai.chat import ChatRenderer, read_chat
