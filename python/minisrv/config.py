@@ -198,6 +198,11 @@ class ServerConfig:
     )
 
     strict_params: bool = option(False, "refuse requests with unknown fields")
+    max_tokens_policy: Literal["auto", "cap", "refuse"] = option(
+        "auto",
+        "what to do with a max_tokens that the context has no room for: cap the reply, refuse the "
+        "request, or (auto) cap where the API's reply can say so, in messages and responses",
+    )
     cors_origins: str | None = option(
         None, "comma-separated origins that browsers may call from; * allows any"
     )

@@ -66,15 +66,18 @@ class InvalidRequestError(MinisrvError, ValueError, status=400):
 
 
 class ContextLengthError(InvalidRequestError, code="context_length_exceeded"):
-    """Prompt and output together exceed the context."""
+    """Prompt and output together exceed the context. Clients look for words of the message."""
 
     def __init__(self, lengths: Lengths, part: str, *, param: str | None = None) -> None:
         """part: what the message calls the prompt."""
+        room = lengths.context - lengths.prompt
+        way_out = f"Please reduce the length of the {part}"
+        if room > 0:
+            way_out += f", or ask for at most {room} tokens of completion"
         super().__init__(
             f"This model's maximum context length is {lengths.context} tokens. However, you "
             f"requested {lengths.prompt + lengths.output} tokens ({lengths.prompt} in the {part}, "
-            f"{lengths.output} in the completion). Please reduce the length of the {part} or "
-            "completion.",
+            f"{lengths.output} in the completion). {way_out} (context_length_exceeded).",
             param=param,
         )
         self.lengths = lengths

@@ -186,6 +186,15 @@ class SamplingParams:
         """The number of likeliest tokens to compute per position."""
         return max(self.logprobs or 0, self.prompt_logprobs or 0)
 
+    def least_output(self, *, capped: bool) -> int:
+        """The tokens for which the context must have room behind the prompt.
+
+        capped: a max_tokens beyond the context means the rest of it.
+        """
+        if self.max_tokens is None:
+            return 1
+        return min(self.max_tokens, max(1, self.min_tokens)) if capped else self.max_tokens
+
     def _check_stops(self) -> None:
         _check_count("stop", len(self.stop), "strings", MAX_STOP_STRINGS)
         for text in self.stop:

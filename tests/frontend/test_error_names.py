@@ -224,7 +224,7 @@ def test_a_native_error_about_two_fields_names_one(hermes: HttpServer, limit: st
         (COMPLETIONS, {"max_tokens": LONG}, "prompt"),
         (COMPLETIONS, {"max_tokens": LONG, "prompt": ["a", "b"]}, "prompt.0"),
         (COMPLETIONS, {"max_tokens": 999_990, "prompt": ["a", "b " * 20]}, "prompt.1"),
-        (RESPONSES, {"max_output_tokens": LONG}, "input"),
+        (RESPONSES, {"max_output_tokens": LONG, "min_tokens": LONG}, "input"),
         (GENERATE, sampling(max_new_tokens=LONG), "text"),
         (GENERATE, {**sampling(max_tokens=LONG), "text": None, "input_ids": [5]}, "input_ids"),
     ],
@@ -240,7 +240,7 @@ def test_a_request_over_the_context_names_the_prompt(
 def test_a_message_over_the_context_is_refused_in_the_words_that_agents_match(
     hermes: HttpServer,
 ) -> None:
-    response = anthropic_bodies.send(hermes, max_tokens=LONG)
+    response = anthropic_bodies.send(hermes, max_tokens=LONG, min_tokens=LONG)
     message = anthropic_bodies.error_of(response)
     assert message.startswith("input length and `max_tokens` exceed context limit: ")
 

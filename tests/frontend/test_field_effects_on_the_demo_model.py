@@ -308,7 +308,8 @@ def test_a_prompt_that_does_not_fit_is_told_in_figures(engine: HttpServer) -> No
     body = {"messages": messages, "max_tokens": context}
     error = error_of(engine, CHAT, **body)
     assert 0 < error["n_prompt_tokens"] < 100
-    message = engine.http.post("/v1/messages", json=body).json()["error"]["message"]
+    refused = engine.http.post("/v1/messages", json={**body, "min_tokens": context})
+    message = refused.json()["error"]["message"]
     assert f"exceed context limit: {error['n_prompt_tokens']} + {context} > {context}" in message
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any, cast
 
@@ -210,6 +211,15 @@ def test_without_max_tokens_the_output_may_fill_the_context() -> None:
     assert driver.add(0, prompt(0, 8), max_tokens=None).max_tokens == 2
     driver.finish()
     assert driver.ends == {0: Finish.LENGTH}
+
+
+def test_a_capped_output_ends_with_the_context() -> None:
+    driver = Driver(num_pages=5, page_size=2)
+    message = generate_msg(0, prompt(0, 8), max_tokens=50)
+    driver.scheduler.add_request(replace(message, caps_output=True), 0.0)
+    driver.finish()
+    assert driver.ends == {0: Finish.LENGTH}
+    assert len(driver.tokens[0]) == 2
 
 
 def test_pages_are_taken_on_demand() -> None:

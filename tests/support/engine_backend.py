@@ -33,6 +33,7 @@ class EngineBackend:
             name=MODEL.name,
             created=int(time.time()),
             max_model_len=llm.max_seq_len,
+            max_tokens_policy=llm.config.max_tokens_policy,
             vocab_size=llm.model_config.vocab_size,
             defaults=llm.sampling_defaults,
             chat_format=find_chat_format(llm.tokenizer.chat_templates),

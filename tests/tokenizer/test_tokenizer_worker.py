@@ -131,13 +131,27 @@ def test_the_context_holds_prompt_and_completion(
         assert len(generated(make_worker(), **fields)) == prompt
         return
     failure = failed(make_worker(), **fields)
-    asked = max_tokens or 1
+    asked, room = max_tokens or 1, 100 - prompt
+    way_out = f", or ask for at most {room} tokens of completion" if room > 0 else ""
     assert (failure.status, failure.code) == (400, "context_length_exceeded")
     assert failure.message == (
         "This model's maximum context length is 100 tokens. However, you requested "
         f"{prompt + asked} tokens ({prompt} in the prompt, {asked} in the completion). "
-        "Please reduce the length of the prompt or completion."
+        f"Please reduce the length of the prompt{way_out} (context_length_exceeded)."
     )
+
+
+@pytest.mark.parametrize(("prompt", "fits"), [(99, True), (100, False)])
+def test_a_capped_output_needs_room_for_one_token(prompt: int, fits: bool) -> None:
+    request = TokenizeMsg(
+        uid=40,
+        prompt=np.full(prompt, 5, np.int32),
+        sampling=SamplingParams(max_tokens=5000),
+        caps_output=True,
+    )
+    out = make_worker().handle(request)
+    assert isinstance(out, GenerateMsg) is fits
+    assert not isinstance(out, GenerateMsg) or out.caps_output
 
 
 @pytest.mark.parametrize(("prompt", "fits"), [(32_768, True), (32_769, False)])
@@ -155,7 +169,7 @@ def test_the_logprobs_of_a_prompt_are_limited(prompt: int, fits: bool) -> None:
 def test_too_long_messages_are_named_as_such() -> None:
     failure = failed(make_worker(), messages=({"role": "user", "content": "x" * 500},))
     assert (failure.code, failure.param) == ("context_length_exceeded", "messages")
-    assert failure.message.endswith("Please reduce the length of the messages or completion.")
+    assert "Please reduce the length of the messages (" in failure.message
 
 
 def test_a_failure_goes_to_every_choice() -> None:

@@ -268,10 +268,10 @@ class Request:
 def output_limit(message: GenerateMsg, max_seq_len: int) -> int:
     """The max_tokens of a request. Raises InvalidRequestError when it exceeds the context."""
     prompt = len(message.prompt_ids)
-    asked = message.sampling.max_tokens
-    output = 1 if asked is None else asked
-    if prompt and prompt + output <= max_seq_len:
-        return max_seq_len - prompt if asked is None else asked
+    asked, room = message.sampling.max_tokens, max_seq_len - prompt
+    output = message.sampling.least_output(capped=message.caps_output)
+    if prompt and output <= room:
+        return room if asked is None else min(asked, room)
     if not prompt:
         raise InvalidRequestError("the prompt has no tokens", param="prompt")
     raise ContextLengthError(Lengths(prompt, output, max_seq_len), "messages")

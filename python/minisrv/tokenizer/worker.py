@@ -90,6 +90,7 @@ class TokenizerWorker:
             uid=message.uid,
             prompt_ids=prompt_ids,
             sampling=self._sampling(message, parts),
+            caps_output=message.caps_output,
             parts=parts,
             shown_prompt=self._shown(message, prompt_ids, text),
             show_progress=message.show_progress,
@@ -195,7 +196,7 @@ class TokenizerWorker:
             raise InvalidRequestError(
                 f"This model's maximum context length is {self._max_seq_len} tokens. However, the "
                 f"{have} {len(text)} characters, and no more than {limit} can fit. Please "
-                f"reduce the length of the {param}.",
+                f"reduce the length of the {param} (context_length_exceeded).",
                 param=param,
                 code="context_length_exceeded",
             )
@@ -208,8 +209,7 @@ class TokenizerWorker:
             raise InvalidRequestError(
                 f"{param} gives no token; it must give at least one", param=param
             )
-        # Without max_tokens the prompt must leave room for one token of output.
-        num_output = 1 if sampling.max_tokens is None else sampling.max_tokens
+        num_output = sampling.least_output(capped=message.caps_output)
         if num_prompt + num_output > self._max_seq_len:
             lengths = Lengths(num_prompt, num_output, self._max_seq_len)
             raise ContextLengthError(lengths, param, param=param)

@@ -71,7 +71,8 @@ class TokenizeMsg:
     """Frontend to tokenizer: either a prompt (text or token ids) or messages for the template.
 
     The `sampling.n` choices have the uids uid, uid + 1, ... Only max_tokens and seed of the
-    sampling may be None. tools: shown to the template, and the reply is searched for calls of them.
+    sampling may be None. caps_output: a max_tokens beyond the context means the rest of it.
+    tools: shown to the template, and the reply is searched for calls of them.
     must_call: the reply must call one of these tools, or several with `parallel_calls`.
     split_reasoning: reasoning is separated from the text. continue_final_message: the prompt ends
     where the last message's content ends. chat_template: a source in place of the model's.
@@ -88,6 +89,7 @@ class TokenizeMsg:
     messages: tuple[dict[str, Any], ...] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     sampling: SamplingParams
+    caps_output: bool = False
     tools: tuple[dict[str, Any], ...] | None = None
     must_call: tuple[str, ...] = ()
     parallel_calls: bool = True
@@ -127,6 +129,7 @@ class GenerateMsg:
     uid: int
     prompt_ids: Int32Array
     sampling: SamplingParams
+    caps_output: bool = False
     parts: int = 0
     shown_prompt: ShownPrompt | None = None
     show_progress: bool = False

@@ -48,11 +48,13 @@ class GenerationRequest(ABC):
     """What both kinds of request have.
 
     model: the served name that the client used. warnings: sentences for the client about fields
-    that have no effect.
+    that have no effect. caps_at: the context, if a max_tokens beyond it means the rest of it; None
+    if such a request is refused.
     """
 
     model: str
     sampling: SamplingParams
+    caps_at: int | None = None
     reply: ReplyOptions = ReplyOptions()
     cache_salt: str = ""
     warnings: tuple[str, ...] = ()
@@ -72,6 +74,13 @@ class GenerationRequest(ABC):
         """How tool calls are found in the reply; None to look for none."""
         return None
 
+    def output_cap(self, prompt_tokens: int) -> int | None:
+        """Where the output behind such a prompt is capped; None if max_tokens fits."""
+        asked = self.sampling.max_tokens
+        if self.caps_at is None or asked is None or prompt_tokens + asked <= self.caps_at:
+            return None
+        return self.caps_at - prompt_tokens
+
     @abstractmethod
     def _prompts(self) -> Iterator[dict[str, Any]]:
         """For each prompt, the fields of a TokenizeMsg that say what it is."""
@@ -82,6 +91,7 @@ class GenerationRequest(ABC):
             yield TokenizeMsg(
                 uid=base + i * self.sampling.n,
                 sampling=self.sampling,
+                caps_output=self.caps_at is not None,
                 cache_salt=self.cache_salt,
                 show_progress=self.reply.progress,
                 show_prompt_ids=self.reply.token_ids,
@@ -216,13 +226,19 @@ def read_sampling(
     return sampling.with_defaults(model.defaults)
 
 
-def read_common(fields: Mapping[str, Any], model: ModelInfo, **reply: bool) -> dict[str, Any]:
-    """What every API reads in the same way: the `model`, `cache_salt` and `reply` of a request.
+def read_common(
+    fields: Mapping[str, Any], model: ModelInfo, *, shows_cap: bool = False, **reply: bool
+) -> dict[str, Any]:
+    """What every API reads in the same way: fields of a GenerationRequest.
 
+    shows_cap: a reply of the API says when the context was full before max_tokens.
     reply: further ReplyOptions. Raises ModelNotFoundError.
     """
+    policy = model.max_tokens_policy
+    caps = policy == "cap" or (policy == "auto" and shows_cap)
     return {
         "model": served_name(fields.get("model"), model),
+        "caps_at": model.max_model_len if caps else None,
         "cache_salt": fields.get("cache_salt", ""),
         "reply": ReplyOptions(stream=fields.get("stream", False), **reply),
     }

@@ -203,9 +203,21 @@ class _GenerationResponse(Response):
         return self._timings.timings() if self._request.reply.timings else None
 
     async def _start(self, send: Send, *, ended: bool) -> None:
+        if (warning := self._cap_warning()) is not None:
+            self._context.warnings.append(warning)
         if (timing := self._timings.server_timing(ended=ended)) is not None:
             self.headers["Server-Timing"] = timing
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+    def _cap_warning(self) -> str | None:
+        """For the header: the reply ends when the context is full, before max_tokens."""
+        starts = [choice.start for choice in self._timings.choices.values()]
+        caps = [self._request.output_cap(start.prompt_tokens) for start in starts]
+        rooms = [cap for cap in caps if cap is not None]
+        if not rooms:
+            return None
+        name, asked = self._context.names.own("max_tokens"), self._request.sampling.max_tokens
+        return f"{name} is {asked}, but the context ends the reply after {min(rooms)} tokens"
 
     def _log_start(self) -> None:
         sampling = self._request.sampling

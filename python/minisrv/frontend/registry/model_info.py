@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from minisrv.checkpoint.chat_format import ChatFormat
 from minisrv.config import ServerConfig, read_chat_template_kwargs
@@ -18,6 +18,7 @@ class ModelInfo:
 
     max_model_len: tokens of prompt and output together. defaults: the model's own sampling.
     template_kwargs: variables for the chat template of every request.
+    max_tokens_policy: as the option.
     chat_format: how the model writes reasoning and tool calls.
     facts: what the processes reported at their start.
     """
@@ -29,6 +30,7 @@ class ModelInfo:
     defaults: SamplingParams
     aliases: tuple[str, ...] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    max_tokens_policy: Literal["auto", "cap", "refuse"] = "auto"
     chat_format: ChatFormat = field(default_factory=ChatFormat)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -38,6 +40,7 @@ class ModelInfo:
             name=config.served_name,
             aliases=config.served_names[1:],
             template_kwargs=read_chat_template_kwargs(config.chat_template_kwargs),
+            max_tokens_policy=config.max_tokens_policy,
             created=int(time.time()),
             max_model_len=facts["max_seq_len"],
             vocab_size=facts["vocab_size"],

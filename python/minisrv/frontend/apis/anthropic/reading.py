@@ -42,7 +42,7 @@ def read_message_request(fields: Fields, model: ModelInfo) -> ChatRequest:
     """Read a request for a message. Raises InvalidRequestError."""
     if "max_tokens" not in fields:
         raise InvalidRequestError("max_tokens is missing", param="max_tokens")
-    common = read_common(fields, model)
+    common = read_common(fields, model, shows_cap=True)
     text_format = fields.get("output_config", {}).get("format")
     grammar = text_format and Grammar.json_schema(text_format["schema"], f"{_FORMAT}.schema")
     stop = {"stop": fields["stop_sequences"]} if "stop_sequences" in fields else {}

@@ -17,6 +17,7 @@ from minisrv.frontend.apis.service import Service
 from minisrv.frontend.generation.event_reader import Usage
 from minisrv.frontend.generation.pieces import Finish, Piece, finish_of
 from minisrv.frontend.generation.renderer import Choice, Renderer
+from minisrv.frontend.generation.request import ChatRequest
 from minisrv.frontend.http.context import context_of
 from minisrv.frontend.http.openapi import errors, request_body
 from minisrv.frontend.http.sse import named_sse
@@ -39,7 +40,7 @@ def add_message_routes(app: FastAPI, service: Service) -> None:
         context.names = NAMES
         chat = read_message_request(fields, model)
         show_reasoning = fields.get("thinking", {}).get("display") != "omitted"
-        renderer = MessageRenderer(context.request_id, chat.model, show_reasoning=show_reasoning)
+        renderer = MessageRenderer(context.request_id, chat, show_reasoning=show_reasoning)
         return service.runner.response(chat, renderer)
 
     @app.post(
@@ -60,17 +61,17 @@ class MessageRenderer(Renderer):
     message_delta with stop reason and usage; message_stop.
     """
 
-    def __init__(self, request_id: str, model: str, *, show_reasoning: bool) -> None:
+    def __init__(self, request_id: str, request: ChatRequest, *, show_reasoning: bool) -> None:
         super().__init__()
         self._request_id = request_id
-        self._model = model
+        self._request = request
         self._blocks = ContentBlocks(show_reasoning=show_reasoning)
         self._started = False
 
     def whole(self, choices: Sequence[Choice], timings: dict[str, Any] | None) -> dict[str, Any]:
         ((_, pieces),) = choices
         content = join_blocks(event for piece in pieces for event in self._blocks.events(piece))
-        return {**self._head(), "content": content, **_stop(finish_of(pieces))}
+        return {**self._head(), "content": content, **self._stop(finish_of(pieces))}
 
     def chunk(self, event: Event, pieces: list[Piece]) -> bytes:
         events: list[StreamEvent] = []
@@ -81,7 +82,7 @@ class MessageRenderer(Renderer):
             events += self._blocks.events(piece)
         if finish := finish_of(pieces):
             usage = _usage_body(self.usage)
-            events.append({"type": "message_delta", "delta": _stop(finish), "usage": usage})
+            events.append({"type": "message_delta", "delta": self._stop(finish), "usage": usage})
         return b"".join(map(named_sse, events))
 
     def end(self, timings: dict[str, Any] | None) -> bytes:
@@ -98,27 +99,27 @@ class MessageRenderer(Renderer):
             "id": f"{MESSAGE_PREFIX}{self._request_id}",
             "type": "message",
             "role": "assistant",
-            "model": self._model,
+            "model": self._request.model,
             "content": [],
-            **_stop(None),
+            **self._stop(None),
             "usage": _usage_body(self.usage),
         }
 
-
-def _stop(finish: Finish | None) -> dict[str, str | None]:
-    reason: str | None
-    match finish:
-        case None:
-            reason = None
-        case Finish("tool_calls"):
-            reason = "tool_use"
-        case Finish("length"):
-            reason = "max_tokens"
-        case Finish("stop", str(sequence)):
-            return {"stop_reason": "stop_sequence", "stop_sequence": sequence}
-        case Finish():
-            reason = "end_turn"
-    return {"stop_reason": reason, "stop_sequence": None}
+    def _stop(self, finish: Finish | None) -> dict[str, str | None]:
+        reason: str | None
+        match finish:
+            case None:
+                reason = None
+            case Finish("tool_calls"):
+                reason = "tool_use"
+            case Finish("length"):
+                capped = self._request.output_cap(self.usage.prompt_tokens) is not None
+                reason = "model_context_window_exceeded" if capped else "max_tokens"
+            case Finish("stop", str(sequence)):
+                return {"stop_reason": "stop_sequence", "stop_sequence": sequence}
+            case Finish():
+                reason = "end_turn"
+        return {"stop_reason": reason, "stop_sequence": None}
 
 
 def _usage_body(usage: Usage) -> dict[str, Any]:

@@ -40,7 +40,7 @@ _WITH_NAME = object_of(["name"])
 
 async def read_response(fields: Fields, model: ModelInfo, give_way: GiveWay) -> ChatRequest:
     """Read a request for a response, in pieces. Raises InvalidRequestError."""
-    common = read_common(fields, model)
+    common = read_common(fields, model, shows_cap=True)
     for key, text in fields.get("metadata", {}).items():
         check_value(text, STRING, f"metadata.{key[:64]}")
     _check_include(fields.get("include", []))
