@@ -28,8 +28,10 @@ SERVER_TESTS = {
 TESTS = {
     "parity": [
         *("tests/exactness/test_transformers_parity.py", "tests/exactness/test_device_runner.py"),
-        "tests/exactness/test_tensor_parallel.py",
+        *("tests/exactness/test_tensor_parallel.py", "tests/exactness/test_gguf.py"),
+        "tests/exactness/test_quantized.py",
     ],
+    "cache": ["tests/scheduler/test_never_corrupt.py"],
     "sampling": ["tests/exactness/test_sampled_texts.py", "tests/exactness/test_seeds.py"],
     "grammars": ["tests/exactness/test_grammar_draws.py", "tests/structured_output"],
     "streams": ["tests/frontend"],

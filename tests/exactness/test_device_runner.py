@@ -61,7 +61,7 @@ def make_loop(model_dir: Path, **options: object) -> SchedulerLoop:
     return build_loop(config, model_dir, LocalChannel(), lambda phase, fraction: None)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=[pytest.param("llama", marks=pytest.mark.soak), "qwen3"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     architecture, variant = CHECKPOINTS[request.param]
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **variant)

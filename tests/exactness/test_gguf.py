@@ -39,17 +39,27 @@ def test_tokens_are_those_of_the_original(name: str, tmp_path: Path) -> None:
         assert not compare(model, prompts, expected, outputs)
 
 
-@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1])
+QUANTIZED: list[tuple[str, dict[str, Any], int, set[Kind]]] = [
+    ("llama", {"vocab_size": 387}, 2, {Kind.Q8_0, Kind.Q4_0}),
+    ("qwen2", {"tie_word_embeddings": True}, 1, {Kind.Q4_1, Kind.Q5_0}),
+    ("qwen3_moe", MOE, 1, {Kind.Q5_1, Kind.Q4_0}),
+]
+
+
 @pytest.mark.parametrize(
-    ("architecture", "variant", "tp"),
+    ("architecture", "variant", "tp", "kind"),
     [
-        ("llama", {"vocab_size": 387}, 2),
-        ("qwen2", {"tie_word_embeddings": True}, 1),
-        ("qwen3_moe", MOE, 1),
+        pytest.param(
+            *(architecture, variant, tp, kind),
+            id=f"{architecture}-{kind.name}",
+            marks=[] if kind in quick else pytest.mark.soak,
+        )
+        for architecture, variant, tp, quick in QUANTIZED
+        for kind in (Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1)
     ],
 )
 def test_tokens_of_a_quantized_file_are_those_of_the_dequantized_model(
-    kind: Kind, architecture: str, variant: dict[str, Any], tp: int, tmp_path: Path
+    architecture: str, variant: dict[str, Any], tp: int, kind: Kind, tmp_path: Path
 ) -> None:
     original = make_checkpoint(tmp_path / "original", architecture, **variant)
     path = write_gguf(original, tmp_path / "model.gguf", kind)

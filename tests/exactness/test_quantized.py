@@ -40,19 +40,25 @@ def _rounded(name: str, weight: torch.Tensor, quantization: str) -> torch.Tensor
     return (round_int8 if in_int8 else round_int4)(weight).dequantized()
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+MODELS: list[tuple[str, dict[str, Any], int, str]] = [
+    ("llama", {}, 1, "int8"),
+    ("qwen2", {"tie_word_embeddings": True}, 1, "int4"),
+    ("qwen2", {"tie_word_embeddings": True, "vocab_size": 387}, 2, "int8"),
+    ("qwen3", {}, 2, "int4"),
+    ("qwen3_moe", {}, 1, "int8"),
+]
+
+
 @pytest.mark.parametrize(
-    ("architecture", "variant", "tp"),
+    ("architecture", "variant", "tp", "quantization"),
     [
-        ("llama", {}, 1),
-        ("qwen2", {"tie_word_embeddings": True}, 1),
-        ("qwen2", {"tie_word_embeddings": True, "vocab_size": 387}, 2),
-        ("qwen3", {}, 2),
-        ("qwen3_moe", {}, 1),
+        pytest.param(*model, quantization, marks=[] if quantization == quick else pytest.mark.soak)
+        for *model, quick in MODELS
+        for quantization in ("int8", "int4")
     ],
 )
 def test_tokens_are_those_of_the_dequantized_model(
-    tmp_path: Path, quantization: str, architecture: str, variant: dict[str, Any], tp: int
+    tmp_path: Path, architecture: str, variant: dict[str, Any], tp: int, quantization: str
 ) -> None:
     model_dir = make_checkpoint(tmp_path / "plain", architecture, **variant)
     model = load_reference(dequantize(model_dir, tmp_path / "dequantized", quantization))

@@ -66,7 +66,7 @@ class Case:
         pytest.param(
             *("qwen2", {"tie_word_embeddings": True, "vocab_size": 387}, 4), marks=pytest.mark.soak
         ),
-        ("qwen3", {}, 2),
+        pytest.param("qwen3", {}, 2, marks=pytest.mark.soak),
         ("qwen3_moe", {}, 2),
     ],
 )

@@ -68,7 +68,7 @@ def test_the_short_list_of_ways_has_every_pair_of_values() -> None:
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "qwen3-moe"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return make_case(tmp_path_factory.mktemp("checkpoint"), request.param, 20)
+    return make_case(tmp_path_factory.mktemp("checkpoint"), request.param, 12)
 
 
 @pytest.mark.parametrize("way", PAIRWISE, ids=str)
@@ -80,7 +80,7 @@ def test_tokens_equal_those_of_transformers(case: Case, way: Way) -> None:
     "name", ["mistral", "qwen2-tied", "llama-linear", "llama-llama3-tied", "qwen3-yarn"]
 )
 def test_tokens_of_other_models_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
-    check(make_case(tmp_path, name, 20), PAIRWISE[2])
+    check(make_case(tmp_path, name, 12), PAIRWISE[2])
 
 
 @pytest.mark.soak

@@ -85,7 +85,13 @@ def server(model_dir: Path, socket_dir: Path) -> Iterator[ServerProcess]:
         server.assert_nothing_is_left()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.soak) for n in (signal.SIGINT, signal.SIGHUP)),
+    ],
+)
 def test_a_signal_lets_open_requests_end_and_refuses_others(
     number: signal.Signals, server: ServerProcess
 ) -> None:
@@ -253,7 +259,7 @@ def test_a_stop_during_the_start_does_not_wait(
         server.end()
 
 
-@pytest.mark.parametrize("how", ["signal", "http"])
+@pytest.mark.parametrize("how", ["signal", pytest.param("http", marks=pytest.mark.soak)])
 def test_an_application_under_another_server_drains(
     how: str, model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

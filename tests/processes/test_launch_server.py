@@ -157,7 +157,10 @@ def test_both_families_are_served_where_the_host_means_both(host: str) -> None:
             listener.close()
 
 
-@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "0<&- 1>&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed",
+    [*(pytest.param(c, marks=pytest.mark.soak) for c in ("0<&-", "1>&-")), "0<&- 1>&- 2>&-"],
+)
 def test_it_starts_with_standard_streams_closed(
     closed: str, model_dir: Path, socket_dir: Path
 ) -> None:

@@ -50,7 +50,7 @@ def waiting(server: ServerProcess) -> int:
     return int(loads["num_waiting_reqs"])
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_retry_after_is_within_a_factor_of_two_of_the_truth(
     stream: bool, model_dir: Path, socket_dir: Path
 ) -> None:

@@ -30,7 +30,7 @@ from tests.support.server_process import (
 )
 
 STEP_S = 0.02
-NUM_TOKENS = 200
+NUM_TOKENS = 150
 REAL = ("--model", "demo", "--dtype", "float32", "--num-threads", "1", "--tp", "2")
 
 
@@ -64,7 +64,10 @@ def text_of(request: OpenRequest) -> str:
     return "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)
 
 
-@pytest.mark.parametrize("kind", ["scheduler", "detokenizer", "tokenizer"])
+@pytest.mark.parametrize(
+    "kind",
+    ["scheduler", *(pytest.param(k, marks=pytest.mark.soak) for k in ("detokenizer", "tokenizer"))],
+)
 def test_requests_survive_the_death_of_a_process(
     kind: str, model_dir: Path, socket_dir: Path
 ) -> None:
@@ -236,7 +239,13 @@ def post_ids(server: ServerProcess, prompt: list[int]) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/completions", json=body, timeout=30)
 
 
-@pytest.mark.parametrize("kind", ["scheduler", "detokenizer", "tokenizer", "frontend"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("scheduler", "frontend"),
+        *(pytest.param(k, marks=pytest.mark.soak) for k in ("detokenizer", "tokenizer")),
+    ],
+)
 def test_a_stopped_process_is_continued_and_nothing_is_lost(
     kind: str, model_dir: Path, socket_dir: Path
 ) -> None:

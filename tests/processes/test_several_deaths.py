@@ -155,6 +155,7 @@ def test_those_in_two_dying_steps_are_given_up_and_all_others_go_on(server: Serv
     assert metric(server, 'given_up_requests_total{reason="suspect"}') == 3
 
 
+@pytest.mark.soak
 def test_two_deaths_with_256_tokens_in_between_give_nobody_up(server: ServerProcess) -> None:
     requests = open_requests(server.url, num_streams=3, num_whole=0, max_tokens=600)
     kill_in_step(server, 3)

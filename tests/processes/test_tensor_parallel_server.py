@@ -69,7 +69,7 @@ def test_one_rank_opens_nothing_but_http(socket_dir: Path) -> None:
         assert listeners(server) == [("127.0.0.1", "minisrv.frontend")]
 
 
-@pytest.mark.parametrize("busy", [True, False])
+@pytest.mark.parametrize("busy", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_without_restarts_the_death_of_a_rank_ends_all_and_is_reported(
     server: ServerProcess, busy: bool
 ) -> None:

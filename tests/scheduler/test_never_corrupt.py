@@ -7,9 +7,17 @@ from collections import defaultdict
 from itertools import takewhile
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from minisrv.wire.messages import AbortMsg, DetokenizeMsg, Finish, Start
 from tests.support.builders import generate_msg, hash_loop
@@ -189,11 +197,20 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.rows.num_free == self.cache.rows.size
 
 
+def settings_of(max_examples: int) -> settings:
+    return settings(
+        max_examples=max_examples,
+        stateful_step_count=100,
+        deadline=None,
+        phases=[p for p in Phase if p is not Phase.shrink or "NO_SHRINK" not in os.environ],
+        suppress_health_check=list(HealthCheck),
+    )
+
+
 TestNeverCorrupt = CacheMachine.TestCase
-TestNeverCorrupt.settings = settings(
-    max_examples=500,
-    stateful_step_count=100,
-    deadline=None,
-    phases=[p for p in Phase if p is not Phase.shrink or "NO_SHRINK" not in os.environ],
-    suppress_health_check=list(HealthCheck),
-)
+TestNeverCorrupt.settings = settings_of(300)
+
+
+@pytest.mark.soak
+def test_never_corrupt_at_length() -> None:
+    run_state_machine_as_test(CacheMachine, settings=settings_of(5000))
