@@ -4,9 +4,9 @@ Compiles the kernels ahead of time as they are launched for Qwen3 models, so no 
 
     python -m benchmark.micro.triton_resources
 
-A kernel that waits for memory needs enough loads in flight: many warps, or loads that run ahead
-into shared memory (cp.async). The table says for each kernel what limits it, and for those that
-load ahead how many bytes are in flight per SM.
+A kernel that waits for memory needs enough loads in flight: many warps, and where it loads ahead
+into shared memory (cp.async), enough bytes. The table says for each kernel what limits it, and for
+those that load ahead how many bytes are in flight per SM.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import __file__ as nvidia_backend
+from triton.backends.nvidia.compiler import get_ptxas_version
 from triton.compiler import ASTSource
 
 from minisrv.engine.kernels import (
@@ -358,7 +359,7 @@ def _project_heads(
         {**pointers, **cache, "slots": "*i64", **numbers},
         {**constants, "PRECISION": "ieee" if kind == "*fp32" else "tf32"},
         MEMORY,
-        triton_small_batch._WARPS,
+        triton_small_batch._HEAD_WARPS,
         triton_small_batch._HEAD_STAGES,
         (rows + 2 * half) * inner * itemsize,
     )
@@ -379,7 +380,7 @@ def _feed_forward(
         {**pointers, "eps": 1e-6, "num_tokens": rows},
         {"INPUTS": hidden, "FEATURES": features, "COLUMNS": columns, "INNER": inner, **precision},
         MEMORY,
-        triton_small_batch._WARPS,
+        triton_small_batch._FEATURE_WARPS,
         triton_small_batch._FEATURE_STAGES,
         (rows + 2 * columns) * inner * itemsize,
     )
@@ -392,14 +393,15 @@ def _feed_forward(
         {**pointers, "num_tokens": rows},
         {"INPUTS": features, "OUTPUTS": hidden, "COLUMNS": columns, "INNER": inner, **precision},
         MEMORY,
-        triton_small_batch._WARPS,
+        triton_small_batch._OUTPUT_WARPS,
         triton_small_batch._OUTPUT_STAGES,
         (rows + columns) * inner * itemsize,
     )
 
 
 def main() -> None:
-    print(f"triton {triton.__version__}, compiled for sm_90\n")
+    ptxas = re.findall(r"V(\d\S+)", get_ptxas_version(90))[0]
+    print(f"triton {triton.__version__}, ptxas {ptxas}, for sm_90\n")
     titles = ("kernel", "limited by", "warps", "registers", "spilled B", "shared KiB")
     print(
         "| " + " | ".join((*titles, "programs per SM", "occupancy", "KiB in flight per SM")) + " |"

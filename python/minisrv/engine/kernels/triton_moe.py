@@ -178,16 +178,17 @@ def choose_tiles(num_pairs: int, num_experts: int, bytes_each: int) -> tuple[_Ti
     """Tiles of the first product, which has two accumulators, and of the second.
 
     Few pairs per expert, as in decode: the time is that of reading the weights. 16 rows, the
-    minimum of a tensor-core instruction, waste the fewest slots; narrow tiles give all 132 SMs a
-    program even for the 8 experts of a single token; three prefetched loads of 16 KiB of weights,
-    in up to three programs per SM, exceed latency times bandwidth (about 40 KB per SM).
+    minimum of a tensor-core instruction, waste the fewest slots; narrow tiles give each of 132 SMs
+    two or three programs even for the 8 experts of a single token. Two loads ahead, of 12 KiB each,
+    exceed latency times bandwidth (about 40 KB per SM) with two programs; as they are no more, an
+    SM has room for eight programs, which is half of its warps.
     Many pairs, as in prefill: 64 rows are one warpgroup of Hopper's wgmma; 128 rows are two, which
     read each weight for twice as many tokens. Accumulators take at most 128 registers per thread.
     With float32 a stage has half as many elements, so that the stages fit into shared memory.
     """
     average, inner = num_pairs / num_experts, 128 // bytes_each
     if average <= 16:
-        return _Tile(_FEWEST_ROWS, 32, 2 * inner, 4, 4), _Tile(_FEWEST_ROWS, 64, 2 * inner, 4, 4)
+        return _Tile(_FEWEST_ROWS, 16, 2 * inner, 4, 3), _Tile(_FEWEST_ROWS, 32, 2 * inner, 4, 3)
     if average <= 64:
         return _Tile(64, 64, inner, 4, 4), _Tile(64, 128, inner, 4, 4)
     return _Tile(128, 128, inner, 8, 3), _Tile(128, 128, inner, 8, 4)

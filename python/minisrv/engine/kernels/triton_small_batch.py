@@ -35,12 +35,14 @@ from minisrv.engine.kernels.triton_dependency import begin, dependent
 
 MOST_TOKENS = 16
 _ROWS = tl.constexpr(MOST_TOKENS)
-_WARPS = 4
 # Of the three kernels: columns per program, bytes of each that a stage of the loop reads, stages.
-# A head's columns are one program; its halves are two blocks, as gate and up are.
-_FEATURES, _FEATURE_BYTES, _FEATURE_STAGES = 32, 256, 4
-_OUTPUTS, _OUTPUT_BYTES, _OUTPUT_STAGES = 16, 512, 5
-_HEAD_BYTES, _HEAD_STAGES = 16 * 1024, 4  # of half a head
+# With these warps, half of an SM's warps have room. A small model has few more programs than there
+# are SMs, so that each of them must load enough ahead.
+_FEATURES, _FEATURE_BYTES, _FEATURE_STAGES, _FEATURE_WARPS = 16, 256, 5, 8
+_OUTPUTS, _OUTPUT_BYTES, _OUTPUT_STAGES, _OUTPUT_WARPS = 16, 512, 4, 8
+# A head's columns are one program; its halves are two blocks, as gate and up are. The bytes are
+# those of half a head.
+_HEAD_BYTES, _HEAD_STAGES, _HEAD_WARPS = 16 * 1024, 4, 16
 
 
 @triton.jit
@@ -306,7 +308,7 @@ class TritonSmallBatch:
             INNER=_HEAD_BYTES // (half * x_TC.itemsize),
             LIMIT=None if cache_dtype is x_TC.dtype else torch.finfo(cache_dtype).max,
             PRECISION=_precision(x_TC),
-            num_warps=_WARPS,
+            num_warps=_HEAD_WARPS,
             num_stages=_HEAD_STAGES,
             **dependent(),
         )
@@ -330,7 +332,7 @@ class TritonSmallBatch:
             COLUMNS=_FEATURES,
             INNER=_FEATURE_BYTES // x_TC.itemsize,
             PRECISION=_precision(x_TC),
-            num_warps=_WARPS,
+            num_warps=_FEATURE_WARPS,
             num_stages=_FEATURE_STAGES,
             **dependent(),
         )
@@ -351,7 +353,7 @@ class TritonSmallBatch:
             COLUMNS=_OUTPUTS,
             INNER=_OUTPUT_BYTES // x_TI.itemsize,
             PRECISION=_precision(x_TI),
-            num_warps=_WARPS,
+            num_warps=_OUTPUT_WARPS,
             num_stages=_OUTPUT_STAGES,
             **dependent(),
         )
