@@ -127,6 +127,43 @@ def test_a_call_that_breaks_off_is_text_before_its_arguments_and_open_in_them(cu
         assert whole == (cut == len('<tool_call>\n{"name": "f", "arguments": {"x": 12345}'))
 
 
+CUT_OFF = {
+    "hermes": f"Yes.\n<tool_call>\n{F}\n</tool_call>\n<tool_call>\n{F}\n</tool_call>",
+    "llama": '{"name": "f", "parameters": {"x": 1}}; {"name": "f", "parameters": {"x": 1}}',
+    "mistral": 'Yes.[TOOL_CALLS]f[ARGS]{"x": 1}[TOOL_CALLS]f[ARGS]{"x": 1}',
+    "mistral list": f"Yes.[TOOL_CALLS] [{F}, {F}]",
+    "llama by keys": '{"type": "function", "parameters": {"x": [1]}, "name": "f"}',
+    "llama mark": '<|python_tag|>{"name": "any", "parameters": {"x": 1}}',
+}
+
+
+@pytest.mark.parametrize("form", CUT_OFF)
+def test_a_call_is_never_content_wherever_the_reply_is_cut_off(form: str) -> None:
+    reply = CUT_OFF[form]
+    content = "Yes." if reply.startswith("Yes.") else ""
+    for end in range(len(content), len(reply) + 1):
+        parser = CallReading(tool_format=form.split()[0], names=NAMES).make_parser()  # type: ignore[arg-type]
+        pieces = parser.push(reply[:end]) + parser.flush(cut_off=True)
+        text = "".join(piece.text for piece in pieces if isinstance(piece, Text))
+        assert text.rstrip() == content
+        assert parser.lost_call <= parser.whole
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '{"name": "Bob", "arguments": [1',
+        '{"name": "f", "age": 5, "arguments": ["',
+        '{"name": 5',
+        '{"type": "function", "function": "Bob", "parameters": "a',
+    ],
+)
+def test_json_that_cannot_become_a_call_is_content_where_it_is_cut_off(reply: str) -> None:
+    parser = CallReading(tool_format="llama", names=NAMES).make_parser()
+    assert parser.push(reply) + parser.flush(cut_off=True) == [Text(reply)]
+    assert not parser.lost_call
+
+
 @pytest.mark.parametrize("tool_format", FORMATS)
 def test_without_parallel_calls_the_reply_ends_with_the_first(tool_format: ToolFormat) -> None:
     one = '{"name": "f", "parameters": {}}'

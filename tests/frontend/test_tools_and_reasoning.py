@@ -194,7 +194,7 @@ def test_a_call_that_is_cut_off_says_length(hermes: HttpServer) -> None:
         _, streamed, streamed_calls, ends = joined(chunks(hermes, CALL, **limits))
         assert (content, finish) == (streamed, ends)
         assert [call[1:] for call in streamed_calls] == [call[1:] for call in calls]
-        assert finish == "length"
+        assert (content, finish) == ("", "length")
         if calls:
             assert '{"zone": "UTC"}'.startswith(calls[0][3])
 
@@ -253,6 +253,7 @@ BAD["properties"]["b"] = {"type": "string", "pattern": "("}  # type: ignore[inde
     [
         ({"tool_choice": "required"}, ["get_time", "add"]),
         ({"tool_choice": NAMED}, ["add"]),
+        ({"tool_choice": NAMED, "parallel_tool_calls": True}, ["add"]),
         ({"tool_choice": "required", "parallel_tool_calls": False}, ["get_time", "add"]),
         ({"tool_choice": "auto"}, []),
     ],
@@ -268,7 +269,53 @@ def test_a_call_that_must_be_made_is_held_to_by_a_grammar(
         return
     assert [name for name in ("get_time", "add") if name in grammar.text] == names
     assert grammar.before
-    assert ("*" in grammar.text.splitlines()[0]) == ("parallel_tool_calls" not in fields)
+    assert ("*" in grammar.text.splitlines()[0]) == (fields == {"tool_choice": "required"})
+
+
+@pytest.mark.parametrize("tool_format", WRITTEN)
+def test_a_named_tool_is_called_exactly_once(
+    servers: dict[str, HttpServer], tool_format: str
+) -> None:
+    fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": NAMED}
+    written = WRITTEN[tool_format].removeprefix("Yes.").replace("get_time", "add")
+    _, content, calls, finish = parts(whole(servers[tool_format], written, **fields))
+    assert (content, len(calls), finish) == ("", 1, "tool_calls")
+    _, content, calls, finish = joined(chunks(servers[tool_format], written, **fields))
+    assert (content, len(calls), finish) == ("", 1, "tool_calls")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "limit", "end"),
+    [
+        (CHAT, {"messages": HI, "tools": TOOLS}, "max_tokens", '"finish_reason":"length"'),
+        (
+            "/v1/responses",
+            {"input": "hi", "tools": [{"type": "function", **tool["function"]} for tool in TOOLS]},
+            "max_output_tokens",
+            '"status":"incomplete"',
+        ),
+        (
+            "/v1/messages",
+            {"messages": HI, "tools": [{"name": "get_time", "input_schema": {"type": "object"}}]},
+            "max_tokens",
+            '"stop_reason":"max_tokens"',
+        ),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_second_call_that_is_cut_off_is_in_no_content(
+    hermes: HttpServer, path: str, fields: dict[str, Any], limit: str, end: str, stream: bool
+) -> None:
+    hermes.backend.text = f"{CALL}\n{CALL}"  # type: ignore[attr-defined]
+    count = hermes.backend.tokenizer.encode  # type: ignore[attr-defined]
+    full = len(count(f"{CALL}\n<tool_call>\n{{"))
+    for max_tokens in (len(count(f"{CALL}\n<tool_call>")), full, full + 3):
+        body = {**fields, limit: max_tokens, "stream": stream}
+        response = hermes.http.post(path, json=body)
+        assert response.status_code == 200, response.text
+        assert end in response.text
+        assert "tool_call>" not in response.text
+        assert "get_time" in response.text
 
 
 @pytest.mark.parametrize("tool_choice", ["auto", "none"])

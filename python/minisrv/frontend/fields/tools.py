@@ -47,7 +47,8 @@ def read_tools(
 ) -> ToolUse | None:
     """How the request uses its tools; None without tools and with the choice `none`.
 
-    parallel: the reply may hold several calls. Raises InvalidRequestError.
+    parallel: the reply may hold several calls; it never does if one tool is named. Raises
+    InvalidRequestError.
     """
     names = _read_names(tools)
     if not tools and choice not in ("none", "auto"):
@@ -70,6 +71,7 @@ def read_tools(
             f"tool_choice.function.name is {choice.name[:80]!a}, which is not one of the tools",
             param="tool_choice.function.name",
         )
+    parallel = parallel and not isinstance(choice, NamedTool)
     reading = CallReading(tool_format=chat_format.tool_format, names=names, parallel=parallel)
     must_call = (choice.name,) if isinstance(choice, NamedTool) else names
     return ToolUse(

@@ -26,7 +26,7 @@ class ChoiceReader:
         if self._parser is not None:
             pieces += self._parser.push(text)
             if event.final:
-                pieces += self._parser.flush()
+                pieces += self._parser.flush(cut_off=_is_cut_off(event))
         elif text:
             pieces.append(Text(text))
         if event.final:
@@ -36,10 +36,16 @@ class ChoiceReader:
     def _finish(self, event: Event) -> Finish:
         parser = self._parser
         in_call = parser is not None and not parser.whole
-        cut = event.finish is FinishCode.LENGTH
-        if parser is not None and parser.num_calls and not in_call and (parser.ended or not cut):
+        at_limit = event.finish is FinishCode.LENGTH
+        cut_off = at_limit or in_call or (parser is not None and parser.lost_call)
+        if parser is not None and parser.num_calls and (parser.ended or not cut_off):
             return Finish("tool_calls", event.stop_reason)
-        return Finish("length" if cut else "stop", event.stop_reason, in_call)
+        return Finish("length" if at_limit else "stop", event.stop_reason, in_call)
+
+
+def _is_cut_off(event: Event) -> bool:
+    """Whether a limit or a stop string ended the text, and not the model."""
+    return event.finish is FinishCode.LENGTH or event.stop_reason is not None
 
 
 class Usage:

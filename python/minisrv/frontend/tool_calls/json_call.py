@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic_core import from_json
 
 MAX_NAME_CHARS = 256
 _NAME_FIRST = re.compile(
@@ -92,6 +95,23 @@ class CallHead:
         end = self._end.find_end(text, self._seen)
         self._seen = len(text)
         return _read_whole(text[:end]) if self._end.found else None
+
+
+def may_become_call(text: str, names: Collection[str]) -> bool:
+    """Whether `text`, the beginning of an object, may go on to be a call of one of `names`."""
+    try:
+        begun = from_json(text, allow_partial="trailing-strings")
+    except ValueError:
+        return False
+    function = begun.get("function")
+    if isinstance(function, dict):
+        begun = function
+    name = begun.get("name", function if isinstance(function, str) else "")
+    return (
+        begun.keys() <= _KEYS
+        and isinstance(name, str)
+        and any(known.startswith(name) for known in names)
+    )
 
 
 def _read_whole(text: str) -> JsonCall:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+from minisrv.frontend.tool_calls.json_call import may_become_call
 from minisrv.frontend.tool_calls.parser import CallParser, State, starts_with
 
 _SEPARATOR = re.compile(r"\s*(;\s*)?")
@@ -27,6 +28,12 @@ class LlamaParser(CallParser):
     def accepts(self, name: str) -> bool:
         """After a marker any name is a call."""
         return name in self.names or self.marker in self._pending
+
+    def may_be_call(self, held: str) -> bool:
+        """Without a marker the text may just as well be JSON that is content."""
+        if self.state is not State.OBJECT or self.marker in self._pending:
+            return True
+        return may_become_call(held[held.find("{") :], self.names)
 
     def read_tail(self) -> State | None:
         """Look for another call after a separator, which is content if there is none."""

@@ -12,8 +12,10 @@ and the state says which of these the next character belongs to. Rules:
 2. Text is held back only while it may belong to a call: white space and part of a marker at the
    end of the content (in `_text`), and a marker whose call has not begun (in `_pending`).
 3. A call begins when its name and the opening bracket of its arguments are there; from then on
-   its arguments are passed on as they arrive. What breaks off or goes wrong earlier is content.
-   An object with its keys in another order is read to its end first, so OBJECT may go to TAIL.
+   its arguments are passed on as they arrive. What goes wrong earlier is content, and so is what
+   the model itself leaves unfinished. If the reply was cut off, what may be part of a call is
+   dropped. An object with its keys in another order is read to its end first, so OBJECT may go to
+   TAIL.
 4. White space around a call is dropped, and so is what closes it.
 5. Formats differ in START (Llama needs no marker there), in HEAD (Mistral has lists, and names
    that go to ARGUMENTS directly) and in TAIL.
@@ -70,10 +72,14 @@ class CallParser(ABC):
     def __init__(
         self, names: frozenset[str], make_id: Callable[[], str], parallel: bool = True
     ) -> None:
-        """`names` of the request's tools. Without `parallel` the reply ends with its first call."""
+        """`names` of the request's tools. Without `parallel` the reply ends with its first call.
+
+        lost_call: the reply was cut off in a call that had not begun yet, or may have been.
+        """
         self.names = names
         self.state = State.START
         self.num_calls = 0
+        self.lost_call = False
         self._make_id = make_id
         self._parallel = parallel
         self._text = ""
@@ -112,11 +118,17 @@ class CallParser(ABC):
             self._become(state)
         return pieces
 
-    def flush(self) -> list[Piece]:
-        """The pieces in the text held back, when no more text will come."""
+    def flush(self, *, cut_off: bool = False) -> list[Piece]:
+        """The pieces in the text held back, when no more text will come.
+
+        cut_off: the model would have written more. Then text that may be part of a call is dropped.
+        """
         self._pieces = []
+        held = self._pending + self._text
         if self.state is not State.TAIL:
-            self._add_text(self._pending + self._text)
+            self.lost_call = cut_off and bool(held.strip()) and self.may_be_call(held)
+            if not self.lost_call:
+                self._add_text(held)
         self._text = self._pending = ""
         return self._pieces
 
@@ -140,6 +152,10 @@ class CallParser(ABC):
 
     def accepts(self, name: str) -> bool:
         """Whether `name` may be called. After a marker any may: the client answers the model."""
+        return True
+
+    def may_be_call(self, held: str) -> bool:
+        """Whether more text could make a call of `held`, which is not only white space."""
         return True
 
     # What all formats share.
