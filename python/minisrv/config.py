@@ -192,6 +192,11 @@ class ServerConfig:
         "--host; repeatable, * allows any (comma-separated in the environment)",
     )
     public_metrics: bool = option(False, "serve /metrics without a key")
+    api_alias: tuple[str, ...] = option(
+        (),
+        "path prefix under which the routes of /v1 are served too, such as / for clients whose "
+        "base URL lacks /v1; repeatable (comma-separated in the environment)",
+    )
     ssl_certfile: str | None = option(None, "PEM file with the certificate chain; enables HTTPS")
     ssl_keyfile: str | None = option(
         None, "PEM file with the private key, if it is not in --ssl-certfile"
@@ -232,7 +237,7 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("api_key", "served_model_name", "allowed_host"):
+        for name in ("api_key", "served_model_name", "allowed_host", "api_alias"):
             value = getattr(self, name)
             strings = (value,) if isinstance(value, str) else tuple(dict.fromkeys(value))
             object.__setattr__(self, name, strings)  # nobody has seen this object yet

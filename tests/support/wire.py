@@ -30,6 +30,10 @@ EXTRA_KEYS = {
     "ChatCompletion.timings",
     "ChatCompletionChunk.timings",
     "Model.max_model_len",
+    # Anthropic's form, in the same bodies.
+    *(f"SyncPage[Model].{name}" for name in ("has_more", "first_id", "last_id")),
+    *(f"Model.{name}" for name in ("type", "display_name", "created_at", "lifecycle")),
+    "Model.max_input_tokens",
     "Response.store",
     "ResponseFunctionCallArgumentsDoneEvent.name",
 }

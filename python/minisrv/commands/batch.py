@@ -74,6 +74,7 @@ HARMLESS_OPTIONS = (
         "admin_key",
         "allowed_host",
         "public_metrics",
+        "api_alias",
         "ssl_certfile",
         "ssl_keyfile",
     ),

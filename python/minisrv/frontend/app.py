@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
@@ -13,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from minisrv.config import ServerConfig
 from minisrv.frontend.apis.anthropic.errors import AnthropicErrorFormat
 from minisrv.frontend.apis.anthropic.route import MESSAGE_PREFIX, MESSAGES_PATH, add_message_routes
+from minisrv.frontend.apis.models import add_model_routes
 from minisrv.frontend.apis.native import add_native_route
 from minisrv.frontend.apis.openai.chat import CHAT_PREFIX
 from minisrv.frontend.apis.openai.completions import COMPLETION_PREFIX
@@ -21,7 +21,6 @@ from minisrv.frontend.apis.responses.route import RESPONSE_PREFIX, add_response_
 from minisrv.frontend.apis.service import Service
 from minisrv.frontend.apis.tokens import add_token_routes
 from minisrv.frontend.fields.names import UnknownFields
-from minisrv.frontend.generation.request import model_not_found
 from minisrv.frontend.generation.run import Runner
 from minisrv.frontend.http.access import METRICS_PATH, PUBLIC_PATHS, AccessMiddleware, Keys
 from minisrv.frontend.http.body import BodyReader
@@ -31,6 +30,7 @@ from minisrv.frontend.http.error_format import ErrorFormat, error_body
 from minisrv.frontend.http.errors import RETRY_AFTER_S, BugMiddleware, add_error_handlers
 from minisrv.frontend.http.hosts import AllowedHosts
 from minisrv.frontend.http.openapi import describe_errors, errors
+from minisrv.frontend.http.paths import AliasMiddleware, add_head_routes, read_prefix
 from minisrv.frontend.ops.admin import add_admin_routes, add_drain_route, add_load_route
 from minisrv.frontend.ops.metrics import CONTENT_TYPE, ServerMetrics
 from minisrv.frontend.ops.root_page import add_root_page
@@ -54,7 +54,7 @@ def create_app(
 
     host_is_ours: False if another program's server listens for the application.
     start_drain: what /drain does; by default it only refuses further requests.
-    Raises ConfigError for keys and allowed hosts that cannot be used.
+    Raises ConfigError for keys, allowed hosts and aliases that cannot be used.
     """
     keys = Keys.of(config, host_is_ours=host_is_ours)
     hosts = AllowedHosts(config, host_is_ours=host_is_ours)
@@ -80,7 +80,7 @@ def create_app(
     add_error_handlers(app)
     add_root_page(app, VERSION, config.served_name)
     _add_state_routes(app, registry, metrics)
-    _add_model_routes(app, registry)
+    add_model_routes(app, registry)
     add_openai_routes(app, service)
     add_native_route(app, service)
     add_message_routes(app, service)
@@ -89,6 +89,7 @@ def create_app(
     add_load_route(app, registry)
     add_admin_routes(app, config, VERSION, bodies, registry, REPLY_PREFIXES)
     add_drain_route(app, start_drain or registry.start_drain)
+    add_head_routes(app)
 
     _add_middlewares(app, config, keys, hosts, public_paths, metrics)
     return app
@@ -119,10 +120,12 @@ def _add_middlewares(
         error_formats=ERROR_FORMATS,
         count_response=metrics.count_response,
     )
+    if config.api_alias:
+        prefixes = [read_prefix(text, "--api-alias") for text in config.api_alias]
+        app.add_middleware(AliasMiddleware, routes=app, prefixes=prefixes)
 
 
 def _add_state_routes(app: FastAPI, registry: RequestRegistry, metrics: ServerMetrics) -> None:
-    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=errors(503))
     async def health() -> Response:
         """Whether the server is alive: 200 also while the model loads, 503 when it is dead."""
@@ -130,7 +133,6 @@ def _add_state_routes(app: FastAPI, registry: RequestRegistry, metrics: ServerMe
             return JSONResponse(error_body(registry.state.error), 503)
         return JSONResponse({"status": "ok"})
 
-    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses={503: {"description": "Not ready."}})
     async def ready() -> Response:
         """Whether requests are served: 200, or 503 with the progress of the start."""
@@ -158,27 +160,3 @@ def _add_state_routes(app: FastAPI, registry: RequestRegistry, metrics: ServerMe
     async def show_metrics() -> Response:
         """Metrics in Prometheus' text format."""
         return Response(metrics.text(), media_type=CONTENT_TYPE)
-
-
-def _add_model_routes(app: FastAPI, registry: RequestRegistry) -> None:
-    def described(name: str) -> dict[str, Any]:
-        model = registry.model
-        if name not in model.names:
-            raise model_not_found(name, model)
-        return {
-            "id": name,
-            "object": "model",
-            "created": model.created,
-            "owned_by": "minisrv",
-            "max_model_len": model.max_model_len,
-        }
-
-    @app.get("/v1/models", responses=errors(503))
-    async def list_models() -> dict[str, Any]:
-        """The served model, under each of its names."""
-        return {"object": "list", "data": [described(name) for name in registry.model.names]}
-
-    @app.get("/v1/models/{model_id:path}", responses=errors(404, 503))
-    async def retrieve_model(model_id: str) -> dict[str, Any]:
-        """The served model, by name."""
-        return described(model_id)

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minisrv.errors import InvalidRequestError, MinisrvError, NotReadyError
 from minisrv.frontend.http.context import context_of
+from minisrv.frontend.http.paths import methods_of, similar_path
 
 RETRY_AFTER_S = 1
 RETRY_HEADER = "X-Should-Retry"
@@ -84,13 +85,17 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def handle_routing_error(request: Request, error: HTTPException) -> Response:
-        route = f"{request.method} {request.url.path}"
+        path = request.scope["path"]
+        route = f"{request.method} {path}"
         headers = dict(error.headers or {})
         sentence = str(error.detail)
         if error.status_code == 404:
-            sentence = f"there is no route {route}; see /docs for the available routes"
+            similar = similar_path(app, request.method, path)
+            hint = f"did you mean {similar}?" if similar else "see /docs for the available routes"
+            sentence = f"there is no route {route}; {hint}"
         elif error.status_code == 405:
-            sentence = f"{route} is not allowed; allowed: {headers.get('Allow', 'nothing')}"
+            headers["Allow"] = ", ".join(methods_of(app, path))
+            sentence = f"{route} is not allowed; allowed: {headers['Allow']}"
         return ErrorResponse(InvalidRequestError(sentence, status=error.status_code), headers)
 
     @app.exception_handler(RequestValidationError)

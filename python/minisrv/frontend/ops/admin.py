@@ -19,6 +19,7 @@ from minisrv.frontend.fields.table import Field, supported
 from minisrv.frontend.http.access import require_admin
 from minisrv.frontend.http.body import BodyReader
 from minisrv.frontend.http.openapi import errors, request_body
+from minisrv.frontend.http.paths import add_head_routes
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.wire.messages import FlushMsg
 
@@ -99,6 +100,7 @@ def add_admin_routes(
         fields = await bodies.read(request, ABORT_FIELDS)
         return JSONResponse({"aborted": _abort(registry, fields, reply_prefixes)})
 
+    add_head_routes(router)
     app.include_router(router)
 
 
