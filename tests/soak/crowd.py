@@ -21,7 +21,7 @@ from tests.soak.raw_http import BrokenReply, Connection, Reply, json_request, re
 
 REQUEST_TIMEOUT_S = 120
 # The server closes a connection that has been idle for 5 s.
-MAX_IDLE_S = 3
+MAX_IDLE_S = 1
 SMALL_BUFFER = 4096
 
 

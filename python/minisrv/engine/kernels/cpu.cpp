@@ -237,16 +237,6 @@ void find_slots(const T* base, const Cache<T>& cache, long slot_size, const int3
                                 : slot_of(std::min(first + t, end - 1));
 }
 
-// kLanes rows of one key head as floats; `base` is the head's first row.
-template <class T, int CHUNKS>
-void read_tile(const T* base, const Cache<T>& cache, const int32_t* pages, long first, long end,
-               Lanes tile[kLanes][CHUNKS]) {
-  const T* rows[kLanes];
-  find_slots(base, cache, cache.kv_heads * CHUNKS * kLanes, pages, first, end, rows);
-  for (long t = 0; t < kLanes; ++t)
-    for (long c = 0; c < CHUNKS; ++c) tile[t][c] = load_lanes(rows[t] + c * kLanes);
-}
-
 // The sum of products of q and k over one register of k.
 template <class T>
 inline Lanes add_products(Lanes sum, const float* q, const T* k) {
@@ -313,29 +303,107 @@ inline void for_rows(long begin, long end, const Use& use) {
   if constexpr (MOST > 1) for_rows<MOST / 2>(begin, end, use);
 }
 
-// The same for many rows: the tile is transposed, so that a lane is a key, and four rows are
-// computed together.
-template <int CHUNKS>
-void score_many(const float* q, long rows, const Lanes tile[kLanes][CHUNKS], float scale,
-                float* scores, long row_size) {
-  constexpr long size = CHUNKS * kLanes, step = 4;
-  Lanes turned[size];
-  for (long d = 0; d < size; ++d)
-    for (long t = 0; t < kLanes; ++t) turned[d][t] = tile[t][d / kLanes][d % kLanes];
-  for (long r = 0; r < rows; r += step) {
-    const float* query[step];
-    for (long i = 0; i < step; ++i) query[i] = q + std::min(r + i, rows - 1) * size;
-    Lanes sums[step] = {};
-    for (long d = 0; d < size; ++d)
-      for (long i = 0; i < step; ++i) sums[i] += query[i][d] * turned[d];
-    for (long i = 0; i < step; ++i)
-      store_lanes(scores + std::min(r + i, rows - 1) * row_size, sums[i] * scale);
+// Tiles for many query rows, which are computed kRows at a time with two registers of sums each. The
+// rows of a block may be up to kRows - 1 more than are asked for: their places exist, and what is in
+// them is not used.
+constexpr int kRows = kLanes == 16 ? 12 : 6;
+constexpr long kKeyTile = 2 * kLanes, kValueTile = 32;  // positions
+
+// Lane i of v[j] and lane j of v[i] change places.
+template <int STEP, int... I>
+inline void exchange_blocks(Lanes& a, Lanes& b, std::integer_sequence<int, I...>) {
+  const Lanes first = __builtin_shufflevector(a, b, (I & STEP ? kLanes + I - STEP : I)...);
+  b = __builtin_shufflevector(a, b, (I & STEP ? kLanes + I : I + STEP)...);
+  a = first;
+}
+
+template <int STEP = 1>
+inline void transpose(Lanes v[kLanes]) {
+  if constexpr (STEP < kLanes) {
+    for (long i = 0; i < kLanes; ++i)
+      if (!(i & STEP)) exchange_blocks<STEP>(v[i], v[i + STEP], Indices());
+    transpose<2 * STEP>(v);
   }
+}
+
+// kKeyTile rows of one key head as floats, transposed, so that a lane is a key.
+template <class T, int CHUNKS>
+void read_keys(const T* base, const Cache<T>& cache, const int32_t* pages, long first, long end,
+               Lanes keys[CHUNKS * kLanes][2]) {
+  const T* rows[kLanes];
+  for (long half = 0; half < 2; ++half) {
+    const long at = std::min(first + half * kLanes, end - 1);
+    find_slots(base, cache, cache.kv_heads * CHUNKS * kLanes, pages, at, end, rows);
+    for (long d = 0; d < CHUNKS * kLanes; d += kLanes) {
+      Lanes block[kLanes];
+      for (long t = 0; t < kLanes; ++t) block[t] = load_lanes(rows[t] + d);
+      transpose(block);
+      for (long i = 0; i < kLanes; ++i) keys[d + i][half] = block[i];
+    }
+  }
+}
+
+// kValueTile rows of one value head as floats.
+template <class T, int CHUNKS>
+void read_values(const T* base, const Cache<T>& cache, const int32_t* pages, long first, long end,
+                 Lanes values[kValueTile][CHUNKS]) {
+  const T* rows[kLanes];
+  for (long t = 0; t < kValueTile; ++t) {
+    if (t % kLanes == 0)
+      find_slots(base, cache, cache.kv_heads * CHUNKS * kLanes, pages,
+                 std::min(first + t, end - 1), end, rows);
+    for (long c = 0; c < CHUNKS; ++c) values[t][c] = load_lanes(rows[t % kLanes] + c * kLanes);
+  }
+}
+
+// scores[r][t] = scale * q[r] . keys[t] for rows begin .. end.
+template <int CHUNKS>
+void score_tile(const float* q, long begin, long end, const Lanes keys[CHUNKS * kLanes][2],
+                float scale, float* scores, long row_size) {
+  constexpr long size = CHUNKS * kLanes;
+  for (long r = begin; r < end; r += kRows) {
+    const float* query = q + r * size;
+    Lanes sums[kRows][2] = {};
+    for (long d = 0; d < size; ++d)
+#pragma GCC unroll 16
+      for (long i = 0; i < kRows; ++i) {
+        sums[i][0] += query[i * size + d] * keys[d][0];
+        sums[i][1] += query[i * size + d] * keys[d][1];
+      }
+    for (long i = 0; i < kRows; ++i)
+      for (long half = 0; half < 2; ++half)
+        store_lanes(scores + (r + i) * row_size + half * kLanes, sums[i][half] * scale);
+  }
+}
+
+// out[r] += the sum of weights[r][t] * values[t] for rows begin .. end.
+template <int CHUNKS>
+void add_tile(const float* weights, long row_size, const Lanes values[kValueTile][CHUNKS],
+              long begin, long end, float* out) {
+  constexpr long size = CHUNKS * kLanes, together = CHUNKS % 2 ? 1 : 2;
+  for (long r = begin; r < end; r += kRows)
+    for (long c = 0; c < CHUNKS; c += together) {
+      Lanes sums[kRows][together];
+      for (long i = 0; i < kRows; ++i)
+        std::memcpy(sums[i], out + (r + i) * size + c * kLanes, sizeof sums[i]);
+      for (long t = 0; t < kValueTile; ++t)
+#pragma GCC unroll 16
+        for (long i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+          for (long j = 0; j < together; ++j)
+            sums[i][j] += weights[(r + i) * row_size + t] * values[t][c + j];
+      for (long i = 0; i < kRows; ++i)
+        std::memcpy(out + (r + i) * size + c * kLanes, sums[i], sizeof sums[i]);
+    }
 }
 
 // Softmax in place over the first `length` of `row_size` scores; the others become 0. Returns the
 // logarithm of the sum of exponentials.
 inline float softmax(float* row, long length, long row_size) {
+  if (length <= 0) {
+    std::fill(row, row + row_size, 0.0f);
+    return -INFINITY;
+  }
   float top = row[0], sum = 0;
 #pragma omp simd reduction(max : top)
   for (long t = 0; t < length; ++t) top = std::max(top, row[t]);
@@ -350,38 +418,31 @@ inline float softmax(float* row, long length, long row_size) {
 
 // Attention of query rows that share a key head and pages, over positions begin .. end. Row r sees
 // positions below first_end + r / group: the G rows of a query position see one position more than
-// those of the previous one. q and out: [rows, D]; lse: [rows]; scores: space for [rows, number of
-// positions rounded up to kLanes].
+// those of the previous one. q and out: [rows + kRows, D]; lse: [rows]; scores: space for
+// [rows + kRows, number of positions rounded up to kValueTile].
 template <class T, int CHUNKS>
 void attend(const float* q, const Cache<T>& cache, const int32_t* pages, long kv_head, long rows,
             long group, long begin, long first_end, long end, float scale, float* scores,
             float* out, float* lse) {
   constexpr long size = CHUNKS * kLanes;
-  const long row_size = (end - begin + kLanes - 1) / kLanes * kLanes;
+  const long row_size = (end - begin + kValueTile - 1) / kValueTile * kValueTile;
   const auto first_row = [&](long position) {
     return std::max(0L, (position + 1 - first_end) * group);
   };
-  Lanes tile[kLanes][CHUNKS];
-  const float* in_tile[kLanes];
-  for (long t = 0; t < kLanes; ++t) in_tile[t] = reinterpret_cast<const float*>(tile[t]);
-  for (long first = begin; first < end; first += kLanes) {
-    read_tile<T, CHUNKS>(cache.keys + kv_head * size, cache, pages, first, end, tile);
-    for_rows<2>(first_row(first), rows, [&](long r, auto count) {
-      score<CHUNKS, count>(q + r * size, in_tile, 0, scale, scores + r * row_size + first - begin,
-                           row_size);
-    });
+  Lanes keys[size][2];
+  for (long first = begin; first < end; first += kKeyTile) {
+    read_keys<T, CHUNKS>(cache.keys + kv_head * size, cache, pages, first, end, keys);
+    score_tile<CHUNKS>(q, first_row(first), rows, keys, scale, scores + first - begin, row_size);
   }
   for (long r = 0; r < rows; ++r) {
     const long length = std::min(end, first_end + r / group) - begin;
     lse[r] = softmax(scores + r * row_size, length, row_size);
   }
   std::fill_n(out, rows * size, 0.0f);
-  for (long first = begin; first < end; first += kLanes) {
-    read_tile<T, CHUNKS>(cache.values + kv_head * size, cache, pages, first, end, tile);
-    for_rows(first_row(first), rows, [&](long r, auto count) {
-      add_values<CHUNKS, count>(scores + r * row_size + first - begin, row_size, in_tile, 0,
-                                out + r * size);
-    });
+  Lanes values[kValueTile][CHUNKS];
+  for (long first = begin; first < end; first += kValueTile) {
+    read_values<T, CHUNKS>(cache.values + kv_head * size, cache, pages, first, end, values);
+    add_tile<CHUNKS>(scores + first - begin, row_size, values, first_row(first), rows, out);
   }
 }
 
@@ -458,9 +519,9 @@ void attend_to_shared(const T* q, long q_stride, const Cache<C>& cache, const in
   const bool parallel = batch * shared * heads * size > kParallelWork;
 #pragma omp parallel num_threads(threads) if (parallel)
   {
-    const long most = block * group;
+    const long most = block * group + kRows;
     std::vector<float> queries(most * size), out(most * size), log_sums(most);
-    std::vector<float> scores(most * (shared + kLanes));
+    std::vector<float> scores(most * (shared + kValueTile));
 #pragma omp for schedule(dynamic)
     for (long task = 0; task < blocks * kv_heads; ++task) {
       const long first = task / kv_heads * block, head = task % kv_heads * group;
@@ -524,13 +585,13 @@ void decode_attention(const T* q, long q_stride, const Cache<C>& cache, const in
 template <class T, class C, int CHUNKS>
 void prefill_attention(const T* q, long q_stride, const Cache<C>& cache, const int32_t* pages,
                        long start, long tokens, T* out, long heads, float scale, int threads) {
-  constexpr long size = CHUNKS * kLanes, segment = 1024, rows = 64;
+  constexpr long size = CHUNKS * kLanes, segment = 512, rows = 96;
   const long kv_heads = cache.kv_heads, group = heads / kv_heads;
   const long block = std::max(1L, rows / group), blocks = (tokens + block - 1) / block;
-  const long longest = std::min(start + tokens, segment + block) + kLanes;
+  const long longest = std::min(start + tokens, segment) + kValueTile;
 #pragma omp parallel num_threads(threads) if (tokens * (start + tokens) * heads * size > kParallelWork)
   {
-    const long most = block * group;
+    const long most = block * group + kRows;
     std::vector<float> queries(most * size), sums(most * size), lse(most), scores(most * longest);
     std::vector<float> more_sums(most * size), more_lse(most);
 #pragma omp for schedule(dynamic)
@@ -541,16 +602,13 @@ void prefill_attention(const T* q, long q_stride, const Cache<C>& cache, const i
       const long all_see = start + first + 1, end = start + first + count;
       read_queries(q + first * q_stride + first_head, q_stride, count, group * size,
                    queries.data());
-      for (long begin = 0; begin < end;) {
-        const bool is_last = begin + segment >= all_see;  // so that every row sees part of it
-        const long cut = is_last ? end : begin + segment;
+      for (long begin = 0; begin < end; begin += segment) {
         attend<C, CHUNKS>(queries.data(), cache, pages, kv_head, count * group, group, begin,
-                          is_last ? all_see : cut, cut, scale, scores.data(),
+                          all_see, std::min(end, begin + segment), scale, scores.data(),
                           begin ? more_sums.data() : sums.data(),
                           begin ? more_lse.data() : lse.data());
         if (begin)
           merge(more_sums.data(), more_lse.data(), count * group, size, sums.data(), lse.data());
-        begin = cut;
       }
       for (long i = 0; i < count; ++i) {
         T* to = out + (first + i) * heads * size + first_head;
