@@ -18,7 +18,8 @@ from tests.support.oracle import load_reference, make_prompts
 from tests.support.sampled_oracle import check_tokens
 
 PLAIN = SamplingParams(temperature=1.0, seed=11, max_tokens=24, ignore_eos=True)
-LIST = {"type": "array", "items": {"enum": ["x", "yy", 10]}, "minItems": 3, "maxItems": 6}
+WORD = {"type": "string", "minLength": 2, "maxLength": 4}
+LIST = {"type": "array", "items": WORD, "minItems": 3, "maxItems": 6}
 SEEDED = [
     PLAIN,
     replace(PLAIN, seed=-5, temperature=0.8, top_p=0.9, top_k=40, min_p=0.15, max_tokens=31),

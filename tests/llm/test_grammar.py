@@ -14,7 +14,12 @@ from minisrv.errors import InvalidRequestError
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "kv_memory": "64MiB", "num_threads": 1}
 LIST = Grammar.json_schema(
-    {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 4}
+    {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 0, "maximum": 99},
+        "minItems": 2,
+        "maxItems": 4,
+    }
 )
 PROMPTS = ["Hello", "What is 3 + 4?", "List", "Go on"]
 

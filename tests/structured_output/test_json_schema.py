@@ -53,12 +53,12 @@ def accepts(vocabulary: Vocabulary, grammar: Grammar | dict[str, Any], text: str
         ({**STRING, "format": ""}, '"a"', "1"),
         ({**STRING, "format": "unknown"}, '"a"', "1"),
         ({**STRING, "format": "uuid"}, '"0123abcd-0123-0123-0123-0123456789ab"', '"a"'),
-        ({"type": "array", "items": STRING, "uniqueItems": False}, '["a","a"]', "[1]"),
+        ({"type": "array", "items": STRING, "uniqueItems": False}, '["a", "a"]', "[1]"),
         ({"type": "array", "uniqueItems": True, "maxItems": 1}, "[1]", "[1,1]"),
-        ({"type": "object", "propertyNames": STRING}, '{"a":1}', "[]"),
-        ({"type": "object", "propertyNames": {"format": "uuid"}}, '{"a":1}', "[]"),
-        ({"type": "object", "propertyNames": {"minLength": 0, "title": "Key"}}, '{"a":1}', "[]"),
-        ({"type": "object", "propertyNames": {"enum": ["a", "b"]}}, '{"b":1}', '{"c":1}'),
+        ({"type": "object", "propertyNames": STRING}, '{"a": 1}', "[]"),
+        ({"type": "object", "propertyNames": {"format": "uuid"}}, '{"a": 1}', "[]"),
+        ({"type": "object", "propertyNames": {"minLength": 0, "title": "Key"}}, '{"a": 1}', "[]"),
+        ({"type": "object", "propertyNames": {"enum": ["a", "b"]}}, '{"b": 1}', '{"c": 1}'),
         (
             {
                 "properties": {"a": {"type": "integer"}, "c": STRING},
@@ -66,16 +66,16 @@ def accepts(vocabulary: Vocabulary, grammar: Grammar | dict[str, Any], text: str
                 "additionalProperties": {"type": "boolean"},
                 "type": "object",
             },
-            '{"a":1,"b":true}',
-            '{"c":"x"}',
+            '{"a": 1, "b": true}',
+            '{"c": "x"}',
         ),
-        ({"type": "object", "propertyNames": {"const": "a"}}, '{"a":1}', '{"b":1}'),
+        ({"type": "object", "propertyNames": {"const": "a"}}, '{"a": 1}', '{"b": 1}'),
         ({"$schema": "http://json-schema.org/schema#", **STRING}, '"a"', "1"),
         ({"$schema": "http://json-schema.org/draft-07/schema#", **STRING}, '"a"', "1"),
         ({"$schema": "https://json-schema.org/draft/2020-12/schema#", **STRING}, '"a"', "1"),
         ({"$schema": "https://spec.openapis.org/oas/3.1/dialect/base", **STRING}, '"a"', "1"),
-        ({"items": [STRING], "additionalItems": {"not": {}}, "type": "array"}, '["a"]', '["a",1]'),
-        ({"type": "object", "additionalProperties": {"not": {}}}, "{}", '{"a":1}'),
+        ({"items": [STRING], "additionalItems": {"not": {}}, "type": "array"}, '["a"]', '["a", 1]'),
+        ({"type": "object", "additionalProperties": {"not": {}}}, "{}", '{"a": 1}'),
         ({"anyOf": [{"not": {}}, STRING]}, '"a"', "1"),
         ({**STRING, "not": False}, '"a"', "1"),
         ({**STRING, "then": {"maxLength": 0}}, '"a"', "1"),
@@ -83,12 +83,12 @@ def accepts(vocabulary: Vocabulary, grammar: Grammar | dict[str, Any], text: str
         ({"type": "array", "contains": STRING, "minContains": 0}, "[1]", "1"),
         ({"type": "array", "minContains": 2}, "[]", "1"),
         ({"type": "object", "dependentRequired": {"a": []}, "dependentSchemas": {}}, "{}", "1"),
-        ({"type": "object", "unevaluatedProperties": {}}, '{"a":1}', "1"),
-        ({"type": "object", "unevaluatedProperties": False}, "{}", '{"a":1}'),
+        ({"type": "object", "unevaluatedProperties": {}}, '{"a": 1}', "1"),
+        ({"type": "object", "unevaluatedProperties": False}, "{}", '{"a": 1}'),
         (
             {"type": "array", "prefixItems": [STRING], "unevaluatedItems": False},
             '["a"]',
-            '["a",1]',
+            '["a", 1]',
         ),
         ({**STRING, "minLength": 0.0, "maxLength": 2.0}, '"ab"', '"abc"'),
         ({**STRING, "maxLength": 2**63 - 1, "minLength": 1}, '"ab"', '""'),
@@ -192,6 +192,32 @@ def test_the_schemas_in_a_lark_grammar_are_simplified_too(vocabulary: Vocabulary
     grammar = Grammar.lark(f'start: "<" %json {json.dumps(schema)} ">" %json {{"const": 1}}')
     assert find_error(grammar, vocabulary) is None
     assert accepts(vocabulary, grammar, '<"a">1')
+
+
+OBJECT = {"type": "object", "patternProperties": {"^p": {"type": "array"}}}
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [Grammar.json_schema(OBJECT), Grammar.lark(f"start: %json {json.dumps(OBJECT)}")],
+    ids=["schema", "schema in Lark"],
+)
+def test_white_space_is_as_json_dumps_writes_it(vocabulary: Vocabulary, grammar: Grammar) -> None:
+    values: list[dict[str, Any]] = [{}, {"a": 1, "b": {"p": [1, []]}, "pq": [{}]}, {"p": [None]}]
+    for value in values:
+        assert accepts(vocabulary, grammar, json.dumps(value))
+    for text in ['{"a":1}', "{ }", ' {"a": 1}', '{"a": 1} ', '{"p": [1,2]}', '{\n  "a": 1\n}']:
+        assert not accepts(vocabulary, grammar, text)
+    for value in values[1:]:
+        assert not accepts(vocabulary, grammar, json.dumps(value, separators=(",", ":")))
+        assert not accepts(vocabulary, grammar, json.dumps(value, indent=1))
+
+
+def test_a_free_key_may_be_repeated_and_a_declared_one_may_not(vocabulary: Vocabulary) -> None:
+    schema = {"type": "object", "properties": {"a": {}}, "patternProperties": {"^p": {}}}
+    for text in ('{"b": 1, "b": 2}', '{"p": 1, "p": 2}', '{"a": 0, "b": 1, "b": 1}'):
+        assert accepts(vocabulary, schema, text)
+    assert not accepts(vocabulary, schema, '{"a": 1, "a": 2}')
 
 
 def bounds() -> Iterator[tuple[str, float]]:

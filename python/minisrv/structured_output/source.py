@@ -17,11 +17,12 @@ from minisrv.structured_output.json_schema import SchemaError, simplify
 
 MAX_CHOICES = 10_000
 
-# Between JSON tokens: nothing, a space, or a newline with indentation. Without a bound a model may
-# generate whitespace until its token limit.
+# White space is fixed, as `json.dumps` writes it: where it is optional, a model may write nothing
+# else until its token limit.
 JSON_OPTIONS: Any = {
-    "whitespace_flexible": True,
-    "whitespace_pattern": r"[ ]|\n[ \t]{0,24}",
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
     "coerce_one_of": False,
     "lenient": False,
 }
@@ -165,7 +166,10 @@ def _lark(grammar: Grammar) -> str:
 
 
 def _with_simplified_schemas(grammar: Grammar) -> str:
-    """The text of a Lark grammar in which each schema behind `%json` is simplified."""
+    """The text of a Lark grammar in which each schema behind `%json` is simplified.
+
+    llguidance reads each one with the same options as a schema that is a grammar by itself.
+    """
     parts, at = [], 0
     for match in re.finditer(r"%json\s*(?=\{)", grammar.text):
         if match.start() < at:
@@ -174,7 +178,9 @@ def _with_simplified_schemas(grammar: Grammar) -> str:
             schema, end = _DECODER.raw_decode(grammar.text, match.end())
         except (ValueError, RecursionError):  # llguidance says what is wrong
             continue
-        simplified = json.dumps(_simplified(schema, grammar.param))
-        parts += [grammar.text[at : match.end()], simplified]
+        simplified = _simplified(schema, grammar.param)
+        if isinstance(simplified, dict):
+            simplified = {**simplified, "x-guidance": JSON_OPTIONS}
+        parts += [grammar.text[at : match.end()], json.dumps(simplified)]
         at = end
     return "".join([*parts, grammar.text[at:]])

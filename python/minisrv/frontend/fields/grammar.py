@@ -39,7 +39,7 @@ STRUCTURED_OUTPUTS = object_of(
     grammar=STRING,
     structural_tag=ANY,
     whitespace_pattern=ANY,
-    disable_any_whitespace=ANY,
+    disable_any_whitespace=BOOLEAN,
     disable_additional_properties=ANY,
 )
 _PARTS: dict[str, _Read] = {
@@ -80,7 +80,7 @@ def _read_structured_outputs(value: dict[str, Any]) -> list[Grammar]:
             found.append(_PARTS[name](part, f"{path}.{name}"))
         elif name == "json_object":
             found += [Grammar.json_object(f"{path}.{name}")] if part else []
-        elif part is not False:
+        elif part is not False and name != "disable_any_whitespace":  # nothing to disable
             shown = f"{path}.{name[:64]}"
             raise InvalidRequestError(
                 f"{shown} is not supported by this server; leave it out",
