@@ -96,7 +96,9 @@ def played_logprobs(uid: int, token_ids: Sequence[int], num_top: int) -> TokenLo
 class PlayedModel:
     """Says `text` to every request; ends by itself, or as `max_tokens` has it."""
 
-    def __init__(self, registry: RequestRegistry, template: str) -> None:
+    def __init__(
+        self, registry: RequestRegistry, template: str, max_seq_len: int = 1_000_000
+    ) -> None:
         self.text = ""
         self.prompts: list[str] = []
         self.messages: list[GenerateMsg] = []
@@ -113,7 +115,7 @@ class PlayedModel:
         self._tokenizer_worker = TokenizerWorker(
             self.tokenizer,
             ChatTemplate(self.tokenizer.chat_templates, self.tokenizer.special_tokens),
-            1_000_000,
+            max_seq_len,
             self.tokenizer.vocab_size,
         )
         self._detokenizer = DetokenizerWorker(self.tokenizer)
@@ -144,6 +146,10 @@ class PlayedModel:
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
+    def reply_to(self, message: GenerateMsg) -> str:
+        """What is said to a request."""
+        return self.text
+
     def _start(self, uid: int, message: GenerateMsg) -> Start:
         sampling, prompt_logprobs = message.sampling, None
         if sampling.prompt_logprobs is not None:
@@ -165,7 +171,8 @@ class PlayedModel:
         )
 
     async def _generate(self, uid: int, message: GenerateMsg) -> None:
-        ids = [*self.tokenizer.encode(self.text, add_special_tokens=False), EOS]
+        text = self.reply_to(message)
+        ids = [*self.tokenizer.encode(text, add_special_tokens=False), EOS]
         sampling = message.sampling
         limit = len(ids) if sampling.max_tokens is None else sampling.max_tokens
         start, ids = self._start(uid, message), ids[:limit] or [-1]

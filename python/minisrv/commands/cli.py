@@ -13,9 +13,12 @@ usage: minisrv serve MODEL [options]   serve a model over an OpenAI-compatible A
                                        answer the prompts in a file
        minisrv plan MODEL --gpu NAME [options]
                                        compute from config.json whether a model fits on a GPU
+       minisrv launch CLIENT [--run] [options]
+                                       start a coding agent with a running server: codex,
+                                       opencode, qwen-code or claude
        minisrv --version
 
-Options: `minisrv serve --help`, `minisrv batch --help`, `minisrv plan --help`."""
+Options: `minisrv COMMAND --help`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from minisrv import launch_server
 
             return launch_server.main(rest, prog="minisrv serve")
-        case ["batch" | "plan" as command, *rest]:
+        case ["batch" | "plan" | "launch" as command, *rest]:
             status: int = import_module(f"minisrv.commands.{command}").main(rest)
             return status
         case ["--version", *_]:
