@@ -2,6 +2,7 @@
 
     scripts/build_flashinfer.py                       # what scripts/gpu_check.sh asks for
     scripts/build_flashinfer.py --head-dims 128 --kv-dtypes auto fp8
+    scripts/build_flashinfer.py --decode-kernels cuda_core
     scripts/build_flashinfer.py --output .aot         # for Hopper, on any machine with nvcc
     scripts/build_flashinfer.py --prebuilt .aot       # take from there, compile the rest
 
@@ -50,6 +51,17 @@ class Attention:
         return f"{self.dtype}-{self.kv_dtype}-{self.head_dim}"
 
 
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """The module of a kernel of --decode-kernel other than fa2, which needs none of its own."""
+
+    kernel: str
+    attention: Attention
+
+    def __str__(self) -> str:
+        return f"{self.kernel}-{self.attention}"
+
+
 # What scripts/gpu_check.sh runs, the most important first.
 CHECKED = (
     Attention("bfloat16", "auto", 128),
@@ -58,21 +70,37 @@ CHECKED = (
     Attention("float16", "auto", 128),
     Attention("bfloat16", "auto", 256),
 )
+CHECKED_DECODES = (
+    Decode("cuda_core", Attention("bfloat16", "auto", 128)),
+    Decode("cuda_core", Attention("bfloat16", "fp8", 128)),
+)
 
 
-def module_specs(modules: Iterable[Attention]) -> list[Any]:
+def module_specs(modules: Iterable[Attention], decodes: Iterable[Decode] = ()) -> list[Any]:
     """Norms, the activation and attention, in FlashInfer's own terms."""
     from flashinfer.jit import gen_act_and_mul_module, gen_batch_prefill_module
     from flashinfer.jit.norm import gen_norm_module
 
     specs = [gen_norm_module(), gen_act_and_mul_module("silu")]
-    for module in modules:
-        dtype = getattr(torch, module.dtype)
-        types = (dtype, KV_DTYPES[module.kv_dtype] or dtype, dtype, torch.int32)
-        sizes = (module.head_dim, module.head_dim)
-        # No position encoding, no sliding window, no soft cap, no 16-bit reduction.
-        specs.append(gen_batch_prefill_module("fa2", *types, *sizes, 0, False, False, False))
-    return specs
+    # No position encoding, no sliding window, no soft cap, no 16-bit reduction.
+    specs += [
+        gen_batch_prefill_module("fa2", *_types_and_sizes(module), 0, False, False, False)
+        for module in modules
+    ]
+    return specs + [_decode_spec(decode) for decode in decodes]
+
+
+def _decode_spec(decode: Decode) -> Any:
+    from flashinfer.jit import gen_batch_decode_module
+
+    return gen_batch_decode_module(*_types_and_sizes(decode.attention), 0, False, False)
+
+
+def _types_and_sizes(module: Attention) -> tuple[Any, ...]:
+    """Of queries, cache, output and indices; head sizes."""
+    dtype = getattr(torch, module.dtype)
+    types = (dtype, KV_DTYPES[module.kv_dtype] or dtype, dtype, torch.int32)
+    return (*types, module.head_dim, module.head_dim)
 
 
 def made_for() -> dict[str, str]:
@@ -140,17 +168,28 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--head-dims", type=int, nargs="+", choices=FLASHINFER_HEAD_DIMS)
     parser.add_argument("--dtypes", nargs="+", choices=[str(d)[6:] for d in FLASHINFER_DTYPES])
     parser.add_argument("--kv-dtypes", nargs="+", choices=KV_DTYPES)
+    kernels = sorted({decode.kernel for decode in CHECKED_DECODES})
+    parser.add_argument(
+        "--decode-kernels",
+        nargs="+",
+        choices=kernels,
+        help="the modules that the checks of these kernels need",
+    )
     parser.add_argument("--list", action="store_true", help="print the names and compile nothing")
     parser.add_argument("--output", type=Path, help="compile for Hopper into this folder")
     parser.add_argument("--prebuilt", type=Path, help="use the modules that --output made")
     return parser.parse_args()
 
 
-def chosen_modules(args: argparse.Namespace) -> list[Attention]:
-    if not (args.head_dims or args.dtypes or args.kv_dtypes):
-        return list(CHECKED)
+def chosen_modules(args: argparse.Namespace) -> tuple[list[Attention], list[Decode]]:
+    """Without options, all that are checked."""
+    sizes = args.head_dims or args.dtypes or args.kv_dtypes
+    if not (sizes or args.decode_kernels):
+        return list(CHECKED), list(CHECKED_DECODES)
     options = (args.dtypes or ["bfloat16"], args.kv_dtypes or ["auto"], args.head_dims or [64, 128])
-    return [Attention(*values) for values in itertools.product(*options)]
+    modules = [Attention(*values) for values in itertools.product(*options)] if sizes else []
+    chosen = args.decode_kernels or ()
+    return modules, [decode for decode in CHECKED_DECODES if decode.kernel in chosen]
 
 
 def main() -> int:
@@ -162,7 +201,7 @@ def main() -> int:
         if find_cuda().driver is None:
             link_without_driver(args.output.resolve() / "no_driver")
     import_flashinfer()
-    specs = module_specs(chosen_modules(args))
+    specs = module_specs(*chosen_modules(args))
     if args.list:
         print("\n".join(spec.name for spec in specs))
         return 0

@@ -38,9 +38,9 @@ FAULTS = [
     (
         Bug(
             "a workspace one byte too small",
-            "engine/attention/flashinfer.py",
-            "self._workspace = torch.zeros(num_bytes, ",
-            "self._workspace = torch.zeros(num_bytes - 1, ",
+            "engine/attention/flashinfer_plan.py",
+            "torch.zeros(num_bytes, ",
+            "torch.zeros(num_bytes - 1, ",
         ),
         dry_run("test_planner"),
     ),
@@ -56,9 +56,9 @@ FAULTS = [
     (
         Bug(
             "a graph is planned with another page size",
-            "engine/attention/flashinfer.py",
-            "            page_size,  # page_size\n",
-            "            2 * page_size,  # page_size\n",
+            "engine/attention/flashinfer_plan.py",
+            "        page_size,  # page_size\n",
+            "        2 * page_size,  # page_size\n",
         ),
         dry_run("test_serving"),
     ),
@@ -93,20 +93,38 @@ FAULTS = [
     (
         Bug(
             "a graph is planned as an eager step",
-            "engine/attention/flashinfer.py",
-            "            True,  # enable_cuda_graph\n",
-            "            False,  # enable_cuda_graph\n",
+            "engine/attention/flashinfer_plan.py",
+            "        True,  # enable_cuda_graph\n",
+            "        False,  # enable_cuda_graph\n",
         ),
         dry_run("test_serving"),
     ),
     (
         Bug(
             "a graph keeps the plan of the step before",
-            "engine/attention/flashinfer.py",
-            "                step.kv_lens[:n],\n",
-            "                torch.ones_like(step.kv_lens[:n]),\n",
+            "engine/attention/decode_kernels.py",
+            "        step.kv_lens[:n],\n",
+            "        torch.ones_like(step.kv_lens[:n]),\n",
         ),
         dry_run("test_serving"),
+    ),
+    (
+        Bug(
+            "a graph for CUDA cores is planned as an eager step",
+            "engine/attention/decode_kernels.py",
+            "        True,  # enable_cuda_graph\n",
+            "        False,  # enable_cuda_graph\n",
+        ),
+        dry_run("test_serving", "cuda-core"),
+    ),
+    (
+        Bug(
+            "a graph for CUDA cores is planned with another page size",
+            "engine/attention/decode_kernels.py",
+            "        page_size,  # page_size\n",
+            "        2 * page_size,  # page_size\n",
+        ),
+        dry_run("test_serving", "cuda-core"),
     ),
     (
         Bug(

@@ -31,19 +31,20 @@ read -r -d '' STAGES <<'TABLE'
 imports          10 scripts/gpu_packages.py check
 device           20 scripts/describe_gpu.py
 build            60 scripts/build_flashinfer.py --prebuilt .aot --head-dims 128
-first-tokens     60 pytest tests/gpu/test_gpu_checkpoints.py -k "qwen3-128-bfloat16 and not off_by_default"
+first-tokens     60 pytest tests/gpu/test_gpu_checkpoints.py -k "qwen3-128-bfloat16 and not off_by_default and not decode_kernel"
 bench-Qwen3-0.6B 60 benchmark/offline_throughput.py --device cuda --models Qwen3-0.6B --no-peer --results "$OUT/offline_Qwen3-0.6B_$DAY.md"
-attention        60 pytest tests/gpu/test_gpu_attention.py -k bfloat16-auto-128
+attention        60 pytest tests/gpu/test_gpu_attention.py -k "bfloat16-auto-128 and not decode_kernel"
 kernels          60 pytest tests/gpu/test_gpu_kernels.py
 sampling         60 pytest tests/gpu/test_gpu_sampling_and_experts.py
 requests         60 pytest tests/gpu/test_gpu_requests.py
 build-others     60 scripts/build_flashinfer.py --prebuilt .aot
-attention-others 60 pytest tests/gpu/test_gpu_attention.py -k "not bfloat16-auto-128"
+attention-others 60 pytest tests/gpu/test_gpu_attention.py -k "not bfloat16-auto-128 and not decode_kernel"
 fp8              60 pytest tests/gpu/test_gpu_fp8.py
 ranks            60 pytest tests/gpu/test_gpu_ranks.py
 bench-Qwen3-14B  60 benchmark/offline_throughput.py --device cuda --models Qwen3-14B --no-peer --results "$OUT/offline_Qwen3-14B_$DAY.md"
-checkpoints      60 pytest tests/gpu/test_gpu_checkpoints.py -k "not qwen3-128-bfloat16 and not off_by_default"
+checkpoints      60 pytest tests/gpu/test_gpu_checkpoints.py -k "not qwen3-128-bfloat16 and not off_by_default and not decode_kernel"
 switches         60 pytest tests/gpu/test_gpu_checkpoints.py -k off_by_default
+cuda-core        60 pytest tests/gpu/test_gpu_attention.py tests/gpu/test_gpu_checkpoints.py -k "decode_kernel and cuda_core"
 host             30 benchmark/micro/host_step.py --results "$OUT/host_step_$DAY.md"
 bench-Qwen3-8B   60 benchmark/offline_throughput.py --device cuda --models Qwen3-8B --no-peer --results "$OUT/offline_Qwen3-8B_$DAY.md"
 peer-Qwen3-0.6B  60 benchmark/offline_throughput.py --device cuda --models Qwen3-0.6B --results "$OUT/peer_Qwen3-0.6B_$DAY.md"

@@ -270,6 +270,30 @@ def test_the_engine_asks_for_the_modules_that_are_built(
         assert [str(asked.value)] == built, kind
 
 
+@pytest.mark.parametrize("decode", build_flashinfer.CHECKED_DECODES, ids=str)
+def test_decode_kernels_ask_for_the_modules_that_are_built(
+    decode: build_flashinfer.Decode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    flashinfer = pytest.importorskip("flashinfer")
+    built = flashinfer_names("--decode-kernels", decode.kernel, base=tmp_path)[2:]
+
+    def ask(*args: Any) -> None:
+        raise Asked(flashinfer.jit.attention.modules.get_batch_decode_uri(*args))
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **o: empty(*size, **o))
+    monkeypatch.setattr(flashinfer.decode, "gen_batch_decode_module", ask)
+    pool = make_pool(decode.attention, 16, 8, torch.device("cpu"))
+    limits = StepLimits(NUM_ROWS, 1200, MAX_LEN, 16)
+    attention = FlashInferAttention(pool, 8, 2**27, decode.kernel)
+    tensors = StepTensors(limits, pool.device, spare_page=pool.num_pages)
+    attention.read_from(tensors)
+    step = StepBuffer(limits, tensors).send(make_batch("decode", np.random.default_rng(0)))
+    with pytest.raises(Asked) as asked:
+        attention.plan(step)
+    assert str(asked.value) in built
+
+
 @pytest.fixture
 def prebuilt(tmp_path: Path) -> Path:
     (tmp_path / build_flashinfer.MADE_FOR).write_text(json.dumps(build_flashinfer.made_for()))

@@ -139,6 +139,11 @@ class ServerConfig:
         "steps run without graphs); not yet run on a GPU",
         at_least=0,
     )
+    decode_kernel: Literal["auto", "fa2", "cuda_core"] = option(
+        "auto",
+        "FlashInfer's kernel for decode attention on a GPU: fa2, as by default, or cuda_core, not "
+        "yet run on a GPU",
+    )
     joined_kernels: bool = option(
         False,
         "on a GPU, compute steps of up to 16 tokens in kernels that join each product with what is "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from minisrv.engine.attention.torch_native import TorchNativeAttention
 from minisrv.engine.backends import choose_backends
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kv_pool import KVPool
+from minisrv.errors import ConfigError
 
 pytest.importorskip("flashinfer")
 
@@ -78,3 +80,30 @@ def test_torch_by_choice_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) 
     assert isinstance(attention, TorchNativeAttention)
     assert isinstance(kernels, TorchKernels)
     assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("options", "num_heads", "dtype", "reason"),
+    [
+        ({"decode_kernel": "cuda_core"}, 10, torch.bfloat16, "5 query heads per key head"),
+        ({"decode_kernel": "cuda_core"}, 4, torch.float32, "does not support float32"),
+        (
+            {"decode_kernel": "fa2", "attention_backend": "torch_native"},
+            4,
+            torch.bfloat16,
+            "--attention-backend is torch_native",
+        ),
+    ],
+)
+def test_a_decode_kernel_that_cannot_be_used_is_refused(
+    options: dict[str, Any], num_heads: int, dtype: torch.dtype, reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^--decode-kernel .* cannot be used: .*{reason}"):
+        choose_backends(ServerConfig(**options), cuda_pool(dtype, 64), num_heads)
+
+
+def test_a_decode_kernel_requires_a_gpu() -> None:
+    pool = cuda_pool(torch.bfloat16, 64)
+    pool.device = torch.device("cpu")
+    with pytest.raises(ConfigError, match="--decode-kernel fa2 requires a GPU"):
+        choose_backends(ServerConfig(decode_kernel="fa2"), pool, 4)

@@ -33,7 +33,7 @@ from tests.support.flashinfer_planner import NUM_SMS
 from tests.support.step_driver import sampling_columns
 
 flashinfer = pytest.importorskip("flashinfer")
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, MAX_LEN, NUM_ROWS = 10, 2, 64, 200, 12
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, MAX_LEN, NUM_ROWS = 12, 2, 64, 200, 12
 CHUNK_TOKENS = 150, 250  # of a graph; a chunk that is all padding has at most MAX_LEN
 
 
@@ -93,7 +93,13 @@ def random_batch(rng: np.random.Generator) -> ForwardBatch:
 class Ours:
     """Our backend with the tables, the words and the buffer that its steps come from."""
 
-    def __init__(self, pool: KVPool, table: PageTable, num_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        table: PageTable,
+        num_bytes: int | None = None,
+        decode_kernel: str = "auto",
+    ) -> None:
         self.limits = StepLimits(NUM_ROWS, 500, MAX_LEN, pool.page_size)
         self.tensors = StepTensors(self.limits, torch.device("cpu"), spare_page=pool.num_pages)
         self.tensors.page_table[:NUM_ROWS] = torch.from_numpy(table.pages)
@@ -106,7 +112,7 @@ class Ours:
             largest_graph=NUM_ROWS,
             chunk_tokens=CHUNK_TOKENS[-1],
         )
-        self.attention = FlashInferAttention(pool, NUM_HEADS, num_bytes or enough)
+        self.attention = FlashInferAttention(pool, NUM_HEADS, num_bytes or enough, decode_kernel)
         self.attention.read_from(self.tensors)
 
     def plan(self, batch: ForwardBatch, shape: GraphShape | None = None) -> None:
@@ -114,6 +120,7 @@ class Ours:
         plan = self.attention.plan_for_graph if shape else self.attention.plan
         plan(step)
         expand(self.tensors, self.limits, step.num_decodes + step.num_prefills)
+        self.attention.begin()
         self.buffer.mark_launched()
 
 
@@ -138,11 +145,24 @@ def make_table(pool: KVPool, rng: np.random.Generator) -> PageTable:
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("seed", range(12))
 def test_it_attends_as_torch_does(page_size: int, seed: int, stored_dtype: torch.dtype) -> None:
+    hold_against_torch(page_size, seed, stored_dtype)
+
+
+@pytest.mark.parametrize("decode_kernel", ["fa2", "cuda_core"])
+@pytest.mark.parametrize("seed", range(4))
+def test_each_decode_kernel_attends_as_torch_does(seed: int, decode_kernel: str) -> None:
+    hold_against_torch(16, seed, torch.float8_e4m3fn, decode_kernel)
+
+
+def hold_against_torch(
+    page_size: int, seed: int, stored_dtype: torch.dtype, decode_kernel: str = "auto"
+) -> None:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     pool = make_pool(page_size, stored_dtype)
     table = make_table(pool, rng)
-    ours, reference = Ours(pool, table), TorchNativeAttention(pool)
+    ours = Ours(pool, table, decode_kernel=decode_kernel)
+    reference = TorchNativeAttention(pool)
     for _ in range(4):
         batch = random_batch(rng)
         shape = random_shape(rng, batch)
@@ -185,7 +205,7 @@ def test_plans_in_flight_are_written_to_buffers_of_their_own() -> None:
         batch = random_batch(rng)
         ours.plan(batch, random_shape(rng, batch))
         for ring, wrapper in (
-            (attention._decode_ring, attention._decode),
+            (attention._decode._ring, attention._decode._wrapper),  # type: ignore[attr-defined]
             (attention._prefill_ring, attention._prefill),
         ):
             used.setdefault(id(ring), []).extend(wrapper.buffers_planned_in)
@@ -265,6 +285,36 @@ def test_decodes_in_graphs_are_planned_by_the_call_that_flashinfer_itself_makes(
         "0",
         "q_len_per_req if q_len_per_req > 1 else 0",
     ]
+
+
+def test_decodes_on_cuda_cores_in_graphs_are_planned_by_the_call_that_flashinfer_itself_makes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper
+    source = inspect.getsource(inspect.unwrap(getattr(wrapper, "_plan_impl", wrapper.plan)))
+    calls = [
+        [ast.unparse(argument) for argument in node.args]
+        for node in ast.walk(ast.parse(textwrap.dedent(source)))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "self._cached_module.plan"
+    ]
+    assert [
+        "self._float_workspace_buffer",
+        "self._int_workspace_buffer",
+        "self._pin_memory_int_workspace_buffer",
+        "indptr_host",
+        "batch_size",
+        "num_qo_heads",
+        "num_kv_heads",
+        "page_size",
+        "self.is_cuda_graph_enabled",
+        "window_left",
+        "logits_soft_cap",
+        "head_dim",
+        "head_dim",
+        "torch.empty(0, dtype=q_data_type)",
+        "torch.empty(0, dtype=kv_data_type)",
+    ] in calls
 
 
 def test_chunks_in_graphs_are_planned_by_the_call_that_flashinfer_itself_makes(

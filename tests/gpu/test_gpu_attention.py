@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from build_flashinfer import CHECKED, KV_DTYPES, Attention
+from build_flashinfer import CHECKED, CHECKED_DECODES, KV_DTYPES, Attention, Decode
 from minisrv.checkpoint.model_config import ModelConfig, RopeConfig
 from minisrv.config import ServerConfig
 from minisrv.engine.attention.flashinfer import FlashInferAttention
@@ -55,6 +55,18 @@ def make_cases() -> list[Any]:
     return cases
 
 
+def make_decode_cases() -> list[Any]:
+    """As above, for the kernels of --decode-kernel: the steps that have decodes."""
+    cases = []
+    for decode in CHECKED_DECODES:
+        for group in (1, 2, 4, 8):
+            for kind in ("decode", "mixed", "graph", "mixed-graph"):
+                name = f"{decode}-group{group}-{kind}"
+                marks = [pytest.mark.also_cpu] if group == 4 else []
+                cases.append(pytest.param(decode, group, kind, id=name, marks=marks))
+    return cases
+
+
 @pytest.fixture
 def place(device: torch.device) -> tuple[torch.device, Callable[..., Any]]:
     """The device, and the function that expands a step's words on it."""
@@ -91,10 +103,10 @@ def make_pool(module: Attention, page_size: int, num_heads: int, device: torch.d
     return pool
 
 
-def make_attention(pool: KVPool, num_heads: int) -> FlashInferAttention:
+def make_attention(pool: KVPool, num_heads: int, decode_kernel: Any) -> FlashInferAttention:
     if pool.device.type == "cpu":
-        return FlashInferAttention(pool, num_heads, 2**27)
-    config = ServerConfig(cuda_graph_max_tokens=1024)
+        return FlashInferAttention(pool, num_heads, 2**27, decode_kernel)
+    config = ServerConfig(cuda_graph_max_tokens=1024, decode_kernel=decode_kernel)
     kernels, attention = choose_backends(config, pool, num_heads)
     assert type(kernels).__name__ == "CudaKernels"
     assert isinstance(attention, FlashInferAttention)
@@ -173,11 +185,29 @@ def test_attention(
     page_size: int,
     kind: str,
 ) -> None:
+    hold_against_float64(place, module, group, page_size, kind)
+
+
+@pytest.mark.parametrize(("decode", "group", "kind"), make_decode_cases())
+def test_decode_kernel(
+    place: tuple[torch.device, Callable[..., Any]], decode: Decode, group: int, kind: str
+) -> None:
+    hold_against_float64(place, decode.attention, group, 16, kind, decode.kernel)
+
+
+def hold_against_float64(
+    place: tuple[torch.device, Callable[..., Any]],
+    module: Attention,
+    group: int,
+    page_size: int,
+    kind: str,
+    decode_kernel: str = "auto",
+) -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(page_size * group)
     (device, expand), num_heads = place, group * NUM_KV_HEADS
     pool = make_pool(module, page_size, num_heads, device)
-    attention = make_attention(pool, num_heads)
+    attention = make_attention(pool, num_heads, decode_kernel)
     table = PageTable(NUM_ROWS, MAX_LEN, page_size)
     table.pages[:] = rng.permutation(pool.num_pages).reshape(table.pages.shape)
     limits = StepLimits(NUM_ROWS, 1200, MAX_LEN, page_size)
@@ -191,6 +221,7 @@ def test_attention(
         plan = attention.plan_for_graph if kind in SHAPES else attention.plan
         plan(step)
         expand(tensors, limits, step.num_decodes + step.num_prefills)
+        attention.begin()
         size, places = step.num_tokens, places_of_tokens(batch, step.num_decodes)
         heads = (num_heads, NUM_KV_HEADS, NUM_KV_HEADS)
         qkv = torch.randn(size, sum(heads), module.head_dim, dtype=pool.dtype, device=device)

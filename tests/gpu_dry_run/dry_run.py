@@ -25,8 +25,9 @@ from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.structured_output.vocabulary import Vocabulary
 from minisrv.wire.messages import Finish, GenerateMsg
+from tests.gpu_dry_run.fake_attention import Plans
 from tests.gpu_dry_run.fake_cuda import FakeGPU, fake_cuda
-from tests.gpu_dry_run.fake_flashinfer import Plans, fake_flashinfer
+from tests.gpu_dry_run.fake_flashinfer import fake_flashinfer
 from tests.gpu_dry_run.models import Model
 from tests.gpu_dry_run.planner import load_planner
 from tests.support.step_driver import sampling_columns

@@ -1,6 +1,7 @@
 """The shapes that the dry run covers, as checkpoints that consist of a config.json.
 
-Models named "switches" run with the options that are off by default.
+Models named "switches" run with the options that are off by default, and others with the kernel for
+decodes after which they are named.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ class Model:
     name: str
     fields: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_a_repetition(self) -> bool:
+        """Whether it differs from another one only in its sizes, or joins what two others have."""
+        return self.name in _REPETITIONS
 
     @cached_property
     def num_layers(self) -> int:
@@ -75,6 +81,10 @@ _30B_A3B = {
     "mlp_only_layers": [],
 }
 _SWITCHES = {"joined_kernels": True, "programmatic_launch": True, "cuda_graph_max_tokens": 512}
+_REPETITIONS = {
+    *("Qwen3-8B", "Qwen3-14B", "Qwen3-14B-switches", "Qwen3-30B-A3B-switches"),
+    *("Qwen3-30B-A3B-cuda-core", "Qwen3-0.6B-cuda-core-switches"),
+}
 MODELS = {
     model.name: model
     for model in (
@@ -90,5 +100,8 @@ MODELS = {
         Model("Qwen3-14B-switches", _dense(5120, 17408, 40, 40), _SWITCHES),
         Model("Qwen3-30B-A3B-switches", _30B_A3B, _SWITCHES),
         Model("Qwen3-0.6B-FP8-cache-switches", {}, {"kv_cache_dtype": "fp8", **_SWITCHES}),
+        Model("Qwen3-0.6B-cuda-core", {}, {"decode_kernel": "cuda_core"}),
+        Model("Qwen3-30B-A3B-cuda-core", _30B_A3B, {"decode_kernel": "cuda_core"}),
+        Model("Qwen3-0.6B-cuda-core-switches", {}, {"decode_kernel": "cuda_core", **_SWITCHES}),
     )
 }

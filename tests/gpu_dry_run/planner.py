@@ -1,4 +1,4 @@
-"""FlashInfer's own planner, compiled for the CPU."""
+"""FlashInfer's own planners, compiled for the CPU."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ _SOURCES = (_FOLDER / "planner.cu", _FOLDER / "cuda_runtime_stub.cpp")
 _FLAGS = ("-std=c++17", "-O1", "-shared", "-cudart", "none", "-arch=sm_90", "-Xcompiler", "-fPIC")
 _CCCL = ("libcudacxx/include", "cub", "thrust")
 _ADDRESS = 2**20  # of a workspace that nobody reads; aligned
+
+# Registers per thread of BatchDecodeWithPagedKVCacheKernel by group of heads, for caches of so many
+# bytes per number and a head size: what `cuobjdump --dump-resource-usage` shows of the modules that
+# nvcc 13.0 compiles for sm_90a.
+DECODE_REGISTERS = {
+    (2, 64): {1: 72, 2: 52, 3: 56, 4: 56, 6: 56, 8: 56},
+    (2, 128): {1: 72, 2: 52, 3: 56, 4: 59, 6: 56, 8: 56},
+    (2, 256): {1: 72, 2: 52, 3: 48, 4: 60, 6: 64, 8: 56},
+    (1, 128): {1: 76, 2: 72, 3: 72, 4: 77, 6: 80, 8: 72},
+}
 
 
 class Unavailable(Exception):
@@ -48,7 +58,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Planned:
-    """info: the numbers of a PrefillPlanInfo. float_bytes, int_bytes: taken of the workspaces."""
+    """info: the numbers of a PrefillPlanInfo or a DecodePlanInfo. float_bytes, int_bytes: taken of
+    the workspaces.
+    """
 
     info: list[int]
     float_bytes: int
@@ -95,6 +107,43 @@ class Planner:
             _pointer(info),
             _pointer(used),
         )
+        return self._planned(failed, info, used)
+
+    def plan_decode(
+        self,
+        request: Request,
+        float_bytes: int,
+        pinned: np.ndarray | None = None,
+        registers: int | None = None,
+    ) -> Planned:
+        """As `plan`, of decodes on CUDA cores, by a kernel with so many registers per thread."""
+        target = self._pinned if pinned is None else pinned
+        info, used = np.zeros(10, np.int64), np.zeros(2, np.uint64)
+        page_starts = np.ascontiguousarray(request.page_starts, np.int32)
+        if registers is None:
+            group = request.num_heads // request.num_kv_heads
+            registers = DECODE_REGISTERS[request.kv_dtype_bytes, request.head_dim][group]
+        failed = self._library.plan_decode(
+            ctypes.c_void_p(_ADDRESS),
+            ctypes.c_size_t(float_bytes),
+            ctypes.c_void_p(_ADDRESS),
+            _pointer(target),
+            ctypes.c_size_t(target.size),
+            _pointer(page_starts),
+            ctypes.c_uint32(len(page_starts) - 1),
+            ctypes.c_uint32(request.num_heads),
+            ctypes.c_uint32(request.num_kv_heads),
+            ctypes.c_uint32(request.head_dim),
+            ctypes.c_uint32(request.page_size),
+            ctypes.c_bool(request.in_graph),
+            ctypes.c_uint32(request.kv_dtype_bytes),
+            ctypes.c_uint32(registers),
+            _pointer(info),
+            _pointer(used),
+        )
+        return self._planned(failed, info, used)
+
+    def _planned(self, failed: int, info: np.ndarray, used: np.ndarray) -> Planned:
         if failed:
             raise PlanError(self._library.plan_error().decode())
         return Planned(info.tolist(), int(used[0]), int(used[1]))

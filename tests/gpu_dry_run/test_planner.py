@@ -14,6 +14,7 @@ import torch
 
 from minisrv.checkpoint.model_config import ModelConfig, RopeConfig
 from minisrv.config import ServerConfig
+from minisrv.engine.attention.decode_kernels import CUDA_CORE_GROUPS
 from minisrv.engine.attention.flashinfer import FlashInferAttention
 from minisrv.engine.backends import choose_backends
 from minisrv.engine.graph_shapes import CHUNKS, mixed_shapes
@@ -59,6 +60,7 @@ HEADS = {
     "Gemma-2-9B": Heads(16, 8, 256),
 }
 every_shape = pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+_FOR_CUDA_CORES = {n: heads for n, heads in HEADS.items() if heads.group in CUDA_CORE_GROUPS}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,7 @@ def workspace_bytes(heads: Heads) -> int:
         )
         _, attention = choose_backends(options, pool, heads.num_heads)
         assert isinstance(attention, FlashInferAttention)
-        return attention._workspace.numel()
+        return attention._setting.workspace.numel()
 
 
 def request(heads: Heads, query_lens: np.ndarray, kv_lens: np.ndarray, **options: int) -> Request:
@@ -161,6 +163,11 @@ def random_chunk_graph(
     return request(heads, query_lens, kv_lens, in_graph=True)
 
 
+def random_registers(rng: np.random.Generator) -> int:
+    """Of the kernel for CUDA cores: the fewer, the more sequences are split."""
+    return int(rng.integers(24, 128))
+
+
 def largest_chunk_graph(heads: Heads) -> Request:
     return random_chunk_graph(heads, np.random.default_rng(4), 512)
 
@@ -185,6 +192,9 @@ def plan_random_mixes(planner: Planner, heads: Heads, count: int, seed: int) -> 
         planner.plan(random_decodes(heads, rng), available)
         planner.plan(random_graph(heads, rng), available)
         planner.plan(random_chunk_graph(heads, rng), available)
+        if heads.group in CUDA_CORE_GROUPS:
+            for decodes in (random_decodes(heads, rng), random_graph(heads, rng)):
+                planner.plan_decode(decodes, available, registers=random_registers(rng))
 
 
 @every_shape
@@ -233,6 +243,17 @@ def test_the_plans_of_a_graph_differ_only_in_what_it_reads_at_run_time(
         for longest in (2, 100, 2000, MAX_LEN):
             kv_lens = rng.integers(1, longest, size)
             assert planner.plan(graph_request(heads, kv_lens), 2**33).info == recorded
+
+
+@pytest.mark.parametrize("heads", _FOR_CUDA_CORES.values(), ids=_FOR_CUDA_CORES)
+def test_so_do_those_for_cuda_cores(planner: Planner, heads: Heads) -> None:
+    rng = np.random.default_rng(6)
+    for size in graph_sizes(LARGEST_GRAPH):
+        plans = []
+        for longest in (2, 100, 2000, MAX_LEN):
+            decodes = graph_request(heads, rng.integers(1, longest, size))
+            plans.append(planner.plan_decode(decodes, 2**33).info)
+        assert plans == plans[:1] * 4
 
 
 @every_shape

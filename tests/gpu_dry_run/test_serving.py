@@ -26,13 +26,12 @@ from tests.support.builders import DEMO_EOS, demo_tokenizer
 VOCAB_SIZE = 151936
 
 
-# They differ from others only in their sizes.
-SOAK = {"Qwen3-8B", "Qwen3-14B", "Qwen3-14B-switches", "Qwen3-30B-A3B-switches"}
-
-
 def names() -> list[Any]:
     """The models as parameters of a test."""
-    return [pytest.param(name, marks=[pytest.mark.soak] if name in SOAK else []) for name in MODELS]
+    return [
+        pytest.param(name, marks=[pytest.mark.soak] if model.is_a_repetition else [])
+        for name, model in MODELS.items()
+    ]
 
 
 @dataclass(frozen=True)

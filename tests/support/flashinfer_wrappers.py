@@ -37,7 +37,8 @@ def documented(real: type, plan: Any) -> type:
             assert len(self.fixed) == (3 if self.in_graph else 0)
             self.fixed_queries = names.get("qo_indptr_buf")
             self.buffers_planned_in: list[int] = []
-            self._cached_module = _Module(self)
+            on_cuda_cores = names.get("use_tensor_cores") is False
+            self._cached_module = _CudaCoreModule(self) if on_cuda_cores else _Module(self)
 
         def plan(self, *args: Any, **options: Any) -> None:
             names = inspect.signature(plan).bind(self, *args, **options).arguments
@@ -56,7 +57,7 @@ def documented(real: type, plan: Any) -> type:
             self.num_queries = int(self.query_starts[-1])
             if not self.in_graph:
                 kv_lens = (starts.diff() - 1).clamp(0) * self.page_size + last
-                _check_workspace(self, self.query_starts.diff(), kv_lens)
+                self._cached_module.check_workspace(self.query_starts.diff(), kv_lens)
                 self.tables = (starts.clone(), pages, last.clone())
                 return
             assert len(last) == len(self.fixed[2])
@@ -84,7 +85,7 @@ def documented(real: type, plan: Any) -> type:
                 pages = all_pages[starts[i] : starts[i + 1]].long()
                 kv_len = max(len(pages) - 1, 0) * self.page_size + last
                 if self.in_graph:
-                    assert kv_len == self.planned_lens[i]
+                    self._cached_module.check_planned(i, len(pages), kv_len)
                 k, v = (
                     x[pages].flatten(0, 1)[:kv_len].transpose(0, 1).to(q.dtype)
                     for x in (keys, values)
@@ -107,25 +108,25 @@ def documented(real: type, plan: Any) -> type:
     return Wrapper
 
 
-def _check_workspace(wrapper: Any, query_lens: torch.Tensor, kv_lens: torch.Tensor) -> None:
-    """Raise as FlashInfer does, where the plan takes more than there is."""
-    size = float_bytes(
-        Heads(*wrapper.heads, wrapper.page_size),
-        query_lens.numpy(),
-        kv_lens.numpy(),
-        num_sms=NUM_SMS,
-        in_graph=wrapper.in_graph,
-        uniform=wrapper.fixed_queries is None,
-    )
-    if size > wrapper._float_workspace_buffer.numel():
-        raise RuntimeError(f"Buffer overflow when allocating memory with size {size}")
-
-
 class _Module:
     """The compiled module of a wrapper: `plan` takes what FlashInfer's own `plan` hands to it."""
 
     def __init__(self, wrapper: Any) -> None:
         self._wrapper = wrapper
+
+    def check_workspace(self, query_lens: torch.Tensor, kv_lens: torch.Tensor) -> None:
+        """Raise as FlashInfer does, where the plan takes more than there is."""
+        wrapper = self._wrapper
+        size = float_bytes(
+            Heads(*wrapper.heads, wrapper.page_size),
+            query_lens.numpy(),
+            kv_lens.numpy(),
+            num_sms=NUM_SMS,
+            in_graph=wrapper.in_graph,
+            uniform=wrapper.fixed_queries is None,
+        )
+        if size > wrapper._float_workspace_buffer.numel():
+            raise RuntimeError(f"Buffer overflow when allocating memory with size {size}")
 
     def plan(
         self,
@@ -166,7 +167,57 @@ class _Module:
         assert num_rows == query_starts[-1] == wrapper.num_queries
         assert query_starts.dtype == page_starts.dtype == kv_lens.dtype == torch.int32
         assert page_starts.diff().tolist() == (-(-kv_lens // page_size)).tolist()
-        _check_workspace(wrapper, query_starts.diff(), kv_lens)
+        self.check_workspace(query_starts.diff(), kv_lens)
         wrapper.buffers_planned_in.append(pinned_int_workspace.data_ptr())
-        wrapper.planned_lens = kv_lens.clone()
+        self._planned_lens = kv_lens.clone()
         return []
+
+    def check_planned(self, index: int, num_pages: int, kv_len: int) -> None:
+        """The plan in the workspace is for a sequence of this length."""
+        assert kv_len == self._planned_lens[index]
+
+
+class _CudaCoreModule:
+    """The same of a wrapper that does not use tensor cores."""
+
+    def __init__(self, wrapper: Any) -> None:
+        self._wrapper = wrapper
+
+    def check_workspace(self, query_lens: torch.Tensor, kv_lens: torch.Tensor) -> None:
+        """It takes far less than FA2 does: tests/gpu_dry_run/test_planner.py."""
+
+    def plan(
+        self,
+        float_workspace: torch.Tensor,
+        int_workspace: torch.Tensor,
+        pinned_int_workspace: torch.Tensor,
+        page_starts: torch.Tensor,
+        batch_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        page_size: int,
+        in_graph: bool,
+        window_left: int,
+        logits_soft_cap: float,
+        head_dim_qk: int,
+        head_dim_vo: int,
+        empty_q: torch.Tensor,
+        empty_kv: torch.Tensor,
+    ) -> list[int]:
+        wrapper = self._wrapper
+        assert in_graph
+        assert wrapper.in_graph
+        assert int_workspace is wrapper._int_workspace_buffer
+        assert (num_heads, num_kv_heads, head_dim_qk) == wrapper.heads
+        assert (head_dim_vo, page_size) == (head_dim_qk, wrapper.page_size)
+        assert (window_left, logits_soft_cap) == (-1, 0.0)
+        assert batch_size == len(page_starts) - 1 == len(wrapper.fixed[2])
+        assert (empty_q.dtype, empty_kv.dtype) == (wrapper.q_dtype, wrapper.kv_dtype)
+        assert page_starts.dtype == torch.int32
+        wrapper.buffers_planned_in.append(pinned_int_workspace.data_ptr())
+        self._planned_pages = page_starts.diff().tolist()
+        return []
+
+    def check_planned(self, index: int, num_pages: int, kv_len: int) -> None:
+        """The plan in the workspace is for a sequence of so many pages."""
+        assert num_pages == self._planned_pages[index]

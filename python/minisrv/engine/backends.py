@@ -11,6 +11,7 @@ from minisrv.checkpoint.model_config import ModelConfig
 from minisrv.config import ServerConfig
 from minisrv.engine.attention.base import AttentionBackend
 from minisrv.engine.attention.cpu import CpuAttention
+from minisrv.engine.attention.decode_kernels import unsupported_decode_kernel
 from minisrv.engine.attention.flashinfer import FlashInferAttention
 from minisrv.engine.attention.torch_native import TorchNativeAttention
 from minisrv.engine.attention.workspace import workspace_bytes
@@ -37,12 +38,17 @@ def choose_backends(
 ) -> tuple[Kernels, AttentionBackend | FlashInferAttention]:
     """The fastest available ones; logs a warning when falling back to torch.
 
-    num_heads: query heads of this rank. Raises ConfigError for FlashInfer on a CPU.
+    num_heads: query heads of this rank. Raises ConfigError for FlashInfer on a CPU, and for a
+    --decode-kernel that cannot be used.
     """
     if pool.device.type == "cuda":
         return _cuda_backends(config, pool, num_heads)
     if config.attention_backend == "flashinfer":
         raise ConfigError("--attention-backend flashinfer requires a GPU, but the device is a CPU")
+    if config.decode_kernel != "auto":
+        raise ConfigError(
+            f"--decode-kernel {config.decode_kernel} requires a GPU, but the device is a CPU"
+        )
     if pool.stored_dtype is torch.float8_e4m3fn:
         logger.warning(
             "using torch's operators, which are slower: there are none for an FP8 cache on a CPU"
@@ -114,6 +120,7 @@ def _cuda_backends(
 ) -> tuple[Kernels, AttentionBackend | FlashInferAttention]:
     """FlashInfer's, or torch's if FlashInfer lacks the dtype or head size, with one warning."""
     _set_programmatic_launch(config)
+    _check_decode_kernel(config, pool, num_heads)
     kernels, no_kernels = _cuda_kernels(config, pool) if config.kernels == "auto" else (None, None)
     attention, no_attention = None, None
     if config.attention_backend != "torch_native":
@@ -138,6 +145,20 @@ def _set_programmatic_launch(config: ServerConfig) -> None:
     set_programmatic_launch(config.programmatic_launch)
 
 
+def _check_decode_kernel(config: ServerConfig, pool: KVPool, num_heads: int) -> None:
+    """Raise ConfigError if the kernel of --decode-kernel cannot be used."""
+    name = config.decode_kernel
+    if name == "auto":
+        return
+    reason = unsupported_decode_kernel(name, num_heads, pool.num_kv_heads)
+    if config.attention_backend == "torch_native":
+        reason = "--attention-backend is torch_native"
+    if reason is None:
+        reason = _lacking_for_flashinfer(pool)
+    if reason is not None:
+        raise ConfigError(f"--decode-kernel {name} cannot be used: {reason}")
+
+
 def _cuda_kernels(config: ServerConfig, pool: KVPool) -> tuple[Kernels | None, str | None]:
     """The operators, or the reason why they cannot be used."""
     if pool.dtype not in FLASHINFER_DTYPES:
@@ -156,15 +177,9 @@ def _cuda_attention(
     config: ServerConfig, pool: KVPool, num_heads: int
 ) -> tuple[FlashInferAttention | None, str | None]:
     """The attention, or the reason why it cannot be used."""
-    if pool.dtype not in FLASHINFER_DTYPES:
-        return None, _no_dtype(pool)
-    if pool.head_dim not in FLASHINFER_HEAD_DIMS:
-        return None, f"FlashInfer does not support a head size of {pool.head_dim}"
-    try:
-        device_kernels()
-        import_flashinfer()
-    except ImportError as error:
-        return None, str(error)
+    lacking = _lacking_for_flashinfer(pool)
+    if lacking is not None:
+        return None, lacking
     num_bytes = workspace_bytes(
         num_heads=num_heads,
         num_kv_heads=pool.num_kv_heads,
@@ -173,7 +188,21 @@ def _cuda_attention(
         largest_graph=largest_graph(config),
         chunk_tokens=largest_chunk_graph(config),
     )
-    return FlashInferAttention(pool, num_heads, num_bytes), None
+    return FlashInferAttention(pool, num_heads, num_bytes, config.decode_kernel), None
+
+
+def _lacking_for_flashinfer(pool: KVPool) -> str | None:
+    """Why FlashInfer's attention cannot be used, or None."""
+    if pool.dtype not in FLASHINFER_DTYPES:
+        return _no_dtype(pool)
+    if pool.head_dim not in FLASHINFER_HEAD_DIMS:
+        return f"FlashInfer does not support a head size of {pool.head_dim}"
+    try:
+        device_kernels()
+        import_flashinfer()
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def _no_dtype(pool: KVPool) -> str:

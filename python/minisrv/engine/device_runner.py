@@ -51,6 +51,9 @@ class DeviceAttention(LayerAttention, Protocol):
     def plan_for_graph(self, step: SentStep) -> None:
         """As `plan`, for a padded step whose forward is in a CUDA graph or being recorded."""
 
+    def begin(self) -> None:
+        """Compute on the device what all layers share. The words have been expanded there."""
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceKernels:
@@ -199,6 +202,7 @@ class DeviceRunner:
         """The last hidden states [T, C] of the step whose words are on the device."""
         tensors = self._tensors
         self._kernels.expand(tensors, self._limits, num_sequences)
+        self._attention.begin()
         return self._model.forward(tensors.ids_T[:num_tokens], tensors.positions_T[:num_tokens])
 
     def _logits(self, x_TC: Tensor, num_samples: int, out_SV: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ def fingerprint(config: ServerConfig) -> str:
     """A digest of what may change the text of a reply: version, weights and their arithmetic."""
     names = (
         *("model", "dtype", "quantization", "device", "attention_backend"),
-        *("load_format", "tp", "joined_kernels"),
+        *("load_format", "tp", "joined_kernels", "decode_kernel"),
     )
     values = json.dumps([getattr(config, name) for name in names])
     digest = hashlib.sha256(values.encode()).hexdigest()[:8]
