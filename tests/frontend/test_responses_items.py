@@ -146,7 +146,7 @@ FORMAT = {"format": {"type": "json_object"}}
         ({"text": BAD_FORMAT}, "text.format.schema"),
         ({"tools": [BAD_TOOL], "tool_choice": "required"}, "tools.0.parameters"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "sub"}}, "tool_choice.name"),
-        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice.mode"),
         ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": "required", "text": FORMAT}, "tool_choice"),
         ({"reasoning": {"effort": "none"}, "enable_thinking": True}, "reasoning.effort"),

@@ -100,6 +100,10 @@ def add_content(item: dict[str, Any], kind: str, event: Any) -> None:
             item["arguments"] += event.delta
         case "function_call_arguments.done":
             assert event.arguments == item["arguments"]
+        case "custom_tool_call_input.delta":
+            item["input"] += event.delta
+        case "custom_tool_call_input.done":
+            assert event.input == item["input"]
         case "output_text.delta" | "reasoning_text.delta":
             item["content"][event.content_index]["text"] += event.delta
         case _:
@@ -108,11 +112,13 @@ def add_content(item: dict[str, Any], kind: str, event: Any) -> None:
 
 
 def shape(items: list[Any]) -> list[Any]:
-    """Kind, status, and text or name and arguments of each item."""
+    """Kind, status, and text or name and arguments of each item; custom calls have no status."""
     shown: list[Any] = []
     for item in items:
         if item.type == "function_call":
             shown.append((item.type, item.status, item.name, item.arguments))
+        elif item.type == "custom_tool_call":
+            shown.append((item.type, item.name, item.input))
         else:
             shown.append((item.type, item.status, item.content[0].text))
     return shown

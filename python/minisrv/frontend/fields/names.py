@@ -97,7 +97,7 @@ class UnknownFields:
         """Sentences for the client, none without names. Raises InvalidRequestError if strict."""
         if not names:
             return []
-        shown = [_printable(name) for name in names[:_MAX_SHOWN_NAMES]]
+        shown = [printable(name) for name in names[:_MAX_SHOWN_NAMES]]
         if self._strict:
             raise InvalidRequestError(
                 f"unknown field {shown[0]}; the server runs with --strict-params", param=shown[0]
@@ -114,7 +114,7 @@ class UnknownFields:
         return [f"unknown fields ignored: {', '.join(shown)} and {num_more} more"]
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """The name in printable ASCII, for a header and a log line."""
     text = name[: _MAX_SHOWN_CHARS + 1].encode("unicode_escape").decode("ascii")
     return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."

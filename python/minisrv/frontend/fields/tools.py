@@ -17,7 +17,7 @@ from minisrv.frontend.fields.schema import check_value, describe, object_of
 from minisrv.frontend.tool_calls.formats import CallReading
 
 MAX_TOOLS = 128
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def _read_names(tools: Sequence[dict[str, Any]]) -> tuple[str, ...]:
         name, path = tool["function"]["name"], f"tools.{i}.function.name"
         if not _NAME.fullmatch(name):
             raise InvalidRequestError(
-                f"{path} is {name[:80]!a}; it must be 1 to 64 letters, digits, dots, "
+                f"{path} is {name[:80]!a}; it must be 1 to 128 letters, digits, dots, "
                 "underscores and dashes",
                 param=path,
             )

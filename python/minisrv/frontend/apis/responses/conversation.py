@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
+from minisrv.frontend.apis.responses.left_out import LeftOut
+from minisrv.frontend.apis.responses.tools import Callee, custom_arguments
 from minisrv.frontend.fields.parts import TextParts, check_kind
 from minisrv.frontend.fields.schema import (
     OBJECT,
@@ -29,6 +31,7 @@ GiveWay = Callable[[], Awaitable[None]]
 PIECE_ITEMS = 2000  # take some 7 ms
 
 _CONTENT = any_of(STRING, array_of(OBJECT))
+_OUTPUT = object_of(["call_id", "output"], call_id=STRING, output=_CONTENT)
 _ITEMS: dict[str, Schema] = {
     "message": object_of(
         ["role", "content"],
@@ -36,11 +39,34 @@ _ITEMS: dict[str, Schema] = {
         content=_CONTENT,
     ),
     "function_call": object_of(
-        ["call_id", "name", "arguments"], call_id=STRING, name=STRING, arguments=STRING
+        ["call_id", "name", "arguments"],
+        call_id=STRING,
+        name=STRING,
+        namespace=STRING,
+        arguments=STRING,
     ),
-    "function_call_output": object_of(["call_id", "output"], call_id=STRING, output=_CONTENT),
+    "custom_tool_call": object_of(
+        ["call_id", "name", "input"],
+        call_id=STRING,
+        name=STRING,
+        namespace=STRING,
+        input=STRING,
+    ),
+    "function_call_output": _OUTPUT,
+    "custom_tool_call_output": _OUTPUT,
     "reasoning": object_of(content=array_of(OBJECT), summary=array_of(OBJECT)),
 }
+# What tools of OpenAI's own server have done. `additional_tools` are read with the tools.
+_HOSTED_ITEMS = frozenset(
+    {
+        *("web_search_call", "file_search_call", "image_generation_call", "code_interpreter_call"),
+        *("computer_call", "computer_call_output", "local_shell_call", "local_shell_call_output"),
+        *("shell_call", "shell_call_output", "apply_patch_call", "apply_patch_call_output"),
+        *("mcp_list_tools", "mcp_call", "mcp_approval_request", "mcp_approval_response"),
+        *("tool_search_call", "tool_search_output", "program", "program_output"),
+    }
+)
+_MEDIA_PARTS = frozenset({"input_image", "input_file", "input_audio"})
 _WITH_TYPE = object_of(["type"], type=STRING)
 _TEXT_PARTS = TextParts(input_text="text", output_text="text", text="text", refusal="refusal")
 _REASONING_PARTS = TextParts(reasoning_text="text", summary_text="text", text="text")
@@ -48,9 +74,12 @@ _SYSTEM_ROLES = frozenset({"system", "developer"})
 _TEXTS = ("content", "reasoning_content")
 
 
-async def read_conversation(fields: Mapping[str, Any], give_way: GiveWay) -> Messages:
+async def read_conversation(
+    fields: Mapping[str, Any], left_out: LeftOut, give_way: GiveWay
+) -> Messages:
     """The messages of `instructions` and `input`. Raises InvalidRequestError naming the item.
 
+    left_out: takes the items that the model does not see.
     give_way: lets other requests run; awaited after every PIECE_ITEMS items.
     """
     given = fields.get("input")
@@ -66,7 +95,7 @@ async def read_conversation(fields: Mapping[str, Any], give_way: GiveWay) -> Mes
         conversation.add_message("user", given)
     else:
         for i, item in enumerate(given):
-            _add_item(conversation, item, f"input.{i}")
+            _add_item(conversation, item, f"input.{i}", left_out)
             if i % PIECE_ITEMS == PIECE_ITEMS - 1:
                 await give_way()
     return await conversation.messages(give_way)
@@ -110,8 +139,9 @@ class _Conversation:
             turn = self._begin_turn()
         turn["content"] += [text] if text else []
 
-    def add_call(self, item: Item) -> None:
-        function = {"name": item["name"], "arguments": item["arguments"]}
+    def add_call(self, item: Item, arguments: str) -> None:
+        name = Callee(item["name"], item.get("namespace")).shown_name
+        function = {"name": name, "arguments": arguments}
         call = {"id": item["call_id"], "type": "function", "function": function}
         self._turn().setdefault("tool_calls", []).append(call)
 
@@ -134,7 +164,7 @@ def _joined(message: Message) -> Message:
     return joined
 
 
-def _add_item(conversation: _Conversation, item: Item, path: str) -> None:
+def _add_item(conversation: _Conversation, item: Item, path: str, left_out: LeftOut) -> None:
     if "role" in item and not item.get("type"):
         item = {**item, "type": "message"}
     if not isinstance(item.get("type"), str):
@@ -145,6 +175,10 @@ def _add_item(conversation: _Conversation, item: Item, path: str) -> None:
             param=f"{path}.type",
             code="unsupported_parameter",
         )
+    if item["type"] == "additional_tools":
+        return
+    if item["type"] in _HOSTED_ITEMS:
+        return left_out.add_item(item["type"], f"{path}.type")
     match check_kind(item, _ITEMS, path):
         case "message":
             text = _TEXT_PARTS.read(item["content"], f"{path}.content")
@@ -153,13 +187,30 @@ def _add_item(conversation: _Conversation, item: Item, path: str) -> None:
             else:
                 conversation.add_message(item["role"], text)
         case "function_call":
-            conversation.add_call(item)
-        case "function_call_output":
-            text = _TEXT_PARTS.read(item["output"], f"{path}.output")
+            conversation.add_call(item, item["arguments"])
+        case "custom_tool_call":
+            conversation.add_call(item, custom_arguments(item["input"]))
+        case "function_call_output" | "custom_tool_call_output":
+            output = _without_media(item["output"], f"{path}.output", left_out)
+            text = _TEXT_PARTS.read(output, f"{path}.output")
             conversation.add_output(item["call_id"], text)
         case "reasoning":
             if reasoning := _read_reasoning(item, path):
                 conversation.add_reasoning(reasoning)
+
+
+def _without_media(output: str | list[Item], path: str, left_out: LeftOut) -> str | list[Item]:
+    """The output of a tool, with a text in the place of each image, file and sound."""
+    if isinstance(output, str):
+        return output
+    parts = []
+    for i, part in enumerate(output):
+        if part.get("type") in _MEDIA_PARTS:
+            left_out.add_item(part["type"], f"{path}.{i}.type")
+            kind = part["type"].removeprefix("input_")
+            part = {"type": "text", "text": f"[{kind} left out: this model reads only text]"}
+        parts.append(part)
+    return parts
 
 
 def _read_reasoning(item: Item, path: str) -> str:

@@ -38,9 +38,26 @@ _REASONING = object_of(
     effort=one_of(*REASONING_EFFORTS), summary=ANY, generate_summary=ANY, context=ANY, mode=ANY
 )
 _TOOL = object_of(
-    ["type"], type=STRING, name=STRING, description=STRING, parameters=OBJECT, strict=BOOLEAN
+    ["type"],
+    type=STRING,
+    name=STRING,
+    description=STRING,
+    parameters=OBJECT,
+    strict=BOOLEAN,
+    format=OBJECT,
+    tools=array_of(OBJECT),
 )
-_TOOL_CHOICE = any_of(STRING, object_of(["type"], type=STRING, name=STRING))
+_TOOL_CHOICE = any_of(
+    STRING,
+    object_of(
+        ["type"],
+        type=STRING,
+        name=STRING,
+        namespace=STRING,
+        mode=one_of("auto", "required"),
+        tools=array_of(object_of(["type"], type=STRING)),
+    ),
+)
 _IGNORED = (
     *("user", "safety_identifier", "service_tier", "client_metadata"),
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
@@ -61,9 +78,12 @@ RESPONSE_FIELDS: dict[str, Field] = {
     ),
     "text": supported(_TEXT, "format: text, a JSON object, or JSON that matches a schema."),
     "reasoning": supported(_REASONING, "effort: none turns reasoning off."),
-    "tools": supported(array_of(_TOOL), "Functions that the model may call; see docs/tools.md."),
+    "tools": supported(
+        array_of(_TOOL),
+        "Functions, namespaces of functions, and custom tools; others are left out.",
+    ),
     "tool_choice": supported(
-        _TOOL_CHOICE, "none, auto, required or a function. Default: auto with tools."
+        _TOOL_CHOICE, "none, auto, required, a tool or allowed_tools. Default: auto with tools."
     ),
     "include": supported(STRINGS, "Only reasoning.encrypted_content, which changes nothing."),
     "metadata": supported(OBJECT, "Strings by name; the reply repeats them."),

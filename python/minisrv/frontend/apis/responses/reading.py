@@ -7,6 +7,7 @@ from typing import Any
 
 from minisrv.errors import InvalidRequestError
 from minisrv.frontend.apis.responses.conversation import GiveWay, read_conversation
+from minisrv.frontend.apis.responses.tools import Tools
 from minisrv.frontend.fields.names import FieldNames
 from minisrv.frontend.fields.schema import STRING, check_value, object_of
 from minisrv.frontend.fields.template import (
@@ -14,7 +15,6 @@ from minisrv.frontend.fields.template import (
     read_template_kwargs,
     reasoning_variables,
 )
-from minisrv.frontend.fields.tools import ToolUse, check_is_function, read_choice, read_tools
 from minisrv.frontend.generation.request import (
     ChatPrompt,
     ChatRequest,
@@ -30,16 +30,16 @@ NAMES = FieldNames(
     {
         "max_tokens": "max_output_tokens",
         "messages": "input",
-        "tools.*.function": "tools.*",
         "tool_choice.function": "tool_choice",
         "reasoning_effort": "reasoning.effort",
     }
 )
-_WITH_NAME = object_of(["name"])
 
 
-async def read_response(fields: Fields, model: ModelInfo, give_way: GiveWay) -> ChatRequest:
-    """Read a request for a response, in pieces. Raises InvalidRequestError."""
+async def read_response(
+    fields: Fields, tools: Tools, model: ModelInfo, give_way: GiveWay
+) -> ChatRequest:
+    """Read a request for a response with these `tools`, in pieces. Raises InvalidRequestError."""
     common = read_common(fields, model, shows_cap=True)
     for key, text in fields.get("metadata", {}).items():
         check_value(text, STRING, f"metadata.{key[:64]}")
@@ -49,10 +49,12 @@ async def read_response(fields: Fields, model: ModelInfo, give_way: GiveWay) -> 
     effort = fields.get("reasoning", {}).get("effort")
     variables = reasoning_variables(effort, fields.get("enable_thinking"), model.chat_format)
     own = read_template_kwargs(fields.get("chat_template_kwargs", {}))
+    tool_use = tools.use(fields, model.chat_format)
+    messages = await read_conversation(fields, tools.left_out, give_way)
     return ChatRequest(
         prompt=ChatPrompt(
-            messages=await read_conversation(fields, give_way),
-            tools=_read_tools(fields, model),
+            messages=messages,
+            tools=tool_use,
             template_kwargs={**model.template_kwargs, **variables, **own},
         ),
         sampling=read_sampling(
@@ -61,7 +63,10 @@ async def read_response(fields: Fields, model: ModelInfo, give_way: GiveWay) -> 
             grammar=_read_format(fields.get("text", {}).get("format") or {}),
             max_tokens=fields.get("max_output_tokens"),
         ),
-        warnings=effort_warnings(effort, model.chat_format, "reasoning.effort"),
+        warnings=(
+            *effort_warnings(effort, model.chat_format, "reasoning.effort"),
+            *tools.left_out.warnings,
+        ),
         **common,
     )
 
@@ -84,17 +89,3 @@ def _read_format(text_format: dict[str, Any]) -> Grammar | None:
             check_value(text_format, object_of(["name", "schema"]), "text.format")
             return Grammar.json_schema(text_format["schema"], "text.format.schema")
     return None
-
-
-def _read_tools(fields: Fields, model: ModelInfo) -> ToolUse | None:
-    tools = [_function(tool, f"tools.{i}") for i, tool in enumerate(fields.get("tools", []))]
-    choice = read_choice(fields.get("tool_choice", "auto"), nested=False)
-    return read_tools(tools, choice, fields.get("parallel_tool_calls", True), model.chat_format)
-
-
-def _function(tool: dict[str, Any], path: str) -> dict[str, Any]:
-    check_is_function(tool, path)
-    check_value(tool, _WITH_NAME, path)
-    names = ("name", "description", "parameters", "strict")
-    function = {name: tool[name] for name in names if tool.get(name) is not None}
-    return {"type": "function", "function": function}

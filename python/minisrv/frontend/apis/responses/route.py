@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,15 +12,17 @@ from starlette.responses import JSONResponse, Response
 
 from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.frontend.apis.responses.fields import RESPONSE_FIELDS
+from minisrv.frontend.apis.responses.left_out import LeftOut
 from minisrv.frontend.apis.responses.output_items import OutputItems, StreamEvent
 from minisrv.frontend.apis.responses.reading import NAMES, read_response
+from minisrv.frontend.apis.responses.tools import Callee, Tools
 from minisrv.frontend.apis.service import Service
 from minisrv.frontend.fields.table import Field
 from minisrv.frontend.generation.event_reader import Usage
 from minisrv.frontend.generation.pieces import Piece, finish_of
 from minisrv.frontend.generation.renderer import Choice, Renderer
 from minisrv.frontend.generation.request import ChatRequest
-from minisrv.frontend.http.context import context_of
+from minisrv.frontend.http.context import RequestContext, context_of
 from minisrv.frontend.http.openapi import errors, request_body
 from minisrv.frontend.http.sse import named_sse
 from minisrv.wire.events import Event
@@ -37,6 +39,14 @@ COUNT_FIELDS: dict[str, Field] = {name: RESPONSE_FIELDS[name] for name in _COUNT
 def add_response_routes(app: FastAPI, service: Service) -> None:
     """Add answering, counting, and the routes over stored responses."""
     registry, bodies = service.registry, service.bodies
+
+    def read_tools(fields: dict[str, Any], context: RequestContext) -> Tools:
+        """The tools of a request, whose errors from now on name its own fields."""
+        context.names = NAMES
+        tools = Tools(fields, LeftOut(strict=service.config.strict_params))
+        context.names = tools.names_in(NAMES)
+        return tools
+
     statuses = errors(400, 401, 404, 408, 413, 415, 500, 503)
 
     @app.post("/v1/responses", openapi_extra=request_body(RESPONSE_FIELDS), responses=statuses)
@@ -45,10 +55,10 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
         model = registry.model
         fields = await bodies.read_generation(request, RESPONSE_FIELDS)
         context = context_of(request.scope)
-        context.names = NAMES
-        chat = await read_response(fields, model, _give_way)
+        tools = read_tools(fields, context)
+        chat = await read_response(fields, tools, model, _give_way)
         id = RESPONSE_PREFIX + context.request_id
-        renderer = ResponseRenderer(id, chat.model, _echo(fields, chat))
+        renderer = ResponseRenderer(id, chat.model, _echo(fields, chat), tools.callee)
         return service.runner.response(chat, renderer)
 
     @app.post(
@@ -57,9 +67,11 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
     async def count_input_tokens(request: Request) -> Response:
         """The number of tokens in the prompt of a response."""
         fields = await bodies.read(request, COUNT_FIELDS)
-        context_of(request.scope).names = NAMES
-        prompt = (await read_response(fields, registry.model, _give_way)).prompt
-        num_tokens = await service.count(request, prompt)
+        context = context_of(request.scope)
+        tools = read_tools(fields, context)
+        chat = await read_response(fields, tools, registry.model, _give_way)
+        num_tokens = await service.count(request, chat.prompt)
+        context.warnings += chat.warnings
         return JSONResponse({"object": "response.input_tokens", "input_tokens": num_tokens})
 
     _add_stored_routes(app)
@@ -90,14 +102,23 @@ class ResponseRenderer(Renderer):
     done; then one of completed, incomplete and failed. There is no [DONE].
     """
 
-    def __init__(self, id: str, model: str, echoed: dict[str, Any]) -> None:
-        """echoed: what every state of the response repeats of the request."""
+    def __init__(
+        self,
+        id: str,
+        model: str,
+        echoed: dict[str, Any],
+        callee: Callable[[str], Callee],
+    ) -> None:
+        """echoed: what every state of the response repeats of the request.
+
+        callee: the tool of a name that the model calls.
+        """
         super().__init__()
         self._id = id
         self._model = model
         self._echoed = echoed
         self._created = int(time.time())
-        self._items = OutputItems()
+        self._items = OutputItems(callee)
         self._status = "in_progress"
         self._num_events = 0
 
@@ -206,5 +227,8 @@ def _echo(fields: Mapping[str, Any], chat: ChatRequest) -> dict[str, Any]:
 
 
 def _echo_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """The tool as it was sent; a function with all fields that the API requires."""
+    if tool["type"] != "function":
+        return tool
     names = ("type", "name", "description", "parameters", "strict")
     return {name: tool.get(name) for name in names}
