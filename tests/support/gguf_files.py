@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -32,10 +34,12 @@ def write_gguf(
     kind: Kind = Kind.F32,
     metadata: dict[str, Any] | None = None,
     tensors: bool = True,
+    others: Mapping[str, Kind] = MappingProxyType({}),
 ) -> Path:
     """The checkpoint in `model_dir` as the GGUF file `path`, its matrices of type `kind`.
 
-    metadata: entries that are added or, with None, left out.
+    metadata: entries that are added or, with None, left out. others: types of the matrices whose
+    names end so.
     """
     config = AutoConfig.from_pretrained(model_dir)
     arch = _ARCHITECTURES[config.model_type]
@@ -44,7 +48,8 @@ def write_gguf(
     add_tokenizer(writer, model_dir)
     if tensors:
         for name, tensor in gguf_tensors(model_dir).items():
-            _add_tensor(writer, name, tensor, kind)
+            of_this = next((k for end, k in others.items() if name.endswith(end)), kind)
+            _add_tensor(writer, name, tensor, of_this)
     writer.finish()
     return path
 

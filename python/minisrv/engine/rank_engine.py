@@ -12,6 +12,7 @@ from minisrv.checkpoint.gguf.files import find_gguf
 from minisrv.checkpoint.model_config import ModelConfig
 from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig
 from minisrv.engine.attention.base import LayerAttention
+from minisrv.engine.attention.cpu_layers import join_layers
 from minisrv.engine.attention.flashinfer import FlashInferAttention
 from minisrv.engine.backends import (
     activation_dtype,
@@ -300,4 +301,5 @@ def _build_model(
     with torch.inference_mode():
         model = Decoder(build, BLOCKS[model_config.architecture])
     weights.finish()
+    model.run_layers = join_layers(model.dense_layers(), attention)
     return model

@@ -26,7 +26,9 @@ _LEAST_TOKENS_SAVED = 512  # below that, the second pass and the merge cost more
 
 
 @dataclass(frozen=True, slots=True)
-class _DecodeGroup:
+class DecodeGroup:
+    """Decodes that share a prefix, or none."""
+
     tokens: Tensor | None  # [B] indices into the step's decodes; None if all of them
     rows: Tensor
     kv_lens: Tensor
@@ -44,16 +46,16 @@ class CpuAttention:
     """An AttentionBackend on the kernels of cpu.cpp."""
 
     def __init__(self, pool: KVPool, kernels: CpuKernels) -> None:
-        self._pool, self._kernels = pool, kernels
-        self._groups: list[_DecodeGroup] = []
+        self.pool, self.kernels = pool, kernels
+        self._groups: list[DecodeGroup] = []
         self._chunks: list[_PrefillChunk] = []
         self._num_decodes = 0
-        self._page_table = torch.empty(0)
-        self._slots_T = torch.empty(0)
+        self.page_table = torch.empty(0)  # of the step
+        self.slots_T = torch.empty(0)
 
     def plan(self, batch: ForwardBatch, page_table: PageTable) -> None:
-        self._page_table = torch.from_numpy(page_table.pages)
-        self._slots_T = torch.from_numpy(page_table.slots(batch, token_positions(batch)))
+        self.page_table = torch.from_numpy(page_table.pages)
+        self.slots_T = torch.from_numpy(page_table.slots(batch, token_positions(batch)))
         n = self._num_decodes = batch.num_decodes
         self._groups = _decode_groups(batch.rows[:n], batch.start_positions[:n] + 1, page_table)
         ends = np.cumsum(batch.query_lens)[n:].tolist()
@@ -68,43 +70,49 @@ class CpuAttention:
             )
         ]
 
+    def only_group(self) -> DecodeGroup | None:
+        """The decodes of the step, if they are one group and there is nothing else in the step."""
+        if self._chunks or len(self._groups) != 1:
+            return None
+        return self._groups[0]
+
     def cache_slots(self, layer_id: int) -> CacheSlots:
-        return CacheSlots(self._slots_T, *self._pool.slots[layer_id])
+        return CacheSlots(self.slots_T, *self.pool.slots[layer_id])
 
     def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer_id: int) -> Tensor:
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
-        pages = self._pool.pages[layer_id]
+        pages = self.pool.pages[layer_id]
         for group in self._groups:
             self._decode(q_THD, pages, group, out_THD)
         for chunk in self._chunks:
-            self._kernels.prefill_attention(
+            self.kernels.prefill_attention(
                 q_THD[chunk.tokens],
                 pages,
-                self._page_table[chunk.row],
+                self.page_table[chunk.row],
                 chunk.start,
                 out_THD[chunk.tokens],
             )
         return out_THD
 
     def _decode(
-        self, q_THD: Tensor, pages: tuple[Tensor, Tensor], group: _DecodeGroup, out_THD: Tensor
+        self, q_THD: Tensor, pages: tuple[Tensor, Tensor], group: DecodeGroup, out_THD: Tensor
     ) -> None:
-        plan = (self._page_table, group.rows, group.kv_lens, group.shared_len)
+        plan = (self.page_table, group.rows, group.kv_lens, group.shared_len)
         if group.tokens is None:
             n = self._num_decodes
-            self._kernels.decode_attention(q_THD[:n], pages, *plan, out_THD[:n])
+            self.kernels.decode_attention(q_THD[:n], pages, *plan, out_THD[:n])
             return
         q_BHD = q_THD[group.tokens]
         out_BHD = torch.empty_like(q_BHD)
-        self._kernels.decode_attention(q_BHD, pages, *plan, out_BHD)
+        self.kernels.decode_attention(q_BHD, pages, *plan, out_BHD)
         out_THD[group.tokens] = out_BHD
 
 
 def _decode_groups(
     rows: Int32Array, kv_lens: Int32Array, page_table: PageTable
-) -> list[_DecodeGroup]:
+) -> list[DecodeGroup]:
     return [
-        _DecodeGroup(
+        DecodeGroup(
             tokens=None if len(members) == rows.size else torch.from_numpy(members),
             rows=torch.from_numpy(rows[members]),
             kv_lens=torch.from_numpy(kv_lens[members]),

@@ -66,6 +66,21 @@ class PenaltyColumns:
     factors_3E: Tensor  # float32: repetition, frequency, presence
 
 
+@dataclass(frozen=True, slots=True)
+class DenseLayer:
+    """The weights of one layer: attention and a gated feed-forward layer, on a single rank."""
+
+    input_norm: NormWeight
+    qkv: Product
+    heads: tuple[int, int, int]  # H, K, D
+    qk_norm: QKNormWeights | None
+    out: Product
+    post_norm: NormWeight
+    gate_up: Product
+    down: Product
+    intermediate_size: int
+
+
 RopeRows = tuple[Tensor, Tensor]  # cosines and sines of the step's tokens, each [T, 1, D]
 # Does all that `sampler.sample` does, in kernels of the device.
 SampleRows = Callable[[Tensor, SamplingColumns, Int64Array], Tensor]

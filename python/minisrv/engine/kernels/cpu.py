@@ -114,6 +114,14 @@ class CpuKernels:
         of_logits = [_function(library, *f) for f in _LOGIT_ARGUMENTS.items()]
         self._mask_logits, self._argmax, self._penalize = of_logits
 
+    @property
+    def layer_functions(self) -> tuple[Callable[..., None], ...]:
+        """Functions of layers.cpp, in the order of its struct."""
+        return (
+            *(self._add_rms_norm, self._silu_and_mul, self._norm_rotate_store),
+            self._decode_attention,
+        )
+
     def _make_product(
         self, weight_OI: Tensor, bias_O: Tensor | None, out_dtype: torch.dtype
     ) -> Product | None:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from ctypes import CDLL, POINTER, Structure, byref, c_int, c_long, c_void_p
+from ctypes import CDLL, POINTER, Structure, addressof, byref, c_int, c_long, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -84,15 +84,15 @@ class PanelProduct:
     ) -> None:
         assert can_pack(matrix)
         self._library, self._num_threads, self._out_dtype = library, num_threads, out_dtype
-        self._outputs, self._inputs = matrix.shape
-        self._float_out = out_dtype is torch.float32
+        self.outputs, self._inputs = matrix.shape
+        self.float_out = out_dtype is torch.float32
         self._bias = None if bias_O is None else bias_O.float()
         described = _Matrix(
             None, *matrix.shape, matrix.bits, matrix.group, *_scales(matrix), matrix.zero
         )
         self._panels = torch.empty(library.packed_bytes(byref(described)), dtype=torch.uint8)
         described.panels = self._panels.data_ptr()
-        self._matrix = byref(described)
+        self._described, self._matrix = described, byref(described)
         parts = [
             *(matrix.values, matrix.scales, matrix.super_scales),
             *(matrix.offsets, matrix.super_offsets),
@@ -101,19 +101,24 @@ class PanelProduct:
         pointers = _Parts(*(None if part is None else part.data_ptr() for part in held))
         library.pack(self._matrix, byref(pointers), num_threads())
 
+    @property
+    def pointers(self) -> tuple[int, int | None]:
+        """Of the matrix and the bias, as `multiply` takes them."""
+        return addressof(self._described), None if self._bias is None else self._bias.data_ptr()
+
     def __call__(self, x_TI: Tensor) -> Tensor:
         assert x_TI.is_contiguous()
         assert x_TI.dtype in INPUT_DTYPES
         num_rows, inputs = x_TI.shape
         assert inputs == self._inputs
-        out_TO = torch.empty(num_rows, self._outputs, dtype=self._out_dtype)
+        out_TO = torch.empty(num_rows, self.outputs, dtype=self._out_dtype)
         self._library.multiply(
             self._matrix,
             x_TI.data_ptr(),
             x_TI.dtype is torch.float32,
             None if self._bias is None else self._bias.data_ptr(),
             out_TO.data_ptr(),
-            self._float_out,
+            self.float_out,
             num_rows,
             self._num_threads(),
         )

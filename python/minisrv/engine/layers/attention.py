@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from minisrv.engine.kernels.base import NormWeight, QKNormWeights, RopeRows
+from minisrv.engine.kernels.base import NormWeight, Product, QKNormWeights, RopeRows
 from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.linear import (
     Projection,
@@ -82,6 +82,11 @@ class SelfAttention:
             small.add_product_(out_THD.view(x_TC.shape[0], -1), out, x_TC)
 
         return add
+
+    def dense_parts(self) -> tuple[Product, tuple[int, int, int], QKNormWeights | None, Product]:
+        """The fields `qkv`, `heads`, `qk_norm` and `out` of a DenseLayer."""
+        heads = (self._heads[0], self._heads[1], self._head_dim)
+        return self._qkv, heads, self._norm, self._out
 
     def _attend(self, qkv_TAD: Tensor) -> Tensor:
         q_THD, k_TKD, v_TKD = qkv_TAD.split_with_sizes(self._heads, 1)

@@ -10,10 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minisrv.engine.kernels.base import NormWeight, RopeRows
+from minisrv.engine.kernels.base import DenseLayer, NormWeight, RopeRows
 from minisrv.engine.layers.attention import SelfAttention
 from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.embedding import load_embedding_and_head
+from minisrv.engine.layers.mlp import GatedMLP
 from minisrv.engine.layers.norm import RMSNorm
 
 
@@ -67,6 +68,29 @@ class Block:
 
         return run
 
+    def dense(self) -> DenseLayer | None:
+        """The weights of the layer, unless it is a sparse one."""
+        if not isinstance(self._feed_forward, GatedMLP):
+            return None
+        qkv, heads, qk_norm, out = self._attention.dense_parts()
+        mlp = self._feed_forward.partial
+        return DenseLayer(
+            input_norm=self._input_norm.weight,
+            qkv=qkv,
+            heads=heads,
+            qk_norm=qk_norm,
+            out=out,
+            post_norm=self._post_norm.weight,
+            gate_up=mlp.gate_up,
+            down=mlp.down,
+            intermediate_size=mlp.intermediate_size,
+        )
+
+
+# x_TC, rope_rows -> whether all layers of the step were computed, with the result in x_TC. If not,
+# x_TC is unchanged.
+RunLayers = Callable[[Tensor, RopeRows], bool]
+
 
 class Decoder:
     """Token ids to hidden states, and hidden states of the tokens that sample to logits.
@@ -86,6 +110,7 @@ class Decoder:
         self._small_batch = build.kernels.small_batch
         joined = [block.joined() for block in self._blocks]
         self._joined = [run for run in joined if run is not None]
+        self.run_layers: RunLayers | None = None
 
     def forward(self, ids_T: Tensor, positions_T: Tensor) -> Tensor:
         """Hidden states [T, C] after the last layer, before the last norm."""
@@ -95,12 +120,22 @@ class Decoder:
             for run in self._joined:
                 run(x_TC, rope_rows)
             return x_TC
+        if self.run_layers is not None and self.run_layers(x_TC, rope_rows):
+            return x_TC
         delta = None
         for block in self._blocks:
             delta = block(x_TC, delta, rope_rows)
         if delta is None:
             return x_TC
         return x_TC.add_(delta if delta.dim() == 2 else delta.sum(1))
+
+    def dense_layers(self) -> list[DenseLayer] | None:
+        """The weights of all layers; None for several ranks, or if some layers are sparse."""
+        if self._communicator.sharding.size > 1:
+            return None
+        found = [block.dense() for block in self._blocks]
+        layers = [layer for layer in found if layer is not None]
+        return layers if len(layers) == len(found) else None
 
     def _uses_joined(self, num_tokens: int) -> bool:
         """Whether every layer has kernels for this few tokens."""

@@ -26,13 +26,13 @@ class PartialMLP:
     ) -> None:
         hidden_size, weights = build.config.hidden_size, build.weights
         sharding = build.communicator.sharding
-        self._kernels = build.kernels
+        self._kernels, self.intermediate_size = build.kernels, intermediate_size
         shard = sharding.even_shard(intermediate_size, 0)
         projections = [
             Projection(f"{name}.{part}_proj", intermediate_size, shard) for part in ("gate", "up")
         ]
-        self._gate_up = load_linear(weights, build.kernels, projections, hidden_size, bias)
-        self._down = load_row_parallel_linear(
+        self.gate_up = load_linear(weights, build.kernels, projections, hidden_size, bias)
+        self.down = load_row_parallel_linear(
             weights,
             build.kernels,
             f"{name}.down_proj",
@@ -43,10 +43,10 @@ class PartialMLP:
         )
 
     def __call__(self, x_TC: Tensor) -> Tensor:
-        return self._down(self._kernels.silu_and_mul(self._gate_up(x_TC)))
+        return self.down(self._kernels.silu_and_mul(self.gate_up(x_TC)))
 
     def joined(self, norm: NormWeight) -> Callable[[Tensor], None] | None:
-        small, gate_up, down = self._kernels.small_batch, self._gate_up, self._down
+        small, gate_up, down = self._kernels.small_batch, self.gate_up, self.down
         if small is None or not (has_joined(gate_up, small) and has_joined(down, small)):
             return None
 
@@ -62,11 +62,11 @@ class GatedMLP:
     def __init__(
         self, build: BuildContext, name: str, intermediate_size: int, bias: bool = False
     ) -> None:
-        self._partial = PartialMLP(build, name, intermediate_size, bias)
+        self.partial = PartialMLP(build, name, intermediate_size, bias)
         self._communicator = build.communicator
 
     def __call__(self, x_TC: Tensor) -> Tensor:
-        return self._communicator.all_reduce(self._partial(x_TC))
+        return self._communicator.all_reduce(self.partial(x_TC))
 
     def joined(self, norm: NormWeight) -> Callable[[Tensor], None] | None:
         """For a few tokens: adds the result for the normed x_TC to x_TC in place.
@@ -75,4 +75,4 @@ class GatedMLP:
         """
         if self._communicator.sharding.size > 1:
             return None
-        return self._partial.joined(norm)
+        return self.partial.joined(norm)

@@ -46,7 +46,7 @@ class SideBySide:
     """x_TI -> the outputs of several products next to each other."""
 
     def __init__(self, products: Sequence[Product]) -> None:
-        self._products = products
+        self.products = products
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        return torch.cat([product(x_TI) for product in self._products], -1)
+        return torch.cat([product(x_TI) for product in self.products], -1)
