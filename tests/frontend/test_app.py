@@ -245,6 +245,20 @@ def test_a_bug_is_a_500_that_names_the_request_and_nothing_else(
         caplog.clear()
 
 
+@pytest.mark.parametrize(
+    "header", ["x-session-id", "Session-Id", "X-Claude-Code-Session-Id"]
+)  # of opencode, Codex and Claude Code
+def test_the_log_has_the_session_of_an_agent(
+    server: HttpServer, caplog: pytest.LogCaptureFixture, header: str
+) -> None:
+    caplog.set_level(logging.INFO, "minisrv")
+    for session in ("two words", "0199-ab"):
+        server.http.get("/version", headers={header: session, "X-Request-Id": f"of-{header}"})
+    server.wait_until(lambda: caplog.text.count(f"id=of-{header}") == 2)
+    assert [" session=" in line for line in caplog.messages if "id=of-" in line] == [False, True]
+    assert f" id=of-{header} session=0199-ab" in caplog.text
+
+
 def test_a_request_has_a_first_and_a_last_line_in_the_log_and_a_probe_none(
     server: HttpServer, caplog: pytest.LogCaptureFixture
 ) -> None:

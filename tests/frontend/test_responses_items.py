@@ -148,7 +148,6 @@ FORMAT = {"format": {"type": "json_object"}}
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "sub"}}, "tool_choice.name"),
         ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice.mode"),
         ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
-        ({"tools": TOOLS, "tool_choice": "required", "text": FORMAT}, "tool_choice"),
         ({"reasoning": {"effort": "none"}, "enable_thinking": True}, "reasoning.effort"),
     ],
 )
@@ -161,6 +160,18 @@ def test_what_a_chat_would_refuse_is_refused_in_the_names_of_a_response(
     assert error["param"] == param
     for name in ("response_format", "reasoning_effort", ".function"):
         assert name not in error["message"]
+
+
+def test_the_schema_of_a_required_call_replaces_the_format(hermes: HttpServer) -> None:
+    backend = play(hermes, CALL)
+    fields = {"tools": TOOLS, "tool_choice": {"type": "function", "name": "get_time"}}
+    response = hermes.http.post(PATH, json={"input": "hi", "text": FORMAT, **fields})
+    assert response.headers["x-minisrv-warnings"] == (
+        "text.format has no effect: tool_choice requires a call"
+    )
+    assert "get_time" in backend.grammars[-1].text
+    (call,) = response.json()["output"]
+    assert call["name"] == "get_time"
 
 
 def test_without_parallel_calls_the_first_ends_the_reply(hermes: HttpServer) -> None:

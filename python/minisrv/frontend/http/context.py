@@ -30,6 +30,8 @@ CLIENT_GONE = 499
 REQUEST_ID_HEADER = "X-Request-Id"
 WARNINGS_HEADER = "X-Minisrv-Warnings"
 _SCOPE_KEY = "minisrv.request"
+# Of agents: opencode, Codex and Claude Code.
+_SESSION_HEADERS = ("x-session-id", "session-id", "x-claude-code-session-id")
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 
@@ -137,9 +139,18 @@ class RequestContextMiddleware:
             "status": context.status,
             "ms": round(seconds * 1000),
             "id": context.request_id,
+            **_session(scope),
             **context.log_values,
         }
         level = logging.DEBUG if scope["path"] in _QUIET_PATHS else logging.INFO
         log.event(logger, level, f"{scope['method']} {ascii(scope['path'])[1:-1]}", values)
         route = getattr(scope.get("route"), "path", "other")
         self._count_response(route, scope["method"], context.status or CLIENT_GONE, seconds)
+
+
+def _session(scope: Scope) -> dict[str, str]:
+    """The session that a client names for its requests, for the log."""
+    headers = Headers(scope=scope)
+    ids = (headers.get(name, "") for name in _SESSION_HEADERS)
+    id = next((id for id in ids if _SANE_ID.fullmatch(id)), None)
+    return {} if id is None else {"session": id}

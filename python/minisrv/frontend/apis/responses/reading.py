@@ -51,6 +51,11 @@ async def read_response(
     own = read_template_kwargs(fields.get("chat_template_kwargs", {}))
     tool_use = tools.use(fields, model.chat_format)
     messages = await read_conversation(fields, tools.left_out, give_way)
+    grammar = _read_format(fields.get("text", {}).get("format") or {})
+    if grammar is not None and tool_use is not None and tool_use.must_call:
+        # A format goes on being sent beside a call that follows its own schema.
+        tools.left_out.warn("text.format has no effect: tool_choice requires a call")
+        grammar = None
     return ChatRequest(
         prompt=ChatPrompt(
             messages=messages,
@@ -60,7 +65,7 @@ async def read_response(
         sampling=read_sampling(
             fields,
             model,
-            grammar=_read_format(fields.get("text", {}).get("format") or {}),
+            grammar=grammar,
             max_tokens=fields.get("max_output_tokens"),
         ),
         warnings=(
