@@ -27,7 +27,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 REFERENCE = TorchKernels()
 
 pytestmark = pytest.mark.skipif(
-    compiler._find_compiler() is None, reason="there is no C++ compiler here"
+    compiler.find_compiler() is None, reason="there is no C++ compiler here"
 )
 
 

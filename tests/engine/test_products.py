@@ -18,7 +18,7 @@ FLOAT32_SUM = 3e-6  # relative to the sum of the magnitudes of the products
 BF16 = 2**-8
 
 needs_compiler = pytest.mark.skipif(
-    compiler._find_compiler() is None, reason="there is no C++ compiler here"
+    compiler.find_compiler() is None, reason="there is no C++ compiler here"
 )
 
 

@@ -12,7 +12,7 @@ from minisrv.engine.kernels.torch_native import TorchKernels
 
 def implementations(dtype: torch.dtype) -> list[Kernels]:
     """Torch's, then the compiled ones if there is a C++ compiler."""
-    if compiler._find_compiler() is None:
+    if compiler.find_compiler() is None:
         return [TorchKernels()]
     compiled = load_cpu_kernels(dtype)
     assert compiled is not None

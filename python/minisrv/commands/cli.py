@@ -16,6 +16,7 @@ usage: minisrv serve MODEL [options]   serve a model over an OpenAI-compatible A
        minisrv launch CLIENT [--run] [options]
                                        start a coding agent with a running server: codex,
                                        opencode, qwen-code or claude
+       minisrv doctor [--json]          show what this machine has, and what to do about it
        minisrv --version
 
 Options: `minisrv COMMAND --help`."""
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from minisrv import launch_server
 
             return launch_server.main(rest, prog="minisrv serve")
-        case ["batch" | "plan" | "launch" as command, *rest]:
+        case ["batch" | "plan" | "launch" | "doctor" as command, *rest]:
             status: int = import_module(f"minisrv.commands.{command}").main(rest)
             return status
         case ["--version", *_]:

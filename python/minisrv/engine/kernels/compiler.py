@@ -24,11 +24,10 @@ logger = logging.getLogger("minisrv.engine")
 def load_library(source: Path) -> ctypes.CDLL | None:
     """The functions of `source`; or None, with a warning, if they cannot be compiled.
 
-    `source` may include headers of its folder. The compiler is $CXX or the first of c++, g++ and
-    clang++. The library is cached in $XDG_CACHE_HOME/minisrv, under a name that depends on the
-    sources, the compiler and the processor.
+    `source` may include headers of its folder. The library is cached in $XDG_CACHE_HOME/minisrv,
+    under a name that depends on the sources, the compiler and the processor.
     """
-    compiler = _find_compiler()
+    compiler = find_compiler()
     if compiler is None:
         logger.warning("no C++ compiler found; using the plain torch operators, which are slower")
         return None
@@ -49,7 +48,16 @@ def load_library(source: Path) -> ctypes.CDLL | None:
         return None
 
 
-def _find_compiler() -> str | None:
+def instructions(library: ctypes.CDLL) -> str:
+    """What the products of `library`, which has such a function, were compiled for."""
+    function = library.instructions
+    function.restype = ctypes.c_char_p
+    name: bytes = function()
+    return name.decode()
+
+
+def find_compiler() -> str | None:
+    """The path of $CXX or of the first of c++, g++ and clang++; None if there is none."""
     names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
     return next((found for name in names if name and (found := shutil.which(name))), None)
 

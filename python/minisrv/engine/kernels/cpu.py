@@ -84,10 +84,15 @@ def load_cpu_kernels(
     cache_dtype = cache_dtype or dtype
     if (dtype, cache_dtype) not in DTYPES:
         return None
-    library = load_library(_SOURCE)
+    library = load_cpu_library()
     if library is None:
         return None
     return CpuKernels(library, dtype, cache_dtype, torch.get_num_threads())
+
+
+def load_cpu_library() -> CDLL | None:
+    """The functions of cpu.cpp; or None if they cannot be compiled."""
+    return load_library(_SOURCE)
 
 
 class CpuKernels:

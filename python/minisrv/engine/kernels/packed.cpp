@@ -671,6 +671,19 @@ void unpack_rows(const Matrix& m, const int64_t* ids, T* out, long rows, int thr
 
 }  // namespace
 
+// The instructions that multiply. `minisrv doctor` prints them.
+extern "C" const char* instructions() {
+#if defined __AVX512VNNI__
+  return "AVX-512 VNNI";
+#elif defined __AVXVNNI__
+  return "AVX-VNNI";
+#elif defined __AVX2__
+  return "AVX2";
+#else
+  return "the compiler's own vectors";
+#endif
+}
+
 extern "C" long packed_bytes(const Matrix* m) { return m->num_panels() * m->panel_bytes(); }
 
 // The parts of a matrix to its panels.

@@ -168,6 +168,19 @@ void multiply(const bf16* x, const Product& product, long rows, int threads) {
 
 }  // namespace
 
+// The instructions that multiply. `minisrv doctor` prints them.
+extern "C" const char* instructions() {
+#if defined __AVX512BF16__
+  return "AVX-512 BF16";
+#elif defined __AVX512F__
+  return "AVX-512";
+#elif defined __AVX2__
+  return "AVX2";
+#else
+  return "the compiler's own vectors";
+#endif
+}
+
 // weights [outputs, inputs], with an even number of inputs, to panels.
 extern "C" void pack_weights(const bf16* weights, uint32_t* packed, long outputs, long inputs,
                              int threads) {
