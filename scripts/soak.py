@@ -23,6 +23,7 @@ SERVER_TESTS = {
     "drain": ["tests/soak/test_drain.py"],
     "day": ["tests/soak/test_day.py"],
     "kills": ["tests/soak/test_kills.py"],
+    "dashboard": ["tests/soak/test_dashboard.py"],
     "processes": ["tests/processes"],
 }
 TESTS = {

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
+# Modules of this package.
+COMMANDS = ("batch", "plan", "launch", "doctor", "dashboard")
 USAGE = """\
 usage: minisrv serve MODEL [options]   serve a model over an OpenAI-compatible API
        minisrv batch MODEL --input FILE --output FILE [options]
@@ -17,6 +19,7 @@ usage: minisrv serve MODEL [options]   serve a model over an OpenAI-compatible A
                                        start a coding agent with a running server: codex,
                                        opencode, qwen-code or claude
        minisrv doctor [--json]          show what this machine has, and what to do about it
+       minisrv dashboard                print a dashboard for Grafana
        minisrv --version
 
 Options: `minisrv COMMAND --help`."""
@@ -29,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from minisrv import launch_server
 
             return launch_server.main(rest, prog="minisrv serve")
-        case ["batch" | "plan" | "launch" | "doctor" as command, *rest]:
+        case [command, *rest] if command in COMMANDS:
             status: int = import_module(f"minisrv.commands.{command}").main(rest)
             return status
         case ["--version", *_]:
