@@ -1,13 +1,14 @@
 """`uvicorn minisrv.asgi:app`: an application whose lifespan starts, drains and stops the engine.
 
 Options are read from the environment. HTTP is served while the model loads; /ready reports when
-it can be used. Run it with one worker: each worker would start an engine of its own.
+it can be used. Run it with one worker: there is one engine, and further workers only stand by.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 
@@ -15,16 +16,32 @@ from minisrv import log
 from minisrv.config import ServerConfig
 from minisrv.frontend.app import create_app
 from minisrv.frontend_manager import FrontendManager
+from minisrv.supervision.sole_worker import SoleWorker, workers_parent
+
+logger = logging.getLogger("minisrv.asgi")
 
 
 @asynccontextmanager
 async def _engine(app: FastAPI) -> AsyncIterator[None]:
-    await _manager.launch()
-    try:
-        yield
-    finally:
-        await _manager.drain()
-        await _manager.aclose()
+    logging.getLogger("uvicorn.access").disabled = True  # minisrv logs each request
+    with ExitStack() as stack:
+        if (parent_pid := workers_parent()) is not None:
+            place = SoleWorker(parent_pid)
+            stack.callback(place.leave)
+            if not place.take():
+                logger.warning(
+                    "another worker runs the engine, and this one stands by: more than one worker "
+                    "is of no use"
+                )
+                if not await place.wait():
+                    yield
+                    return
+        await _manager.launch()
+        try:
+            yield
+        finally:
+            await _manager.drain()
+            await _manager.aclose()
 
 
 _config = ServerConfig.from_environment()

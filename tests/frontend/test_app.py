@@ -60,10 +60,19 @@ def test_the_routers_own_errors_have_the_one_form(
     assert ("allow" in response.headers) == (status == 405)
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready"])
-def test_probes_may_use_head(server: HttpServer, path: str) -> None:
-    response = server.http.head(path)
-    assert (response.status_code, response.content) == (200, b"")
+@pytest.mark.parametrize("path", ["/health", "/healthz", "/ping", "/v1/health", "/ready"])
+def test_probes_are_open_and_quiet_and_may_use_head(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "minisrv")
+    with serve(api_key=("key",)) as server:
+        response = server.http.head(path)
+        assert (response.status_code, response.content) == (200, b"")
+        if path != "/ready":
+            assert server.http.get(path).json() == {"status": "ok"}
+            server.in_loop(lambda: server.registry.fail_all(EngineDeadError("gone")))
+            assert server.http.get(path).status_code == 503
+    assert not caplog.messages
 
 
 def test_the_docs_load_nothing_from_elsewhere(server: HttpServer) -> None:

@@ -114,6 +114,8 @@ def test_metrics_count_requests_by_their_end() -> None:
         for reason, count in ends.items():
             assert values["minisrv:request_success_total", reason] == count
         assert values["minisrv:request_generation_tokens_sum",] == 7 + 7 + 2
+        assert values["minisrv:request_max_num_generation_tokens_sum",] == 7 + 2
+        assert values["minisrv:request_max_num_generation_tokens_count",] == 2
         assert values["minisrv:request_prompt_tokens_count",] == 3
         assert values["minisrv:time_to_first_token_seconds_count",] == 4
         assert values["minisrv:e2e_request_latency_seconds_count",] == 2
@@ -187,8 +189,16 @@ def test_the_schedulers_figures_are_shown_under_vllms_names_if_asked() -> None:
                 if key[0] == prefix + "inter_token_latency_seconds_bucket"
             }
             assert (buckets["0.003"], buckets["0.005"], buckets["+Inf"]) == (0, 50, 50)
+        assert values["vllm:request_max_num_generation_tokens_sum",] == 7
         assert values["minisrv:unknown_request_fields_total",] == 1
         assert not any(key[0].startswith("vllm:http") for key in values)
+
+
+def test_the_frontends_process_is_measured(server: HttpServer) -> None:
+    values = metrics_of(server)
+    assert values["process_resident_memory_bytes",] > 2**20
+    assert values["process_cpu_seconds_total",] > 0
+    assert values["process_open_fds",] > 2
 
 
 def test_metrics_have_no_vllm_names_unless_asked(server: HttpServer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,13 +30,6 @@ from tests.support.server_process import (
 
 STEP_S = 0.01
 NUM_TOKENS = 150
-
-_ASGI = """
-import uvicorn
-from minisrv.supervision import supervisor
-supervisor.MODULES["scheduler"] = "tests.support.hash_scheduler"
-uvicorn.run("minisrv.asgi:app", port={port}, log_level="warning")
-"""
 
 
 def assert_complete(requests: list[OpenRequest], num_tokens: int = NUM_TOKENS) -> None:
@@ -104,6 +98,9 @@ def test_a_signal_lets_open_requests_end_and_refuses_others(
     assert_complete(requests)
     assert server.wait(5) == 0
     assert "Traceback" not in server.output
+    assert f" stopping signal={number.name}\n" in server.output
+    assert re.search(r" draining open=\d+ timeout_s=30\.0\n", server.output)
+    assert re.search(r" drained open=0 ms=\d+\n", server.output)
 
 
 def test_a_signal_to_every_process_lets_open_requests_end(server: ServerProcess) -> None:
@@ -272,7 +269,8 @@ def test_an_application_under_another_server_drains(
         MINISRV_TEST_STEP_S=str(STEP_S),
         TMPDIR=str(tmp_dir),
     )
-    process = subprocess.Popen([sys.executable, "-c", _ASGI.format(port=port)], env=variables)
+    uvicorn = [sys.executable, "-m", "uvicorn", "tests.support.hash_asgi:app"]
+    process = subprocess.Popen([*uvicorn, "--port", str(port)], env=variables)
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until(lambda: status_of(f"{url}/ready") == 200 or process.poll() is not None)

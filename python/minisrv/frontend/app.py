@@ -126,6 +126,9 @@ def _add_middlewares(
 
 
 def _add_state_routes(app: FastAPI, registry: RequestRegistry, metrics: ServerMetrics) -> None:
+    @app.get("/v1/health", include_in_schema=False)
+    @app.get("/ping", include_in_schema=False)
+    @app.get("/healthz", include_in_schema=False)
     @app.get("/health", responses=errors(503))
     async def health() -> Response:
         """Whether the server is alive: 200 also while the model loads, 503 when it is dead."""

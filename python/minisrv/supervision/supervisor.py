@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from minisrv import log
 from minisrv.checkpoint.hub import find_local_model
 from minisrv.checkpoint.tokenizer import needs_conversion
 from minisrv.config import ServerConfig
@@ -54,6 +55,7 @@ HURRIED_GRACE_S = 0.5
 # A frontend that does not report the end of its drain in time is not waited for any longer.
 DRAIN_MARGIN_S = 0.5
 LATE_START = 3  # a restart may take so many times as long as the first start
+_NO_SIGNAL = 0  # in place of a signal's number
 STACKS_S = 1.0  # from the request for its stacks to the end of a stalled process
 MODULES = {
     "frontend": "minisrv.frontend",
@@ -126,7 +128,7 @@ class Supervisor:
         second ends all children, and gives the frontend HURRIED_GRACE_S for its last words.
         """
         with contextlib.suppress(OSError):
-            self._wake_sender.send(b"s")
+            self._wake_sender.send(bytes([_NO_SIGNAL]))
 
     def run(self) -> None:
         """Start the children and watch them; return after `stop`, when none is left.
@@ -388,11 +390,19 @@ class Supervisor:
         timeout_s = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
         for key, _ in self._selector.select(timeout_s):
             if key.data is None:
-                self._num_stops += len(self._wake_receiver.recv(4096))
+                self._count_stops(self._wake_receiver.recv(4096))
             elif key.fd == key.data.status_fd:
                 self._read_reports(key.data)
             if key.data is not None and key.data.ended:
                 self._unwatch(key.data)
+
+    def _count_stops(self, numbers: bytes) -> None:
+        """Count calls of `stop`, and signals, by their numbers."""
+        for number in numbers:
+            self._num_stops += 1
+            if number != _NO_SIGNAL:
+                what = "ending" if self._must_stop else "stopping"
+                log.event(logger, logging.INFO, what, {"signal": signal.Signals(number).name})
 
     def _read_reports(self, child: ChildProcess) -> None:
         for report in child.read_reports():

@@ -20,10 +20,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError, ForbiddenError, HostNotAllowedError, UnauthorizedError
+from minisrv.frontend.http.context import PROBE_PATHS
 from minisrv.frontend.http.errors import ErrorResponse
 from minisrv.frontend.http.hosts import AllowedHosts, is_loopback
 
-PUBLIC_PATHS = frozenset({b"/health", b"/ready"})
+PUBLIC_PATHS = frozenset(path.encode() for path in PROBE_PATHS)
 METRICS_PATH = b"/metrics"
 _SCOPE_KEY = "minisrv.access"
 _NUMBER_KEY = "minisrv.key"

@@ -23,6 +23,7 @@ from minisrv.frontend.fields.names import UnknownFields
 from minisrv.frontend.fields.table import Field, Treatment, read_fields
 from minisrv.frontend.http.body_size import PIECE_BYTES, BodySize
 from minisrv.frontend.http.context import RequestContext, context_of
+from minisrv.frontend.http.gzip_body import CODINGS, GzipBody
 
 logger = logging.getLogger("minisrv.frontend")
 
@@ -118,33 +119,43 @@ def _check_content_type(request: Request) -> None:
         sentence = "the body must be sent with Content-Type: application/json"
         raise InvalidRequestError(sentence, status=415)
     coding = request.headers.get("content-encoding", "").strip()
-    if coding.lower() not in ("", "identity"):
-        sentence = f"Content-Encoding {coding[:40]!a} is not supported; send plain JSON"
+    if coding.lower() not in ("", "identity", *CODINGS):
+        sentence = f"Content-Encoding {coding[:40]!a} is not supported; send gzip or plain JSON"
         raise InvalidRequestError(sentence, status=415)
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
+    """The body, inflated if it was compressed; it may have max_bytes as sent and as inflated."""
+    coding = request.headers.get("content-encoding", "").strip().lower()
+    gzip = GzipBody() if coding in CODINGS else None
     announced = request.headers.get("content-length", "")
     num_bytes = int(announced) if announced.isdecimal() else 0
-    data, size, num_counted = bytearray(), BodySize(), 0
+    data, size, num_counted, num_sent = bytearray(), BodySize(), 0, 0
     more = True
     while more and num_bytes <= max_bytes:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        data += message.get("body", b"")
-        num_bytes = len(data)
+        sent = message.get("body", b"")
+        num_sent += len(sent)
         more = message.get("more_body", False)
-        # What is refused is still received: a client that sends may not see an early answer.
-        while size.fits and num_counted + PIECE_BYTES < num_bytes:
-            size.add(data[num_counted : num_counted + PIECE_BYTES])
-            num_counted += PIECE_BYTES
-            await asyncio.sleep(0)
+        for piece in gzip.inflate(sent) if gzip else (sent,):
+            data += piece
+            # What is refused is still received: a client that sends may not see an early answer.
+            while size.fits and num_counted + PIECE_BYTES < len(data):
+                size.add(data[num_counted : num_counted + PIECE_BYTES])
+                num_counted += PIECE_BYTES
+                await asyncio.sleep(0)
+            if len(data) > max_bytes:
+                break
+        num_bytes = max(num_sent, len(data))
     if num_bytes > max_bytes:
         raise RequestTooLargeError(
             f"the body has more than {max_bytes} bytes, the limit; send less or raise "
             "--max-body-bytes"
         )
+    if gzip and num_sent:
+        gzip.end()
     if num_counted and size.fits:
         size.add(data[num_counted:])
     size.check()

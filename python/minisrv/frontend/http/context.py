@@ -33,7 +33,8 @@ _SCOPE_KEY = "minisrv.request"
 # Of agents: opencode, Codex and Claude Code.
 _SESSION_HEADERS = ("x-session-id", "session-id", "x-claude-code-session-id")
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-_QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
+PROBE_PATHS = frozenset({"/health", "/healthz", "/ping", "/v1/health", "/ready"})
+_QUIET_PATHS = PROBE_PATHS | {"/metrics"}
 
 
 @dataclass(slots=True)

@@ -9,7 +9,13 @@ import collections
 import re
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -53,6 +59,7 @@ _OBSERVED = (
     ("request_time_per_output_token_seconds", "Mean time between tokens of a choice.", SECONDS),
     ("request_prompt_tokens", "Prompt tokens of a choice.", TOKENS),
     ("request_generation_tokens", "Output tokens of a choice.", TOKENS),
+    ("request_max_num_generation_tokens", "Output tokens of a request's longest choice.", TOKENS),
 )
 # Counters: name, help and labels.
 _COUNTED = (
@@ -79,6 +86,7 @@ class ServerMetrics(Collector):
         self._vllm_names = vllm_names
         self._registry = registry = CollectorRegistry()
         self._registry.register(self)
+        ProcessCollector(registry=registry)
         self._counters = {
             name: Counter(PREFIX + name, help, labels, registry=registry)
             for name, help, labels in _COUNTED
@@ -108,6 +116,9 @@ class ServerMetrics(Collector):
             if choice.output_tokens > 1 and choice.decode_s is not None:
                 seconds = choice.decode_s / (choice.output_tokens - 1)
                 self._observe("request_time_per_output_token_seconds", seconds)
+        if finished:
+            longest = max(choice.output_tokens for choice in finished)
+            self._observe("request_max_num_generation_tokens", longest)
         failed = timings.num_choices - len(finished)
         if failed:
             self._count_end(timings.failure_reason or "error", failed)
