@@ -22,6 +22,7 @@ USER, OTHER, ADMIN = "user-key", "other-key", "admin-key"
 ADMIN_ROUTES = [
     ("GET", "/server_info"),
     ("GET", "/get_server_info"),
+    ("GET", "/v1/cache/tree"),
     ("POST", "/flush_cache"),
     ("POST", "/abort_request"),
     ("POST", "/abort"),

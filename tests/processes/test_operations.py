@@ -207,6 +207,21 @@ def test_metrics_tell_the_truth_under_load(server: ServerProcess, http: httpx.Cl
     assert after["minisrv:prefix_cache_hits_total"] <= after["minisrv:prefix_cache_queries_total"]
 
 
+def test_the_tree_shows_the_path_of_a_request_and_its_text_only_on_demand(
+    http: httpx.Client,
+) -> None:
+    prompt = "These are the bytes of a prompt that fills several pages of the cache."
+    body = {"prompt": prompt, "max_tokens": 2, "request_id": "seen-in-the-tree"}
+    assert http.post("/v1/completions", json=body).status_code == 200
+    query = {"request_id": "seen-in-the-tree", "text": "true"}
+    tree = http.get("/v1/cache/tree", params=query).json()
+    texts = {node["id"]: node["text"] for node in tree["nodes"]}
+    assert texts[tree["path"][0]].removeprefix("<s>").startswith(prompt[:16])
+    tokens = sum(node["tokens"] for node in tree["nodes"] if node["id"] in tree["path"])
+    assert tokens >= 2 * tree["page_size"]
+    assert "text" not in http.get("/v1/cache/tree").json()["nodes"][0]
+
+
 def test_the_parts_of_the_time_make_up_the_whole(http: httpx.Client) -> None:
     body = {"prompt": "Hi", "max_tokens": 40, "ignore_eos": True, "timings": True}
     timings = http.post("/v1/completions", json=body).json()["timings"]

@@ -9,16 +9,20 @@ import numpy as np
 
 from minisrv.errors import InvalidRequestError
 from minisrv.frontend.registry.registry import RequestRegistry
+from minisrv.kvcache.manager import KVCacheManager
+from minisrv.scheduler.tree_description import describe_tree
 from minisrv.wire.codec import decode, encode
 from minisrv.wire.histogram import SECONDS, TOKENS, HistogramCounter
 from minisrv.wire.messages import (
     FRONTEND_INBOX,
     TOKENIZER_INBOX,
     AbortMsg,
+    AnswerMsg,
     End,
     Failure,
     Finish,
     Histogram,
+    ShowTreeMsg,
     Start,
     StatsMsg,
     TokenizeMsg,
@@ -83,11 +87,13 @@ class ScriptedBackend:
 
     "refuse": a failure 400. "silent": nothing until the abort. "stall": one word, then nothing.
     "break": one word, then a failure 500. "bug": text that no reply can hold.
+    cache: what /v1/cache/tree shows.
     """
 
     def __init__(self, registry: RequestRegistry, step_s: float = 0.0) -> None:
         self.sent: list[tuple[int, TokenizeMsg | AbortMsg]] = []
         self.started: list[int] = []
+        self.cache = KVCacheManager(100, 8, 4, radix_cache=True)
         self._registry = registry
         self._step_s = step_s
         self._running: dict[int, asyncio.Task[None]] = {}
@@ -101,7 +107,12 @@ class ScriptedBackend:
     def aborted(self) -> list[int]:
         return [uid for _, m in self.sent if isinstance(m, AbortMsg) for uid in m.uids]
 
-    def send(self, tokenizer_index: int, message: TokenizeMsg | AbortMsg) -> None:
+    def send(self, tokenizer_index: int, message: TokenizeMsg | AbortMsg | ShowTreeMsg) -> None:
+        if isinstance(message, ShowTreeMsg):
+            tree = describe_tree(self.cache, message, now=100.0)
+            answer = encode(AnswerMsg(query=message.query, value=tree))
+            self._registry.receive(decode(answer, FRONTEND_INBOX))
+            return
         message = decode(encode(message), TOKENIZER_INBOX)
         self.sent.append((tokenizer_index, message))
         if isinstance(message, AbortMsg):

@@ -32,6 +32,7 @@ from minisrv.frontend.http.hosts import AllowedHosts
 from minisrv.frontend.http.openapi import describe_errors, errors
 from minisrv.frontend.http.paths import AliasMiddleware, add_head_routes, read_prefix
 from minisrv.frontend.ops.admin import add_admin_routes, add_drain_route, add_load_route
+from minisrv.frontend.ops.cache_tree import add_cache_tree_route
 from minisrv.frontend.ops.metrics import CONTENT_TYPE, ServerMetrics
 from minisrv.frontend.ops.root_page import add_root_page
 from minisrv.frontend.registry.registry import RequestRegistry
@@ -88,6 +89,7 @@ def create_app(
     add_token_routes(app, service)
     add_load_route(app, registry)
     add_admin_routes(app, config, VERSION, bodies, registry, REPLY_PREFIXES)
+    add_cache_tree_route(app, registry, REPLY_PREFIXES)
     add_drain_route(app, start_drain or registry.start_drain)
     add_head_routes(app)
 

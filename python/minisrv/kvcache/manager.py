@@ -10,6 +10,8 @@ from minisrv.kvcache.page_pool import IdPool
 from minisrv.kvcache.radix_tree import Match, Node, RadixTree
 from minisrv.wire.arrays import Int32Array
 
+MAX_RECENT = 4096
+
 
 @dataclass(slots=True, eq=False, repr=False)
 class Lease:
@@ -17,7 +19,8 @@ class Lease:
 
     `pages[c]` holds positions c * page_size and up. The first `num_shared` pages belong to the
     tree, are read-only and pinned at `node`; the others belong only to this lease. Pages are shared
-    only between leases with the same `salt`.
+    only between leases with the same `salt`. Once closed it has no pages, and `node` is where its
+    tokens end in the tree.
     """
 
     row: int
@@ -56,7 +59,7 @@ class KVCacheManager:
     """Allocates rows and pages to requests.
 
     All token ids are int32 arrays that start at position 0. Changes of the page table are collected
-    until `take_page_writes`.
+    until `take_page_writes`. `recent` are the last leases by uid, closed ones too.
     """
 
     def __init__(self, num_pages: int, num_rows: int, page_size: int, *, radix_cache: bool) -> None:
@@ -65,6 +68,7 @@ class KVCacheManager:
         self.tree = RadixTree(page_size)
         self.pages = IdPool(num_pages)
         self.rows = IdPool(num_rows)
+        self.recent: dict[int, Lease] = {}
         self._page_writes: dict[tuple[int, int], int] = {}
 
     @property
@@ -81,9 +85,14 @@ class KVCacheManager:
         """Pages needed for `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
 
-    def open_lease(self, salt: bytes = b"") -> Lease:
+    def open_lease(self, salt: bytes = b"", uid: int = -1) -> Lease:
         """A new lease without pages; the caller has checked that a row is free."""
-        return Lease(row=self.rows.allocate(1)[0], node=self.tree.root, salt=salt)
+        lease = Lease(row=self.rows.allocate(1)[0], node=self.tree.root, salt=salt)
+        self.recent.pop(uid, None)
+        self.recent[uid] = lease
+        if len(self.recent) > MAX_RECENT:
+            del self.recent[next(iter(self.recent))]
+        return lease
 
     def open_demand(
         self, token_ids: Int32Array, salt: bytes = b"", *, uses_cache: bool = True
@@ -161,17 +170,17 @@ class KVCacheManager:
         """End a lease: full pages below `computed` go into the tree, the others are released."""
         start = lease.num_shared
         end = max(start, computed // self.page_size) if self.radix_cache else start
-        known = end - start
+        known, last = end - start, lease.node
         if known:
             own = lease.pages[start:end]
-            _, known = self.tree.insert(lease.node, token_ids, own, lease.last_step, lease.salt)
+            last, known = self.tree.insert(lease.node, token_ids, own, lease.last_step, lease.salt)
         self.tree.unpin(lease.node, lease.last_step)
         unused = lease.pages[start : start + known] + lease.pages[end:]
         self.pages.release(unused, lease.last_step)
         self.rows.release([lease.row], lease.last_step)
         for column in range(len(lease.pages)):  # the row's next owner writes its own
             self._page_writes.pop((lease.row, column), None)
-        lease.pages, lease.node = [], self.tree.root
+        lease.pages, lease.node = [], last
 
     def evict(self, count: int) -> None:
         """Evict up to `count` unpinned pages from the tree, least recently used first."""

@@ -10,7 +10,7 @@ with refs 0 may be evicted, least recently used leaf first.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,16 +22,18 @@ class Node:
     """A node and the edge that leads to it. `tokens` has page_size ids for each of `pages`.
 
     `key` indexes this node in `parent.children`. Its path from the root has `end` pages. An evicted
-    node has no pages.
+    node has no pages. `id` is its own for as long as the tree lives; the root's is 0.
     """
 
     __slots__ = (
         "children",
         "end",
         "fill_step",
+        "id",
         "key",
         "last_step",
         "last_used",
+        "last_used_at",
         "pages",
         "parent",
         "refs",
@@ -40,12 +42,14 @@ class Node:
 
     def __init__(
         self,
+        id: int,
         parent: Node | None,
         key: bytes,
         tokens: Int32Array,
         pages: list[int],
         fill_step: int,
     ) -> None:
+        self.id = id
         self.parent = parent
         self.key = key
         self.tokens = tokens
@@ -55,7 +59,8 @@ class Node:
         self.refs = 0
         self.fill_step = fill_step  # the last step that writes these pages
         self.last_step = fill_step  # the last step that may use them
-        self.last_used = 0
+        self.last_used = 0  # by the tree's clock, which counts uses
+        self.last_used_at = 0.0
 
     @property
     def start(self) -> int:
@@ -85,16 +90,20 @@ class Match:
 class RadixTree:
     """`tokens` arguments start at the root; `limit` counts pages.
 
-    `num_pin_changes` grows whenever a node gets its first pin or loses its last.
+    `num_pin_changes` grows whenever a node gets its first pin or loses its last. `now` is set by
+    the caller, in seconds, for who looks at the times of uses.
     """
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
-        self.root = Node(None, b"", np.empty(0, np.int32), [], 0)
+        self.root = Node(0, None, b"", np.empty(0, np.int32), [], 0)
         self.root.refs = 1
         self.num_evictable = 0
         self.num_pages = 0
         self.num_pin_changes = 0
+        self.now = 0.0
+        self._nodes: dict[int, Node] = {}  # by id, without the root
+        self._last_id = 0
         self._clock = 0
         self._heap_order = 0
         self._heap: list[tuple[int, int, Node]] = []
@@ -155,14 +164,13 @@ class RadixTree:
         last = self.end_of(found)
         if known == len(pages):
             return last, known
-        child = Node(
+        child = self._add(
             last,
             self._key(tokens, found.end, salt),
             tokens[found.end * self.page_size : end * self.page_size].copy(),
             pages[known:],
             step,
         )
-        last.children[child.key] = child
         self.num_pages += len(child.pages)
         self.num_evictable += len(child.pages)
         self._touch(child)
@@ -220,17 +228,16 @@ class RadixTree:
             node = node.parent
         return [page for part in reversed(parts) for page in part]
 
-    def nodes(self) -> Iterator[Node]:
+    def nodes(self) -> Collection[Node]:
         """All nodes except the root."""
-        stack = list(self.root.children.values())
-        while stack:
-            node = stack.pop()
-            stack += node.children.values()
-            yield node
+        return self._nodes.values()
 
     def check(self) -> None:
         """Assert the tree's invariants and counters; KVCacheManager.check compares refs."""
-        nodes = list(self.nodes())
+        nodes, found = list(self.nodes()), [self.root]
+        for node in found:
+            found += node.children.values()
+        assert set(found) == {self.root, *nodes}
         assert self.num_pages == sum(len(node.pages) for node in nodes)
         assert self.num_evictable == sum(len(node.pages) for node in nodes if not node.refs)
         for node in nodes:
@@ -264,14 +271,23 @@ class RadixTree:
         different = np.flatnonzero(child.tokens[: len(ours)] != ours)
         return int(different[0]) // self.page_size if len(different) else pages
 
+    def _add(
+        self, parent: Node, key: bytes, tokens: Int32Array, pages: list[int], fill_step: int
+    ) -> Node:
+        """A new node under `key`, where another one may have been."""
+        self._last_id += 1
+        node = Node(self._last_id, parent, key, tokens, pages, fill_step)
+        self._nodes[node.id] = parent.children[key] = node
+        return node
+
     def _split(self, node: Node, at: int) -> Node:
         """Move the first `at` pages of `node` to a new parent; pins on `node` stay valid."""
         assert node.parent is not None
         assert 0 < at < len(node.pages)
         cut = at * self.page_size
-        upper = Node(node.parent, node.key, node.tokens[:cut], node.pages[:at], node.fill_step)
-        upper.refs, upper.last_used, upper.last_step = node.refs, node.last_used, node.last_step
-        node.parent.children[node.key] = upper
+        upper = self._add(node.parent, node.key, node.tokens[:cut], node.pages[:at], node.fill_step)
+        upper.refs, upper.last_step = node.refs, node.last_step
+        upper.last_used, upper.last_used_at = node.last_used, node.last_used_at
         node.key = self._key(node.tokens, at, b"")
         upper.children[node.key] = node
         node.parent, node.tokens, node.pages = upper, node.tokens[cut:], node.pages[at:]
@@ -291,13 +307,14 @@ class RadixTree:
         parent = node.parent
         assert parent is not None
         del parent.children[node.key]
-        node.pages = []
+        del self._nodes[node.id]
+        node.pages, node.tokens = [], np.empty(0, np.int32)
         if parent is not self.root:
             self._add_to_heap(parent)
 
     def _touch(self, node: Node) -> None:
         self._clock += 1
-        node.last_used = self._clock
+        node.last_used, node.last_used_at = self._clock, self.now
         self._add_to_heap(node)
 
     def _add_to_heap(self, node: Node) -> None:

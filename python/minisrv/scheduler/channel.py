@@ -12,6 +12,7 @@ from minisrv.wire.messages import (
     FlushMsg,
     GenerateMsg,
     Message,
+    ShowTreeMsg,
     StatsMsg,
 )
 
@@ -42,7 +43,7 @@ class LocalChannel:
     """The Channel of an offline engine: the caller fills `inbox` and empties `outbox`."""
 
     def __init__(self) -> None:
-        self.inbox: deque[GenerateMsg | AbortMsg | FlushMsg] = deque()
+        self.inbox: deque[GenerateMsg | AbortMsg | FlushMsg | ShowTreeMsg] = deque()
         self.outbox: deque[DetokenizeMsg] = deque()
         self.sent_to_frontend: deque[AnswerMsg | StatsMsg] = deque(maxlen=8)
 

@@ -22,6 +22,7 @@ from minisrv.scheduler.request import Request
 from minisrv.scheduler.scheduler import Scheduler
 from minisrv.scheduler.stats import LoopStats
 from minisrv.scheduler.step_plan import StepPlan
+from minisrv.scheduler.tree_description import describe_tree
 from minisrv.structured_output.compiler import GrammarCompiler
 from minisrv.supervision.progress import MESSAGE, NoProgress, Progress
 from minisrv.wire.arrays import Int32Array
@@ -32,6 +33,7 @@ from minisrv.wire.messages import (
     Failure,
     FlushMsg,
     GenerateMsg,
+    ShowTreeMsg,
 )
 
 COMPILE_POLL_S = 0.005
@@ -107,7 +109,7 @@ class SchedulerLoop:
 
     def advance(self) -> None:
         """Launch the next step, and settle the steps before it down to `overlap_depth`."""
-        self._now = time.monotonic()
+        self._now = self.scheduler.cache.tree.now = time.monotonic()
         plan = self.scheduler.schedule(self._now)
         if plan is not None:
             self.stats.count_launch(plan)
@@ -146,7 +148,7 @@ class SchedulerLoop:
         if self.channel.begins_epoch():
             self.scheduler.drop_requests()
         if messages:
-            self._now = time.monotonic()
+            self._now = self.scheduler.cache.tree.now = time.monotonic()
         for message in messages:
             if isinstance(message, GenerateMsg):
                 uids = range(message.uid, message.uid + message.sampling.n)
@@ -159,6 +161,9 @@ class SchedulerLoop:
                 self.scheduler.abort_requests(message.uids, self._now)
             elif isinstance(message, FlushMsg):
                 self.channel.send_to_frontend(self._flush_cache(message))
+            elif isinstance(message, ShowTreeMsg):
+                tree = describe_tree(self.scheduler.cache, message, self._now)
+                self.channel.send_to_frontend(AnswerMsg(query=message.query, value=tree))
 
     def _flush_cache(self, message: FlushMsg) -> AnswerMsg:
         """Empty the cache. Refused while requests are open, which hold parts of it."""

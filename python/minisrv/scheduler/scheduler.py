@@ -316,7 +316,7 @@ class Scheduler:
             return False
         self.waiting.withdraw(request)
         request.become(Status.RUNNING)
-        request.lease = self.cache.open_lease(request.salt)
+        request.lease = self.cache.open_lease(request.salt, request.uid)
         request.prefill_ids, request.num_computed = demand.token_ids, 0
         request.demand, request.bypassed = None, 0
         if request.admitted_at is None:

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -184,9 +185,16 @@ class TokenizerWorker:
             shown = {"text": text, "ids": ids, "tokens": tokens}
             return {"count": len(ids), **{name: _json(value) for name, value in shown.items()}}
         if isinstance(query, DecodeMsg):
-            ids = query.token_ids.tolist()
-            return {"text": _json(self._tokenizer.decode(ids, query.skip_special_tokens))}
+            return self._decode(query)
         return self._tokenizer.describe()
+
+    def _decode(self, query: DecodeMsg) -> dict[str, Any]:
+        ids, skip = query.token_ids.tolist(), query.skip_special_tokens
+        if query.lengths is None:
+            return {"text": _json(self._tokenizer.decode(ids, skip))}
+        ends = np.cumsum(query.lengths).tolist()
+        parts = (ids[start:end] for start, end in pairwise([0, *ends]))
+        return {"texts": [_json(self._tokenizer.decode(part, skip)).decode() for part in parts]}
 
     def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
         """Token ids of a text; one that cannot fit is refused unread, since it may take seconds."""

@@ -162,11 +162,15 @@ class EncodeMsg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeMsg:
-    """Frontend to tokenizer: the text of these ids. Answered with the text as JSON."""
+    """Frontend to tokenizer: the text of these ids. Answered with the text as JSON.
+
+    lengths: the ids are those of several texts, which are returned one by one.
+    """
 
     query: int
     token_ids: Int32Array
     skip_special_tokens: bool
+    lengths: Int32Array | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +185,20 @@ class FlushMsg:
     """Frontend to tokenizer to scheduler: empty the prefix cache. Answered with pages or busy."""
 
     query: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShowTreeMsg:
+    """Frontend to scheduler: describe the cache's radix tree. Answered with `describe_tree`.
+
+    max_nodes: the most used. uids: the nodes of these requests are marked. num_tokens: how many of
+    the first token ids of each node to send.
+    """
+
+    query: int
+    max_nodes: int
+    uids: tuple[int, ...] = ()
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -362,7 +380,7 @@ class StatsMsg:
 
 
 TokenizerQuery = EncodeMsg | DecodeMsg | DescribeMsg
-Query = TokenizerQuery | FlushMsg
+Query = TokenizerQuery | FlushMsg | ShowTreeMsg
 Message = (
     TokenizeMsg
     | AbortMsg
@@ -377,7 +395,7 @@ Message = (
 InboxTypes = tuple[type[Message], ...]
 
 TOKENIZER_INBOX: InboxTypes = (TokenizeMsg, AbortMsg, EncodeMsg, DecodeMsg, DescribeMsg, FlushMsg)
-SCHEDULER_INBOX: InboxTypes = (GenerateMsg, AbortMsg, FlushMsg)
+SCHEDULER_INBOX: InboxTypes = (GenerateMsg, AbortMsg, FlushMsg, ShowTreeMsg)
 DETOKENIZER_INBOX: InboxTypes = (DetokenizeMsg,)
 FRONTEND_INBOX: InboxTypes = (UserReply, AnswerMsg, StatsMsg, TakenMsg)
 

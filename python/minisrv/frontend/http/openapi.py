@@ -38,6 +38,12 @@ def request_body(table: Mapping[str, Field], *, required: bool = True) -> dict[s
     return {"requestBody": {"required": required, "content": content}}
 
 
+def query_parameters(table: Mapping[str, Field]) -> dict[str, Any]:
+    """The `openapi_extra` of a route with optional parameters in its URL."""
+    named = [{"name": name, "in": "query", "schema": table[name].schema} for name in table]
+    return {"parameters": named}
+
+
 def errors(*statuses: int, schema: Schema = ERROR_SCHEMA) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that may send an error object with these statuses."""
     content = {"application/json": {"schema": schema}}

@@ -158,5 +158,8 @@ def _load(registry: RequestRegistry) -> dict[str, Any]:
             "num_used_tokens": stats.pages_used * stats.page_size,
             "max_total_num_tokens": stats.num_pages * stats.page_size,
             "token_usage": stats.pages_used / stats.num_pages,
+            "prompt_tokens": stats.prompt_tokens,
+            "cached_tokens": stats.cached_tokens,
+            "output_tokens": stats.output_tokens,
         }
     return load

@@ -14,6 +14,7 @@ from minisrv.wire.messages import (
     AbortMsg,
     AnswerMsg,
     Query,
+    ShowTreeMsg,
     StatsMsg,
     TakenMsg,
     TokenizeMsg,
@@ -86,12 +87,15 @@ class EngineClient:
 
     def _send(self, index: int, message: TokenizeMsg | AbortMsg | Query) -> None:
         """Send to a tokenizer; an abort also to the scheduler, past what the tokenizer works on.
+        What concerns no tokenizer goes to the scheduler only.
 
         The scheduler ignores uids that it does not know yet: for those the other abort follows.
         """
         if isinstance(message, AbortMsg):
             self._scheduler.send_always(message)
             self._tokenizers[index].send_always(message)
+        elif isinstance(message, ShowTreeMsg):
+            self._scheduler.send_always(message)
         else:
             self._tokenizers[index].send(message)
 

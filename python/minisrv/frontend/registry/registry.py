@@ -43,6 +43,7 @@ from minisrv.wire.messages import (
 
 STOPPING = "the server is stopping"
 SEED_BITS = 63
+MAX_RECENT = 4096
 Send = Callable[[int, TokenizeMsg | AbortMsg | Query], None]
 
 
@@ -78,6 +79,7 @@ class RequestRegistry:
         self._requests: dict[int, OpenRequest] = {}
         self._owners: dict[int, OpenRequest] = {}
         self._unstarted: set[int] = set()
+        self._recent_uids: dict[str, range] = {}  # by request id, of requests that have ended too
 
     def connect(self, send: Send) -> None:
         """Send messages by `send(tokenizer_index, message)` from now on."""
@@ -204,7 +206,15 @@ class RequestRegistry:
         self._requests[base] = request
         self._owners.update(dict.fromkeys(request.live, request))
         self._unstarted |= request.live
+        self._recent_uids.pop(request_id, None)
+        self._recent_uids[request_id] = range(base, base + n)
+        if len(self._recent_uids) > MAX_RECENT:
+            del self._recent_uids[next(iter(self._recent_uids))]
         return base
+
+    def recent_uids(self, request_id: str) -> Sequence[int]:
+        """The uids of the last request with this id, if it is one of the last MAX_RECENT."""
+        return self._recent_uids.get(request_id, ())
 
     def _reserve(self, n: int) -> int:
         """The first of `n` uids. Raises OverloadedError past the limit, and as `model` does."""
