@@ -53,13 +53,18 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """The module of a kernel of --decode-kernel other than fa2, which needs none of its own."""
+    """The module of a kernel of --decode-kernel other than fa2, which needs none of its own.
+
+    Those for XQA support pages of `page_size` tokens and `group` query heads per key head.
+    """
 
     kernel: str
     attention: Attention
+    group: int | None = None
+    page_size: int = 16
 
     def __str__(self) -> str:
-        return f"{self.kernel}-{self.attention}"
+        return f"{self.kernel}-{self.attention}{f'-group{self.group}' * bool(self.group)}"
 
 
 # What scripts/gpu_check.sh runs, the most important first.
@@ -73,6 +78,8 @@ CHECKED = (
 CHECKED_DECODES = (
     Decode("cuda_core", Attention("bfloat16", "auto", 128)),
     Decode("cuda_core", Attention("bfloat16", "fp8", 128)),
+    *(Decode("xqa", Attention("bfloat16", "auto", 128), group) for group in (2, 4, 5, 8)),
+    Decode("xqa", Attention("bfloat16", "fp8", 128), 2),
 )
 
 
@@ -87,13 +94,20 @@ def module_specs(modules: Iterable[Attention], decodes: Iterable[Decode] = ()) -
         gen_batch_prefill_module("fa2", *_types_and_sizes(module), 0, False, False, False)
         for module in modules
     ]
-    return specs + [_decode_spec(decode) for decode in decodes]
+    return specs + [decode_spec(decode) for decode in decodes]
 
 
-def _decode_spec(decode: Decode) -> Any:
+def decode_spec(decode: Decode) -> Any:
+    """The module of a decode kernel, in FlashInfer's own terms."""
     from flashinfer.jit import gen_batch_decode_module
+    from flashinfer.jit.xqa import gen_xqa_module
 
-    return gen_batch_decode_module(*_types_and_sizes(decode.attention), 0, False, False)
+    types_and_sizes = _types_and_sizes(decode.attention)
+    if decode.kernel == "cuda_core":
+        return gen_batch_decode_module(*types_and_sizes, 0, False, False)
+    query, cache, out, _, head_dim, _ = types_and_sizes
+    # No sliding window, one query per sequence.
+    return gen_xqa_module(query, cache, decode.page_size, head_dim, decode.group, False, out)
 
 
 def _types_and_sizes(module: Attention) -> tuple[Any, ...]:

@@ -128,6 +128,24 @@ FAULTS = [
     ),
     (
         Bug(
+            "XQA gets queries that lie beside keys and values",
+            "engine/attention/decode_kernels.py",
+            "q_NHD.contiguous().unsqueeze(1)",
+            "q_NHD.unsqueeze(1)",
+        ),
+        dry_run("test_serving", "xqa"),
+    ),
+    (
+        Bug(
+            "XQA gets signed lengths",
+            "engine/attention/decode_kernels.py",
+            "self._kv_lens[:n].view(torch.uint32)",
+            "self._kv_lens[:n]",
+        ),
+        dry_run("test_serving", "xqa"),
+    ),
+    (
+        Bug(
             "results are copied to memory that is not pinned",
             "engine/transfer.py",
             "pin_memory=tensor.is_cuda",

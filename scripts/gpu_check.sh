@@ -45,6 +45,7 @@ bench-Qwen3-14B  60 benchmark/offline_throughput.py --device cuda --models Qwen3
 checkpoints      60 pytest tests/gpu/test_gpu_checkpoints.py -k "not qwen3-128-bfloat16 and not off_by_default and not decode_kernel"
 switches         60 pytest tests/gpu/test_gpu_checkpoints.py -k off_by_default
 cuda-core        60 pytest tests/gpu/test_gpu_attention.py tests/gpu/test_gpu_checkpoints.py -k "decode_kernel and cuda_core"
+xqa              60 pytest tests/gpu/test_gpu_attention.py tests/gpu/test_gpu_checkpoints.py -k "decode_kernel and xqa"
 host             30 benchmark/micro/host_step.py --results "$OUT/host_step_$DAY.md"
 bench-Qwen3-8B   60 benchmark/offline_throughput.py --device cuda --models Qwen3-8B --no-peer --results "$OUT/offline_Qwen3-8B_$DAY.md"
 peer-Qwen3-0.6B  60 benchmark/offline_throughput.py --device cuda --models Qwen3-0.6B --results "$OUT/peer_Qwen3-0.6B_$DAY.md"

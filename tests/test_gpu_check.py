@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import itertools
 import json
 import os
@@ -272,26 +274,47 @@ def test_the_engine_asks_for_the_modules_that_are_built(
 
 @pytest.mark.parametrize("decode", build_flashinfer.CHECKED_DECODES, ids=str)
 def test_decode_kernels_ask_for_the_modules_that_are_built(
-    decode: build_flashinfer.Decode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    decode: build_flashinfer.Decode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The engine and the script call the same function of FlashInfer with the same arguments."""
     flashinfer = pytest.importorskip("flashinfer")
-    built = flashinfer_names("--decode-kernels", decode.kernel, base=tmp_path)[2:]
+    xqa = importlib.import_module("flashinfer.xqa")  # the attribute is a function
+    name = "gen_xqa_module" if decode.kernel == "xqa" else "gen_batch_decode_module"
+    users = [flashinfer.jit, flashinfer.decode]
+    if decode.kernel == "xqa":
+        users = [importlib.import_module("flashinfer.jit.xqa"), xqa]
+    signature = inspect.signature(getattr(users[0], name))
 
     def ask(*args: Any) -> None:
-        raise Asked(flashinfer.jit.attention.modules.get_batch_decode_uri(*args))
+        given = signature.bind(*args)
+        given.apply_defaults()
+        raise Asked(str(given.arguments))
 
+    for module in users:
+        monkeypatch.setattr(module, name, ask)
+    monkeypatch.setattr(xqa, "get_device_sm_count", lambda device: 132)
+    monkeypatch.setattr(xqa, "get_compute_capability", lambda device: (9, 0))
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **o: empty(*size, **o))
-    monkeypatch.setattr(flashinfer.decode, "gen_batch_decode_module", ask)
-    pool = make_pool(decode.attention, 16, 8, torch.device("cpu"))
-    limits = StepLimits(NUM_ROWS, 1200, MAX_LEN, 16)
-    attention = FlashInferAttention(pool, 8, 2**27, decode.kernel)
+    num_heads = 2 * (decode.group or 4)
+    pool = make_pool(decode.attention, decode.page_size, num_heads, torch.device("cpu"))
+    limits = StepLimits(NUM_ROWS, 1200, MAX_LEN, decode.page_size)
+    attention = FlashInferAttention(pool, num_heads, 2**27, decode.kernel)
     tensors = StepTensors(limits, pool.device, spare_page=pool.num_pages)
     attention.read_from(tensors)
     step = StepBuffer(limits, tensors).send(make_batch("decode", np.random.default_rng(0)))
-    with pytest.raises(Asked) as asked:
+    qkv = torch.empty(step.num_tokens, num_heads + 4, 128, dtype=pool.dtype)
+
+    def attend() -> None:
         attention.plan(step)
-    assert str(asked.value) in built
+        attention.begin()
+        attention.forward(*qkv.split_with_sizes((num_heads, 2, 2), 1), 1)
+
+    with pytest.raises(Asked) as by_engine:
+        attend()
+    with pytest.raises(Asked) as by_script:
+        build_flashinfer.decode_spec(decode)
+    assert str(by_engine.value) == str(by_script.value)
 
 
 @pytest.fixture

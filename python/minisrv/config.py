@@ -139,10 +139,10 @@ class ServerConfig:
         "steps run without graphs); not yet run on a GPU",
         at_least=0,
     )
-    decode_kernel: Literal["auto", "fa2", "cuda_core"] = option(
+    decode_kernel: Literal["auto", "fa2", "cuda_core", "xqa"] = option(
         "auto",
-        "FlashInfer's kernel for decode attention on a GPU: fa2, as by default, or cuda_core, not "
-        "yet run on a GPU",
+        "FlashInfer's kernel for decode attention on a GPU: fa2, as by default, or cuda_core or "
+        "xqa, not yet run on a GPU",
     )
     joined_kernels: bool = option(
         False,

@@ -21,7 +21,7 @@ from minisrv.errors import ConfigError
 pytest.importorskip("flashinfer")
 
 
-def cuda_pool(dtype: torch.dtype, head_dim: int) -> KVPool:
+def cuda_pool(dtype: torch.dtype, head_dim: int, page_size: int = 16) -> KVPool:
     config = ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=10,
@@ -36,7 +36,7 @@ def cuda_pool(dtype: torch.dtype, head_dim: int) -> KVPool:
         norm_eps=1e-6,
         rope=RopeConfig(),
     )
-    return KVPool(config, 2, 16, dtype, torch.device("cuda"))
+    return KVPool(config, 2, page_size, dtype, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
@@ -83,23 +83,36 @@ def test_torch_by_choice_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.parametrize(
-    ("options", "num_heads", "dtype", "reason"),
+    ("options", "num_heads", "page_size", "capability", "reason"),
     [
-        ({"decode_kernel": "cuda_core"}, 10, torch.bfloat16, "5 query heads per key head"),
-        ({"decode_kernel": "cuda_core"}, 4, torch.float32, "does not support float32"),
+        ({"decode_kernel": "cuda_core"}, 10, 16, (9, 0), "support 5 query heads per key head"),
+        ({"decode_kernel": "xqa"}, 66, 16, (9, 0), "support 33 query heads per key head"),
+        ({"decode_kernel": "xqa"}, 4, 8, (9, 0), "support a --page-size of 8"),
+        ({"decode_kernel": "xqa"}, 4, 16, (8, 9), "support compute capability 8.9"),
         (
             {"decode_kernel": "fa2", "attention_backend": "torch_native"},
-            4,
-            torch.bfloat16,
+            *(4, 16, (9, 0)),
             "--attention-backend is torch_native",
         ),
     ],
 )
 def test_a_decode_kernel_that_cannot_be_used_is_refused(
-    options: dict[str, Any], num_heads: int, dtype: torch.dtype, reason: str
+    options: dict[str, Any],
+    num_heads: int,
+    page_size: int,
+    capability: tuple[int, int],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(ConfigError, match=f"^--decode-kernel .* cannot be used: .*{reason}"):
-        choose_backends(ServerConfig(**options), cuda_pool(dtype, 64), num_heads)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    pool = cuda_pool(torch.bfloat16, 64, page_size)
+    with pytest.raises(ConfigError, match=f"^--decode-kernel .* cannot be used: .*{reason}$"):
+        choose_backends(ServerConfig(**options), pool, num_heads)
+
+
+def test_a_decode_kernel_of_flashinfer_is_refused_where_that_lacks_the_dtype() -> None:
+    with pytest.raises(ConfigError, match=r"xqa cannot be used: .* float32$"):
+        choose_backends(ServerConfig(decode_kernel="xqa"), cuda_pool(torch.float32, 64), 4)
 
 
 def test_a_decode_kernel_requires_a_gpu() -> None:

@@ -158,7 +158,7 @@ def test_what_is_off_by_default_gives_the_same_tokens(
 
 @pytest.mark.parametrize("case", CASES[:1], indirect=True, ids=["qwen3-128-bfloat16"])
 @pytest.mark.parametrize("largest", [0, 16])
-@pytest.mark.parametrize("kernel", ["cuda_core"])
+@pytest.mark.parametrize("kernel", ["cuda_core", "xqa"])
 def test_each_decode_kernel_gives_the_same_tokens(case: Case, kernel: str, largest: int) -> None:
     for at_once in (1, 3, 20):
         loop = make_loop(case.path, cuda_graph_max_bs=largest, decode_kernel=kernel)

@@ -5,6 +5,7 @@ In their place stand functions that hold each call to what the C++ behind it rea
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from tests.gpu_dry_run.fake_attention import (
     require_vectors,
 )
 from tests.gpu_dry_run.fake_cuda import FakeGPU
+from tests.gpu_dry_run.fake_xqa import XqaModule, XqaTypes
 from tests.gpu_dry_run.planner import Planner
 
 _HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -80,6 +82,7 @@ def fake_flashinfer(gpu: FakeGPU, planner: Planner) -> Iterator[Plans]:
     import flashinfer.norm
     import flashinfer.prefill
 
+    xqa = importlib.import_module("flashinfer.xqa")  # the attribute is a function
     plans, operators = Plans(), _Operators(gpu)
 
     def prefill_module(backend: str, *types: Any) -> Any:
@@ -88,6 +91,10 @@ def fake_flashinfer(gpu: FakeGPU, planner: Planner) -> Iterator[Plans]:
 
     def decode_module(*types: Any) -> Any:
         return attention_module(DecodeModule, types)
+
+    def xqa_module(*types: Any) -> Any:
+        module = XqaModule(gpu, XqaTypes(*types))
+        return SimpleNamespace(name="xqa", build_and_load=lambda: module)
 
     def attention_module(kind: type[PrefillModule | DecodeModule], types: Any) -> Any:
         query, cache, out, index, head_dim, head_dim_vo, *variant = types
@@ -103,12 +110,14 @@ def fake_flashinfer(gpu: FakeGPU, planner: Planner) -> Iterator[Plans]:
     caches = (
         flashinfer.prefill.get_batch_prefill_module,
         flashinfer.decode.get_batch_decode_module,
+        xqa._get_xqa_module_cached,
         flashinfer.norm.get_norm_module,
         flashinfer.activation.get_act_and_mul_module,
     )
     generators = (
         (flashinfer.prefill, "gen_batch_prefill_module", prefill_module),
         (flashinfer.decode, "gen_batch_decode_module", decode_module),
+        (xqa, "gen_xqa_module", xqa_module),
         (flashinfer.norm, "gen_norm_module", operator_module),
         (flashinfer.norm, "_USE_CUDA_NORM", True),
         (flashinfer.activation, "gen_act_and_mul_module", operator_module),

@@ -84,6 +84,7 @@ _SWITCHES = {"joined_kernels": True, "programmatic_launch": True, "cuda_graph_ma
 _REPETITIONS = {
     *("Qwen3-8B", "Qwen3-14B", "Qwen3-14B-switches", "Qwen3-30B-A3B-switches"),
     *("Qwen3-30B-A3B-cuda-core", "Qwen3-0.6B-cuda-core-switches"),
+    *("Qwen3-14B-xqa", "Qwen3-30B-A3B-xqa", "Qwen3-0.6B-FP8-cache-xqa", "Qwen3-0.6B-xqa-switches"),
 }
 MODELS = {
     model.name: model
@@ -102,6 +103,11 @@ MODELS = {
         Model("Qwen3-0.6B-FP8-cache-switches", {}, {"kv_cache_dtype": "fp8", **_SWITCHES}),
         Model("Qwen3-0.6B-cuda-core", {}, {"decode_kernel": "cuda_core"}),
         Model("Qwen3-30B-A3B-cuda-core", _30B_A3B, {"decode_kernel": "cuda_core"}),
+        Model("Qwen3-0.6B-xqa", {}, {"decode_kernel": "xqa"}),
+        Model("Qwen3-14B-xqa", _dense(5120, 17408, 40, 40), {"decode_kernel": "xqa"}),
+        Model("Qwen3-30B-A3B-xqa", _30B_A3B, {"decode_kernel": "xqa"}),
+        Model("Qwen3-0.6B-FP8-cache-xqa", {}, {"kv_cache_dtype": "fp8", "decode_kernel": "xqa"}),
+        Model("Qwen3-0.6B-xqa-switches", {}, {"decode_kernel": "xqa", **_SWITCHES}),
         Model("Qwen3-0.6B-cuda-core-switches", {}, {"decode_kernel": "cuda_core", **_SWITCHES}),
     )
 }

@@ -72,7 +72,8 @@ def test_it_serves_requests_of_every_kind(name: str) -> None:
     assert len(served.ends) == served.num_choices
     assert set(served.ends.values()) == {Finish.LENGTH}
     assert served.num_replays > 10
-    assert served.num_plans > served.num_replays // 2 + 20
+    is_planned = MODELS[name].options.get("decode_kernel") != "xqa"
+    assert served.num_plans > (served.num_replays // 2 + 20 if is_planned else 5)
 
 
 @pytest.mark.parametrize("name", names())

@@ -26,7 +26,7 @@ from minisrv.engine.sampling.device_columns import DeviceColumns
 from minisrv.engine.sampling.sampler import sample
 from minisrv.engine.step_buffer import StepLimits, StepTensors
 from tests.support.flashinfer_planner import NUM_SMS
-from tests.support.flashinfer_wrappers import documented
+from tests.support.flashinfer_wrappers import documented, documented_xqa
 
 # What a step has not written must not be read: the parts that it does not fill hold this.
 STALE = -(2**30)
@@ -149,3 +149,4 @@ def patch_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     decode_plan = getattr(decode, "_plan_impl", decode.plan)
     monkeypatch.setattr(flashinfer, decode.__name__, documented(decode, decode_plan))
     monkeypatch.setattr(flashinfer, prefill.__name__, documented(prefill, prefill.plan))
+    monkeypatch.setattr(flashinfer, "xqa", documented_xqa(flashinfer.xqa))

@@ -16,6 +16,48 @@ import torch.nn.functional as F
 from tests.support.flashinfer_planner import NUM_SMS, Heads, float_bytes
 
 
+def documented_xqa(real: Any) -> Any:
+    """The function `xqa`, for one query per sequence.
+
+    It computes in the dtype of the cache: with FP8, queries and softmax are rounded to it. Lengths
+    and tables are read when it runs. Semaphores must be zero.
+    """
+
+    def xqa(*args: Any, **options: Any) -> None:
+        names = inspect.signature(real).bind(*args, **options).arguments
+        q, out, table = names["q"], names["output"], names["page_table"]
+        keys, values, page_size = names["k_cache"], names["v_cache"], names["page_size"]
+        kv_lens = names["seq_lens"].view(torch.int32).flatten().tolist()
+        size, beams, num_heads, head_dim = q.shape
+        assert beams == 1
+        assert out.shape == q.shape
+        assert names["seq_lens"].dtype == names["semaphores"].dtype == torch.uint32
+        assert names["seq_lens"].shape == (size, 1)
+        assert table.dtype == torch.int32
+        assert all(x.is_contiguous() for x in (q, out, table, names["seq_lens"]))
+        assert keys.shape[1:] == (page_size, names["num_kv_heads"], head_dim)
+        assert not names["semaphores"].view(torch.int32).any()
+        assert len(names["semaphores"]) >= size * names["num_kv_heads"]
+
+        def rounded(x: torch.Tensor) -> torch.Tensor:
+            return x.to(keys.dtype).float() if keys.dtype == torch.float8_e4m3fn else x.float()
+
+        group = num_heads // names["num_kv_heads"]
+        for i, kv_len in enumerate(kv_lens):
+            assert 1 <= kv_len <= table.shape[1] * page_size
+            pages = table[i, : -(-kv_len // page_size)].long()
+            k, v = (
+                x[pages].flatten(0, 1)[:kv_len].float().repeat_interleave(group, 1)
+                for x in (keys, values)
+            )
+            scores = torch.einsum("hd,nhd->hn", rounded(q[i, 0]), k) / head_dim**0.5
+            weights = (scores - scores.amax(1, keepdim=True)).exp()
+            sums = weights.sum(1, keepdim=True)
+            out[i, 0] = torch.einsum("hn,nhd->hd", rounded(weights), v) / sums
+
+    return xqa
+
+
 def documented(real: type, plan: Any) -> type:
     """A class with the calls of a wrapper, over its CSR tables."""
 

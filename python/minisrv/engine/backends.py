@@ -150,11 +150,12 @@ def _check_decode_kernel(config: ServerConfig, pool: KVPool, num_heads: int) -> 
     name = config.decode_kernel
     if name == "auto":
         return
-    reason = unsupported_decode_kernel(name, num_heads, pool.num_kv_heads)
+    reason = _lacking_for_flashinfer(pool)
     if config.attention_backend == "torch_native":
         reason = "--attention-backend is torch_native"
     if reason is None:
-        reason = _lacking_for_flashinfer(pool)
+        capability = torch.cuda.get_device_capability(pool.device)
+        reason = unsupported_decode_kernel(name, pool, num_heads, capability)
     if reason is not None:
         raise ConfigError(f"--decode-kernel {name} cannot be used: {reason}")
 

@@ -2,7 +2,8 @@
 
 FA2 is FlashInfer's prefill kernel, which packs the query heads of a key head into the rows of a
 tile: it runs on tensor cores, supports all group sizes, and shares its module with prompts. The
-kernel for CUDA cores has a module of its own. Both are planned on the host once per step.
+kernel for CUDA cores has a module of its own. Both are planned on the host once per step. XQA, by
+TensorRT-LLM, is not planned: it reads lengths and page tables on the device.
 """
 
 # Shapes: N decodes of a step, H query heads, D head size.
@@ -20,9 +21,13 @@ from minisrv.engine.attention.flashinfer_plan import (
     PinnedRing,
     plan_fa2_in_graph,
 )
+from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.step_buffer import SentStep, StepTensors
 
 CUDA_CORE_GROUPS = (1, 2, 3, 4, 6, 8)
+XQA_PAGE_SIZES = (16, 32, 64, 128)
+XQA_LARGEST_GROUP = 32
+XQA_CAPABILITIES = (9, 10, 12)  # major versions
 
 
 class DecodeKernel(Protocol):
@@ -44,16 +49,27 @@ class DecodeKernel(Protocol):
         """Attend to the cache of a layer; `out_NHD` is contiguous."""
 
 
-def unsupported_decode_kernel(name: str, num_heads: int, num_kv_heads: int) -> str | None:
-    """Why the kernel of --decode-kernel cannot be used with these heads, or None."""
-    group = num_heads // num_kv_heads
+def unsupported_decode_kernel(
+    name: str, pool: KVPool, num_heads: int, capability: tuple[int, int]
+) -> str | None:
+    """Why the kernel of --decode-kernel cannot be used with this cache and GPU, or None."""
+    group = num_heads // pool.num_kv_heads
     if name == "cuda_core" and group not in CUDA_CORE_GROUPS:
         return f"it does not support {group} query heads per key head"
+    if name == "xqa":
+        if capability[0] not in XQA_CAPABILITIES:
+            return f"it does not support compute capability {capability[0]}.{capability[1]}"
+        if pool.page_size not in XQA_PAGE_SIZES:
+            return f"it does not support a --page-size of {pool.page_size}"
+        if group > XQA_LARGEST_GROUP:
+            return f"it does not support {group} query heads per key head"
     return None
 
 
 def make_decode_kernel(name: str, setting: FlashInferSetting) -> DecodeKernel:
     """The kernel of --decode-kernel."""
+    if name == "xqa":
+        return XqaDecodes(setting)
     on_cuda_cores = name == "cuda_core"
     plan_again = _plan_cuda_core_in_graph if on_cuda_cores else _plan_one_query_in_graph
     return PlannedDecodes(setting, tensor_cores=not on_cuda_cores, plan_again=plan_again)
@@ -180,3 +196,53 @@ def _plan_cuda_core_in_graph(wrapper: Any, setting: FlashInferSetting, step: Sen
         torch.empty(0, dtype=setting.types["q_data_type"]),  # empty_q_data
         torch.empty(0, dtype=setting.types["kv_data_type"]),  # empty_kv_data
     )
+
+
+class XqaDecodes:
+    """By FlashInfer's XQA, which splits long sequences and joins the parts in one launch.
+
+    The parts are in the workspace that prompts use, which is larger than XQA needs.
+    """
+
+    def __init__(self, setting: FlashInferSetting) -> None:
+        self._setting = setting
+        self._num_decodes = 0
+        self._tensors: StepTensors | None = None
+        self._page_table = self._kv_lens = self._semaphores = torch.empty(0)
+
+    def read_from(self, tensors: StepTensors) -> None:
+        self._tensors = tensors
+        table, num_kv_heads = tensors.page_table, self._setting.heads[1]
+        num_rows = table.shape[0] - 1  # one is for padding
+        self._page_table = table.new_zeros(num_rows, table.shape[1])
+        self._kv_lens = table.new_zeros(num_rows)
+        # Every launch leaves them at zero.
+        self._semaphores = table.new_zeros(num_rows * num_kv_heads).view(torch.uint32)
+
+    def plan(self, step: SentStep) -> None:
+        self._num_decodes = step.num_decodes
+
+    def plan_for_graph(self, step: SentStep) -> None:
+        self._num_decodes = step.num_decodes
+
+    def begin(self) -> None:
+        assert self._tensors is not None
+        n, words = self._num_decodes, self._tensors.words
+        pages = self._page_table[:n]
+        torch.index_select(self._tensors.page_table, 0, words["rows"][:n], out=pages)
+        torch.add(words["start_positions"][:n], 1, out=self._kv_lens[:n])
+
+    def run(self, q_NHD: Tensor, pages: tuple[Tensor, Tensor], out_NHD: Tensor) -> None:
+        """Unlike the others, it reads the queries as contiguous ones, whatever their strides."""
+        n, (_, num_kv_heads, _, page_size) = self._num_decodes, self._setting.heads
+        self._setting.library.xqa(
+            q_NHD.contiguous().unsqueeze(1),
+            *pages,
+            self._page_table[:n],
+            self._kv_lens[:n].view(torch.uint32).unsqueeze(1),
+            out_NHD.unsqueeze(1),
+            self._setting.workspace,
+            self._semaphores,
+            num_kv_heads,
+            page_size,
+        )
