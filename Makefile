@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL ?= demo
 STAMP := .venv/.installed
 
-.PHONY: setup serve test check format soak bench real demo-eval gpu-check
+.PHONY: setup serve test check format soak bench real clients demo-eval gpu-check
 
 setup: $(STAMP)
 
@@ -21,7 +21,7 @@ serve: setup
 
 # They come first, so that no process is left with one of them at the end.
 LONG_TESTS = tests/engine tests/processes tests/exactness tests/commands tests/llm tests/scheduler
-OTHER_TESTS = $(filter-out $(LONG_TESTS:=/),$(sort $(dir $(wildcard tests/*/test_*.py)))) $(wildcard tests/test_*.py)
+OTHER_TESTS = $(filter-out $(LONG_TESTS:=/) tests/clients/,$(sort $(dir $(wildcard tests/*/test_*.py)))) $(wildcard tests/test_*.py)
 
 # The test of SmolLM2 is skipped where its package cannot be downloaded.
 test: setup
@@ -51,6 +51,10 @@ bench: setup
 real: setup
 	$(BIN)/python scripts/make_real_model.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/real $(ARGS)
+
+# Unmodified agents, SDKs and tools, installed from npm and PyPI; all, or ARGS for pytest.
+clients: setup
+	$(BIN)/python scripts/try_clients.py $(ARGS)
 
 demo-eval: setup
 	$(BIN)/python scripts/eval_demo_model.py $(ARGS)

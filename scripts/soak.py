@@ -43,10 +43,11 @@ TESTS = {
     ],
     "cpu_kernels": ["tests/engine/test_kernels.py"],
 }
-# Faults put into a copy of the package; the tests must find each.
+# The first two put faults into a copy of the package; the tests must find each.
 SCRIPTS = {
     "seeded_bugs": "scripts/seeded_bugs.py",
     "dry_run_faults": "scripts/dry_run_faults.py",
+    "clients": "scripts/try_clients.py",
 }
 
 
