@@ -288,19 +288,6 @@ def test_a_request_has_a_first_and_a_last_line_in_the_log_and_a_probe_none(
     assert "the-probe" not in caplog.text
 
 
-def test_the_page_at_the_root_has_links_that_lead_somewhere_and_needs_a_key() -> None:
-    with serve(api_key=("user",)) as server:
-        assert server.http.get("/").status_code == 401
-        key = {"Authorization": "Bearer user"}
-        response = server.http.get("/", headers=key)
-        assert response.headers["content-type"].startswith("text/html")
-        assert MODEL.name in response.text
-        links = re.findall(r'href="([^"]+)"', response.text)
-        assert {"docs", "metrics", "v1/models"} <= set(links)
-        for link in links:
-            assert server.http.get(f"/{link}", headers=key).status_code == 200, link
-
-
 def test_a_draining_server_lets_open_requests_end_and_refuses_others() -> None:
     with serve() as server:
         backend, registry = server.backend, server.registry

@@ -86,6 +86,14 @@ def test_a_page_of_another_origin_gets_nothing(server: HttpServer) -> None:
     assert server.http.get(ROUTE).status_code == 200
     for origin in ("http://evil.example", "null"):
         assert server.http.get(ROUTE, headers={"Origin": origin}).status_code == 403
+    for site, status in (
+        ("same-origin", 200),
+        ("none", 200),
+        ("cross-site", 403),
+        ("same-site", 403),
+    ):
+        response = server.http.get(ROUTE, headers={"Sec-Fetch-Site": site})
+        assert response.status_code == status, site
     assert server.http.get(ROUTE, headers={"Host": "evil.example"}).status_code == 421
 
 

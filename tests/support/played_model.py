@@ -17,6 +17,7 @@ from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.detokenizer.worker import DetokenizerWorker
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.registry import RequestRegistry
+from minisrv.kvcache.manager import KVCacheManager
 from minisrv.sampling_params import Grammar
 from minisrv.structured_output.checker import find_error
 from minisrv.structured_output.vocabulary import Vocabulary, read_vocabulary
@@ -35,14 +36,16 @@ from minisrv.wire.messages import (
     Failure,
     Finish,
     GenerateMsg,
+    Query,
+    ShowTreeMsg,
     Start,
     TokenizeMsg,
-    TokenizerQuery,
     UserReply,
     failure_reply,
 )
 from tests.support import own_tokenizers
 from tests.support.http_server import MODEL
+from tests.support.scripted_backend import show_tree
 
 EOS = 2
 CHAT = """{%- if tools %}<|sys|>
@@ -111,6 +114,7 @@ class PlayedModel:
         self.info: ModelInfo = replace(
             MODEL, chat_format=find_chat_format(self.tokenizer.chat_templates)
         )
+        self.cache = KVCacheManager(16, 2, 16, radix_cache=True)
         self._registry = registry
         self._tokenizer_worker = TokenizerWorker(
             self.tokenizer,
@@ -122,7 +126,9 @@ class PlayedModel:
         self._tasks: set[asyncio.Task[None]] = set()
         registry.connect(self.send)
 
-    def send(self, tokenizer_index: int, message: TokenizeMsg | AbortMsg | TokenizerQuery) -> None:
+    def send(self, tokenizer_index: int, message: TokenizeMsg | AbortMsg | Query) -> None:
+        if isinstance(message, ShowTreeMsg):
+            return show_tree(self._registry, self.cache, message)
         message = decode(encode(message), TOKENIZER_INBOX)  # type: ignore[assignment]
         if isinstance(message, AbortMsg):
             return

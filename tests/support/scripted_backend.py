@@ -82,6 +82,12 @@ def stats(**fields: Any) -> StatsMsg:
     )
 
 
+def show_tree(registry: RequestRegistry, cache: KVCacheManager, message: ShowTreeMsg) -> None:
+    """What the scheduler does with a query for the tree, 100 s after its start."""
+    answer = AnswerMsg(query=message.query, value=describe_tree(cache, message, now=100.0))
+    registry.receive(decode(encode(answer), FRONTEND_INBOX))
+
+
 class ScriptedBackend:
     """Answers each choice with WORDS, one a step; the prompt may say otherwise:
 
@@ -109,10 +115,7 @@ class ScriptedBackend:
 
     def send(self, tokenizer_index: int, message: TokenizeMsg | AbortMsg | ShowTreeMsg) -> None:
         if isinstance(message, ShowTreeMsg):
-            tree = describe_tree(self.cache, message, now=100.0)
-            answer = encode(AnswerMsg(query=message.query, value=tree))
-            self._registry.receive(decode(answer, FRONTEND_INBOX))
-            return
+            return show_tree(self._registry, self.cache, message)
         message = decode(encode(message), TOKENIZER_INBOX)
         self.sent.append((tokenizer_index, message))
         if isinstance(message, AbortMsg):

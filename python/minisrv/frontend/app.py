@@ -34,7 +34,7 @@ from minisrv.frontend.http.paths import AliasMiddleware, add_head_routes, read_p
 from minisrv.frontend.ops.admin import add_admin_routes, add_drain_route, add_load_route
 from minisrv.frontend.ops.cache_tree import add_cache_tree_route
 from minisrv.frontend.ops.metrics import CONTENT_TYPE, ServerMetrics
-from minisrv.frontend.ops.root_page import add_root_page
+from minisrv.frontend.ops.page import add_page
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.frontend.registry.states import Dead, Draining, Restarting, Serving, Starting
 
@@ -65,7 +65,9 @@ def create_app(
         description="An LLM server with an OpenAI-compatible API.",
         redirect_slashes=False,
     )
-    public_paths = PUBLIC_PATHS | ({METRICS_PATH} if config.public_metrics else frozenset())
+    public_paths = PUBLIC_PATHS | add_page(app)
+    if config.public_metrics:
+        public_paths |= {METRICS_PATH}
     describe_errors(app, frozenset(path.decode() for path in public_paths))
     unknown_fields = app.state.unknown_fields = UnknownFields(strict=config.strict_params)
     metrics = ServerMetrics(
@@ -79,7 +81,6 @@ def create_app(
     service = Service(config, registry, bodies, runner)
 
     add_error_handlers(app)
-    add_root_page(app, VERSION, config.served_name)
     _add_state_routes(app, registry, metrics)
     add_model_routes(app, registry)
     add_openai_routes(app, service)

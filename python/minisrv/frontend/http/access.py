@@ -69,7 +69,7 @@ class Keys:
         sent = _sent_keys(headers)
         if not sent or not self._levels:
             # Any page in a browser can have it send requests to this machine: no administrator.
-            return self._open if "origin" in headers else self._without_key, False
+            return self._open if _is_of_another_page(headers) else self._without_key, False
         if len(set(sent)) > 1:
             return Access.NONE, False
         digest = _digest(sent[0])
@@ -145,6 +145,15 @@ async def require_admin(request: Request) -> None:
         raise ForbiddenError(
             "this route needs the key of --admin-key (if no keys are set: a loopback --host)"
         )
+
+
+def _is_of_another_page(headers: Headers) -> bool:
+    """Whether a browser may have sent this for a page of another origin.
+
+    With a GET there may be no Origin. Clients other than browsers send neither header.
+    """
+    site = headers.get("sec-fetch-site", "none")
+    return "origin" in headers or site not in ("none", "same-origin")
 
 
 def _sent_keys(headers: Headers) -> list[str]:
