@@ -44,6 +44,9 @@ class Share:
     def plan(self, step: Any) -> None:
         pass
 
+    def begin(self) -> None:
+        pass
+
 
 def test_more_suppressed_tokens_than_fit_do_not_reach_its_logits() -> None:
     limits = StepLimits(num_rows=2, num_prefill_tokens=8, max_seq_len=16, page_size=4)
