@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,9 +15,11 @@ import pytest
 
 from minisrv.checkpoint.chat_format import ChatFormat
 from minisrv.config import ServerConfig
+from minisrv.frontend.generation import run
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.states import Serving
 from minisrv.llm import LLM
+from minisrv.wire.messages import PromptMsg
 from tests.support.engine_backend import EngineBackend
 from tests.support.http_server import MODEL, HttpServer, serve
 
@@ -150,3 +154,31 @@ def test_the_policy_is_an_option_of_the_server() -> None:
     facts: dict[str, Any] = {"max_seq_len": 9, "vocab_size": 9, "sampling_defaults": {}}
     facts["chat_format"] = asdict(ChatFormat())
     assert ModelInfo.from_facts(config, facts).max_tokens_policy == "cap"
+
+
+def test_a_stream_that_is_opened_before_its_first_token_has_the_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tokenizer reports the length of a prompt whose prefill takes long."""
+    caplog.set_level(logging.INFO, "minisrv")
+    monkeypatch.setattr(run, "FIRST_PING_S", 0.3)
+    body = {"max_tokens": 2040, "stream": True, "request_id": "long"}
+    body["messages"] = [{"role": "user", "content": "silent"}]
+    with serve() as server:
+
+        def report() -> None:
+            uid = server.backend.requests[-1].uid
+            server.registry.receive(PromptMsg(uid=uid, prompt_tokens=1000))
+
+        def answer_and_leave() -> str:
+            with server.http.stream("POST", "/v1/messages", json=body) as stream:
+                return stream.headers[WARNINGS]
+
+        with ThreadPoolExecutor() as pool:
+            warning = pool.submit(answer_and_leave)
+            server.wait_until(lambda: bool(server.backend.requests))
+            server.in_loop(report)
+            expected = "max_tokens is 2040, but the context ends the reply after 1048 tokens"
+            assert warning.result(30) == expected
+        server.wait_until(lambda: "id=long ended=abort" in caplog.text)
+    assert "id=long ended=abort choices=1 prompt=1000 cached=0 output=0" in caplog.text

@@ -131,3 +131,16 @@ def test_without_restarts_a_reply_that_makes_no_sense_ends_the_server(
         assert "99" in server.output
         server.assert_nothing_is_left()
         outbox.close()
+
+
+def test_the_line_of_a_client_that_left_has_the_length_of_its_prompt(
+    model_dir: Path, socket_dir: Path
+) -> None:
+    with running("--model", str(model_dir), tmp_dir=socket_dir, step_s=0.1) as server:
+        body = {"prompt": "x" * 1500, "request_id": "left"}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=body, timeout=1)
+        wait_until(lambda: "id=left ended=abort" in server.output)
+        (line,) = [line for line in server.lines if "id=left ended=abort" in line]
+        assert "status=499" in line
+        assert "prompt=1500 cached=0 output=0" in line

@@ -55,6 +55,7 @@ def test_every_token_is_counted_once_and_all_but_first_ones_have_an_interval(dep
     assert stats.inter_token.counts.sum() == stats.output_tokens - 3
     assert stats.prompt_tokens == 30
     assert stats.cached_tokens == 16
+    assert stats.prefilled_tokens == 30 - 16
     assert stats.steps == stats.step_tokens.counts.sum()
     assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
 

@@ -71,7 +71,12 @@ def start_of(uid: int, prompt_tokens: int = 7, cached_tokens: int = 3) -> Start:
 
 def stats(**fields: Any) -> StatsMsg:
     counts = {"running": 3, "waiting": 2, "pages_used": 5, "num_pages": 20, "page_size": 16}
-    counts |= {"prompt_tokens": 100, "cached_tokens": 40, "output_tokens": 70}
+    counts |= {
+        "prompt_tokens": 100,
+        "cached_tokens": 40,
+        "prefilled_tokens": 60,
+        "output_tokens": 70,
+    }
     counts |= {"preemptions": 1, "steps": 9, "admitted": 6, **fields}
     inter_token = HistogramCounter(SECONDS)
     inter_token.count_value(0.004, 50)

@@ -27,6 +27,7 @@ from minisrv.wire.messages import (
     FlushMsg,
     GenerateMsg,
     Histogram,
+    PromptMsg,
     ShowTreeMsg,
     Start,
     StatsMsg,
@@ -113,6 +114,7 @@ EXAMPLES = [
     ShowTreeMsg(query=5, max_nodes=100, uids=(1, 2**50), num_tokens=8),
     AnswerMsg(query=2, value={"ids": [1, 2], "text": "\u4f60", "tokens": ["a", None]}),
     AnswerMsg(query=2, failure=FAILURE),
+    PromptMsg(uid=2**40, prompt_tokens=2**31 - 1),
     TakenMsg(tokenizer=1, num_bytes=2**40),
     StatsMsg(
         admitted=7,
@@ -123,6 +125,7 @@ EXAMPLES = [
         page_size=16,
         prompt_tokens=5,
         cached_tokens=6,
+        prefilled_tokens=10,
         output_tokens=7,
         preemptions=8,
         steps=9,

@@ -23,6 +23,7 @@ class LoopStats:
         self._admitted_before = admitted_before
         self._prompt_tokens = 0
         self._cached_tokens = 0
+        self._prefilled_tokens = 0
         self._output_tokens = 0
         self._steps = 0
         self._inter_token = HistogramCounter(SECONDS)
@@ -34,6 +35,7 @@ class LoopStats:
     def count_launch(self, plan: StepPlan) -> None:
         """Count a step that is launched, and its tokens."""
         self._steps += 1
+        self._prefilled_tokens += plan.num_tokens - len(plan.decodes)
         self._step_tokens.count_value(plan.num_tokens)
 
     def count_tokens(self, outcome: StepOutcome, now: float) -> None:
@@ -73,6 +75,7 @@ class LoopStats:
             page_size=cache.page_size,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
+            prefilled_tokens=self._prefilled_tokens,
             output_tokens=self._output_tokens,
             preemptions=scheduler.num_preemptions,
             steps=self._steps,

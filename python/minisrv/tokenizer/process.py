@@ -16,7 +16,9 @@ from minisrv.tokenizer.worker import TokenizerWorker
 from minisrv.wire.messages import (
     TOKENIZER_INBOX,
     AnswerMsg,
+    GenerateMsg,
     Message,
+    PromptMsg,
     TakenMsg,
     UserReply,
 )
@@ -62,6 +64,8 @@ def _serve(child: Child) -> None:
             progress.begin(0, array("l", uids_of(work)))
             made = worker.handle(work)
             progress.end(0)
+            if isinstance(made, GenerateMsg):
+                frontend.send(PromptMsg(uid=made.uid, prompt_tokens=len(made.prompt_ids)))
             send(made)
         if backlog.taken_bytes >= REPORT_BYTES:
             frontend.send(TakenMsg(tokenizer=boot.index, num_bytes=backlog.taken_bytes))

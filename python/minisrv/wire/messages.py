@@ -340,6 +340,17 @@ class AnswerMsg:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptMsg:
+    """Tokenizer to frontend: the prompt of this request, sent to the scheduler, has these tokens.
+
+    So the frontend knows the length of a prompt that takes long, or is aborted, before its Start.
+    """
+
+    uid: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TakenMsg:
     """Tokenizer to frontend: it has taken frames of `num_bytes` from its inbox since the last."""
 
@@ -361,7 +372,8 @@ class StatsMsg:
 
     pages_used: held by running requests, without pages that only the cache holds.
     admitted: requests that got their first step. prompt_tokens and cached_tokens: of requests that
-    got a first token. Buckets: wire.histogram.
+    got a first token. prefilled_tokens: computed in the chunks of all prompts, and again after a
+    preemption. Buckets: wire.histogram.
     """
 
     running: int
@@ -371,6 +383,7 @@ class StatsMsg:
     page_size: int
     prompt_tokens: int
     cached_tokens: int
+    prefilled_tokens: int
     output_tokens: int
     preemptions: int
     steps: int
@@ -390,6 +403,7 @@ Message = (
     | UserReply
     | AnswerMsg
     | StatsMsg
+    | PromptMsg
     | TakenMsg
 )
 InboxTypes = tuple[type[Message], ...]
@@ -397,7 +411,7 @@ InboxTypes = tuple[type[Message], ...]
 TOKENIZER_INBOX: InboxTypes = (TokenizeMsg, AbortMsg, EncodeMsg, DecodeMsg, DescribeMsg, FlushMsg)
 SCHEDULER_INBOX: InboxTypes = (GenerateMsg, AbortMsg, FlushMsg, ShowTreeMsg)
 DETOKENIZER_INBOX: InboxTypes = (DetokenizeMsg,)
-FRONTEND_INBOX: InboxTypes = (UserReply, AnswerMsg, StatsMsg, TakenMsg)
+FRONTEND_INBOX: InboxTypes = (UserReply, AnswerMsg, StatsMsg, PromptMsg, TakenMsg)
 
 
 def failure_reply(failures: Sequence[Failure]) -> UserReply:

@@ -68,6 +68,7 @@ class _GenerationResponse(Response):
         self._registry = runner.registry
         self._request = request
         self._renderer = renderer
+        self._prompt_lengths: list[int] = []
         self._readers = [
             ChoiceReader(request.calls) for _ in range(request.num_choices * request.reply.stream)
         ]
@@ -114,7 +115,12 @@ class _GenerationResponse(Response):
     def _abort(self, base: int) -> None:
         """End the request if it has not ended, and count the output that was not read."""
         self._count_unsent(self._registry.unread(base))
+        self._note_prompts(base)
         self._registry.abort(base)
+
+    def _note_prompts(self, base: int) -> None:
+        """Note the lengths of the prompts while the request is open."""
+        self._prompt_lengths = self._registry.prompt_lengths(base) or self._prompt_lengths
 
     async def _send_whole(self, send: Send, base: int) -> None:
         events = await self._registry.all_events(base)
@@ -141,6 +147,7 @@ class _GenerationResponse(Response):
 
     async def _send_stream(self, send: Send, base: int) -> None:
         events = await self._registry.next_events(base, FIRST_PING_S)
+        self._note_prompts(base)
         self._count(events)
         self._raise_failure(events)
         await self._start(send, ended=False)
@@ -212,7 +219,8 @@ class _GenerationResponse(Response):
     def _cap_warning(self) -> str | None:
         """For the header: the reply ends when the context is full, before max_tokens."""
         starts = [choice.start for choice in self._timings.choices.values()]
-        caps = [self._request.output_cap(start.prompt_tokens) for start in starts]
+        lengths = [*(start.prompt_tokens for start in starts), *self._prompt_lengths]
+        caps = [self._request.output_cap(length) for length in lengths]
         rooms = [cap for cap in caps if cap is not None]
         if not rooms:
             return None
@@ -237,7 +245,7 @@ class _GenerationResponse(Response):
         return {
             **({} if reason is None else {"ended": reason}),
             "choices": self._request.num_choices,
-            "prompt": usage.prompt_tokens,
+            "prompt": usage.prompt_tokens or sum(self._prompt_lengths),
             "cached": usage.cached_tokens,
             "output": usage.output_tokens,
             **self._timings.log_values(),

@@ -37,6 +37,7 @@ class OpenRequest:
 
     live: uids without a final. messages: those that were sent, or will be once the engine serves
     again. tokenizers: which one each sent uid went to.
+    prompt_lengths: tokens, by the first uid of a prompt that has been read.
     taken_ids: by uid, the output in events that the reader has taken. suspected_at: by uid, the
     length of its output when a process last died while working on it.
     changed: the reader has something to do. silence: the timer that ends its wait without events.
@@ -51,6 +52,7 @@ class OpenRequest:
     drop_reader: Callable[[], None] | None = None
     messages: list[TokenizeMsg] = field(default_factory=list)
     tokenizers: dict[int, int] = field(default_factory=dict)
+    prompt_lengths: dict[int, int] = field(default_factory=dict)
     taken_ids: dict[int, array[int]] = field(default_factory=dict)
     suspected_at: dict[int, int] = field(default_factory=dict)
     pending: dict[int, Event] = field(default_factory=dict)

@@ -34,6 +34,7 @@ from minisrv.wire.messages import (
     AbortMsg,
     AnswerMsg,
     Failure,
+    PromptMsg,
     Query,
     StatsMsg,
     TokenizeMsg,
@@ -287,16 +288,18 @@ class RequestRegistry:
             self.refused[refusal.reason] += 1
             raise
 
-    def receive(self, message: UserReply | AnswerMsg | StatsMsg) -> None:
+    def receive(self, message: UserReply | AnswerMsg | StatsMsg | PromptMsg) -> None:
         """Handle a message from the other processes."""
         if isinstance(message, UserReply):
             self.deliver(message)
+        elif isinstance(message, PromptMsg):
+            if request := self._owners.get(message.uid):
+                request.prompt_lengths[message.uid] = message.prompt_tokens
         elif isinstance(message, AnswerMsg):
             self._queries.deliver(message)
         else:
             self.stats = message
-            now = time.monotonic()
-            self._queue.take(message, len(self._unstarted), now)
+            self._queue.take(message, len(self._unstarted), now := time.monotonic())
             self._status_line.log_if_due(message, now)
 
     def deliver(self, reply: UserReply) -> None:
@@ -375,6 +378,11 @@ class RequestRegistry:
         """The events that no reader has taken, also after an abort by `cancel`."""
         request = self._requests.get(base)
         return [] if request is None else [*request.unread, *request.pending.values()]
+
+    def prompt_lengths(self, base: int) -> list[int]:
+        """The tokens of those prompts of an open request that have been read."""
+        request = self._requests.get(base)
+        return [*request.prompt_lengths.values()] if request else []
 
     def abort(self, base: int) -> bool:
         """Forget a request and stop what still runs; returns whether anything did.

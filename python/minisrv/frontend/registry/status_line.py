@@ -28,13 +28,14 @@ class StatusLine:
             last = None
         if last is not None and (stats.steps > last.steps or stats.waiting):
             prompt = stats.prompt_tokens - last.prompt_tokens
+            prefilled = stats.prefilled_tokens - last.prefilled_tokens
             output = stats.output_tokens - last.output_tokens
             cached = stats.cached_tokens - last.cached_tokens
             figures = {
                 "running": stats.running,
                 "waiting": stats.waiting,
                 "kv_use": round(stats.pages_used / stats.num_pages, 3),
-                "prompt_tokens_per_s": round(prompt / seconds, 1),
+                "prompt_tokens_per_s": round(prefilled / seconds, 1),
                 "output_tokens_per_s": round(output / seconds, 1),
                 "cache_hits": round(cached / prompt, 3) if prompt else 0.0,
                 "preemptions": stats.preemptions - last.preemptions,
