@@ -83,6 +83,24 @@ FAULTS = [
     ),
     (
         Bug(
+            "a rank that samples without its graph does so without the padding",
+            "engine/device_runner.py",
+            "self._sample(logits_SV, step.excess_biases)",
+            "self._sample(logits_SV[: step.num_samples], step.excess_biases)",
+        ),
+        dry_run("test_ranks"),
+    ),
+    (
+        Bug(
+            "a graph outlives the communicator",
+            "engine/device_runner.py",
+            "        self._samplers.clear()\n",
+            "",
+        ),
+        dry_run("test_ranks"),
+    ),
+    (
+        Bug(
             "two launches more per layer",
             "engine/layers/norm.py",
             "self._kernels.add_rms_norm_(x_TC, delta, self.weight.w_C, self.weight.eps)",

@@ -139,6 +139,11 @@ class ServerConfig:
         "steps run without graphs); not yet run on a GPU",
         at_least=0,
     )
+    cuda_graph_ranks: bool = option(
+        False,
+        "with --tp, capture steps as CUDA graphs, too, with NCCL's operations in them; not yet run "
+        "on a GPU",
+    )
     decode_kernel: Literal["auto", "fa2", "cuda_core", "xqa"] = option(
         "auto",
         "FlashInfer's kernel for decode attention on a GPU: fa2, as by default, or cuda_core or "

@@ -43,8 +43,11 @@ class HostGroup(TPGroup):
     def all_reduce(self, x_TC: Tensor) -> Tensor:
         return x_TC.copy_(super().all_reduce(x_TC.cpu()))
 
-    def gather_logits(self, logits: Tensor, vocab_size: int) -> Tensor:
-        return super().gather_logits(logits.cpu(), vocab_size).to(logits.device)
+    def gather_logits(
+        self, logits: Tensor, vocab_size: int, out_SV: Tensor | None = None
+    ) -> Tensor:
+        gathered = super().gather_logits(logits.cpu(), vocab_size)
+        return gathered.to(logits.device) if out_SV is None else out_SV.copy_(gathered)
 
     def broadcast(self, x: Tensor) -> Tensor:
         return x.copy_(super().broadcast(x.cpu()))
@@ -53,7 +56,7 @@ class HostGroup(TPGroup):
 class TwoRanks:
     """A ForwardEngine of two ranks in two threads of this process, on one device."""
 
-    def __init__(self, path: Path, device: torch.device, run_dir: Path) -> None:
+    def __init__(self, path: Path, device: torch.device, run_dir: Path, **options: Any) -> None:
         self._config = ServerConfig(
             model=str(path),
             tp=2,
@@ -61,6 +64,7 @@ class TwoRanks:
             num_pages=400,
             max_prefill_tokens=256,
             max_running_requests=8,
+            **options,
         )
         self._path, self._device, self._run_dir = path, device, run_dir
         self._threads = [ThreadPoolExecutor(1), ThreadPoolExecutor(1)]
@@ -98,7 +102,11 @@ def test_two_ranks_on_one_device(
     path = save_checkpoint(tmp_path / "model", arch, 128, vocab_size=VOCAB_SIZE, **variant)
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    engine = TwoRanks(path, device, run_dir)
+    assert_greedy(path, TwoRanks(path, device, run_dir), device)
+
+
+def assert_greedy(path: Path, engine: TwoRanks, device: torch.device) -> None:
+    """The tokens of some prompts are the best ones of transformers."""
     driver: Any = StepDriver(engine)  # type: ignore[arg-type]
     prompts = make_prompts(4, VOCAB_SIZE, longest=60)
     sequences = [driver.add() for _ in prompts]

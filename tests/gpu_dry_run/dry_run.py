@@ -178,7 +178,7 @@ def decode_batch(size: int, *, adjusted: bool = False, start: int = 700) -> Forw
         chunks=[],
         start=start,
         columns={"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05} if adjusted else {},
-        penalties=_penalties(size) if adjusted else None,
+        penalties=penalties(size) if adjusted else None,
     )
 
 
@@ -213,7 +213,7 @@ def step_batch(
     )
 
 
-def _penalties(size: int) -> Penalties:
+def penalties(size: int) -> Penalties:
     """Of rows that have sampled before."""
     rows, none = np.arange(size, dtype=np.int32), np.empty(0, np.int32)
     half = np.full(size, 0.5, np.float32)

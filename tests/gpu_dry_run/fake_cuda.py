@@ -15,6 +15,7 @@ Copies take effect as late as they may: when the host waits for an event behind 
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -95,6 +96,7 @@ class FakeGPU:
         self.num_replays = self.num_torch_calls = self.num_host_launches = 0
         self.next_token = 0
         self.serving = False  # before that, a wait does no harm
+        self.graphs = weakref.WeakSet[Graph]()  # those that exist
         self._recording: Graph | None = None
         self._position = 0
         self._pending: list[Copy] = []
@@ -133,6 +135,7 @@ class FakeGPU:
     @contextmanager
     def record(self, graph: Graph) -> Iterator[None]:
         graph.gpu = self
+        self.graphs.add(graph)
         self._recording = graph
         try:
             yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ import pytest
 from torch import Tensor
 
 from minisrv.checkpoint.model_config import load_model_config
+from minisrv.engine import model_size
 from minisrv.engine.forward_batch import ForwardBatch, LogprobColumns
 from minisrv.engine.parallel import communicator
 from minisrv.engine.parallel.communicator import TPGroup
@@ -23,6 +25,7 @@ from tests.gpu_dry_run.dry_run import (
     MAX_SEQ_LEN,
     decode_batch,
     machine,
+    penalties,
     server_config,
     step_batch,
     weights_of,
@@ -61,9 +64,16 @@ class RecordedGroup:
         return True
 
     def _note(self, name: str, tensors: list[Tensor]) -> RecordedGroup:
+        """One that is recorded in a graph is issued each time that this is replayed."""
         (tensor,) = tensors
         self._check(tensor)
-        self.collectives.append((name, tuple(tensor.shape), str(tensor.dtype)))
+        noted = name, tuple(tensor.shape), str(tensor.dtype)
+        graph = self._gpu.recording
+        if graph is None:
+            self.collectives.append(noted)
+        else:
+            self.collectives.append((f"record {name}", *noted[1:]))
+            graph.checks.append(lambda: self.collectives.append(noted))
         self._gpu.launch(f"nccl::{name}")
         return self
 
@@ -80,6 +90,13 @@ def batches() -> list[ForwardBatch]:
         "logprobs": LogprobColumns(5, ones, np.zeros(296, np.int32)),
     }
     many = [(i % 64, i) for i in range(2000)]
+    # Of the biases beyond the room in the words of a step, a rank above 0 knows nothing.
+    biased = replace(
+        penalties(50),
+        bias_samples=np.zeros(300, np.int32),
+        bias_ids=np.arange(300, dtype=np.int32),
+        bias_values=np.ones(300, np.float32),
+    )
     return [
         decode_batch(1),
         decode_batch(64),
@@ -89,14 +106,23 @@ def batches() -> list[ForwardBatch]:
         step_batch(num_decodes=4, chunks=[296], **scored),
         step_batch(num_decodes=4, chunks=[], logprobs=LogprobColumns(5, ones, none)),
         step_batch(num_decodes=64, chunks=[], columns={"suppress": many}),
+        step_batch(num_decodes=50, chunks=[], penalties=biased),
     ]
 
 
-def collectives_of(name: str, rank: int, folder: Path) -> list[list[Collective]]:
-    """What one of two ranks issues: at the start, then in each step."""
+@dataclass(frozen=True)
+class RankRun:
+    """What one of two ranks has issued: at the start, then in each step."""
+
+    issued: list[list[Collective]]
+    num_replays: int
+    graphs_left: int
+
+
+def run_rank(name: str, rank: int, folder: Path, **options: Any) -> RankRun:
     model = MODELS[name]
     directory = model.write(folder, 2)
-    config = server_config(directory, model, tp=2, max_running_requests=64)
+    config = server_config(directory, model, tp=2, max_running_requests=64, **options)
     with machine(num_devices=2) as found, weights_of(model, directory):
         group = RecordedGroup(found.gpu, rank, 2)
         with (
@@ -114,7 +140,8 @@ def collectives_of(name: str, rank: int, folder: Path) -> list[list[Collective]]
                 engine.runner.compute(batch if rank == 0 else as_sent(batch))
                 issued.append(list(group.collectives))
             found.gpu.wait()
-    return issued
+            engine.close()
+            return RankRun(issued, found.gpu.num_replays, len(found.gpu.graphs))
 
 
 def noting_minimum(group: RecordedGroup) -> Callable[[TPGroup, int], int]:
@@ -133,13 +160,44 @@ def as_sent(batch: ForwardBatch) -> ForwardBatch:
     return sent
 
 
+NAMES = ["Qwen3-0.6B", "Qwen3-14B", "Qwen3-30B-A3B", "Qwen3-8B-FP8-blocks"]
+GRAPHS = [1, 64]
+
+
+def run_both(name: str, folder: Path, **options: Any) -> list[RankRun]:
+    """Both ranks must issue the same."""
+    runs = [run_rank(name, rank, folder, **options) for rank in (0, 1)]
+    assert runs[0].issued == runs[1].issued
+    # One after the embedding and two per layer, then the logits and the tokens.
+    names = [step[0] for step in runs[0].issued[1]]
+    assert names == ["allreduce"] * 5 + ["gather", "broadcast"]
+    return runs
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+@pytest.mark.parametrize("name", NAMES)
+def test_both_ranks_issue_the_same_collectives(name: str, tmp_path: Path) -> None:
+    assert [run.num_replays for run in run_both(name, tmp_path)] == [0, 0]
+
+
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 @pytest.mark.parametrize(
-    "name", ["Qwen3-0.6B", "Qwen3-14B", "Qwen3-30B-A3B", "Qwen3-8B-FP8-blocks"]
+    ("name", "max_tokens"),
+    [
+        ("Qwen3-0.6B", 0),
+        *(pytest.param(name, 512, marks=pytest.mark.soak) for name in NAMES),
+    ],
 )
-def test_both_ranks_issue_the_same_collectives(name: str, tmp_path: Path) -> None:
-    first, second = (collectives_of(name, rank, tmp_path) for rank in (0, 1))
-    assert first == second
-    # One after the embedding and two per layer, then the logits and the tokens.
-    names = [step[0] for step in first[1]]
-    assert names == ["allreduce"] * 5 + ["gather", "broadcast"]
+def test_both_ranks_issue_the_same_collectives_in_graphs(
+    name: str, max_tokens: int, tmp_path: Path
+) -> None:
+    options = {"cuda_graph_ranks": True, "cuda_graph_max_tokens": max_tokens}
+    with mock.patch.object(model_size, "graph_sizes", return_value=GRAPHS):
+        runs = run_both(name, tmp_path, **options)
+    recorded = sum(kind == "record gather" for kind, _, _ in runs[0].issued[0])
+    assert recorded == len(GRAPHS) if not max_tokens else recorded > 10
+    # Each once at the start. Where all biases do not fit into the words of a step, it samples
+    # without a graph, and rank 0 has more of them.
+    replays = recorded + 10 + 2 * bool(max_tokens)
+    assert [run.num_replays for run in runs] == [replays, replays + 1]
+    assert not any(run.graphs_left for run in runs), "NCCL's communicator would wait for them"

@@ -20,7 +20,10 @@ class Recorder(Protocol):
 
 
 class CudaGraphRecorder:
-    """Records CUDA graphs. They share one memory pool, because they never run at the same time."""
+    """Records CUDA graphs. They share one memory pool, because they never run at the same time.
+
+    Other threads may use CUDA meanwhile, as the one with which torch watches NCCL's operations.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -36,7 +39,12 @@ class CudaGraphRecorder:
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with torch.cuda.graph(
+                graph,
+                pool=self._pool,
+                stream=self._stream,
+                capture_error_mode="thread_local",
+            ):
                 work()
         except RuntimeError as error:
             raise EngineDeadError(

@@ -115,10 +115,11 @@ class DeviceRunner:
         tensor to which they write the logits, which would otherwise stay allocated once per shape.
         """
         largest_first = sorted(shapes, key=lambda shape: shape.num_tokens, reverse=True)
+        has_logits = self._communicator.sharding.rank == 0
         with torch.inference_mode():
             self._graph_logits_SV = torch.empty(
                 max(shape.num_sequences for shape in shapes),
-                self._model.vocab_size,
+                self._model.vocab_size if has_logits else 0,
                 dtype=torch.float32,
                 device=self._device,
             )
@@ -142,10 +143,16 @@ class DeviceRunner:
                 if shape and step.excess_biases is None:
                     self._graphs[shape].sampler()
                 else:
-                    self._sample(logits_SV[: step.num_samples], step.excess_biases)
+                    # With the padding, as on other ranks: they do not know of all biases.
+                    self._sample(logits_SV, step.excess_biases)
             handle = self._to_host(step.num_samples, logprobs)
         self._buffer.mark_launched()
         return handle
+
+    def close(self) -> None:
+        """Destroy the graphs, for which NCCL waits when its communicator ends."""
+        self._graphs.clear()
+        self._samplers.clear()
 
     def logits(self, batch: ForwardBatch) -> Tensor:
         with torch.inference_mode():
@@ -238,8 +245,9 @@ class DeviceRunner:
         self._attention.plan_for_graph(step)
         size = shape.num_sequences
         logits_SV = self._graph_logits_SV[:size]
+        out_SV = logits_SV if self._communicator.sharding.rank == 0 else None
         forward = recorder.record(
-            lambda: self._logits(self._hidden(size, shape.num_tokens), size, logits_SV)
+            lambda: self._logits(self._hidden(size, shape.num_tokens), size, out_SV)
         )
         forward()
         if size not in self._samplers:

@@ -45,7 +45,6 @@ class Engine:
             rank_0 = RankEngine(config, model_dir, model_config, SingleRank(), device, progress)
         else:
             self._ranks = Ranks(config, model_dir, run_dir)
-            weakref.finalize(self, self._ranks.close)
             try:
                 self._ranks.wait_until_joining()
                 with self._ranks.explaining_failures():
@@ -57,6 +56,7 @@ class Engine:
                 self._ranks.close()
                 raise
         self._rank_0 = rank_0
+        weakref.finalize(self, _close, rank_0, self._ranks)
         self.page_size, self.max_seq_len = config.page_size, model_config.max_seq_len
         self.num_pages, self.placement = rank_0.num_pages, rank_0.placement
         self.max_prefill_tokens = rank_0.max_prefill_tokens
@@ -108,8 +108,7 @@ class Engine:
             self._ranks.check()
 
     def close(self) -> None:
-        if self._ranks is not None:
-            self._ranks.close()
+        _close(self._rank_0, self._ranks)
 
     def compute_logits(self, batch: ForwardBatch) -> Tensor:
         """Run the forward without sampling: logits [S, V] of the sequences that sample.
@@ -118,3 +117,10 @@ class Engine:
         """
         assert self._ranks is None
         return self._rank_0.runner.logits(batch)
+
+
+def _close(rank_0: RankEngine, ranks: Ranks | None) -> None:
+    """Also when the program ends: the operations of a rank that has died end with the graphs."""
+    rank_0.close()
+    if ranks is not None:
+        ranks.close()

@@ -139,8 +139,10 @@ def attention_workspace_bytes(
 
 
 def largest_graph(config: ServerConfig) -> int:
-    """Sequences in the largest CUDA graph; 0 without graphs, as with several ranks."""
-    return 0 if config.tp > 1 else min(config.cuda_graph_max_bs, config.max_running_requests)
+    """Sequences in the largest CUDA graph; 0 without graphs."""
+    if config.tp > 1 and not config.cuda_graph_ranks:
+        return 0
+    return min(config.cuda_graph_max_bs, config.max_running_requests)
 
 
 def largest_chunk_graph(config: ServerConfig) -> int:

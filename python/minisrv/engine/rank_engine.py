@@ -128,6 +128,11 @@ class RankEngine:
     def num_pages(self) -> int:
         return self._pool.num_pages
 
+    def close(self) -> None:
+        """Release what must not outlive the communicator; no step can be computed any more."""
+        if isinstance(self.runner, DeviceRunner):
+            self.runner.close()
+
     def _allocate_cache(self, num_pages: int) -> None:
         """A DeviceRunner gets one page more, for padding."""
         if isinstance(self.runner, DeviceRunner):

@@ -148,11 +148,10 @@ class Decoder:
     def logits(self, x_TC: Tensor, sample_tokens_S: Tensor, out_SV: Tensor | None = None) -> Tensor:
         """float32 logits [S, V] of the tokens at indices `sample_tokens_S`.
 
-        out_SV: where they are written; only with a single rank. Ranks above 0 return only their
-        shard of the vocabulary.
+        out_SV: where they are written. Ranks above 0 return only their shard of the vocabulary.
         """
-        assert out_SV is None or self._communicator.sharding.size == 1
         if not sample_tokens_S.numel():
             return x_TC.new_empty(0, self.vocab_size, dtype=torch.float32)
-        logits = self._head(self._norm(x_TC.index_select(0, sample_tokens_S)), out_SV)
-        return self._communicator.gather_logits(logits, self.vocab_size)
+        whole_SV = out_SV if self._communicator.sharding.size == 1 else None
+        logits = self._head(self._norm(x_TC.index_select(0, sample_tokens_S)), whole_SV)
+        return self._communicator.gather_logits(logits, self.vocab_size, out_SV)

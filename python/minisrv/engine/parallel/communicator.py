@@ -38,8 +38,13 @@ class Communicator(Protocol):
     def all_reduce(self, x_TC: Tensor) -> Tensor:
         """Sum `x_TC` over the ranks, in place; returns it."""
 
-    def gather_logits(self, logits: Tensor, vocab_size: int) -> Tensor:
-        """On rank 0 the full logits [S, V] from all shards; on other ranks the input itself."""
+    def gather_logits(
+        self, logits: Tensor, vocab_size: int, out_SV: Tensor | None = None
+    ) -> Tensor:
+        """On rank 0 the full logits [S, V] from all shards; on other ranks the input itself.
+
+        out_SV: where several ranks' are written, on rank 0.
+        """
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Overwrite `x` with rank 0's values, in place; returns it."""
@@ -56,7 +61,9 @@ class SingleRank:
     def all_reduce(self, x_TC: Tensor) -> Tensor:
         return x_TC
 
-    def gather_logits(self, logits: Tensor, vocab_size: int) -> Tensor:
+    def gather_logits(
+        self, logits: Tensor, vocab_size: int, out_SV: Tensor | None = None
+    ) -> Tensor:
         return logits
 
     def broadcast(self, x: Tensor) -> Tensor:
@@ -85,7 +92,9 @@ class TPGroup:
         self._run(self._group.allreduce, [x_TC], options=dist.AllreduceOptions())
         return x_TC
 
-    def gather_logits(self, logits: Tensor, vocab_size: int) -> Tensor:
+    def gather_logits(
+        self, logits: Tensor, vocab_size: int, out_SV: Tensor | None = None
+    ) -> Tensor:
         # Shards differ by one entry at most; they travel padded to the largest.
         size = self.sharding.size
         padded = torch.nn.functional.pad(logits, (0, -(-vocab_size // size) - logits.shape[1]))
@@ -97,7 +106,8 @@ class TPGroup:
         shards = [torch.empty_like(padded) for _ in range(size)]
         self._run(self._group.gather, [shards], [padded], options=options)
         lengths = [Sharding(rank, size).vocab(vocab_size).length for rank in range(size)]
-        return torch.cat([s[:, :n] for s, n in zip(shards, lengths, strict=True)], 1)
+        parts = [shard[:, :length] for shard, length in zip(shards, lengths, strict=True)]
+        return torch.cat(parts, 1, out=out_SV)
 
     def broadcast(self, x: Tensor) -> Tensor:
         options = dist.BroadcastOptions()

@@ -36,3 +36,4 @@ def _follow(child: Child) -> None:
     with open(boot.fds["plan"], "rb") as pipe:
         for batch in read_plans(pipe):
             engine.runner.compute(batch)
+    engine.close()
