@@ -88,6 +88,11 @@ class ServerConfig:
     )
     chat_template: str | None = option(None, "Jinja file that replaces the model's chat template")
 
+    tools_without_template: Literal["describe", "refuse"] = option(
+        "describe",
+        "requests with tools for a chat template that takes none: describe the tools in a system "
+        "turn, or refuse",
+    )
     chat_template_kwargs: str = option(
         "{}",
         "default chat template variables as JSON, such as "
@@ -283,6 +288,11 @@ class ServerConfig:
     def served_name(self) -> str:
         """The model's name in replies to requests that give none."""
         return self.served_names[0]
+
+    @property
+    def describes_tools(self) -> bool:
+        """Whether tools are described in a system turn to a chat template that takes none."""
+        return self.tools_without_template == "describe"
 
     @property
     def reasoning_fields(self) -> tuple[str, ...]:

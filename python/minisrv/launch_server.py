@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from minisrv import log
+from minisrv.checkpoint.chat_format import ChatFormat
 from minisrv.command_line import parse_command_line
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError, MinisrvError
@@ -206,6 +207,8 @@ def banner(config: ServerConfig, url: str, facts: dict[str, Any], seconds: float
     ]
     if facts["unapplied_defaults"]:
         lines.append(f"  not used  {', '.join(facts['unapplied_defaults'])}")
+    if ChatFormat.from_dict(facts["chat_format"]).needs_description:
+        lines.append("  tools     described in a system turn: the chat template takes none")
     lines += [f"  note      {note}" for note in facts["notes"]]
     return "\n".join(lines)
 

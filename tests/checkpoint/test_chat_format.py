@@ -50,14 +50,23 @@ THINK = ("<think>", "</think>")
                 takes_tools=True, tool_format="mistral", reasoning_markers=("[THINK]", "[/THINK]")
             ),
         ),
-        (R1, ChatFormat(reasoning_markers=THINK)),
-        (GRANITE, ChatFormat(switches_reasoning=True)),
-        ("{{ messages[0].content }}", ChatFormat()),
+        (R1, ChatFormat(tool_format="hermes", reasoning_markers=THINK)),
+        (GRANITE, ChatFormat(tool_format="hermes", switches_reasoning=True)),
+        ("{{ messages[0].content }}", ChatFormat(tool_format="hermes")),
     ],
 )
 def test_a_family_is_known_by_its_template(template: str, found: ChatFormat) -> None:
     assert find_chat_format({"default": template}) == found
     assert ChatFormat.from_dict(json.loads(json.dumps(asdict(found)))) == found
+
+
+def test_tools_are_described_only_to_a_template_that_takes_none_and_never_on_request() -> None:
+    plain = {"default": "{{ messages[0].content }}"}
+    assert find_chat_format(plain).needs_description
+    assert not find_chat_format({"default": QWEN}).needs_description
+    assert not find_chat_format({"default": QWEN_CODER}).needs_description
+    assert not find_chat_format({}).needs_description
+    assert find_chat_format(plain, describes_tools=False) == ChatFormat()
 
 
 def test_the_template_for_tools_is_asked_about_tools() -> None:

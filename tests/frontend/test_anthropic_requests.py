@@ -197,7 +197,7 @@ def test_the_template_sees_the_tools_as_functions(hermes: HttpServer) -> None:
     ("choice", "names", "several"),
     [
         ({"type": "any"}, ["add", "get_time"], True),
-        ({"type": "tool", "name": "add"}, ["add"], True),
+        ({"type": "tool", "name": "add"}, ["add"], False),
         ({"type": "any", "disable_parallel_tool_use": True}, ["add", "get_time"], False),
         ({"type": "auto"}, [], True),
     ],

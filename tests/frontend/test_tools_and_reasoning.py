@@ -386,20 +386,51 @@ def test_a_wrong_field_is_named(
     assert (error["param"], error["code"]) == (param, code)
 
 
-@pytest.mark.parametrize(
-    ("template", "fields", "param"),
-    [
-        ("plain", {"tools": TOOLS}, "tools"),
-        ("plain", {"enable_thinking": True}, "enable_thinking"),
-    ],
-)
-def test_what_the_template_cannot_do_is_refused(
-    servers: dict[str, HttpServer], template: str, fields: dict[str, Any], param: str
+def test_tools_that_the_template_does_not_take_are_described(
+    servers: dict[str, HttpServer],
 ) -> None:
-    response = servers[template].http.post(CHAT, json={"messages": HI, **fields})
+    server = servers["plain"]
+    _, content, calls, finish = parts(whole(server, f"Yes.\n{CALL}", tools=TOOLS))
+    assert (content, len(calls), finish) == ("Yes.", 1, "tool_calls")
+    prompt = server.backend.prompts[-1]  # type: ignore[attr-defined]
+    assert prompt.startswith("# Tools")
+    assert prompt.endswith("hi")
+    assert all(json.dumps(tool) in prompt for tool in TOOLS)
+    messages: list[Any] = [
+        {"role": "system", "content": "Be brief."},
+        *HI,
+        {
+            "role": "assistant",
+            "tool_calls": [
+                {
+                    "id": "1",
+                    "type": "function",
+                    "function": {"name": "get_time", "arguments": '{"zone": "UTC"}'},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "12:00"},
+    ]
+    whole(server, "Noon.", tools=TOOLS, messages=messages)
+    prompt = server.backend.prompts[-1]  # type: ignore[attr-defined]
+    assert prompt.startswith("Be brief.\n\n# Tools")
+    assert prompt.endswith(f"hi{CALL}<tool_response>\n12:00\n</tool_response>")
+    whole(server, CALL, tools=TOOLS, tool_choice=NAMED)
+    assert '"add\\"' in server.backend.grammars[-1].text  # type: ignore[attr-defined]
+
+
+def test_what_the_template_cannot_do_is_refused(servers: dict[str, HttpServer]) -> None:
+    response = servers["plain"].chat(enable_thinking=True)
     assert response.status_code == 400
-    assert response.json()["error"]["param"] == param
-    response = servers[template].chat(reasoning_effort="none")
+    assert response.json()["error"]["param"] == "enable_thinking"
+    refusing = functools.partial(PlayedModel, template=TEMPLATES["plain"], describes_tools=False)
+    with serve(make_backend=refusing) as server:
+        response = server.chat(tools=TOOLS)
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert (error["param"], error["code"]) == ("tools", "unsupported_parameter")
+        assert "does not accept tools" in error["message"]
+    response = servers["plain"].chat(reasoning_effort="none")
     assert response.status_code == 200
     assert "x-minisrv-warnings" not in response.headers
 

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import httpx
 import pytest
 
 import minisrv
+from minisrv.checkpoint.chat_format import ChatFormat, find_chat_format
 from minisrv.config import ServerConfig
 from minisrv.errors import MinisrvError
 from minisrv.launch_server import banner, listen
@@ -309,11 +311,16 @@ def test_the_banner_names_what_the_generation_config_asks_in_vain() -> None:
         "sampling_source": "generation_config.json",
         "unapplied_defaults": ["typical_p=0.9"],
         "notes": ["a note"],
+        "chat_format": asdict(ChatFormat()),
     }
     text = banner(ServerConfig(), "http://x", facts, 1.0)
     assert "sampling  top_k 20 (generation_config.json)" in text
     assert "not used  typical_p=0.9" in text
     assert "note      a note" in text
+    assert "tools " not in text
+    facts["chat_format"] = asdict(find_chat_format({"default": "{{ messages }}"}))
+    text = banner(ServerConfig(), "http://x", facts, 1.0)
+    assert "tools     described in a system turn: the chat template takes none" in text
 
 
 def test_importing_the_package_loads_nothing_and_its_names_are_lazy() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 
-from minisrv.checkpoint.chat_format import find_chat_format
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.llm import LLM
@@ -36,7 +35,7 @@ class EngineBackend:
             max_tokens_policy=llm.config.max_tokens_policy,
             vocab_size=llm.model_config.vocab_size,
             defaults=llm.sampling_defaults,
-            chat_format=find_chat_format(llm.tokenizer.chat_templates),
+            chat_format=llm._tokenizer.chat_format,
         )
         self._registry = registry
         self._pump: asyncio.Task[None] | None = None

@@ -12,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 from tokenizers import AddedToken
 
-from minisrv.checkpoint.chat_format import find_chat_format
 from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.detokenizer.worker import DetokenizerWorker
 from minisrv.frontend.registry.model_info import ModelInfo
@@ -100,7 +99,11 @@ class PlayedModel:
     """Says `text` to every request; ends by itself, or as `max_tokens` has it."""
 
     def __init__(
-        self, registry: RequestRegistry, template: str, max_seq_len: int = 1_000_000
+        self,
+        registry: RequestRegistry,
+        template: str,
+        max_seq_len: int = 1_000_000,
+        describes_tools: bool = True,
     ) -> None:
         self.text = ""
         self.prompts: list[str] = []
@@ -111,17 +114,19 @@ class PlayedModel:
         self.vocabulary = Vocabulary(
             read_vocabulary(self.tokenizer, self.tokenizer.vocab_size, [EOS])
         )
-        self.info: ModelInfo = replace(
-            MODEL, chat_format=find_chat_format(self.tokenizer.chat_templates)
-        )
         self.cache = KVCacheManager(16, 2, 16, radix_cache=True)
         self._registry = registry
         self._tokenizer_worker = TokenizerWorker(
             self.tokenizer,
-            ChatTemplate(self.tokenizer.chat_templates, self.tokenizer.special_tokens),
+            ChatTemplate(
+                self.tokenizer.chat_templates,
+                self.tokenizer.special_tokens,
+                describes_tools=describes_tools,
+            ),
             max_seq_len,
             self.tokenizer.vocab_size,
         )
+        self.info: ModelInfo = replace(MODEL, chat_format=self._tokenizer_worker.chat_format)
         self._detokenizer = DetokenizerWorker(self.tokenizer)
         self._tasks: set[asyncio.Task[None]] = set()
         registry.connect(self.send)

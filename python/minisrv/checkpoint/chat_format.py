@@ -22,7 +22,8 @@ _OTHER_TAGS = ("<function=", "<parameter=", "<arg_key>")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatFormat:
-    """takes_tools: the template renders tools. tool_format: how the model writes calls.
+    """takes_tools: the template renders tools. tool_format: how the model writes calls, if tools
+    can be used.
 
     reasoning_markers: the texts before and after the reasoning. switches_reasoning: the template
     has a variable that turns reasoning on or off, or sets its effort.
@@ -32,6 +33,11 @@ class ChatFormat:
     tool_format: ToolFormat | None = None
     reasoning_markers: tuple[str, str] | None = None
     switches_reasoning: bool = False
+
+    @property
+    def needs_description(self) -> bool:
+        """Whether the server has to describe tools in a system turn."""
+        return self.tool_format is not None and not self.takes_tools
 
     @property
     def call_markers(self) -> tuple[str, ...]:
@@ -44,13 +50,20 @@ class ChatFormat:
         return cls(**{**values, "reasoning_markers": reasoning and tuple(reasoning)})
 
 
-def find_chat_format(templates: Mapping[str, str]) -> ChatFormat:
-    """The format implied by a model's chat templates (source by name)."""
+def find_chat_format(templates: Mapping[str, str], *, describes_tools: bool = True) -> ChatFormat:
+    """The format implied by a model's chat templates (source by name).
+
+    describes_tools: tools are described to a model whose template takes none.
+    """
     text = "\n".join(templates.values())
     tools = templates.get("tool_use", templates.get("default", ""))
+    takes_tools = re.search(r"\btools\b", tools) is not None
+    tool_format = _find_tool_format(tools) if takes_tools else None
+    if tools and not takes_tools and describes_tools:
+        tool_format = "hermes"
     return ChatFormat(
-        takes_tools=re.search(r"\btools\b", tools) is not None,
-        tool_format=_find_tool_format(tools),
+        takes_tools=takes_tools,
+        tool_format=tool_format,
         reasoning_markers=next((marks for marks in _REASONING_MARKERS if marks[1] in text), None),
         switches_reasoning=re.search(r"\b(enable_thinking|thinking|reasoning_effort)\b", text)
         is not None,

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from tqdm import tqdm
 
-from minisrv.checkpoint.chat_format import find_chat_format
 from minisrv.checkpoint.end_tokens import add_end_token
 from minisrv.checkpoint.hub import resolve_model
 from minisrv.checkpoint.model_config import load_model_config
@@ -80,7 +79,11 @@ class LLM:
         self._build_engine(config)
         self._tokenizer = TokenizerWorker(
             tokenizer,
-            ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens),
+            ChatTemplate(
+                tokenizer.chat_templates,
+                tokenizer.special_tokens,
+                describes_tools=config.describes_tools,
+            ),
             self._loop.scheduler.max_seq_len,
             model.vocab_size,
         )
@@ -114,9 +117,8 @@ class LLM:
     @property
     def facts(self) -> dict[str, Any]:
         """What the processes of a server report of the model at their start."""
-        chat_format = asdict(find_chat_format(self.tokenizer.chat_templates))
         facts = model_facts(self.model_config, self.config, self.max_seq_len)
-        return {**facts, "chat_format": chat_format}
+        return {**facts, "chat_format": asdict(self._tokenizer.chat_format)}
 
     def generate(
         self,

@@ -7,6 +7,7 @@ filters and globals, loop controls and the `generation` block.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,6 +21,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minisrv.errors import ConfigError, InvalidRequestError
+from minisrv.tokenizer.described_tools import describe_tools, write_calls_as_text
 
 MAX_PROMPT_CHARS = 2**25
 MAX_REQUEST_TEMPLATE_CHARS = 2**17
@@ -35,17 +37,28 @@ Messages = Sequence[Mapping[str, Any]]
 @dataclass(frozen=True, slots=True)
 class _Template:
     compiled: jinja2.Template
-    knows_developer: bool
+    source: str
+
+    def knows(self, word: str) -> bool:
+        return re.search(rf"\b{word}\b", self.source) is not None
 
 
 class ChatTemplate:
     """The templates of one model, compiled once, and those that requests bring."""
 
-    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        special_tokens: Mapping[str, str],
+        *,
+        describes_tools: bool = False,
+    ) -> None:
         """sources: by name, may be empty. special_tokens: variables for the templates.
 
+        describes_tools: a template that takes no tools gets a system turn that describes them.
         Raises ConfigError for a template that does not compile.
         """
+        self.describes_tools = describes_tools
         environment = _environment()
         self._templates = {
             name: _compile(environment, name, text) for name, text in sources.items()
@@ -76,6 +89,9 @@ class ChatTemplate:
         """
         template = self._select(tools) if chat_template is None else self._of_request(chat_template)
         prepared = [_prepare(message, template) for message in messages]
+        if self.describes_tools and not template.knows("tools"):
+            prepared = prepared if template.knows("tool_calls") else write_calls_as_text(prepared)
+            prepared = describe_tools(prepared, tools) if tools else prepared
         if continue_final_message:
             prepared[-1] = _marked(prepared[-1])
         clock = datetime.now() if at is None else datetime.fromtimestamp(at)
@@ -128,7 +144,7 @@ def _generate(template: jinja2.Template, variables: dict[str, Any]) -> str:
 def _prepare(message: Mapping[str, Any], template: _Template) -> dict[str, Any]:
     """Without null fields, and with reasoning under each name that templates use for it."""
     prepared = {key: value for key, value in message.items() if value is not None}
-    if prepared.get("role") == "developer" and not template.knows_developer:
+    if prepared.get("role") == "developer" and "developer" not in template.source:
         prepared["role"] = "system"
     reasoning = next((prepared[key] for key in _REASONING_FIELDS if key in prepared), None)
     if reasoning is not None:
@@ -190,7 +206,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 def _compile(environment: ImmutableSandboxedEnvironment, name: str, source: str) -> _Template:
     try:
-        return _Template(environment.from_string(source), "developer" in source)
+        return _Template(environment.from_string(source), source)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(
             f"the {name} chat template is wrong on line {error.lineno}: {error.message}"

@@ -39,7 +39,11 @@ def _serve(child: Child) -> None:
     tokenizer = load_tokenizer(Path(boot.tokenizer_dir), child.config.chat_template)
     worker = TokenizerWorker(
         tokenizer,
-        ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens),
+        ChatTemplate(
+            tokenizer.chat_templates,
+            tokenizer.special_tokens,
+            describes_tools=child.config.describes_tools,
+        ),
         model.max_seq_len,
         model.vocab_size,
     )

@@ -57,7 +57,9 @@ class TokenizerWorker:
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        self.chat_format = find_chat_format(tokenizer.chat_templates)
+        self.chat_format = find_chat_format(
+            tokenizer.chat_templates, describes_tools=template.describes_tools
+        )
         self._max_seq_len = max_seq_len
         self._vocab_size = vocab_size
         self._grammars = ReplyGrammars(tokenizer, self.chat_format)

@@ -57,7 +57,7 @@ def read_tools(
         )
     if choice == "none" or not tools:
         return None
-    if not chat_format.takes_tools or chat_format.tool_format is None:
+    if chat_format.tool_format is None:
         lacks = "writes calls in a form that this server cannot read"
         if not chat_format.takes_tools:
             lacks = "does not accept tools"
