@@ -6,7 +6,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException, HTTPResponse
 from typing import Any, Literal
@@ -86,7 +86,7 @@ class ChatClient:
 
     def stream(
         self, messages: Sequence[Message], settings: Mapping[str, Any], answer: Answer
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta]:
         """Ask, and update `answer` while its deltas arrive. Raises ChatError."""
         body = {"model": self.model, "messages": list(messages), "stream": True}
         body |= {"stream_options": {"include_usage": True}, **settings}
