@@ -37,6 +37,7 @@ TESTS = {
     "grammars": ["tests/exactness/test_grammar_draws.py", "tests/structured_output"],
     "streams": ["tests/frontend"],
     "real": ["tests/real"],
+    "commands": ["tests/commands"],
     "gpu_dry_run": [
         *("tests/gpu_dry_run", "tests/engine/test_triton_kernels.py"),
         "tests/test_offline_throughput.py",

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO, StringIO, TextIOWrapper
@@ -25,7 +25,7 @@ from minisrv.commands.chat_client import Answer, ChatClient, ChatError
 from minisrv.commands.chat_shell import Conversation, Screen
 from minisrv.commands.chat_text import MarkdownStyle, printable
 from minisrv.errors import ConfigError
-from tests.support.server_process import ServerProcess, environment
+from tests.support.server_process import ServerProcess, environment, wait_until
 
 SUM = "What is 58 + 67?"
 ANSWER = "8 + 7 = 15, 5 + 6 + 1 = 12, so 58 + 67 = 125\n"
@@ -82,46 +82,85 @@ def shown(url: str, *, is_terminal: bool) -> str:
     return console.file.getvalue()
 
 
-def test_a_piped_text_comes_before_the_question(demo_server: ServerProcess) -> None:
-    done = run_chat(demo_server.url, "-q", SUM)
-    assert (done.returncode, done.stdout, done.stderr) == (0, ANSWER, "")
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Gives this process a text on stdin."""
+
+    def give(text: str) -> None:
+        monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(text.encode())))
+
+    return give
+
+
+def test_a_piped_text_comes_before_the_question(
+    demo_server: ServerProcess, pipe: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
     done = run_chat(f"{demo_server.url}/v1", piped=f"{SUM}\n")
-    assert (done.returncode, done.stdout) == (0, ANSWER)
+    assert (done.returncode, done.stdout, done.stderr) == (0, ANSWER, "")
+    pipe("")
+    assert cli.main(["chat", demo_server.url, "-q", SUM]) == 0
+    assert capsys.readouterr().out == ANSWER
+    pipe("a\nb\n")
     with scripted([chunk(content="yes"), "data: [DONE]"]) as (url, bodies):
-        done = run_chat(url, "--model", "m", "--system", "Be brief.", "-q", "And?", piped="a\nb\n")
-    assert done.stdout == "yes\n"
+        command = ["chat", url, "--model", "m", "--system", "Be brief.", "-q", "And?"]
+        assert cli.main(command) == 0
+    assert capsys.readouterr().out == "yes\n"
     assert bodies[0]["messages"] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "a\nb\n\nAnd?"},
     ]
 
 
-def test_without_a_question_or_a_server_it_says_what_to_do() -> None:
-    done = run_chat("http://127.0.0.1:1")
-    assert done.returncode == 2
-    assert "give one with -q" in done.stderr
-    done = run_chat("http://127.0.0.1:1", "-q", "hi")
-    assert done.returncode == 1
-    assert "no server answers at http://127.0.0.1:1/v1: " in done.stderr
-    assert "Traceback" not in done.stderr
+def test_without_a_question_or_a_server_it_says_what_to_do(
+    pipe: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe("")
+    assert cli.main(["chat", "http://127.0.0.1:1"]) == 2
+    assert "give one with -q" in capsys.readouterr().err
+    assert cli.main(["chat", "http://127.0.0.1:1", "-q", "hi"]) == 1
+    assert "no server answers at http://127.0.0.1:1/v1: " in capsys.readouterr().err
+
+
+def processes_with(tmp_path: Path) -> list[psutil.Process]:
+    """Those whose temporary folder this is."""
+    found = psutil.process_iter(["environ"])
+    return [p for p in found if (p.info["environ"] or {}).get("TMPDIR") == str(tmp_path)]
+
+
+OF_SERVER = ["--", "--num-threads", "1", "--kv-memory", "64MiB", "--dtype", "float32"]
 
 
 def test_a_server_of_its_own_is_ended_with_it(tmp_path: Path) -> None:
     """Its key is not that of the environment, and its options are passed on."""
-    options = ["--", "--num-threads", "1", "--kv-memory", "64MiB", "--dtype", "float32"]
     variables = {"MINISRV_PORT": "1", "TMPDIR": str(tmp_path), "MINISRV_API_KEY": "of-another"}
-    done = run_chat("demo", "-q", SUM, *options, **variables)
+    done = run_chat("demo", "-q", SUM, *OF_SERVER, **variables)
     assert (done.returncode, done.stdout) == (0, ANSWER), done.stderr
     assert not list(tmp_path.iterdir())
-    left = [process.info["environ"] for process in psutil.process_iter(["environ"])]
-    assert not [variables for variables in left if (variables or {}).get("TMPDIR") == str(tmp_path)]
+    assert not processes_with(tmp_path)
 
 
-def test_a_server_that_does_not_start_is_told_with_its_reason() -> None:
-    done = run_chat("no/such/model/here", "-q", "hi")
-    assert done.returncode == 1
-    assert "no such directory or file" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.soak
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_a_server_of_its_own_is_ended_when_the_shell_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "minisrv", "chat", "demo", "-q", SUM, *OF_SERVER]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        env=environment(TMPDIR=str(tmp_path)),
+    ) as shell:
+        wait_until(lambda: len(processes_with(tmp_path)) >= 4)
+        shell.kill()
+    wait_until(lambda: not processes_with(tmp_path), 30)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_does_not_start_is_told_with_its_reason(
+    pipe: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe("")
+    assert cli.main(["chat", "no/such/model/here", "-q", "hi"]) == 1
+    assert "no such directory or file" in capsys.readouterr().err
 
 
 def test_refusals_and_broken_answers_are_sentences() -> None:
@@ -186,9 +225,9 @@ def test_a_url_that_is_none_is_refused(url: str) -> None:
 
 
 def test_options_of_a_server_need_a_model(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pipe: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO()))
+    pipe("")
     command = ["chat", "http://127.0.0.1:1", "-q", "x", "--", "--tp", "2"]
     assert cli.main(command) == 2
     assert "need a MODEL" in capsys.readouterr().err

@@ -109,6 +109,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_shell(
 def test_what_is_typed_while_an_answer_streams_is_the_next_question(chat: Terminal) -> None:
     stream_long(chat)
     ask(chat, "/set ignore_eos")
+    chat.resize("50x20")
     chat.type("My name is")
     assert "My name is" not in chat.screen
     chat.press("C-c")
