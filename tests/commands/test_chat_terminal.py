@@ -29,7 +29,6 @@ def chat(demo_server: ServerProcess, tmp_path: Path) -> Iterator[Terminal]:
     variables = {"PYTHONPATH": PYTHONPATH, "XDG_CACHE_HOME": str(tmp_path), "LC_ALL": "C.UTF-8"}
     with terminal(command, variables) as opened:
         opened.wait_for(r"^demo at http://127.0.0.1:\d+/v1$")
-        opened.wait_for(r"^>")
         yield opened
 
 

@@ -65,14 +65,14 @@ def _make_parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace, of_server: Sequence[str]) -> int:
     from rich.console import Console
 
-    from minisrv.commands.chat_shell import Conversation, Screen, Shell
+    from minisrv.commands.chat_shell import Conversation, Screen, Shell, keys_kept
 
     piped = "" if sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
     question = "\n\n".join(filter(None, (piped.rstrip(), options.question)))
     if not question and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError("there is no question; give one with -q or a pipe, or use a terminal")
     screen, conversation = Screen(Console(highlight=False)), Conversation(options.system)
-    with _connected(options, of_server) as client:
+    with keys_kept(), _connected(options, of_server) as client:
         if not question:
             Shell(client, conversation, screen).run()
             return 0

@@ -113,7 +113,7 @@ class Shell:
         """Until Ctrl-D or /exit. Ctrl-C stops an answer or drops a line, never the shell."""
         self._screen.note(f"{self._client.model} at {self._client.url}")
         self._screen.note(_KEYS)
-        with contextlib.suppress(EOFError), keys_kept():
+        with contextlib.suppress(EOFError):
             while True:
                 with contextlib.suppress(KeyboardInterrupt):
                     text = self._session.prompt("> ")
@@ -226,7 +226,7 @@ def figures(answer: Answer) -> Iterator[str]:
 
 @contextlib.contextmanager
 def keys_kept() -> Iterator[None]:
-    """Keep what is typed or pasted between two prompts, unseen, for the next one."""
+    """Keep what is typed or pasted outside of prompts, unseen, for the next one."""
     try:
         fd = sys.stdin.fileno()
         before = termios.tcgetattr(fd)
