@@ -171,7 +171,7 @@ def test_projections_of_several_formats_lie_side_by_side(bias: bool) -> None:
     for kernels in implementations(torch.float32):
         product = load_linear(StoredWeights(matrices), kernels, projections, 256, bias)
         assert isinstance(product, SideBySide)
-        assert len(product._products) == 3
+        assert len(product.products) == 3
         exact = isinstance(kernels, TorchKernels)
         error = (product(x) - expected).norm() / expected.norm()
         assert error < (1e-5 if exact else 0.02)
