@@ -13,8 +13,8 @@ from tests.clients.environments import ENVIRONMENTS
 from tests.clients.recorder import Recording, recording
 from tests.clients.results import Result, table
 from tests.clients.running import Machine
-from tests.clients.scripted_model import Script, ScriptedModel
-from tests.support.http_server import HttpServer, serve
+from tests.clients.scripted_model import CONTEXT, Script, ScriptedModel
+from tests.support.http_server import serve
 from tests.support.server_process import running
 
 RESULTS = os.environ.get("MINISRV_CLIENT_RESULTS")
@@ -32,14 +32,14 @@ def demo_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def play() -> Iterator[Callable[..., tuple[HttpServer, Recording]]]:
+def play() -> Iterator[Callable[..., Recording]]:
     """Starts servers whose model follows a script, with a recorder before each."""
     with ExitStack() as stack:
 
-        def start(script: Script, **options: object) -> tuple[HttpServer, Recording]:
-            model = lambda registry: ScriptedModel(registry, script)  # noqa: E731
-            server = stack.enter_context(serve(make_backend=model, **options))
-            return server, stack.enter_context(recording(server.url))
+        def start(script: Script, context: int = CONTEXT) -> Recording:
+            model = lambda registry: ScriptedModel(registry, script, context)  # noqa: E731
+            server = stack.enter_context(serve(make_backend=model))
+            return stack.enter_context(recording(server.url))
 
         yield start
 

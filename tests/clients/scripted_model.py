@@ -9,9 +9,11 @@ from typing import Any
 
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.wire.messages import AbortMsg, GenerateMsg, TokenizeMsg, TokenizerQuery
-from tests.support.played_model import TEMPLATES, PlayedModel
+from tests.support.played_model import CHAT, PlayedModel
 
 CONTEXT = 131_072
+# How calls are written, and nothing that begins or ends a thought.
+TEMPLATE = CHAT.replace("CALLS", "<tool_call></tool_call>")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Conversation:
 Script = Callable[[Conversation], str]
 
 
+class Cut(str):
+    """A reply that its limit ends here."""
+
+
 def call(name: str, **arguments: Any) -> str:
     """A tool call as Hermes' models write it."""
     body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
@@ -47,9 +53,9 @@ def call(name: str, **arguments: Any) -> str:
 class ScriptedModel(PlayedModel):
     """conversations: all that were asked, in order."""
 
-    def __init__(self, registry: RequestRegistry, script: Script) -> None:
-        super().__init__(registry, TEMPLATES["hermes"], max_seq_len=CONTEXT)
-        self.info = replace(self.info, name="scripted", max_model_len=CONTEXT)
+    def __init__(self, registry: RequestRegistry, script: Script, context: int = CONTEXT) -> None:
+        super().__init__(registry, TEMPLATE, max_seq_len=context)
+        self.info = replace(self.info, name="scripted", max_model_len=context)
         self.conversations: list[Conversation] = []
         self._script = script
         self._replies: dict[int, str] = {}
@@ -58,7 +64,11 @@ class ScriptedModel(PlayedModel):
         if isinstance(message, TokenizeMsg) and message.messages is not None:
             conversation = Conversation(message.messages, message.tools or ())
             self.conversations.append(conversation)
-            self._replies[message.uid] = self._script(conversation)
+            reply = self._replies[message.uid] = self._script(conversation)
+            if isinstance(reply, Cut):
+                num_tokens = len(self.tokenizer.encode(reply, add_special_tokens=False))
+                sampling = replace(message.sampling, max_tokens=num_tokens)
+                message = replace(message, sampling=sampling)
         super().send(tokenizer_index, message)
 
     def reply_to(self, message: GenerateMsg) -> str:

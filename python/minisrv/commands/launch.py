@@ -121,7 +121,10 @@ def prepare_qwen_code(served: Served) -> Launch:
 
 
 def prepare_claude(served: Served) -> Launch:
-    """Claude Code: it asks several models, all of which are the served one here."""
+    """Claude Code: it asks several models, all of which are the served one here.
+
+    Its search for tools would need a server that shows the model some of the tools only later.
+    """
     environment = {
         "ANTHROPIC_BASE_URL": served.url,
         "ANTHROPIC_AUTH_TOKEN": served.api_key,
@@ -132,6 +135,7 @@ def prepare_claude(served: Served) -> Launch:
         "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(served.max_output_tokens),
         "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(served.max_seq_len),
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "ENABLE_TOOL_SEARCH": "false",
     }
     return Launch(["claude"], environment)
 
