@@ -227,6 +227,11 @@ class ServerConfig:
         None, "comma-separated origins that browsers may call from; * allows any"
     )
     max_body_bytes: int = option(8 * 2**20, "maximum size of a request body", at_least=1024)
+    response_store_bytes: int = option(
+        64 * 2**20,
+        "memory for the responses of /v1/responses that clients may refer to; 0 stores none",
+        at_least=0,
+    )
     start_timeout_s: float = option(1800.0, "seconds the start may take, not counting downloads")
     drain_timeout: float = option(
         30.0, "seconds that open requests have to end after a stop was requested", at_least=0

@@ -3,7 +3,6 @@
 import asyncio
 import functools
 import json
-from typing import Any
 
 import openai
 import pytest
@@ -129,18 +128,3 @@ def test_an_open_response_is_aborted_by_its_id(server: HttpServer) -> None:
         }
         last = [line for line in lines if line][-2:]
     assert last[0] == "event: response.failed"
-
-
-def test_nothing_is_stored(server: HttpServer) -> None:
-    response = server.openai.responses.create(model="org/tiny", input="hi", store=True)
-    assert response.to_dict()["store"] is False
-    calls: list[Any] = [
-        server.openai.responses.retrieve,
-        server.openai.responses.delete,
-        server.openai.responses.cancel,
-        server.openai.responses.input_items.list,
-    ]
-    for call in calls:
-        with pytest.raises(openai.NotFoundError, match="stores none") as raised:
-            list(call(response.id))
-        assert raised.value.param == "response_id"

@@ -51,12 +51,6 @@ def test_an_unsupported_field_is_refused_by_name(server: HttpServer, name: str) 
     assert (error["param"], error["code"]) == (name, "unsupported_parameter")
 
 
-@pytest.mark.parametrize("name", ["previous_response_id", "conversation"])
-def test_a_refusal_of_state_says_what_to_do(server: HttpServer, name: str) -> None:
-    message = error_of(post(server, **{name: "resp_1"}))["message"]
-    assert "keeps no state, so send the whole conversation as input" in message
-
-
 def test_a_null_and_a_neutral_value_never_fail(server: HttpServer) -> None:
     assert post(server, **(dict.fromkeys(RESPONSE_FIELDS) | {"input": "hi"})).status_code == 200
     for name, field in RESPONSE_FIELDS.items():
@@ -145,7 +139,7 @@ def test_a_reply_repeats_its_request_with_the_values_that_hold(server: HttpServe
     reply = post(server, **body).json()
     Response.model_validate_json(json.dumps(reply), strict=True)
     tool = {"description": None, "parameters": None, "strict": None, **FUNCTION}
-    expected = {**body, "tools": [tool], "store": False, "top_p": 0.95, "truncation": "disabled"}
+    expected = {**body, "tools": [tool], "top_p": 0.95, "truncation": "disabled"}
     assert {name: reply[name] for name in expected} == expected
     plain = post(server).json()
     assert (plain["temperature"], plain["tool_choice"], plain["tools"]) == (0.6, "auto", [])
@@ -248,7 +242,6 @@ def test_a_wrong_field_is_named(
 
 def test_a_refused_type_is_told(server: HttpServer) -> None:
     assert 'type is "mcp"' in error_of(post(server, input=content({"type": "mcp"})))["message"]
-    assert "keeps no state" in error_of(post(server, input=[{"type": "item_reference"}]))["message"]
 
 
 def test_an_unknown_model_is_404(server: HttpServer) -> None:

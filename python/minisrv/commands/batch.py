@@ -78,7 +78,14 @@ HARMLESS_OPTIONS = (
         "ssl_certfile",
         "ssl_keyfile",
     ),
-    *("strict_params", "cors_origins", "max_body_bytes", "start_timeout_s", "drain_timeout"),
+    *(
+        "strict_params",
+        "cors_origins",
+        "max_body_bytes",
+        "response_store_bytes",
+        "start_timeout_s",
+        "drain_timeout",
+    ),
     *("restart_limit", "resume", "stall_timeout", "log_level", "log_format"),
     "metrics_vllm_names",
 )

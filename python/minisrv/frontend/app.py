@@ -77,7 +77,9 @@ def create_app(
         vllm_names=config.metrics_vllm_names,
     )
     bodies = BodyReader(config.max_body_bytes, unknown_fields, metrics.count_ignored_field)
-    runner = Runner(registry, config.max_open_requests, metrics.count_request)
+    runner = Runner(
+        registry, config.max_open_requests, metrics.count_request, fair_keys=config.fair_keys
+    )
     service = Service(config, registry, bodies, runner)
 
     add_error_handlers(app)
@@ -112,7 +114,6 @@ def _add_middlewares(
         keys=keys,
         hosts=hosts,
         public_paths=public_paths,
-        numbers_keys=config.fair_keys,
     )
     app.add_middleware(BugMiddleware)
     if config.cors_origins:

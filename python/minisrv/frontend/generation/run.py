@@ -39,11 +39,15 @@ CHOICES_AT_ONCE = 64  # sent to the tokenizers, or read, before other requests r
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """Runs the generation requests of all APIs. count_request: called when one has ended."""
+    """Runs the generation requests of all APIs. count_request: called when one has ended.
+
+    fair_keys: messages carry the number of the key that sent them.
+    """
 
     registry: RequestRegistry
     max_open_requests: int
     count_request: Callable[[RequestTimings], None]
+    fair_keys: bool = False
 
     def response(self, request: GenerationRequest, renderer: Renderer) -> Response:
         """A response that runs the request when it is sent.
@@ -86,7 +90,7 @@ class _GenerationResponse(Response):
         self._log_start()
         watch = asyncio.create_task(self._abort_when_gone(receive, base))
         try:
-            key = key_number_of(scope)
+            key = key_number_of(scope) if self._runner.fair_keys else 0
             for i, message in enumerate(self._request.tokenize_messages(base), 1):
                 self._registry.send(replace(message, key=key) if key else message)
                 if i % CHOICES_AT_ONCE == 0:

@@ -96,10 +96,7 @@ class AccessMiddleware:
         hosts: AllowedHosts,
         *,
         public_paths: frozenset[bytes],
-        numbers_keys: bool = False,
     ) -> None:
-        """numbers_keys: requests carry the number of their key, for `key_number_of`."""
-        self._numbers_keys = numbers_keys
         self._app = app
         self._keys = keys
         self._hosts = hosts
@@ -110,8 +107,7 @@ class AccessMiddleware:
             headers = Headers(scope=scope)
             level, has_key = self._keys.access(headers)
             scope[_SCOPE_KEY] = level
-            if self._numbers_keys:
-                scope[_NUMBER_KEY] = self._keys.number(headers)
+            scope[_NUMBER_KEY] = self._keys.number(headers)
             path = scope.get("raw_path")
             is_public = path in self._public and path == scope["path"].encode()
             if level is Access.NONE and not is_public:
@@ -134,8 +130,8 @@ class AccessMiddleware:
 
 
 def key_number_of(scope: Scope) -> int:
-    """The number of a request's key, if the middleware was to find it; 0 without a key."""
-    number: int = scope.get(_NUMBER_KEY, 0)
+    """The number of a request's key; 0 without a key."""
+    number: int = scope[_NUMBER_KEY]
     return number
 
 

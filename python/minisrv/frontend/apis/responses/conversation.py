@@ -5,10 +5,10 @@ One turn of the model (reasoning, text and calls) is several items, but one mess
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
+from minisrv.frontend.apis.responses.history import GiveWay, History, Item
 from minisrv.frontend.apis.responses.left_out import LeftOut
 from minisrv.frontend.apis.responses.tools import Callee, custom_arguments
 from minisrv.frontend.fields.parts import TextParts, check_kind
@@ -24,11 +24,9 @@ from minisrv.frontend.fields.schema import (
 )
 from minisrv.frontend.generation.request import Messages
 
-Item = dict[str, Any]
 Message = dict[str, Any]
-GiveWay = Callable[[], Awaitable[None]]
 
-PIECE_ITEMS = 2000  # take some 7 ms
+PIECE_ITEMS = 1000  # take some 4 ms
 
 _CONTENT = any_of(STRING, array_of(OBJECT))
 _OUTPUT = object_of(["call_id", "output"], call_id=STRING, output=_CONTENT)
@@ -75,29 +73,32 @@ _TEXTS = ("content", "reasoning_content")
 
 
 async def read_conversation(
-    fields: Mapping[str, Any], left_out: LeftOut, give_way: GiveWay
+    instructions: str | None, history: History, left_out: LeftOut, give_way: GiveWay
 ) -> Messages:
-    """The messages of `instructions` and `input`. Raises InvalidRequestError naming the item.
+    """The messages of `instructions` and of all items. Raises InvalidRequestError naming the item.
 
     left_out: takes the items that the model does not see.
     give_way: lets other requests run; awaited after every PIECE_ITEMS items.
     """
-    given = fields.get("input")
+    given = history.given
     if given is None or given == []:
         state = "missing" if given is None else "empty"
         raise InvalidRequestError(
             f"input is {state}; it must be a text or hold at least one item", param="input"
         )
     conversation = _Conversation()
-    if "instructions" in fields:
-        conversation.add_message("system", fields["instructions"])
-    if isinstance(given, str):
-        conversation.add_message("user", given)
-    else:
-        for i, item in enumerate(given):
-            _add_item(conversation, item, f"input.{i}", left_out)
+    if instructions is not None:
+        conversation.add_message("system", instructions)
+    named = [("previous_response_id", history.past)]
+    if isinstance(given, list):
+        named.append(("input", given))
+    for name, items in named:
+        for i, item in enumerate(items):
+            _add_item(conversation, item, f"{name}.{i}", left_out)
             if i % PIECE_ITEMS == PIECE_ITEMS - 1:
                 await give_way()
+    if isinstance(given, str):
+        conversation.add_message("user", given)
     return await conversation.messages(give_way)
 
 
@@ -169,12 +170,6 @@ def _add_item(conversation: _Conversation, item: Item, path: str, left_out: Left
         item = {**item, "type": "message"}
     if not isinstance(item.get("type"), str):
         check_value(item, _WITH_TYPE, path)
-    if item["type"] == "item_reference":
-        raise InvalidRequestError(
-            f"{path}.type is item_reference, but this server keeps no state; send the item itself",
-            param=f"{path}.type",
-            code="unsupported_parameter",
-        )
     if item["type"] == "additional_tools":
         return
     if item["type"] in _HOSTED_ITEMS:

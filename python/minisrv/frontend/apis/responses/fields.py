@@ -62,7 +62,6 @@ _IGNORED = (
     *("user", "safety_identifier", "service_tier", "client_metadata"),
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
 )
-_NO_STATE = "it keeps no state, so send the whole conversation as input"
 
 RESPONSE_FIELDS: dict[str, Field] = {
     "input": supported(any_of(STRING, array_of(OBJECT)), "A text, or the conversation as items."),
@@ -91,10 +90,14 @@ RESPONSE_FIELDS: dict[str, Field] = {
         object_of(include_obfuscation=BOOLEAN), "Only with stream; changes nothing here."
     ),
     **dict.fromkeys(_IGNORED, ignored()),
-    "store": ignored("nothing is stored, and the reply says so"),
-    "previous_response_id": rejected(reason=_NO_STATE),
-    "conversation": rejected(reason=_NO_STATE),
-    "background": rejected(False, reason="it keeps no state"),
+    "store": supported(
+        BOOLEAN, "Keep the response, for previous_response_id and item_reference. Default: true."
+    ),
+    "previous_response_id": supported(
+        STRING, "A stored response; its input and output come before the input."
+    ),
+    "conversation": rejected(reason="it keeps responses, not conversations"),
+    "background": rejected(False, reason="it runs nothing in the background"),
     **dict.fromkeys(
         ("background_options", "max_tool_calls", "moderation", "image", "access_programs"),
         rejected(),

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from minisrv.errors import InvalidRequestError
-from minisrv.frontend.apis.responses.conversation import GiveWay, read_conversation
+from minisrv.frontend.apis.responses.conversation import read_conversation
+from minisrv.frontend.apis.responses.history import GiveWay, History
 from minisrv.frontend.apis.responses.tools import Tools
 from minisrv.frontend.fields.names import FieldNames
 from minisrv.frontend.fields.schema import STRING, check_value, object_of
@@ -37,9 +38,12 @@ NAMES = FieldNames(
 
 
 async def read_response(
-    fields: Fields, tools: Tools, model: ModelInfo, give_way: GiveWay
+    fields: Fields, history: History, tools: Tools, model: ModelInfo, give_way: GiveWay
 ) -> ChatRequest:
-    """Read a request for a response with these `tools`, in pieces. Raises InvalidRequestError."""
+    """Read a request for a response, in pieces. Raises InvalidRequestError.
+
+    history, tools: what was read of it before.
+    """
     common = read_common(fields, model, shows_cap=True)
     for key, text in fields.get("metadata", {}).items():
         check_value(text, STRING, f"metadata.{key[:64]}")
@@ -50,7 +54,9 @@ async def read_response(
     variables = reasoning_variables(effort, fields.get("enable_thinking"), model.chat_format)
     own = read_template_kwargs(fields.get("chat_template_kwargs", {}))
     tool_use = tools.use(fields, model.chat_format)
-    messages = await read_conversation(fields, tools.left_out, give_way)
+    messages = await read_conversation(
+        fields.get("instructions"), history, tools.left_out, give_way
+    )
     grammar = _read_format(fields.get("text", {}).get("format") or {})
     if grammar is not None and tool_use is not None and tool_use.must_call:
         # A format goes on being sent beside a call that follows its own schema.

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from minisrv.checkpoint.chat_format import ChatFormat
 from minisrv.errors import InvalidRequestError
+from minisrv.frontend.apis.responses.history import History
 from minisrv.frontend.apis.responses.left_out import LeftOut
 from minisrv.frontend.fields.names import FieldNames
 from minisrv.frontend.fields.schema import (
@@ -64,12 +65,12 @@ class Callee:
 class Tools:
     """The tools that a request offers. left_out: what of the request the model does not see."""
 
-    def __init__(self, fields: Mapping[str, Any], left_out: LeftOut) -> None:
+    def __init__(self, fields: Mapping[str, Any], history: History, left_out: LeftOut) -> None:
         """Raises InvalidRequestError for a tool that cannot be read."""
         self.left_out = left_out
         self._callees: list[Callee] = []
         self._shown: list[Tool] = []
-        for path, tool in _tools_of(fields):
+        for path, tool in _tools_of(fields, history):
             self._read(tool, path)
         self._by_name = {callee.shown_name: callee for callee in self._callees}
 
@@ -210,13 +211,14 @@ def _described(tool: Tool, namespace: str) -> Tool:
     )
 
 
-def _tools_of(fields: Mapping[str, Any]) -> Iterator[tuple[str, Tool]]:
+def _tools_of(fields: Mapping[str, Any], history: History) -> Iterator[tuple[str, Tool]]:
     """Each tool with its path: those of `tools`, and those that Codex adds as items."""
     for i, tool in enumerate(fields.get("tools", [])):
         yield f"tools.{i}", tool
-    given = fields.get("input")
-    for i, item in enumerate(given if isinstance(given, list) else []):
-        if item.get("type") == "additional_tools":
-            check_value(item, _ADDITIONAL, f"input.{i}")
-            for j, tool in enumerate(item["tools"]):
-                yield f"input.{i}.tools.{j}", tool
+    given = history.given if isinstance(history.given, list) else []
+    for name, items in (("previous_response_id", history.past), ("input", given)):
+        for i, item in enumerate(items):
+            if item.get("type") == "additional_tools":
+                check_value(item, _ADDITIONAL, f"{name}.{i}")
+                for j, tool in enumerate(item["tools"]):
+                    yield f"{name}.{i}.tools.{j}", tool
