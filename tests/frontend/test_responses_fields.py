@@ -62,7 +62,8 @@ def test_harmless_fields_change_nothing(server: HttpServer) -> None:
     response = post(server, **{name: {"any": [1]} for name in IGNORED})
     assert response.status_code == 200
     assert "x-minisrv-warnings" not in response.headers
-    agent = {"include": ["reasoning.encrypted_content"], "text": {"verbosity": "low"}}
+    names = ["reasoning.encrypted_content", "web_search_call.action.sources"]
+    agent = {"include": names, "text": {"verbosity": "low"}}
     assert post(server, **agent, reasoning={"summary": "auto"}).status_code == 200
 
 

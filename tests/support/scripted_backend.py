@@ -121,7 +121,10 @@ class ScriptedBackend:
     def send(self, tokenizer_index: int, message: TokenizeMsg | AbortMsg | ShowTreeMsg) -> None:
         if isinstance(message, ShowTreeMsg):
             return show_tree(self._registry, self.cache, message)
-        message = decode(encode(message), TOKENIZER_INBOX)
+        self.take(tokenizer_index, decode(encode(message), TOKENIZER_INBOX))
+
+    def take(self, tokenizer_index: int, message: TokenizeMsg | AbortMsg) -> None:
+        """Answer a message that has arrived."""
         self.sent.append((tokenizer_index, message))
         if isinstance(message, AbortMsg):
             for uid in message.uids:

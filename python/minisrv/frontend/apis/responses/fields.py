@@ -84,7 +84,9 @@ RESPONSE_FIELDS: dict[str, Field] = {
     "tool_choice": supported(
         _TOOL_CHOICE, "none, auto, required, a tool or allowed_tools. Default: auto with tools."
     ),
-    "include": supported(STRINGS, "Only reasoning.encrypted_content, which changes nothing."),
+    "include": supported(
+        STRINGS, "Encrypted reasoning and results of hosted tools, which change nothing."
+    ),
     "metadata": supported(OBJECT, "Strings by name; the reply repeats them."),
     "stream_options": supported(
         object_of(include_obfuscation=BOOLEAN), "Only with stream; changes nothing here."

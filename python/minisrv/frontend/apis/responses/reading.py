@@ -27,6 +27,12 @@ from minisrv.sampling_params import Grammar
 
 Fields = Mapping[str, Any]
 
+# Encrypted reasoning, which this server's is not, and what hosted tools return, which never run.
+_HARMLESS_INCLUDES = (
+    *("reasoning.encrypted_content", "web_search_call.", "file_search_call."),
+    *("code_interpreter_call.", "computer_call_output."),
+)
+
 NAMES = FieldNames(
     {
         "max_tokens": "max_output_tokens",
@@ -84,7 +90,7 @@ async def read_response(
 
 def _check_include(names: list[str]) -> None:
     for i, name in enumerate(names):
-        if name != "reasoning.encrypted_content":
+        if not name.startswith(_HARMLESS_INCLUDES):
             raise InvalidRequestError(
                 f"include.{i} is {name[:60]!a}, which this server cannot return; leave it out",
                 param=f"include.{i}",
