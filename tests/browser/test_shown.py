@@ -205,7 +205,7 @@ def test_a_wrong_key_is_asked_for_again(guarded: HttpServer, opened: Any) -> Non
     assert chat.ask("hi").startswith("Hello from the")
     assert "admin key" in chat.page.locator("#tree-note").inner_text()
     chat.set(key="master")
-    chat.page.locator("#tree-note").get_by_text("0 nodes").wait_for()
+    chat.page.locator("#tree-note").get_by_text("The cache is empty.").wait_for()
     assert "secret" not in json.dumps(chat.stored)
 
 

@@ -23,8 +23,9 @@ from minisrv.wire.messages import DecodeMsg, ShowTreeMsg
 DEFAULT_NODES = 2000
 MAX_NODES = 20_000
 TEXT_TOKENS = 24
-# The scheduler may spend this share of its time on trees, however many watch it.
-MAX_SHARE = 0.01
+# The scheduler may spend this share of its time on descriptions of the tree, however many ask; with
+# packing and sending them that is less than 1 %.
+MAX_SHARE = 0.007
 _NODES_PER_TURN = 500
 
 PARAMETERS: dict[str, Field] = {

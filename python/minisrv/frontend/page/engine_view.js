@@ -91,12 +91,16 @@ export class EngineView {
     byId("tree-box").hidden = false;
     showPages(pages);
     this.tree.show(nodes, path ?? []);
+    if (!num_nodes) {
+      byId("tree-note").textContent = "The cache is empty.";
+      return;
+    }
     const shown = nodes.length < num_nodes ? `${count.format(nodes.length)} of ` : "";
     const parts = [`${shown}${count.format(num_nodes)} nodes, ${count.format(pages.tree * page_size)} tokens.`];
     if (requestId && path?.length) {
       const lit = new Set(path);
       const mine = nodes.filter((node) => lit.has(node.id)).reduce((sum, node) => sum + node.tokens, 0);
-      parts.push(`This chat: ${count.format(mine)} tokens on ${path.length} nodes, lit.`);
+      parts.push(`This chat: ${count.format(mine)} tokens on ${path.length} ${path.length === 1 ? "node" : "nodes"}, lit.`);
     }
     byId("tree-note").textContent = parts.join(" ");
     byId("tree").setAttribute("aria-label", `The prefix cache as a tree. ${parts.join(" ")}`);

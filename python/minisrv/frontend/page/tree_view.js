@@ -3,9 +3,12 @@
 
 const FRESH_S = 60;
 const SHADES = 8;
+const PATH_SHARE = 0.06;
 
-/** Where each node goes, in units of the whole: { node, x, width, top, bottom } with 0 <= x <= 1. */
-export function layout(nodes, rootId = 0) {
+/** Where each node goes, in units of the whole: { node, x, width, top, bottom } with 0 <= x <= 1.
+ *
+ * The leaves of `path`, a set of ids, are at least PATH_SHARE wide, so that they can be seen. */
+export function layout(nodes, path = new Set(), rootId = 0) {
   const byParent = new Map();
   // Older nodes stay on the left, so that blocks move little.
   for (const node of nodes.toSorted((a, b) => a.id - b.id)) {
@@ -25,10 +28,11 @@ export function layout(nodes, rootId = 0) {
     depths.set(node.id, [start, end]);
     for (const child of byParent.get(node.id) ?? []) stack.push([child, end]);
   }
+  const wide = PATH_SHARE * order.filter((node) => !byParent.has(node.id)).length;
   const leaves = new Map();
   for (const node of order.toReversed()) {
     const below = (byParent.get(node.id) ?? []).reduce((sum, child) => sum + leaves.get(child.id), 0);
-    leaves.set(node.id, below || 1);
+    leaves.set(node.id, below || (path.has(node.id) ? Math.max(1, wide) : 1));
   }
   return place(order, top, byParent, depths, leaves);
 }
@@ -126,7 +130,7 @@ export class TreeView {
 
   arrange() {
     if (!this.nodes.some((node) => node.id === this.rootId)) this.rootId = 0;
-    this.blocks = layout(this.nodes, this.rootId);
+    this.blocks = layout(this.nodes, this.path, this.rootId);
     this.draw();
   }
 
@@ -150,9 +154,10 @@ export class TreeView {
     const node = this.nodeUnder(event);
     this.tip.hidden = node === null;
     if (node === null) return;
+    const pages = node.pages === 1 ? "1 page" : `${node.pages} pages`;
     const used = node.last_use_s < 1 ? "now" : `${Math.round(node.last_use_s)} s ago`;
     const pins = node.pins ? `, in use by ${node.pins}` : "";
-    this.tip.textContent = `${node.tokens} tokens on ${node.pages} pages, used ${used}${pins}`;
+    this.tip.textContent = `${node.tokens} tokens on ${pages}, used ${used}${pins}`;
     if (node.text !== undefined) this.tip.textContent += `\n${node.text}`;
     const box = this.canvas.parentElement.getBoundingClientRect();
     const x = Math.min(event.clientX - box.x + 12, Math.max(0, box.width - this.tip.offsetWidth));
