@@ -6,6 +6,8 @@ from dataclasses import asdict
 import pytest
 
 from minisrv.checkpoint.chat_format import ChatFormat, find_chat_format
+from minisrv.errors import InvalidRequestError
+from minisrv.frontend.fields.tools import read_tools
 
 # The telling parts of the templates of these families.
 QWEN = """{% if tools %}# Tools
@@ -18,6 +20,7 @@ QWEN_THINKING = (
 )
 QWEN_CODER = "{% if tools %}<tool_call>\n<function=name>\n<parameter=x>\n{% endif %}"
 GLM = "{% if tools %}<tool_call>{name}\n<arg_key>{key}</arg_key>{% endif %}"
+DEEPSEEK = "{% for call in message.tool_calls %}<｜tool▁calls▁begin｜>{% endfor %}"
 LLAMA = """{% if tools is not none %}Environment: ipython
 {{ '{"name": "' + tool_call.name + '", "parameters": ' }}{% endif %}"""
 MISTRAL = "{% if tools %}[AVAILABLE_TOOLS]{% endif %}[TOOL_CALLS]{{ calls }}"
@@ -40,8 +43,9 @@ THINK = ("<think>", "</think>")
                 switches_reasoning=True,
             ),
         ),
-        (QWEN_CODER, ChatFormat(takes_tools=True)),
-        (GLM, ChatFormat(takes_tools=True)),
+        (QWEN_CODER, ChatFormat(takes_tools=True, tool_format="qwen3_coder")),
+        (GLM, ChatFormat(takes_tools=True, tool_format="glm")),
+        (DEEPSEEK, ChatFormat(tool_format="deepseek")),
         (LLAMA, ChatFormat(takes_tools=True, tool_format="llama")),
         (MISTRAL, ChatFormat(takes_tools=True, tool_format="mistral")),
         (
@@ -67,6 +71,24 @@ def test_tools_are_described_only_to_a_template_that_takes_none_and_never_on_req
     assert not find_chat_format({"default": QWEN_CODER}).needs_description
     assert not find_chat_format({}).needs_description
     assert find_chat_format(plain, describes_tools=False) == ChatFormat()
+
+
+@pytest.mark.parametrize(
+    ("template", "models"),
+    [
+        ("{{ tools }}<｜DSML｜function_calls>", "DeepSeek V3.2 and V4"),
+        ("{{ tools }}<seed:tool_call><function=f><parameter=x>", "Seed-OSS"),
+        ("{{ tools }}<tool_call><invoke name=f>", "MiniMax M3"),
+        ("{{ tools }}<|python_tag|><function=f>", "Functionary"),
+        ("{{ tools }}<tool>", None),
+    ],
+)
+def test_a_form_that_is_not_read_is_known_by_name(template: str, models: str | None) -> None:
+    found = find_chat_format({"default": template})
+    assert found == ChatFormat(takes_tools=True, unread_form=models)
+    with pytest.raises(InvalidRequestError) as caught:
+        read_tools([{"function": {"name": "f"}}], "auto", True, found)
+    assert caught.value.message.endswith(f"cannot read ({models})" if models else "cannot read")
 
 
 def test_the_template_for_tools_is_asked_about_tools() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,11 @@ from minisrv.frontend.tool_calls.parser import MAY_BECOME, CallParser, State
 from minisrv.frontend.tool_calls.pieces import Piece, Text, ToolCallArguments, ToolCallStart
 
 Call = tuple[str, str]
-FORMATS: tuple[ToolFormat, ...] = ("hermes", "llama", "mistral")
+JSON_FORMATS: tuple[ToolFormat, ...] = ("hermes", "llama", "mistral", "deepseek")
+FORMATS: tuple[ToolFormat, ...] = (*JSON_FORMATS, "qwen3_coder", "glm")
 NAMES = ("f", "get_time")
+# What is not in it may be of any type.
+SCHEMAS = {name: {"properties": {"s": {"type": "string"}}} for name in NAMES}
 F = '{"name": "f", "arguments": {"a": "} ] \\" \\\\"}}'
 F_ARGUMENTS = '{"a": "} ] \\" \\\\"}'
 
@@ -25,7 +29,7 @@ def read(
     tool_format: ToolFormat, pieces: Sequence[str], parallel: bool = True
 ) -> tuple[str, list[Call], bool]:
     """The content, the calls and whether the last is whole. Holds the order of the pieces."""
-    parser = CallReading(tool_format=tool_format, names=NAMES, parallel=parallel).make_parser()
+    parser = CallReading(tool_format=tool_format, schemas=SCHEMAS, parallel=parallel).make_parser()
     got = [piece for delta in pieces for piece in parser.push(delta)] + parser.flush()
     text, calls = "", list[Call]()
     for piece in got:
@@ -45,6 +49,15 @@ def read(
 ONE = [("f", '{"x": 1}')]
 EMPTY = ("f", "{}")
 BARE = '{"name": "f", "parameters": {}}'
+QWEN = "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>"
+GLM = "<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n</tool_call>"
+DEEPSEEK = (
+    '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"x": 1}<｜tool▁call▁end｜>'
+    "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+)
+FENCED = re.sub(
+    r"f<｜tool▁sep｜>(\{.*?\})", r"function<｜tool▁sep｜>f\n```json\n\1\n```", DEEPSEEK
+).replace("end｜><｜tool▁call▁b", "end｜>\n<｜tool▁call▁b")
 SPELLINGS: list[tuple[ToolFormat, str, str, list[Call]]] = [
     ("hermes", f"<tool_call>\n{F}\n</tool_call>", "", [("f", F_ARGUMENTS)]),
     ("hermes", f"Let me.\n\n<tool_call>{F}</tool_call>\n", "Let me.", [("f", F_ARGUMENTS)]),
@@ -65,6 +78,32 @@ SPELLINGS: list[tuple[ToolFormat, str, str, list[Call]]] = [
     ("mistral", 'Yes.[TOOL_CALLS]f[ARGS]{"x": 1}[TOOL_CALLS]f[ARGS]{}', "Yes.", [*ONE, EMPTY]),
     ("mistral", '[TOOL_CALLS]f[CALL_ID]Ab3[ARGS] {"x": 1}', "", ONE),
     ("mistral", '[TOOL_CALLS]f{"x": 1}', "", ONE),
+    ("qwen3_coder", f"Yes.\n{QWEN}\n{QWEN}", "Yes.", [*ONE, *ONE]),
+    ("qwen3_coder", QWEN.removeprefix("<tool_call>\n"), "", ONE),
+    ("qwen3_coder", f"{QWEN.removesuffix('</tool_call>')} and more", "and more", ONE),
+    ("qwen3_coder", "<tool_call><function=f></function></tool_call>", "", [EMPTY]),
+    ("qwen3_coder", "<function=f>\n<parameter=x>1</parameter>\n</tool_call>", "", ONE),
+    (
+        "qwen3_coder",
+        "<function=f>\n<parameter=s>\n\n</parameter>\nx\n\n</parameter>\n</function>",
+        "",
+        [("f", '{"s": "\\n</parameter>\\nx\\n"}')],
+    ),
+    ("glm", f"Yes.\n{GLM}{GLM}", "Yes.", [*ONE, *ONE]),
+    ("glm", GLM.replace("\n", ""), "", ONE),
+    ("glm", "<tool_call>f</tool_call>", "", [EMPTY]),
+    (
+        "glm",
+        "<tool_call>f<arg_key>a</arg_key>?<arg_key>s</arg_key> <arg_value> </arg_value> "
+        "</arg_value><arg_key>b</arg_key><arg_value>[]</arg_value></tool_call>",
+        "",
+        [("f", '{"s": " </arg_value> ", "b": []}')],
+    ),
+    ("deepseek", f"Yes.{DEEPSEEK}", "Yes.", [*ONE, EMPTY]),
+    ("deepseek", DEEPSEEK.removeprefix("<｜tool▁calls▁begin｜>"), "", [*ONE, EMPTY]),
+    ("deepseek", FENCED, "", [*ONE, EMPTY]),
+    ("deepseek", FENCED.removesuffix("<｜tool▁calls▁end｜>"), "", [*ONE, EMPTY]),
+    ("deepseek", FENCED.replace("json\n", ""), "", [*ONE, EMPTY]),
 ]
 
 
@@ -93,6 +132,20 @@ NO_CALLS: list[tuple[ToolFormat, str]] = [
     ("mistral", "[TOOL_CALLS]f[ARGS] [1]"),
     ("mistral", "[TOOL"),
     ("mistral", F),
+    ("qwen3_coder", "Use <tool_call> and <function=name> for it."),
+    ("qwen3_coder", "<function=f>\nprint(1)"),
+    ("qwen3_coder", "<function=f><x><parameter=x>1</parameter></function>"),
+    ("qwen3_coder", f"<tool_call>\n{F}\n</tool_call>"),
+    ("qwen3_coder", "<tool_call>\n<function=f"),
+    ("glm", "<tool_call> is a tag"),
+    ("glm", "<tool_call>f(1)</tool_call>"),
+    ("glm", f"<tool_call>\n{F}\n</tool_call>"),
+    ("glm", "<tool_call>f\n<arg_"),
+    ("deepseek", "<｜tool▁calls▁begin｜>nothing"),
+    ("deepseek", "<｜tool▁call▁begin｜>f<b>"),
+    ("deepseek", "<｜tool▁call▁begin｜>f\n<｜tool▁sep｜>{}"),
+    ("deepseek", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```python\n{}```"),
+    ("deepseek", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n[]```"),
 ]
 
 
@@ -103,7 +156,7 @@ def test_what_only_looks_like_a_call_stays_text(tool_format: ToolFormat, reply: 
 
 
 def test_arguments_are_passed_on_as_they_come() -> None:
-    parser = CallReading(tool_format="hermes", names=NAMES).make_parser()
+    parser = CallReading(tool_format="hermes", schemas=SCHEMAS).make_parser()
     assert parser.push('<tool_call>\n{"name": "get_time", "arg') == []
     (start, first) = parser.push('uments": {"zone"')
     assert isinstance(start, ToolCallStart)
@@ -133,6 +186,10 @@ CUT_OFF = {
     "mistral": 'Yes.[TOOL_CALLS]f[ARGS]{"x": 1}[TOOL_CALLS]f[ARGS]{"x": 1}',
     "mistral list": f"Yes.[TOOL_CALLS] [{F}, {F}]",
     "llama by keys": '{"type": "function", "parameters": {"x": [1]}, "name": "f"}',
+    "qwen3_coder": f"Yes.\n{QWEN}\n{QWEN}",
+    "glm": f"Yes.\n{GLM}\n{GLM}",
+    "deepseek": f"Yes.{DEEPSEEK}",
+    "deepseek fenced": FENCED,
     "llama mark": '<|python_tag|>{"name": "any", "parameters": {"x": 1}}',
 }
 
@@ -142,7 +199,7 @@ def test_a_call_is_never_content_wherever_the_reply_is_cut_off(form: str) -> Non
     reply = CUT_OFF[form]
     content = "Yes." if reply.startswith("Yes.") else ""
     for end in range(len(content), len(reply) + 1):
-        parser = CallReading(tool_format=form.split()[0], names=NAMES).make_parser()  # type: ignore[arg-type]
+        parser = CallReading(tool_format=form.split()[0], schemas=SCHEMAS).make_parser()  # type: ignore[arg-type]
         pieces = parser.push(reply[:end]) + parser.flush(cut_off=True)
         text = "".join(piece.text for piece in pieces if isinstance(piece, Text))
         assert text.rstrip() == content
@@ -159,7 +216,7 @@ def test_a_call_is_never_content_wherever_the_reply_is_cut_off(form: str) -> Non
     ],
 )
 def test_json_that_cannot_become_a_call_is_content_where_it_is_cut_off(reply: str) -> None:
-    parser = CallReading(tool_format="llama", names=NAMES).make_parser()
+    parser = CallReading(tool_format="llama", schemas=SCHEMAS).make_parser()
     assert parser.push(reply) + parser.flush(cut_off=True) == [Text(reply)]
     assert not parser.lost_call
 
@@ -171,14 +228,18 @@ def test_without_parallel_calls_the_reply_ends_with_the_first(tool_format: ToolF
         "hermes": f"a<tool_call>{one}</tool_call><tool_call>{one}</tool_call> text",
         "llama": f"{one}; {one} text",
         "mistral": f"[TOOL_CALLS] [{one}, {one}] text",
+        "qwen3_coder": f"{QWEN}\n{QWEN} text",
+        "glm": f"{GLM}\n{GLM} text",
+        "deepseek": f"{DEEPSEEK} text",
     }[tool_format]
     text, calls, whole = read(tool_format, list(reply), parallel=False)
-    assert (text, calls, whole) == ("a" * (tool_format == "hermes"), [("f", "{}")], True)
+    expected = ONE[0] if tool_format in ("qwen3_coder", "glm", "deepseek") else EMPTY
+    assert (text, calls, whole) == ("a" * (tool_format == "hermes"), [expected], True)
 
 
 def test_call_ids_are_what_templates_take() -> None:
-    for tool_format in FORMATS:
-        parser = CallReading(tool_format=tool_format, names=NAMES).make_parser()
+    for tool_format in JSON_FORMATS:
+        parser = CallReading(tool_format=tool_format, schemas=SCHEMAS).make_parser()
         pieces = parser.push(write(tool_format, "", [("f", {}), ("f", {})], ascii=True))
         ids = {piece.id for piece in pieces if isinstance(piece, ToolCallStart)}
         assert [len(id) for id in ids] == [9 if tool_format == "mistral" else 29] * 2
@@ -193,7 +254,51 @@ MARKS = [
     *['{"name": "f", "arguments": ', '{"name": "f", "parameters": {', "f", "\n", " ", *'{}"\\[],;'],
     *["e\u0301", "\U0001f468\u200d\U0001f469", "\u4f60\u597d"],
 ]
-ANY_REPLY = st.lists(st.sampled_from(MARKS) | st.text(max_size=3), max_size=12).map("".join)
+TAGS = [
+    *[
+        "<tool_call>",
+        "</tool_call>",
+        "<function=f>",
+        "</function>",
+        "<parameter=s>",
+        "\n",
+        " ",
+        "<",
+    ],
+    *["</parameter>", "<arg_key>", "s", "x", "</arg_key>", "<arg_value>", "</arg_value>", "5", ">"],
+    *[
+        QWEN[:-12],
+        GLM,
+        "<tool_call>f",
+        "<arg_key>s</arg_key><arg_value>",
+        "<parameter=x>\n",
+        "\u4f60",
+    ],
+]
+TOKENS = [
+    *["<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"],
+    *[
+        "<｜tool▁calls▁end｜>",
+        "f",
+        "function",
+        "{}",
+        '{"x": "',
+        '"}',
+        "\n",
+        "```json",
+        "```",
+        " ",
+        "<",
+    ],
+]
+PARTS: dict[ToolFormat, list[str]] = {"qwen3_coder": TAGS, "glm": TAGS, "deepseek": TOKENS}
+
+
+def any_reply(tool_format: ToolFormat) -> st.SearchStrategy[str]:
+    part = st.sampled_from(PARTS.get(tool_format, MARKS)) | st.text(max_size=3)
+    return st.lists(part, max_size=12).map("".join)
+
+
 CONTENT = st.text(st.sampled_from("ab \n\u4f60\u0301\U0001f600<[{|}]"), max_size=12)
 KEYS = st.text(max_size=4)
 JSON = st.recursive(
@@ -216,7 +321,7 @@ def cut(text: str, borders: list[int]) -> list[str]:
 def joined_pieces(tool_format: ToolFormat, deltas: Sequence[str], parallel: bool) -> list[Piece]:
     """The pieces, each run of texts or arguments joined to one; ids are numbered."""
     numbers = map(str, itertools.count())
-    parser = PARSERS[tool_format](frozenset(NAMES), numbers.__next__, parallel)
+    parser = PARSERS[tool_format](SCHEMAS, numbers.__next__, parallel)
     pieces: list[Piece] = []
     for piece in [*itertools.chain(*map(parser.push, deltas)), *parser.flush()]:
         last = pieces[-1] if pieces else None
@@ -231,11 +336,12 @@ def joined_pieces(tool_format: ToolFormat, deltas: Sequence[str], parallel: bool
 
 
 @pytest.mark.parametrize("tool_format", FORMATS)
-@settings(max_examples=300)
-@given(reply=ANY_REPLY, borders=st.lists(st.integers(0, 1000), max_size=20), parallel=st.booleans())
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), borders=st.lists(st.integers(0, 1000), max_size=20), parallel=st.booleans())
 def test_where_the_text_is_cut_changes_nothing(
-    tool_format: ToolFormat, reply: str, borders: list[int], parallel: bool
+    tool_format: ToolFormat, data: st.DataObject, borders: list[int], parallel: bool
 ) -> None:
+    reply = data.draw(any_reply(tool_format))
     whole = read(tool_format, [reply], parallel)
     pieces = joined_pieces(tool_format, [reply], parallel)
     for deltas in (cut(reply, borders), list(reply)):
@@ -259,7 +365,7 @@ def test_replies_take_every_transition_of_the_table(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_transition_outside_of_the_table_is_an_assertion() -> None:
-    parser = CallReading(tool_format="hermes", names=NAMES).make_parser()
+    parser = CallReading(tool_format="hermes", schemas=SCHEMAS).make_parser()
     with pytest.raises(AssertionError):
         parser._become(State.ARGUMENTS)
 
@@ -275,6 +381,11 @@ def write(tool_format: ToolFormat, content: str, calls: list[tuple[str, Any]], a
         return content + "".join(f"\n<tool_call>\n{text}\n</tool_call>" for text in objects)
     if tool_format == "llama":
         return content + "<|python_tag|>" + "; ".join(objects)
+    if tool_format == "deepseek":
+        return content + "".join(
+            f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{text}<｜tool▁call▁end｜>"
+            for name, text in zip(names, written, strict=True)
+        )
     if ascii:
         return f"{content}[TOOL_CALLS] [{', '.join(objects)}]"
     return content + "".join(
@@ -283,7 +394,7 @@ def write(tool_format: ToolFormat, content: str, calls: list[tuple[str, Any]], a
 
 
 @settings(max_examples=300)
-@given(st.sampled_from(FORMATS), CONTENT, CALLS, st.booleans(), st.lists(st.integers(0, 1000)))
+@given(st.sampled_from(JSON_FORMATS), CONTENT, CALLS, st.booleans(), st.lists(st.integers(0, 1000)))
 def test_calls_that_were_written_are_read(
     tool_format: ToolFormat,
     content: str,

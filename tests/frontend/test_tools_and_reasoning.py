@@ -32,6 +32,15 @@ WRITTEN = {
     "llama": '<|python_tag|>{"name": "get_time", "parameters": {"zone": "UTC"}}; '
     '{"name": "get_time", "parameters": {"zone": "UTC"}}',
     "mistral": "Yes." + '[TOOL_CALLS]get_time[ARGS]{"zone": "UTC"}' * 2,
+    "qwen3_coder": "Yes."
+    + "\n<tool_call>\n<function=get_time>\n<parameter=zone>\nUTC\n</parameter>\n</function>\n"
+    "</tool_call>" * 2,
+    "glm": "Yes."
+    + "\n<tool_call>get_time\n<arg_key>zone</arg_key>\n<arg_value>UTC</arg_value>\n</tool_call>"
+    * 2,
+    "deepseek": "Yes.<｜tool▁calls▁begin｜>"
+    + '<｜tool▁call▁begin｜>get_time<｜tool▁sep｜>{"zone": "UTC"}<｜tool▁call▁end｜>' * 2
+    + "<｜tool▁calls▁end｜>",
 }
 
 

@@ -68,9 +68,16 @@ TEMPLATES = {
     "hermes": CHAT.replace("CALLS", "<tool_call></tool_call>") + THINKING,
     "llama": CHAT.replace("CALLS", "<|python_tag|>"),
     "mistral": CHAT.replace("CALLS", "[TOOL_CALLS]"),
+    "qwen3_coder": CHAT.replace("CALLS", "<tool_call><function=>"),
+    "glm": CHAT.replace("CALLS", "<tool_call><arg_key>"),
+    "deepseek": CHAT.replace("CALLS", "<｜tool▁calls▁begin｜>"),
     "plain": "{% for m in messages %}{{ m.content }}{% endfor %}",
 }
-SPECIAL = ["<|python_tag|>", "[TOOL_CALLS]", "[ARGS]"]
+SPECIAL = [
+    *["<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "<arg_value>", "</arg_value>"],
+    *["<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>"],
+    *["<｜tool▁call▁end｜>", "<｜tool▁sep｜>"],
+]
 ADDED = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
 
 

@@ -280,6 +280,32 @@ def test_a_template_that_joins_arguments_to_text_gets_them_as_text() -> None:
     assert text == 'ARGS {"city": "Z\u00fcrich", "n": [1, null, 2.5]}'
 
 
+def test_a_template_that_needs_a_content_gets_an_empty_one_beside_calls() -> None:
+    call = {"function": {"name": "f", "arguments": {"x": 1}}}
+    calls = {"role": "assistant", "content": None, "tool_calls": [call]}
+    for source in (
+        "{{ messages[0].content + messages[0].tool_calls[0].function.name }}",
+        "{{ messages[0].content + messages[0].tool_calls[0].function.arguments }}",
+    ):
+        text = ChatTemplate({"default": source}, SPECIAL).render([calls])
+        assert text == ('{"x": 1}' if "arguments" in source else "f")
+    with pytest.raises(InvalidRequestError):
+        ChatTemplate({"default": "{{ 'x' + messages[0].content }}"}, SPECIAL).render([calls])
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_template_that_knows_calls_by_a_null_content_gets_one(content: str | None) -> None:
+    source = "{% for m in messages %}{% if m['content'] is none %}{{ m.tool_calls | length }}"
+    source += "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    call = {"function": {"name": "f", "arguments": {}}}
+    calls = {"role": "assistant", "content": content, "tool_calls": [call]}
+    assert ChatTemplate({"default": source}, SPECIAL).render([USER, calls]) == "hi1"
+
+
+def test_what_filters_return_is_written_as_a_list() -> None:
+    assert render("{{ messages | map(attribute='role') | tojson }}", USER) == '["user"]'
+
+
 def continued(source: str, *messages: dict[str, Any]) -> str:
     template = ChatTemplate({"default": source}, SPECIAL)
     return template.render(messages, add_generation_prompt=False, continue_final_message=True)

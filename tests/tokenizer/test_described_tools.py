@@ -89,3 +89,27 @@ def test_a_template_of_a_request_is_asked_itself() -> None:
     assert template.render([USER], tools=TOOLS, chat_template="{{ tools | length }}") == "2"
     own = template.render([USER], tools=TOOLS, chat_template="{{ messages[0].role }}")
     assert own == "system"
+
+
+@pytest.mark.parametrize(
+    ("separator", "form"),
+    [
+        (
+            "",
+            '<｜tool▁call▁begin｜>function-name<｜tool▁sep｜>{"argument-name": ',
+        ),
+        (
+            "```json",
+            '<｜tool▁call▁begin｜>function<｜tool▁sep｜>function-name\n```json\n{"argument-',
+        ),
+    ],
+)
+def test_a_template_that_shows_a_form_of_calls_gets_a_description_of_it(
+    separator: str, form: str
+) -> None:
+    source = (
+        "{{ messages[0].content }}{{ messages[1].tool_calls }}<｜tool▁calls▁begin｜>" + separator
+    )
+    text = render([USER], TOOLS, source)
+    assert form in text
+    assert "<tool_call>" not in text

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -38,6 +39,11 @@ Messages = Sequence[Mapping[str, Any]]
 class _Template:
     compiled: jinja2.Template
     source: str
+
+    @property
+    def tests_null_content(self) -> bool:
+        """Whether the template knows messages that only call tools by their null content."""
+        return re.search(r"\bcontent['\"]?\]? is (not )?none\b", self.source) is not None
 
     def knows(self, word: str) -> bool:
         return re.search(rf"\b{word}\b", self.source) is not None
@@ -83,15 +89,16 @@ class ChatTemplate:
         continue_final_message: end the text where the content of the last message ends.
         chat_template: the source of a template to use instead of the model's.
         at: the Unix time that the template sees; by default the current time.
-        A null field of a message counts as absent. The role `developer` becomes `system` for a
-        template that does not know it. Raises InvalidRequestError if there is no template, and
+        A null field of a message counts as absent, unless it is the content of a message with calls
+        and the template compares it to null. The role `developer` becomes `system` for a template
+        that does not know it. Raises InvalidRequestError if there is no template, and
         with the template's own message if it refuses the messages or fails on them.
         """
         template = self._select(tools) if chat_template is None else self._of_request(chat_template)
         prepared = [_prepare(message, template) for message in messages]
         if self.describes_tools and not template.knows("tools"):
             prepared = prepared if template.knows("tool_calls") else write_calls_as_text(prepared)
-            prepared = describe_tools(prepared, tools) if tools else prepared
+            prepared = describe_tools(prepared, tools, template.source) if tools else prepared
         if continue_final_message:
             prepared[-1] = _marked(prepared[-1])
         clock = datetime.now() if at is None else datetime.fromtimestamp(at)
@@ -105,7 +112,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            text = _generate(template.compiled, variables)
+            text = _generate(template, variables)
             return _cut_at_mark(text) if continue_final_message else text
         except InvalidRequestError:
             raise
@@ -130,15 +137,26 @@ class ChatTemplate:
         )
 
 
-def _generate(template: jinja2.Template, variables: dict[str, Any]) -> str:
-    """The text. A template that fails on arguments as objects gets them as JSON text."""
+def _generate(template: _Template, variables: dict[str, Any]) -> str:
+    """The text. For a template that fails on messages with calls, they are changed: JSON text
+    stands for arguments that are objects, or an empty text for contents that are missing, or both.
+    """
     try:
-        return _join(template.generate(variables))
-    except TypeError:
-        if not any(message.get("tool_calls") for message in variables["messages"]):
+        return _join(template.compiled.generate(variables))
+    except (TypeError, jinja2.UndefinedError):
+        messages = variables["messages"]
+        has_calls = any(message.get("tool_calls") for message in messages)
+        if not has_calls or not template.knows("tool_calls"):
             raise
-        messages = [_with_text_arguments(message) for message in variables["messages"]]
-        return _join(template.generate({**variables, "messages": messages}))
+        with_contents = [{**one, "content": one.get("content") or ""} for one in messages]
+        for changed in (
+            [_with_text_arguments(message) for message in messages],
+            with_contents,
+            [_with_text_arguments(message) for message in with_contents],
+        ):
+            with suppress(TypeError, jinja2.UndefinedError):
+                return _join(template.compiled.generate({**variables, "messages": changed}))
+        raise
 
 
 def _prepare(message: Mapping[str, Any], template: _Template) -> dict[str, Any]:
@@ -147,6 +165,8 @@ def _prepare(message: Mapping[str, Any], template: _Template) -> dict[str, Any]:
     if prepared.get("role") == "developer" and "developer" not in template.source:
         prepared["role"] = "system"
     reasoning = next((prepared[key] for key in _REASONING_FIELDS if key in prepared), None)
+    if prepared.get("tool_calls") and not prepared.get("content") and template.tests_null_content:
+        prepared["content"] = None
     if reasoning is not None:
         prepared = {"thinking": reasoning, **prepared, "reasoning_content": reasoning}
     return prepared
@@ -258,7 +278,15 @@ def _to_json(
         indent=indent,
         separators=separators,
         sort_keys=sort_keys,
+        default=_to_list,
     )
+
+
+def _to_list(value: Any) -> list[Any]:
+    """What a filter such as `map` returns."""
+    if isinstance(value, Iterator):
+        return list(value)
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def _raise_exception(message: str) -> None:

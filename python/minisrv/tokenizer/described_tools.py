@@ -12,7 +12,7 @@ from typing import Any
 
 Message = dict[str, Any]
 
-_DESCRIPTION = """\
+_LIST = """\
 # Tools
 
 You can call the functions that are listed here between <tools> and </tools>, one on each line, \
@@ -20,27 +20,47 @@ with a JSON schema of the arguments:
 <tools>
 {tools}
 </tools>
-
+"""
+_HERMES = """
 Call a function by writing a JSON object with its name and its arguments between <tool_call> and \
 </tool_call>:
 <tool_call>
-{{"name": "function-name", "arguments": {{"argument-name": "value"}}}}
+{{"name": "function-name", "arguments": {"argument-name": "value"}}
 </tool_call>
 The results of your calls follow between <tool_response> and </tool_response>."""
+_DEEPSEEK = """
+Call functions by writing, and nothing after it:
+"""
+_DEEPSEEK_CALL = (
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function-name<｜tool▁sep｜>"
+    '{"argument-name": "value"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+)
+_DEEPSEEK_FENCED_CALL = (
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>function-name\n"
+    '```json\n{"argument-name": "value"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+)
 
 
 def describe_tools(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], template: str
 ) -> list[Message]:
     """The messages with the tools at the end of the first turn, if that is a system turn, or in a
     system turn of their own before it.
+
+    template: the source of the chat template, which may show a form of calls.
     """
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-    text = _DESCRIPTION.format(tools=listed)
+    text = _LIST.format(tools=listed) + _form_of_calls(template)
     if messages and messages[0].get("role") == "system":
         first, *others = messages
         return [{**first, "content": f"{first['content']}\n\n{text}"}, *others]
     return [{"role": "system", "content": text}, *messages]
+
+
+def _form_of_calls(template: str) -> str:
+    if "<｜tool▁calls▁begin｜>" not in template:
+        return _HERMES
+    return _DEEPSEEK + (_DEEPSEEK_FENCED_CALL if "```json" in template else _DEEPSEEK_CALL)
 
 
 def write_calls_as_text(messages: Sequence[Message]) -> list[Message]:

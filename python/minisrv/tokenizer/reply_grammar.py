@@ -14,7 +14,7 @@ from typing import Any
 from minisrv.checkpoint.chat_format import ChatFormat
 from minisrv.checkpoint.tokenizer import HFTokenizer
 from minisrv.sampling_params import Grammar
-from minisrv.structured_output.source import JSON_OPTIONS
+from minisrv.tokenizer.tagged_grammar import Tags, json_rule
 from minisrv.wire.messages import Parts
 
 Tools = Sequence[Mapping[str, Any]]
@@ -25,10 +25,12 @@ class ReplyGrammars:
 
     def __init__(self, tokenizer: HFTokenizer, chat_format: ChatFormat) -> None:
         self._format = chat_format
-        named = "\n".join(tokenizer.chat_templates.values())
-        self._has_arguments_mark = "[ARGS]" in named
+        written = "\n".join(tokenizer.chat_templates.values())
+        self._has_arguments_mark = "[ARGS]" in written
+        self._has_fences = "```json" in written
         marks = (*chat_format.call_markers, *(chat_format.reasoning_markers or ()))
         self._ids = {mark: id for mark in marks if (id := tokenizer.token_id(mark)) is not None}
+        self._tags = Tags.of(chat_format.tool_format, written, self._mark)
 
     def calls(self, tools: Tools, names: Sequence[str], parallel: bool) -> Grammar:
         """A call of one of `names`, or with `parallel` several, in the model's own form."""
@@ -74,28 +76,47 @@ class ReplyGrammars:
         self, functions: Sequence[Mapping[str, Any]], parallel: bool
     ) -> tuple[str, list[str]]:
         """A reply that calls some of `functions`, and the rules that it is made of."""
-        rules = [f"call{i}: {self._call(function)}" for i, function in enumerate(functions)]
-        call = "(" + " | ".join(f"call{i}" for i in range(len(rules))) + ")"
+        rules: list[str] = []
+        for i, function in enumerate(functions):
+            if self._tags is not None:
+                rules += self._tags.call(f"call{i}", function["name"], _arguments_schema(function))
+            else:
+                rules.append(f"call{i}: {self._call(function)}")
+        call = "(" + " | ".join(f"call{i}" for i in range(len(functions))) + ")"
         return self._reply(call, parallel), rules
 
     def _reply(self, call: str, parallel: bool) -> str:
         match self._format.tool_format:
-            case "hermes":
+            case "hermes" | "qwen3_coder" | "glm":
                 opening, closing = self._mark("<tool_call>"), self._mark("</tool_call>")
-                tagged = rf'{opening} "\n" {call} "\n" {closing}'
+                line = "" if self._format.tool_format == "glm" else r'"\n"'
+                tagged = f"{opening} {line} {call} {line} {closing}"
                 return rf'{tagged} ("\n" {tagged})*' if parallel else tagged
             case "llama":
                 return f'{call} ("; " {call})*' if parallel else call
+            case "deepseek":
+                return self._deepseek_reply(call, parallel)
         mark = self._mark("[TOOL_CALLS]")
         if self._has_arguments_mark:
             return f"({mark} {call})+" if parallel else f"{mark} {call}"
         more = f'(", " {call})*' if parallel else ""
         return f'{mark} / ?\\[/ {call} {more} "]"'
 
+    def _deepseek_reply(self, call: str, parallel: bool) -> str:
+        begin, end = self._mark("<｜tool▁calls▁begin｜>"), self._mark("<｜tool▁calls▁end｜>")
+        one = f"{self._mark('<｜tool▁call▁begin｜>')} {call} {self._mark('<｜tool▁call▁end｜>')}"
+        line = r'"\n"' if self._has_fences else ""
+        return f"{begin} {one} {f'({line} {one})*' if parallel else ''} {end}"
+
     def _call(self, function: Mapping[str, Any]) -> str:
         name = json.dumps(function["name"])
-        schema = {"x-guidance": JSON_OPTIONS, **_arguments_schema(function)}
-        arguments = f"%json {json.dumps(schema)}"
+        arguments = json_rule(_arguments_schema(function))
+        if self._format.tool_format == "deepseek":
+            separator = self._mark("<｜tool▁sep｜>")
+            if not self._has_fences:
+                return f"{name} {separator} {arguments}"
+            line = json.dumps(f"{function['name']}\n```json\n")
+            return rf'"function" {separator} {line} {arguments} "\n```"'
         if self._format.tool_format == "mistral" and self._has_arguments_mark:
             return f"{name} {self._mark('[ARGS]')} {arguments}"
         key = "parameters" if self._format.tool_format == "llama" else "arguments"

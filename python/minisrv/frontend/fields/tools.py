@@ -58,9 +58,10 @@ def read_tools(
     if choice == "none" or not tools:
         return None
     if chat_format.tool_format is None:
-        lacks = "writes calls in a form that this server cannot read"
-        if not chat_format.takes_tools:
-            lacks = "does not accept tools"
+        lacks = "does not accept tools"
+        if chat_format.takes_tools:
+            of = f" ({chat_format.unread_form})" if chat_format.unread_form else ""
+            lacks = f"writes calls in a form that this server cannot read{of}"
         raise InvalidRequestError(
             f"tools cannot be used: the chat template of this model {lacks}",
             param="tools",
@@ -72,7 +73,8 @@ def read_tools(
             param="tool_choice.function.name",
         )
     parallel = parallel and not isinstance(choice, NamedTool)
-    reading = CallReading(tool_format=chat_format.tool_format, names=names, parallel=parallel)
+    schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+    reading = CallReading(tool_format=chat_format.tool_format, schemas=schemas, parallel=parallel)
     must_call = (choice.name,) if isinstance(choice, NamedTool) else names
     return ToolUse(
         shown=tuple(tools), reading=reading, must_call=() if choice == "auto" else must_call

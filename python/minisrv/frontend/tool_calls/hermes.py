@@ -10,7 +10,7 @@ _CLOSING = "</tool_call>"
 class HermesParser(CallParser):
     """One object between tags per call; some models forget the closing tag."""
 
-    marker = "<tool_call>"
+    markers = ("<tool_call>",)
 
     def read_tail(self) -> State | None:
         """Skip the closing tag, if there is one."""

@@ -10,13 +10,14 @@ import re
 from minisrv.frontend.tool_calls.json_call import may_become_call
 from minisrv.frontend.tool_calls.parser import CallParser, State, starts_with
 
+_TAG = "<|python_tag|>"
 _SEPARATOR = re.compile(r"\s*(;\s*)?")
 
 
 class LlamaParser(CallParser):
     """Without a marker, only an object that begins the reply and names a known tool is a call."""
 
-    marker = "<|python_tag|>"
+    markers = (_TAG,)
 
     def read_start(self) -> State | None:
         """A bracket may begin a call; anything else is content."""
@@ -27,20 +28,20 @@ class LlamaParser(CallParser):
 
     def accepts(self, name: str) -> bool:
         """After a marker any name is a call."""
-        return name in self.names or self.marker in self._pending
+        return name in self.schemas or _TAG in self._pending
 
     def may_be_call(self, held: str) -> bool:
         """Without a marker the text may just as well be JSON that is content."""
-        if self.state is not State.OBJECT or self.marker in self._pending:
+        if self.state is not State.OBJECT or _TAG in self._pending:
             return True
-        return may_become_call(held[held.find("{") :], self.names)
+        return may_become_call(held[held.find("{") :], self.schemas)
 
     def read_tail(self) -> State | None:
         """Look for another call after a separator, which is content if there is none."""
         separator = _SEPARATOR.match(self._text)
         assert separator is not None
         rest = self._text[separator.end() :]
-        marked = starts_with(rest, self.marker)
+        marked = starts_with(rest, _TAG)
         if marked is None:
             return None
         if rest[0] == "{":

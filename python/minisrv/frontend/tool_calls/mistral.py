@@ -18,7 +18,7 @@ _CALL_ID, _ARGUMENTS = "[CALL_ID]", "[ARGS]"
 class MistralParser(CallParser):
     """The character after the marker decides which spelling it is."""
 
-    marker = "[TOOL_CALLS]"
+    markers = ("[TOOL_CALLS]",)
     _in_list = False
 
     def read_head(self) -> State | None:

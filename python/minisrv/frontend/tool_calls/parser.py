@@ -5,6 +5,7 @@ A reply is content with calls in it. A format writes a call as
     content <marker> {"name": "f", "arguments": {"x": 1}, "id": 3} <closing> content
     TEXT            |HEAD, OBJECT              |ARGUMENTS|REST    |TAIL     |GAP, TEXT
 
+(or, without the object, the name in HEAD and then the arguments in JSON or between tags)
 and the state says which of these the next character belongs to. Rules:
 
 1. The pieces, once adjacent ones are joined, do not depend on where the text was cut. A reader
@@ -17,8 +18,8 @@ and the state says which of these the next character belongs to. Rules:
    dropped. An object with its keys in another order is read to its end first, so OBJECT may go to
    TAIL.
 4. White space around a call is dropped, and so is what closes it.
-5. Formats differ in START (Llama needs no marker there), in HEAD (Mistral has lists, and names
-   that go to ARGUMENTS directly) and in TAIL.
+5. Formats differ in START (Llama needs no marker there), in HEAD (Mistral has lists; several have
+   names that go to ARGUMENTS directly), in ARGUMENTS (tags become JSON) and in TAIL.
 6. Without parallel calls the reply is DONE as soon as the arguments of its first call are complete.
 
 `_become` is the only place that assigns the state, and it checks the table.
@@ -27,8 +28,9 @@ and the state says which of these the next character belongs to. Rules:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import IntEnum, auto
+from typing import Any
 
 from minisrv.frontend.tool_calls.json_call import NOT_A_CALL, CallHead, ObjectEnd
 from minisrv.frontend.tool_calls.pieces import Piece, Text, ToolCallArguments, ToolCallStart
@@ -67,16 +69,20 @@ class CallParser(ABC):
     A reader consumes what it is sure of and returns the next state, or None to ask for more text.
     """
 
-    marker: str  # begins a call; has its first character only once
+    markers: tuple[str, ...]  # one begins a call; all have the same first character, only once
 
     def __init__(
-        self, names: frozenset[str], make_id: Callable[[], str], parallel: bool = True
+        self,
+        schemas: Mapping[str, Any],
+        make_id: Callable[[], str],
+        parallel: bool = True,
     ) -> None:
-        """`names` of the request's tools. Without `parallel` the reply ends with its first call.
+        """`schemas` of the arguments, by the names of the request's tools. Without `parallel` the
+        reply ends with its first call.
 
         lost_call: the reply was cut off in a call that had not begun yet, or may have been.
         """
-        self.names = names
+        self.schemas = schemas
         self.state = State.START
         self.num_calls = 0
         self.lost_call = False
@@ -93,7 +99,7 @@ class CallParser(ABC):
             State.TEXT: self._read_text,
             State.HEAD: self.read_head,
             State.OBJECT: self._read_object,
-            State.ARGUMENTS: self._read_arguments,
+            State.ARGUMENTS: self.read_arguments,
             State.REST: self._skip_rest,
             State.TAIL: self.read_tail,
             State.GAP: self._skip_gap,
@@ -125,7 +131,7 @@ class CallParser(ABC):
         """
         self._pieces = []
         held = self._pending + self._text
-        if self.state is not State.TAIL:
+        if self.state not in (State.ARGUMENTS, State.TAIL):
             self.lost_call = cut_off and bool(held.strip()) and self.may_be_call(held)
             if not self.lost_call:
                 self._add_text(held)
@@ -146,6 +152,16 @@ class CallParser(ABC):
         """Read what follows a marker, which is pending."""
         return self._expect_object(0)
 
+    def read_arguments(self) -> State | None:
+        """Read the arguments of the open call up to their end."""
+        self._add_arguments(self._consume(self._end.find_end(self._text)))
+        if not self._end.found:
+            return None
+        if not self._parallel:
+            return State.DONE
+        self._end = ObjectEnd(depth=1)
+        return State.REST if self._in_object else State.TAIL
+
     @abstractmethod
     def read_tail(self) -> State | None:
         """Skip what closes a call."""
@@ -161,19 +177,20 @@ class CallParser(ABC):
     # What all formats share.
 
     def _read_text(self) -> State | None:
-        at = self._text.find(self.marker)
-        if at < 0:
+        found = [(at, mark) for mark in self.markers if (at := self._text.find(mark)) >= 0]
+        if not found:
             self._add_text(self._consume(self._num_certain()))
             return None
+        at, marker = min(found)
         num_before = len(self._text[:at].rstrip())
         self._add_text(self._consume(num_before))
-        self._hold(at - num_before + len(self.marker))
+        self._hold(at - num_before + len(marker))
         return State.HEAD
 
     def _num_certain(self) -> int:
         """Characters of content before white space and part of a marker at the end of the text."""
-        at = self._text.rfind(self.marker[0])
-        if at < 0 or not self.marker.startswith(self._text[at:]):
+        at = self._text.rfind(self.markers[0][0])
+        if at < 0 or not any(marker.startswith(self._text[at:]) for marker in self.markers):
             at = len(self._text)
         return len(self._text[:at].rstrip())
 
@@ -196,15 +213,6 @@ class CallParser(ABC):
             return State.ARGUMENTS
         self._add_arguments(call.arguments)
         return State.TAIL if self._parallel else State.DONE
-
-    def _read_arguments(self) -> State | None:
-        self._add_arguments(self._consume(self._end.find_end(self._text)))
-        if not self._end.found:
-            return None
-        if not self._parallel:
-            return State.DONE
-        self._end = ObjectEnd(depth=1)
-        return State.REST if self._in_object else State.TAIL
 
     def _skip_rest(self) -> State | None:
         self._consume(self._end.find_end(self._text))
