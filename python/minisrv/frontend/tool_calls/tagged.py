@@ -62,19 +62,15 @@ class TaggedParser(CallParser):
                 if not self._read_value(self._types):
                     return None
                 continue
-            self._text = self._text[self._text.find("<") :] if "<" in self._text else ""
-            tag = next_tag(self._text, (self.opening, *self.ends))
+            tag = self._skip_to_tag()
             if tag is None:
                 return None
-            if tag == self.opening:
-                if not self._open_value():
-                    return None
-            elif tag:
+            if tag != self.opening:
                 self._consume(len(tag))
                 self._add_arguments("}")
                 return State.TAIL if self._parallel else State.DONE
-            else:
-                self._consume(1)
+            if not self._open_value():
+                return None
 
     def read_tail(self) -> State | None:
         """Skip the closing tag, if there is one."""
@@ -84,6 +80,25 @@ class TaggedParser(CallParser):
             return None
         self._consume(len(_CLOSES_CALL) * closes)
         return State.GAP
+
+    def _skip_to_tag(self) -> str | None:
+        """Drop what stands before the next tag; None if there is none yet."""
+        at, tag = 0, ""
+        while not tag:
+            at = self._text.find("<", at)
+            if at < 0:
+                self._text = ""
+                return None
+            found = self._tag_at(at)
+            if found is None:
+                break
+            tag, at = found, at + (not found)
+        self._consume(at)
+        return tag or None
+
+    def _tag_at(self, at: int) -> str | None:
+        tags = (self.opening, *self.ends)
+        return next_tag(self._text[at : at + max(map(len, tags))], tags)
 
     def _open_value(self) -> bool:
         """Read the head of an argument; whether it is complete."""
@@ -129,13 +144,10 @@ class TaggedParser(CallParser):
         while at >= 0:
             begins = starts_with(self._text[at : at + len(self.closing)], self.closing)
             if begins:
-                after = self._text[at + len(self.closing) :]
-                space = len(after) - len(after.lstrip())
-                if space <= _MAX_SPACE:
-                    tag = next_tag(after[space:], (self.opening, *self.ends))
-                    begins = None if tag is None else bool(tag)
-                else:
-                    begins = False
+                after = at + len(self.closing)
+                space = self._text[after : after + _MAX_SPACE]
+                tag = self._tag_at(after + len(space) - len(space.lstrip()))
+                begins = None if tag is None else bool(tag)
             if begins is not False:
                 return at, bool(begins)
             at = self._text.find("<", at + 1)
