@@ -1,5 +1,6 @@
 """Tools for templates that take none: in a system turn, and earlier calls and results as text."""
 
+import json
 from typing import Any
 
 import pytest
@@ -52,7 +53,8 @@ def test_the_tools_are_in_the_first_system_turn() -> None:
     assert own.startswith("<|im_start|>system\n# Tools\n")
     assert '{"name": "look", "parameters": {"properties": {"city": {"type": "string"}}}}' in own
     assert '\n{"type": "function", "function": {"name": "caf\u00e9"}}\n</tools>' in own
-    assert "<tool_call>" in own
+    example = own.partition("<tool_call>\n")[2].partition("\n</tool_call>")[0]
+    assert json.loads(example).keys() == {"name", "arguments"}
     for role in ("system", "developer"):
         added = render([{"role": role, "content": "Be brief."}, USER], TOOLS)
         assert added == own.replace("# Tools", "Be brief.\n\n# Tools")

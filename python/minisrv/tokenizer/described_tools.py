@@ -25,7 +25,7 @@ _HERMES = """
 Call a function by writing a JSON object with its name and its arguments between <tool_call> and \
 </tool_call>:
 <tool_call>
-{{"name": "function-name", "arguments": {"argument-name": "value"}}
+{"name": "function-name", "arguments": {"argument-name": "value"}}
 </tool_call>
 The results of your calls follow between <tool_response> and </tool_response>."""
 _DEEPSEEK = """
