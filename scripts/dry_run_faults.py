@@ -101,6 +101,15 @@ FAULTS = [
     ),
     (
         Bug(
+            "a sum over the ranks of a tensor that is too large for its memory",
+            "engine/parallel/one_shot.py",
+            "x.nbytes <= self._memory.nbytes\n",
+            "x.nbytes <= 64 * self._memory.nbytes\n",
+        ),
+        dry_run("test_ranks", "one_launch"),
+    ),
+    (
+        Bug(
             "two launches more per layer",
             "engine/layers/norm.py",
             "self._kernels.add_rms_norm_(x_TC, delta, self.weight.w_C, self.weight.eps)",

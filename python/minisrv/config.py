@@ -149,6 +149,12 @@ class ServerConfig:
         "with --tp, capture steps as CUDA graphs, too, with NCCL's operations in them; not yet run "
         "on a GPU",
     )
+    one_shot_all_reduce_kib: int = option(
+        0,
+        "with --tp, sum tensors of up to this many KiB in one launch, through memory that all GPUs "
+        "access; 0 leaves them to NCCL; not yet run on a GPU",
+        at_least=0,
+    )
     decode_kernel: Literal["auto", "fa2", "cuda_core", "xqa"] = option(
         "auto",
         "FlashInfer's kernel for decode attention on a GPU: fa2, as by default, or cuda_core or "

@@ -392,6 +392,7 @@ def _replacements(gpu: FakeGPU) -> dict[str, Any]:
         "set_device": set_device,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": lambda device=None: properties,
+        "can_device_access_peer": lambda device, peer: device != peer,
         "get_device_name": lambda device=None: properties.name,
         "mem_get_info": lambda device=None: (MEMORY - 2**30, MEMORY),
         "memory_allocated": lambda device=None: 0,

@@ -11,13 +11,15 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from minisrv.checkpoint.model_config import load_model_config
 from minisrv.engine import model_size
 from minisrv.engine.forward_batch import ForwardBatch, LogprobColumns
-from minisrv.engine.parallel import communicator
+from minisrv.engine.parallel import communicator, one_shot
 from minisrv.engine.parallel.communicator import TPGroup
+from minisrv.engine.parallel.one_shot import OneShotAllReduce
 from minisrv.engine.parallel.plan_pipe import encode_plan, read_plans
 from minisrv.engine.parallel.shard import Sharding
 from minisrv.engine.rank_engine import RankEngine, choose_device
@@ -44,10 +46,10 @@ class RecordedGroup:
         self.collectives: list[Collective] = []
 
     def allreduce(self, tensors: list[Tensor], options: Any = None) -> RecordedGroup:
-        return self._note("allreduce", tensors)
+        return self._launch("allreduce", tensors)
 
     def broadcast(self, tensors: list[Tensor], options: Any = None) -> RecordedGroup:
-        return self._note("broadcast", tensors)
+        return self._launch("broadcast", tensors)
 
     def gather(
         self, outputs: list[list[Tensor]], inputs: list[Tensor], options: Any = None
@@ -57,13 +59,18 @@ class RecordedGroup:
             assert [part.shape for part in output] == [inputs[0].shape] * self._size
             for part in output:
                 self._check(part)
-        return self._note("gather", inputs)
+        return self._launch("gather", inputs)
 
     def wait(self) -> bool:
         """NCCL's only has the stream wait."""
         return True
 
-    def _note(self, name: str, tensors: list[Tensor]) -> RecordedGroup:
+    def _launch(self, name: str, tensors: list[Tensor]) -> RecordedGroup:
+        self.note(name, tensors)
+        self._gpu.launch(f"nccl::{name}")
+        return self
+
+    def note(self, name: str, tensors: list[Tensor]) -> None:
         """One that is recorded in a graph is issued each time that this is replayed."""
         (tensor,) = tensors
         self._check(tensor)
@@ -74,12 +81,47 @@ class RecordedGroup:
         else:
             self.collectives.append((f"record {name}", *noted[1:]))
             graph.checks.append(lambda: self.collectives.append(noted))
-        self._gpu.launch(f"nccl::{name}")
-        return self
 
     def _check(self, tensor: Tensor) -> None:
         self._gpu.require_on_device(tensor, "a tensor of a collective")
         assert tensor.is_contiguous()
+
+
+class SharedMemory:
+    """Symmetric memory of two ranks, as far as torch's functions are called to make it."""
+
+    def __init__(self, gpu: FakeGPU, rank: int) -> None:
+        self._gpu, self._rank, self._names = gpu, rank, list[str]()
+
+    def set_group_info(self, name: str, rank: int, size: int, store: Any) -> None:
+        assert (rank, size) == (self._rank, 2)
+        assert name not in self._names
+        assert isinstance(store, torch.distributed.PrefixStore)
+        self._names.append(name)
+
+    def empty_strided_p2p(
+        self, shape: Any, stride: Any, dtype: torch.dtype, device: torch.device, name: str
+    ) -> Tensor:
+        assert name in self._names
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+    def rendezvous(self, memory: Tensor, name: str) -> None:
+        self._gpu.require_on_device(memory, "symmetric memory")
+        assert name in self._names
+
+
+def noting_one_shot(group: RecordedGroup) -> Callable[[OneShotAllReduce, Tensor], Tensor]:
+    """What the kernel requires of its tensors: see SymmetricMemory's CUDA operators in torch."""
+    real = OneShotAllReduce.__call__
+
+    def sum_over_ranks(one_shot: OneShotAllReduce, x: Tensor) -> Tensor:
+        group.note("one-shot", [x])
+        assert x.dtype in (torch.bfloat16, torch.float32)
+        assert x.data_ptr() % 16 == x.nbytes % 16 == 0
+        assert x.nbytes <= one_shot._memory.nbytes
+        return real(one_shot, x)
+
+    return sum_over_ranks
 
 
 def batches() -> list[ForwardBatch]:
@@ -128,9 +170,11 @@ def run_rank(name: str, rank: int, folder: Path, **options: Any) -> RankRun:
         with (
             mock.patch.object(communicator, "_nccl_group", return_value=group),
             mock.patch.object(TPGroup, "all_reduce_min", noting_minimum(group)),
+            mock.patch.object(one_shot, "SymmetricMemory", SharedMemory(found.gpu, rank)),
+            mock.patch.object(OneShotAllReduce, "__call__", noting_one_shot(group)),
         ):
             device = choose_device(config, rank)
-            tp_group = TPGroup(Sharding(rank, 2), folder, device)
+            tp_group = TPGroup(Sharding(rank, 2), folder, device, config.one_shot_all_reduce_kib)
             model_config = load_model_config(directory, MAX_SEQ_LEN)
             engine = RankEngine(config, directory, model_config, tp_group, device)
             found.start_serving()
@@ -201,3 +245,17 @@ def test_both_ranks_issue_the_same_collectives_in_graphs(
     replays = recorded + 10 + 2 * bool(max_tokens)
     assert [run.num_replays for run in runs] == [replays, replays + 1]
     assert not any(run.graphs_left for run in runs), "NCCL's communicator would wait for them"
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+@pytest.mark.parametrize(
+    "in_graphs", [True, pytest.param(False, marks=pytest.mark.soak)], ids=["graphs", "eager"]
+)
+def test_both_ranks_sum_small_tensors_in_one_launch(in_graphs: bool, tmp_path: Path) -> None:
+    """Steps of up to 64 tokens; larger ones are left to NCCL."""
+    options = {"one_shot_all_reduce_kib": 64 * 1024 * 2 // 2**10, "cuda_graph_ranks": in_graphs}
+    with mock.patch.object(model_size, "graph_sizes", return_value=GRAPHS):
+        first, second = (run_rank("Qwen3-0.6B", rank, tmp_path, **options) for rank in (0, 1))
+    assert first.issued == second.issued
+    for issued, kind in ((first.issued[2], "one-shot"), (first.issued[4], "allreduce")):
+        assert [name for name, _, _ in issued] == [kind] * 5 + ["gather", "broadcast"]

@@ -67,7 +67,8 @@ SAMPLING_FLAGS = {
 HARMLESS_OPTIONS = (
     *("host", "port", "num_threads", "num_pages", "kv_memory", "memory_fraction"),
     *("radix_cache", "max_running_requests", "max_prefill_tokens", "overlap_depth"),
-    *("cuda_graph_max_bs", "cuda_graph_max_tokens", "max_open_requests", "num_tokenizers"),
+    *("cuda_graph_max_bs", "cuda_graph_max_tokens", "cuda_graph_ranks"),
+    *("max_open_requests", "num_tokenizers"),
     *(
         "api_key",
         "api_key_file",

@@ -48,7 +48,12 @@ class Engine:
             try:
                 self._ranks.wait_until_joining()
                 with self._ranks.explaining_failures():
-                    group = TPGroup(Sharding(0, config.tp), self._ranks.run_dir, device)
+                    group = TPGroup(
+                        Sharding(0, config.tp),
+                        self._ranks.run_dir,
+                        device,
+                        config.one_shot_all_reduce_kib,
+                    )
                     self._ranks.on_death(group.abort)
                     rank_0 = RankEngine(config, model_dir, model_config, group, device, progress)
                 self._ranks.check()  # what an aborted operation has returned means nothing

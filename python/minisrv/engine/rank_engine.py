@@ -37,6 +37,7 @@ from minisrv.engine.model_size import graph_bytes, graph_shapes
 from minisrv.engine.models.registry import BLOCKS
 from minisrv.engine.page_table import PageTable
 from minisrv.engine.parallel.communicator import Communicator, PeerFailedError
+from minisrv.engine.parallel.one_shot import check_one_shot, check_one_shot_dtype
 from minisrv.engine.quantization import check_quantization
 from minisrv.engine.sampling.adjust import LogitAdjuster
 from minisrv.engine.step_buffer import StepLimits
@@ -75,6 +76,7 @@ class RankEngine:
         depth = config.overlap_depth
         self.overlap_depth = _OVERLAP_DEPTH[device.type] if depth is None else depth
         weights = _open_weights(config, model_dir, model_config, device, progress)
+        check_one_shot_dtype(config, weights.dtype)
         self.placement = _describe_placement(config, model_config, weights)
         self._communicator, sharding = communicator, communicator.sharding
         self._vocab_size = model_config.vocab_size
@@ -101,9 +103,8 @@ class RankEngine:
             shapes = _shapes_to_record(config, model_config, kernels, limits)
         else:
             table = PageTable(num_rows, max_seq_len, config.page_size)
-            governor = None
-            if device.type == "cpu":
-                governor = ThreadGovernor(num_threads, partial(_set_threads, kernels))
+            change = partial(_set_threads, kernels)
+            governor = ThreadGovernor(num_threads, change) if device.type == "cpu" else None
             self.runner = HostRunner(
                 model, attention, kernels, communicator, table, adjuster, device, governor
             )
@@ -207,7 +208,16 @@ def agree_on_pages(communicator: Communicator, choose: Callable[[], int]) -> int
 
 
 def choose_device(config: ServerConfig, rank: int) -> torch.device:
-    """The device of a rank, made torch's current one. Raises ConfigError if it does not exist."""
+    """The device of a rank, made torch's current one.
+
+    Raises ConfigError if it does not exist or cannot sum over the ranks as the options say.
+    """
+    device = _find_device(config, rank)
+    check_one_shot(config, rank, device)
+    return device
+
+
+def _find_device(config: ServerConfig, rank: int) -> torch.device:
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise ConfigError("--device is cuda, but torch finds no GPU; use --device cpu")

@@ -357,7 +357,11 @@ def _make_config(
 ) -> ServerConfig:
     _check_names(ServerConfig, options, "LLM has no option")
     name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
-    return ServerConfig(**{"model": model, "dtype": name, **options})
+    config = ServerConfig(**{"model": model, "dtype": name, **options})
+    if config.one_shot_all_reduce_kib:
+        # When a rank dies, its kernels end only with this process.
+        raise ConfigError("--one-shot-all-reduce-kib can be used only by servers")
+    return config
 
 
 def _tokenizer_dir(model_dir: Path, stack: ExitStack) -> Path:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from minisrv.engine.parallel.one_shot import OneShotAllReduce
 from minisrv.engine.parallel.shard import Sharding
 
 dist: Any = torch.distributed  # the parts used here have no type hints
@@ -36,7 +37,7 @@ class Communicator(Protocol):
     sharding: Sharding
 
     def all_reduce(self, x_TC: Tensor) -> Tensor:
-        """Sum `x_TC` over the ranks, in place; returns it."""
+        """The sum over the ranks: `x_TC` itself, changed in place, or a new tensor."""
 
     def gather_logits(
         self, logits: Tensor, vocab_size: int, out_SV: Tensor | None = None
@@ -76,10 +77,13 @@ class SingleRank:
 class TPGroup:
     """A Communicator over a process group. Constructing it waits for all ranks.
 
+    one_shot_kib: size of the largest tensors that `OneShotAllReduce` sums; 0 for none.
     After `abort` every operation raises RuntimeError.
     """
 
-    def __init__(self, sharding: Sharding, run_dir: Path, device: torch.device) -> None:
+    def __init__(
+        self, sharding: Sharding, run_dir: Path, device: torch.device, one_shot_kib: int = 0
+    ) -> None:
         self.sharding, self._device = sharding, device
         store = dist.FileStore(str(run_dir / "ranks"), sharding.size)
         store.set_timeout(TIMEOUT)
@@ -87,8 +91,15 @@ class TPGroup:
         self._group: Any = make(store, sharding)
         self._aborted = False
         self.all_reduce_min(0)  # NCCL connects at the first operation
+        self._one_shot: OneShotAllReduce | None = None
+        if one_shot_kib:
+            name = f"minisrv-{run_dir.name}"  # of this start only
+            self._one_shot = OneShotAllReduce(sharding, store, name, device, one_shot_kib * 2**10)
 
     def all_reduce(self, x_TC: Tensor) -> Tensor:
+        if self._one_shot is not None and self._one_shot.fits(x_TC):
+            self._require_alive()
+            return self._one_shot(x_TC)
         self._run(self._group.allreduce, [x_TC], options=dist.AllreduceOptions())
         return x_TC
 
@@ -131,9 +142,12 @@ class TPGroup:
         if self._device.type == "cuda":
             self._group.abort()
 
-    def _run(self, operation: Callable[..., Any], *tensors: Any, options: Any) -> None:
+    def _require_alive(self) -> None:
         if self._aborted:
             raise RuntimeError("a rank has died, and the others no longer exchange anything")
+
+    def _run(self, operation: Callable[..., Any], *tensors: Any, options: Any) -> None:
+        self._require_alive()
         options.asyncOp = False
         work = operation(*tensors, options)
         if work is not None:  # NCCL returns none for an operation in the current stream

@@ -26,7 +26,8 @@ def _follow(child: Child) -> None:
     model_config = load_model_config(model_dir, config.max_seq_len)
     device = choose_device(config, boot.index)
     child.report_progress(JOINING, 0.0)
-    group = TPGroup(Sharding(boot.index, config.tp), Path(boot.run_dir), device)
+    sharding, run_dir = Sharding(boot.index, config.tp), Path(boot.run_dir)
+    group = TPGroup(sharding, run_dir, device, config.one_shot_all_reduce_kib)
     try:
         engine = RankEngine(config, model_dir, model_config, group, device)
     except PeerFailedError:

@@ -14,6 +14,7 @@ def fingerprint(config: ServerConfig) -> str:
     names = (
         *("model", "dtype", "quantization", "device", "attention_backend"),
         *("load_format", "tp", "joined_kernels", "decode_kernel"),
+        "one_shot_all_reduce_kib",
     )
     values = json.dumps([getattr(config, name) for name in names])
     digest = hashlib.sha256(values.encode()).hexdigest()[:8]
