@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PAGES = Path(__file__).parent.parent.parent / "docs" / "clients"
+DEFAULT_URL = "http://127.0.0.1:8000"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

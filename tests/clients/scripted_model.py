@@ -55,7 +55,7 @@ class ScriptedModel(PlayedModel):
 
     def __init__(self, registry: RequestRegistry, script: Script, context: int = CONTEXT) -> None:
         super().__init__(registry, TEMPLATE, max_seq_len=context)
-        self.info = replace(self.info, name="scripted", max_model_len=context)
+        self.info = replace(self.info, name="demo", max_model_len=context)
         self.conversations: list[Conversation] = []
         self._script = script
         self._replies: dict[int, str] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.clients.pages import programs
+from tests.clients.pages import DEFAULT_URL, programs
 from tests.clients.recorder import Recording
 from tests.clients.running import Done, Machine
 from tests.clients.scripted_model import Conversation, Cut, Script, call
@@ -103,7 +103,7 @@ def test_an_agent_loops_over_parallel_calls(agent: Agent, machine: MakeMachine, 
     assert largest == (0 if agent.client == "codex" else 32_000)
 
 
-@each("[recipe]")
+@each("the recipe")
 def test_the_recipe_of_an_agent_runs(agent: Agent, machine: MakeMachine, play: Play) -> None:
     """Prints the reply, to the letter."""
     reply = 'It says "hello" \N{EARTH GLOBE EUROPE-AFRICA} to all.'
@@ -113,6 +113,17 @@ def test_the_recipe_of_an_agent_runs(agent: Agent, machine: MakeMachine, play: P
     done = machine(agent.client).program(source, "sh", MINISRV_PORT=port)
     assert done.status == 0, str(done)
     assert reply in done.stdout, str(done)
+
+
+@pytest.mark.client("aider", "[recipe](aider.md), with a model that follows a script")
+def test_aider_writes_the_file_of_the_reply(machine: MakeMachine, play: Play) -> None:
+    recording = play(lambda conversation: 'So:\n\nhello.py\n```python\nprint("hello")\n```\n')
+    (recipe,) = [program for program in programs() if program.page == "aider"]
+    computer = machine("aider")
+    source = recipe.source.replace(DEFAULT_URL, recording.url)
+    done = computer.program(source, "sh")
+    assert done.status == 0, str(done)
+    assert (computer.work / "hello.py").read_text() == 'print("hello")\n', str(done)
 
 
 @each("a call that is cut off")

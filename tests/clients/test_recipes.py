@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.clients.pages import Program, programs
+from tests.clients.pages import DEFAULT_URL, Program, programs
 from tests.clients.running import Machine
 
-DEFAULT_URL = "http://127.0.0.1:8000"
-# Their first prompts are too long for the demo model: test_agents.py.
-AGENTS = ("codex", "claude-code", "opencode", "qwen-code")
+# They need a longer context than the demo model's, or a better model: test_agents.py.
+AGENTS = ("codex", "claude-code", "opencode", "qwen-code", "aider")
 
 
 def cases() -> list[object]:
