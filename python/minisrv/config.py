@@ -218,6 +218,9 @@ class ServerConfig:
         "path prefix under which the routes of /v1 are served too, such as / for clients whose "
         "base URL lacks /v1; repeatable (comma-separated in the environment)",
     )
+    root_path: str = option(
+        "/", "path prefix of a proxy before this server, such as /llm; requests may come without it"
+    )
     ssl_certfile: str | None = option(None, "PEM file with the certificate chain; enables HTTPS")
     ssl_keyfile: str | None = option(
         None, "PEM file with the private key, if it is not in --ssl-certfile"
@@ -283,6 +286,9 @@ class ServerConfig:
         if self.kv_memory is not None:
             parse_size(self.kv_memory)
         RestartLimit.parse(self.restart_limit)
+        read_path_prefix(self.root_path, "root_path")
+        for prefix in self.api_alias:
+            read_path_prefix(prefix, "api_alias")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ConfigError("--ssl-keyfile needs --ssl-certfile")
 
@@ -375,6 +381,14 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ConfigError(f"invalid size {text!r}; use a value such as 512MiB or 4GiB")
     return int(float(match[1]) * _SIZE_UNITS[match[2]])
+
+
+def read_path_prefix(text: str, name: str) -> str:
+    """A path without a slash at its end, "" for "/". Raises ConfigError naming the option."""
+    plain = text.isascii() and text.isprintable() and not set(text) & set(" %?#")
+    if not text.startswith("/") or not plain or "//" in text:
+        raise ConfigError(f"{flag(name)} is {text!r}; it must be a path such as /llm")
+    return text.rstrip("/")
 
 
 def read_chat_template_kwargs(text: str) -> dict[str, Any]:

@@ -113,7 +113,9 @@ SHAPES = [
     (b"/v1/models", b"GET", b"Host: a/health#"),
     (b"/v1/models", b"GET", b"X-Original-URL: /health"),
     (b"/v1/models", b"GET", b"X-Forwarded-Prefix: /health"),
-    (b"/docs",),
+    (b"/docs/",),
+    (b"/docs/../v1/models",),
+    (b"/%64ocs",),
     (b"/openapi.json",),
     (b"/metrics",),
     (b"/tokenize", b"POST"),
@@ -189,18 +191,20 @@ def routes_of(server: HttpServer) -> list[tuple[str, str]]:
     return sorted(known | set(ADMIN_ROUTES))
 
 
-def test_every_route_but_health_and_the_page_needs_a_key(guarded: HttpServer) -> None:
-    routes = [one for one in routes_of(guarded) if not is_of_the_page(one[1])]
-    assert {("POST", "/v1/completions"), ("GET", "/docs"), ("GET", "/metrics")} <= set(routes)
+def test_every_route_but_health_and_the_pages_needs_a_key(guarded: HttpServer) -> None:
+    routes = [one for one in routes_of(guarded) if not is_of_a_page(one[1])]
+    assert {("POST", "/v1/completions"), ("GET", "/openapi.json"), ("GET", "/metrics")} <= set(
+        routes
+    )
     for method, path in routes:
         status = guarded.http.request(method, path).status_code
         expected = 200 if path in OPEN else 401
         assert status == expected, (method, path, status)
 
 
-def is_of_the_page(path: str) -> bool:
-    """Its files are open (test_page.py)."""
-    return path == "/" or path.startswith("/page/")
+def is_of_a_page(path: str) -> bool:
+    """Their files are open (test_page.py, test_docs.py)."""
+    return path in ("/", "/docs", "/redoc") or path.startswith(("/page/", "/docs/"))
 
 
 def test_admin_routes_need_the_admin_key(guarded: HttpServer) -> None:

@@ -11,7 +11,7 @@ from tests.support.http_server import HttpServer, serve
 
 Operations = list[tuple[str, str, dict[str, Any]]]
 
-ADMIN_PATHS = {"/drain", "/server_info", "/flush_cache", "/abort_request"}
+ADMIN_PATHS = {"/drain", "/v1/cache/tree", "/server_info", "/flush_cache", "/abort_request"}
 
 
 def operations_of(server: HttpServer) -> Operations:
@@ -31,7 +31,7 @@ def operations(server: HttpServer) -> Operations:
 def test_every_operation_that_needs_a_key_may_answer_401(operations: Operations) -> None:
     assert {"/", "/version", "/metrics", "/v1/models"} <= {path for _, path, _ in operations}
     for method, path, operation in operations:
-        is_open = path in ("/health", "/ready")
+        is_open = path in ("/", "/health", "/ready")
         assert ("401" in operation["responses"]) != is_open, (method, path)
 
 

@@ -11,8 +11,6 @@ from anthropic.types import ModelInfo
 
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError
-from minisrv.frontend.app import create_app
-from minisrv.frontend.registry.registry import RequestRegistry
 from tests.support.http_server import MODEL, HttpServer, serve
 
 HI = [{"role": "user", "content": "hi"}]
@@ -105,10 +103,26 @@ def test_an_alias_serves_the_api_for_base_urls_without_v1() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["v1", "", "/a b", "//", "/a?b", "/\u00e9"])
-def test_an_alias_must_be_a_path(prefix: str) -> None:
-    config = ServerConfig(api_alias=(prefix,))
+def test_a_prefix_must_be_a_path(prefix: str) -> None:
     with pytest.raises(ConfigError, match=r"--api-alias is .*; it must be a path"):
-        create_app(config, RequestRegistry(config))
+        ServerConfig(api_alias=(prefix,))
+    with pytest.raises(ConfigError, match=r"--root-path is .*; it must be a path"):
+        ServerConfig(root_path=prefix)
+
+
+def test_a_root_path_may_be_taken_off_by_the_proxy_or_not() -> None:
+    with serve(root_path="/llm/", api_alias=("/",), api_key=("user",)) as server:
+        user = {"Authorization": "Bearer user"}
+        for prefix in ("", "/llm"):
+            assert server.http.get(f"{prefix}/health").json() == {"status": "ok"}
+            assert server.http.get(f"{prefix}/v1/models").status_code == 401
+            assert server.http.get(f"{prefix}/v1/models", headers=user).status_code == 200
+            reply = server.http.post(f"{prefix}/chat/completions", json={}, headers=user)
+            assert reply.status_code == 400
+        assert server.http.get("/llm/llm/health", headers=user).status_code == 404
+        assert server.http.get("/%6clm/health", headers=user).status_code == 404
+        document = server.http.get("/openapi.json", headers=user).json()
+        assert document["servers"] == [{"url": "/llm"}]
 
 
 def test_the_models_are_those_of_both_packages(server: HttpServer) -> None:

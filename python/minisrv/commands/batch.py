@@ -76,6 +76,7 @@ HARMLESS_OPTIONS = (
         "allowed_host",
         "public_metrics",
         "api_alias",
+        "root_path",
         "ssl_certfile",
         "ssl_keyfile",
     ),

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from fastapi import FastAPI
-from fastapi_offline import FastAPIOffline
 from starlette.responses import JSONResponse, Response
 
-from minisrv.config import ServerConfig
+from minisrv.config import ServerConfig, read_path_prefix
 from minisrv.frontend.apis.anthropic.errors import AnthropicErrorFormat
 from minisrv.frontend.apis.anthropic.route import MESSAGE_PREFIX, MESSAGES_PATH, add_message_routes
 from minisrv.frontend.apis.models import add_model_routes
@@ -29,10 +28,11 @@ from minisrv.frontend.http.cors import PagesMiddleware
 from minisrv.frontend.http.error_format import ErrorFormat, error_body
 from minisrv.frontend.http.errors import RETRY_AFTER_S, BugMiddleware, add_error_handlers
 from minisrv.frontend.http.hosts import AllowedHosts
-from minisrv.frontend.http.openapi import describe_errors, errors
-from minisrv.frontend.http.paths import AliasMiddleware, add_head_routes, read_prefix
+from minisrv.frontend.http.openapi import describe_access, errors
+from minisrv.frontend.http.paths import PrefixMiddleware, add_head_routes
 from minisrv.frontend.ops.admin import add_admin_routes, add_drain_route, add_load_route
 from minisrv.frontend.ops.cache_tree import add_cache_tree_route
+from minisrv.frontend.ops.docs import add_docs
 from minisrv.frontend.ops.metrics import CONTENT_TYPE, ServerMetrics
 from minisrv.frontend.ops.page import add_page
 from minisrv.frontend.registry.registry import RequestRegistry
@@ -55,20 +55,28 @@ def create_app(
 
     host_is_ours: False if another program's server listens for the application.
     start_drain: what /drain does; by default it only refuses further requests.
-    Raises ConfigError for keys, allowed hosts and aliases that cannot be used.
+    Raises ConfigError for keys and allowed hosts that cannot be used.
     """
     keys = Keys.of(config, host_is_ours=host_is_ours)
     hosts = AllowedHosts(config, host_is_ours=host_is_ours)
-    app = FastAPIOffline(
+    app = FastAPI(
         title="minisrv",
         version=VERSION,
         description="An LLM server with an OpenAI-compatible API.",
         redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
     )
-    public_paths = PUBLIC_PATHS | add_page(app)
+    root_path = read_path_prefix(config.root_path, "root_path")
+    public_paths = PUBLIC_PATHS | add_page(app) | add_docs(app)
     if config.public_metrics:
         public_paths |= {METRICS_PATH}
-    describe_errors(app, frozenset(path.decode() for path in public_paths))
+    describe_access(
+        app,
+        frozenset(path.decode() for path in public_paths),
+        needs_key=keys.always_needed,
+        root_path=root_path,
+    )
     unknown_fields = app.state.unknown_fields = UnknownFields(strict=config.strict_params)
     metrics = ServerMetrics(
         config.served_name,
@@ -84,20 +92,27 @@ def create_app(
 
     add_error_handlers(app)
     _add_state_routes(app, registry, metrics)
-    add_model_routes(app, registry)
-    add_openai_routes(app, service)
-    add_native_route(app, service)
-    add_message_routes(app, service)
-    add_response_routes(app, service)
-    add_token_routes(app, service)
-    add_load_route(app, registry)
+    _add_api_routes(app, service)
     add_admin_routes(app, config, VERSION, bodies, registry, REPLY_PREFIXES)
     add_cache_tree_route(app, registry, REPLY_PREFIXES)
     add_drain_route(app, start_drain or registry.start_drain)
     add_head_routes(app)
 
     _add_middlewares(app, config, keys, hosts, public_paths, metrics)
+    if root_path or config.api_alias:
+        aliases = [read_path_prefix(prefix, "api_alias") for prefix in config.api_alias]
+        app.add_middleware(PrefixMiddleware, routes=app, root_path=root_path, aliases=aliases)
     return app
+
+
+def _add_api_routes(app: FastAPI, service: Service) -> None:
+    add_model_routes(app, service.registry, service.config.served_name)
+    add_openai_routes(app, service)
+    add_native_route(app, service)
+    add_message_routes(app, service)
+    add_response_routes(app, service)
+    add_token_routes(app, service)
+    add_load_route(app, service.registry)
 
 
 def _add_middlewares(
@@ -124,9 +139,6 @@ def _add_middlewares(
         error_formats=ERROR_FORMATS,
         count_response=metrics.count_response,
     )
-    if config.api_alias:
-        prefixes = [read_prefix(text, "--api-alias") for text in config.api_alias]
-        app.add_middleware(AliasMiddleware, routes=app, prefixes=prefixes)
 
 
 def _add_state_routes(app: FastAPI, registry: RequestRegistry, metrics: ServerMetrics) -> None:

@@ -1,18 +1,16 @@
 """GET /v1/models, in one body for the clients of OpenAI and of Anthropic."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Path
 
 from minisrv.frontend.generation.request import model_not_found
 from minisrv.frontend.http.openapi import errors
 from minisrv.frontend.registry.registry import RequestRegistry
 
 
-def add_model_routes(app: FastAPI, registry: RequestRegistry) -> None:
+def add_model_routes(app: FastAPI, registry: RequestRegistry, served_name: str) -> None:
     def described(name: str) -> dict[str, Any]:
         model = registry.model
         if name not in model.names:
@@ -43,6 +41,8 @@ def add_model_routes(app: FastAPI, registry: RequestRegistry) -> None:
         }
 
     @app.get("/v1/models/{model_id:path}", responses=errors(404, 503))
-    async def retrieve_model(model_id: str) -> dict[str, Any]:
+    async def retrieve_model(
+        model_id: Annotated[str, Path(openapi_examples={"served": {"value": served_name}})],
+    ) -> dict[str, Any]:
         """The served model, by name."""
         return described(model_id)

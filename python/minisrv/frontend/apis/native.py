@@ -45,12 +45,15 @@ GENERATE_FIELDS: dict[str, Field] = {
     **REQUEST_FIELDS,
 }
 DEFAULT_MAX_TOKENS = 128
+_EXAMPLE = {"text": "Once upon a time", "sampling_params": {"max_new_tokens": 20}}
 
 
 def add_native_route(app: FastAPI, service: Service) -> None:
     statuses = errors(400, 401, 404, 408, 413, 415, 500, 503)
 
-    @app.post("/generate", openapi_extra=request_body(GENERATE_FIELDS), responses=statuses)
+    @app.post(
+        "/generate", openapi_extra=request_body(GENERATE_FIELDS, _EXAMPLE), responses=statuses
+    )
     async def generate(request: Request) -> Response:
         """Continue a prompt."""
         model = service.registry.model

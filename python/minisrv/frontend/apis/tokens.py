@@ -16,7 +16,7 @@ from minisrv.frontend.apis.service import Service
 from minisrv.frontend.fields.schema import BOOLEAN, INTEGERS, STRING
 from minisrv.frontend.fields.table import Field, supported
 from minisrv.frontend.generation.request import ChatPrompt, read_token_ids, served_name
-from minisrv.frontend.http.openapi import errors, request_body
+from minisrv.frontend.http.openapi import EXAMPLE_MESSAGES, errors, request_body
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.wire.messages import DecodeMsg, DescribeMsg
 
@@ -45,7 +45,11 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
     }
     statuses = errors(400, 401, 404, 408, 413, 415, 503)
 
-    @app.post("/tokenize", openapi_extra=request_body(tokenize_fields), responses=statuses)
+    @app.post(
+        "/tokenize",
+        openapi_extra=request_body(tokenize_fields, {"prompt": "Hello"}),
+        responses=statuses,
+    )
     async def tokenize(request: Request) -> Response:
         """The tokens of a text, or of a conversation."""
         fields = await bodies.read(request, tokenize_fields)
@@ -61,7 +65,40 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
             token_strs=answer["tokens"],
         )
 
-    @app.post("/detokenize", openapi_extra=request_body(DETOKENIZE_FIELDS), responses=statuses)
+    @app.post("/apply-template", include_in_schema=False)
+    @app.post(
+        "/apply_template",
+        openapi_extra=request_body(template_fields, {"messages": EXAMPLE_MESSAGES}),
+        responses=statuses,
+    )
+    async def apply_template(request: Request) -> Response:
+        """The prompt that the model would see, and its tokens."""
+        fields = await bodies.read(request, template_fields)
+        served_name(fields.get("model"), registry.model)
+        answer = await service.encode(request, read_chat_prompt(fields, registry.model))
+        return _json_response(
+            prompt=answer["text"], tokens=answer["ids"], count=b"%d" % answer["count"]
+        )
+
+    _add_detokenize_route(app, service, statuses)
+
+    @app.get("/tokenizer_info", responses=errors(401, 503))
+    async def tokenizer_info(request: Request) -> Response:
+        """Special tokens, chat template and size of the vocabulary."""
+        answer = await service.ask(request, lambda query: DescribeMsg(query=query))
+        return JSONResponse({**answer, "max_model_len": registry.model.max_model_len})
+
+
+def _add_detokenize_route(
+    app: FastAPI, service: Service, statuses: dict[int | str, dict[str, Any]]
+) -> None:
+    registry, bodies = service.registry, service.bodies
+
+    @app.post(
+        "/detokenize",
+        openapi_extra=request_body(DETOKENIZE_FIELDS, {"tokens": [40, 41]}),
+        responses=statuses,
+    )
     async def detokenize(request: Request) -> Response:
         """The text of tokens."""
         fields = await bodies.read(request, DETOKENIZE_FIELDS)
@@ -76,23 +113,6 @@ def add_token_routes(app: FastAPI, service: Service) -> None:
             request, lambda query: DecodeMsg(query=query, token_ids=ids, skip_special_tokens=skip)
         )
         return _json_response(prompt=answer["text"], text=answer["text"])
-
-    @app.post("/apply-template", include_in_schema=False)
-    @app.post("/apply_template", openapi_extra=request_body(template_fields), responses=statuses)
-    async def apply_template(request: Request) -> Response:
-        """The prompt that the model would see, and its tokens."""
-        fields = await bodies.read(request, template_fields)
-        served_name(fields.get("model"), registry.model)
-        answer = await service.encode(request, read_chat_prompt(fields, registry.model))
-        return _json_response(
-            prompt=answer["text"], tokens=answer["ids"], count=b"%d" % answer["count"]
-        )
-
-    @app.get("/tokenizer_info", responses=errors(401, 503))
-    async def tokenizer_info(request: Request) -> Response:
-        """Special tokens, chat template and size of the vocabulary."""
-        answer = await service.ask(request, lambda query: DescribeMsg(query=query))
-        return JSONResponse({**answer, "max_model_len": registry.model.max_model_len})
 
 
 def _json_response(**members: bytes) -> Response:

@@ -61,6 +61,11 @@ class Keys:
         loopback = host_is_ours and is_loopback(config.host)
         return cls(user_keys, config.admin_key, loopback=loopback)
 
+    @property
+    def always_needed(self) -> bool:
+        """Whether no request without a key has any access."""
+        return self._open is Access.NONE
+
     def access(self, headers: Headers) -> tuple[Access, bool]:
         """The level of a request, and whether a valid key gave it.
 

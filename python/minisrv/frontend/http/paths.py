@@ -9,8 +9,6 @@ from fastapi.routing import APIRoute
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from minisrv.errors import ConfigError
-
 API_PREFIX = "/v1"
 _METHODS = ("GET", "HEAD", "POST", "DELETE")
 # A hint is looked for in the last parts of a path that is not longer.
@@ -57,39 +55,46 @@ def _serves(app: FastAPI, method: str, path: str) -> bool:
     return any(route.matches(scope)[0] is Match.FULL for route in app.routes)
 
 
-class AliasMiddleware:
-    """Serves the routes of /v1 under further prefixes, where a path is not served otherwise.
+class PrefixMiddleware:
+    """Takes off a proxy's path prefix, and serves the routes of /v1 under further prefixes.
 
     It comes before the check of keys: access, errors and metrics are those of the route.
     """
 
-    def __init__(self, app: ASGIApp, routes: FastAPI, prefixes: Sequence[str]) -> None:
-        """routes: the application that has them. prefixes: as `read_prefix` returns them."""
+    def __init__(
+        self, app: ASGIApp, routes: FastAPI, root_path: str, aliases: Sequence[str]
+    ) -> None:
+        """routes: the application that has them. The prefixes have no slash at their end.
+
+        root_path: not to be seen by the application; the proxy may have taken it off already.
+        aliases: stand for /v1 where a path is not served otherwise.
+        """
         self._app = app
         self._routes = routes
-        self._prefixes = prefixes
+        self._root_path = root_path
+        self._aliases = aliases
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            scope = self._renamed(scope)
+            if self._root_path and (inner := _replaced(scope, self._root_path, "")):
+                scope = {**inner, "root_path": ""}
+            scope = self._without_alias(scope)
         await self._app(scope, receive, send)
 
-    def _renamed(self, scope: Scope) -> Scope:
-        path, raw_path = scope["path"], scope["raw_path"]
-        for prefix in self._prefixes:
-            begin = f"{prefix}/".encode()
-            if not raw_path.startswith(begin) or methods_of(self._routes, path):
+    def _without_alias(self, scope: Scope) -> Scope:
+        for alias in self._aliases:
+            renamed = _replaced(scope, alias, API_PREFIX)
+            if renamed is None or methods_of(self._routes, scope["path"]):
                 continue
-            name = API_PREFIX + path.removeprefix(prefix)
-            if methods_of(self._routes, name):
-                raw_name = API_PREFIX.encode() + raw_path.removeprefix(prefix.encode())
-                return {**scope, "path": name, "raw_path": raw_name}
+            if methods_of(self._routes, renamed["path"]):
+                return renamed
         return scope
 
 
-def read_prefix(text: str, option: str) -> str:
-    """A path prefix without a slash at its end, "" for "/". Raises ConfigError naming `option`."""
-    plain = text.isascii() and text.isprintable() and not set(text) & set(" %?#")
-    if not text.startswith("/") or not plain or "//" in text:
-        raise ConfigError(f"{option} is {text!r}; it must be a path such as /llm")
-    return text.rstrip("/")
+def _replaced(scope: Scope, prefix: str, by: str) -> Scope | None:
+    """The scope with another prefix, as the client sent it and decoded; None if it has another."""
+    path, raw_path = scope["path"], scope["raw_path"]
+    if not raw_path.startswith(f"{prefix}/".encode()):
+        return None
+    raw_name = by.encode() + raw_path.removeprefix(prefix.encode())
+    return {**scope, "path": by + path.removeprefix(prefix), "raw_path": raw_name}

@@ -80,7 +80,7 @@ def add_admin_routes(
 
     @router.post(
         "/flush_cache",
-        openapi_extra=request_body(FLUSH_FIELDS, required=False),
+        openapi_extra=request_body(FLUSH_FIELDS, {"timeout": 5}, required=False),
         responses=errors(*of_a_body, 503),
     )
     async def flush_cache(request: Request) -> Response:
@@ -92,7 +92,7 @@ def add_admin_routes(
     @router.post("/abort", include_in_schema=False)
     @router.post(
         "/abort_request",
-        openapi_extra=request_body(ABORT_FIELDS),
+        openapi_extra=request_body(ABORT_FIELDS, {"abort_all": True}),
         responses=errors(*of_a_body, 404),
     )
     async def abort_request(request: Request) -> Response:

@@ -19,7 +19,7 @@ from minisrv.frontend.generation.pieces import Finish, Piece, finish_of
 from minisrv.frontend.generation.renderer import Choice, Renderer
 from minisrv.frontend.generation.request import ChatRequest
 from minisrv.frontend.http.context import context_of
-from minisrv.frontend.http.openapi import errors, request_body
+from minisrv.frontend.http.openapi import EXAMPLE_MESSAGES, errors, request_body
 from minisrv.frontend.http.sse import named_sse
 from minisrv.wire.events import Event
 
@@ -31,7 +31,13 @@ def add_message_routes(app: FastAPI, service: Service) -> None:
     registry, bodies = service.registry, service.bodies
     statuses = errors(400, 401, 404, 408, 413, 415, 500, 503, schema=ERROR_SCHEMA)
 
-    @app.post(MESSAGES_PATH, openapi_extra=request_body(MESSAGES_FIELDS), responses=statuses)
+    @app.post(
+        MESSAGES_PATH,
+        openapi_extra=request_body(
+            MESSAGES_FIELDS, {"max_tokens": 50, "messages": EXAMPLE_MESSAGES}
+        ),
+        responses=statuses,
+    )
     async def create_message(request: Request) -> Response:
         """Answer a conversation, in Anthropic's form."""
         model = registry.model
@@ -45,7 +51,7 @@ def add_message_routes(app: FastAPI, service: Service) -> None:
 
     @app.post(
         f"{MESSAGES_PATH}/count_tokens",
-        openapi_extra=request_body(COUNT_FIELDS),
+        openapi_extra=request_body(COUNT_FIELDS, {"messages": EXAMPLE_MESSAGES}),
         responses=statuses,
     )
     async def count_message_tokens(request: Request) -> Response:

@@ -11,7 +11,9 @@ from minisrv.frontend.apis.openai.fields import COMPLETION_FIELDS, chat_fields, 
 from minisrv.frontend.apis.service import Service
 from minisrv.frontend.generation.fingerprint import fingerprint
 from minisrv.frontend.http.context import context_of
-from minisrv.frontend.http.openapi import errors, request_body
+from minisrv.frontend.http.openapi import EXAMPLE_MESSAGES, errors, request_body
+
+_EXAMPLE = {"prompt": "Once upon a time", "max_tokens": 20}
 
 
 def add_openai_routes(app: FastAPI, service: Service) -> None:
@@ -20,7 +22,11 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
     system_fingerprint = fingerprint(config)
     statuses = errors(400, 401, 404, 408, 413, 415, 500, 503)
 
-    @app.post("/v1/chat/completions", openapi_extra=request_body(chat_table), responses=statuses)
+    @app.post(
+        "/v1/chat/completions",
+        openapi_extra=request_body(chat_table, {"messages": EXAMPLE_MESSAGES, "max_tokens": 50}),
+        responses=statuses,
+    )
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation."""
         model = registry.model
@@ -34,7 +40,11 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
         )
         return service.runner.response(chat, renderer)
 
-    @app.post("/v1/completions", openapi_extra=request_body(COMPLETION_FIELDS), responses=statuses)
+    @app.post(
+        "/v1/completions",
+        openapi_extra=request_body(COMPLETION_FIELDS, _EXAMPLE),
+        responses=statuses,
+    )
     async def create_completion(request: Request) -> Response:
         """Continue one or more prompts."""
         model = registry.model

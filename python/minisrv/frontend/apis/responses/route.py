@@ -33,6 +33,7 @@ _COUNT_NAMES = (
     *("reasoning", "enable_thinking", "chat_template_kwargs", "previous_response_id"),
     *("conversation", "truncation"),
 )
+_EXAMPLE = {"input": "What is 17 + 25?"}
 COUNT_FIELDS: dict[str, Field] = {name: RESPONSE_FIELDS[name] for name in _COUNT_NAMES}
 
 
@@ -52,7 +53,11 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
         chat = await read_response(fields, history, tools, registry.model, _give_way)
         return chat, tools, history
 
-    @app.post("/v1/responses", openapi_extra=request_body(RESPONSE_FIELDS), responses=statuses)
+    @app.post(
+        "/v1/responses",
+        openapi_extra=request_body(RESPONSE_FIELDS, {**_EXAMPLE, "max_output_tokens": 50}),
+        responses=statuses,
+    )
     async def create_response(request: Request) -> Response:
         """Answer a conversation, in the shape of the Responses API."""
         fields = await bodies.read_generation(request, RESPONSE_FIELDS)
@@ -67,7 +72,9 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
         return service.runner.response(chat, renderer)
 
     @app.post(
-        "/v1/responses/input_tokens", openapi_extra=request_body(COUNT_FIELDS), responses=statuses
+        "/v1/responses/input_tokens",
+        openapi_extra=request_body(COUNT_FIELDS, _EXAMPLE),
+        responses=statuses,
     )
     async def count_input_tokens(request: Request) -> Response:
         """The number of tokens in the prompt of a response."""
