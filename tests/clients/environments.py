@@ -31,7 +31,6 @@ PYTHON_CLIENTS = {
     "lm-eval": ["lm-eval[api]==0.4.13", "transformers==5.13.0"],
     "guidellm": ["guidellm==0.8.1"],
     "aider": ["aider-chat==0.86.2"],
-    "open-webui": ["open-webui==0.12.4"],
     "prometheus": ["prometheus-client==0.26.0"],
 }
 NODE_CLIENTS = {
