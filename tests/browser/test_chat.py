@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_the_tree_shows_the_path_of_this_chat(engine: ServerProcess, opened: Any
     }"""
     assert chat.page.evaluate(lit) > 20
     chat.page.locator("#hit-rate", has_text="%").wait_for()
-    assert chat.page.locator("#running").inner_text() == "0"
+    chat.page.locator("#running", has_text=re.compile("^0$")).wait_for()
 
 
 def test_chats_are_exported_and_imported(
