@@ -93,7 +93,6 @@ QUOTING: dict[str, list[Quoting]] = {
     ],
     "type of a tool": [
         (CHAT, lambda word: {"tools": [{"type": word}]}, "tools.0.type"),
-        (RESPONSES, lambda word: {"tools": [{"type": word}]}, "tools.0.type"),
         (MESSAGES, lambda word: {"tools": [message_tool(type=word)]}, "tools.0.type"),
     ],
     "choice": [
