@@ -118,6 +118,7 @@ def test_what_is_typed_while_an_answer_streams_is_the_next_question(chat: Termin
     chat.wait_for(FIGURES)
 
 
+@pytest.mark.soak
 def test_a_paste_of_200_lines_is_one_message_also_while_an_answer_streams(
     chat: Terminal, tmp_path: Path
 ) -> None:
