@@ -258,7 +258,7 @@ def _history() -> History:
 
 
 def _keys() -> KeyBindings:
-    """Enter sends; Alt-Enter, and Ctrl-J where terminals tell it from Enter, begin a new line."""
+    """Enter sends; Alt-Enter begins a line, as Ctrl-J does where it differs from Enter."""
     keys = KeyBindings()
 
     @keys.add("enter")

@@ -108,7 +108,7 @@ def prepare_opencode(served: Served) -> Launch:
 
 
 def prepare_qwen_code(served: Served) -> Launch:
-    """qwen-code: it cannot be told the size of the context except by a file of defaults."""
+    """qwen-code, which reads the size of the context only from a file of defaults."""
     defaults = {"model": {"generationConfig": {"contextWindowSize": served.max_seq_len}}}
     flags = ["--auth-type", "openai", "--model", served.model]
     environment = {

@@ -180,8 +180,8 @@ def choose_tiles(num_pairs: int, num_experts: int, bytes_each: int) -> tuple[_Ti
     Few pairs per expert, as in decode: the time is that of reading the weights. 16 rows, the
     minimum of a tensor-core instruction, waste the fewest slots; narrow tiles give each of 132 SMs
     two or three programs even for the 8 experts of a single token. Two loads ahead, of 12 KiB each,
-    exceed latency times bandwidth (about 40 KB per SM) with two programs; as they are no more, an
-    SM has room for eight programs, which is half of its warps.
+    exceed latency times bandwidth (about 40 KB per SM) with two programs. An
+    SM then has room for eight programs, which is half of its warps.
     Many pairs, as in prefill: 64 rows are one warpgroup of Hopper's wgmma; 128 rows are two, which
     read each weight for twice as many tokens. Accumulators take at most 128 registers per thread.
     With float32 a stage has half as many elements, so that the stages fit into shared memory.

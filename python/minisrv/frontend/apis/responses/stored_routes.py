@@ -68,7 +68,9 @@ def _page(items: list[Item], params: Mapping[str, str]) -> dict[str, Any]:
     if after := params.get("after"):
         places = [i for i, item in enumerate(ordered) if item["id"] == after]
         if not places:
-            raise InvalidRequestError(f"after is {after[:80]!a}, which is no item", param="after")
+            raise InvalidRequestError(
+                f"after is {after[:80]!a}, which is not the id of an item", param="after"
+            )
         begin = places[-1] + 1
     page = ordered[begin : begin + int(limit)]
     return {
