@@ -74,9 +74,11 @@ def join_layers(layers: Sequence[DenseLayer] | None, attention: object) -> CpuLa
         return None
     if attention.pool.dtype is not torch.float32:
         return None
-    packed, library = load_packed_library(), compiler.load_library(_SOURCE)
     products = [p for layer in layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    if packed is None or library is None or not all(_matrices(p) for p in products):
+    if not all(_matrices(product) for product in products):
+        return None
+    packed, library = load_packed_library(), compiler.load_library(_SOURCE)
+    if packed is None or library is None:
         return None
     return CpuLayers(library, packed, layers, attention)
 
