@@ -12,20 +12,15 @@ from torch import Tensor
 
 from minisrv.checkpoint.model_config import load_model_config
 from minisrv.config import ServerConfig
+from minisrv.engine.engine import Engine
 from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput
 from minisrv.engine.parallel.communicator import TPGroup
 from minisrv.engine.parallel.shard import Sharding
 from minisrv.engine.rank_engine import RankEngine
-from tests.support.half_models import (
-    GREEDY,
-    MARGIN,
-    assert_best,
-    generate,
-    load,
-    logits_of,
-    save_checkpoint,
-)
-from tests.support.oracle import make_prompts
+from minisrv.scheduler.build import build_loop
+from minisrv.scheduler.channel import LocalChannel
+from tests.support.half_models import MARGIN, load, logits_of, save_checkpoint
+from tests.support.oracle import make_prompts, run
 from tests.support.step_driver import StepDriver
 
 CPU = torch.device("cpu")
@@ -114,19 +109,41 @@ def assert_greedy(path: Path, engine: TwoRanks, device: torch.device) -> None:
     while len(steps) < 20:
         steps.append(driver.run(decodes=sequences))
     engine.close()
+    assert_best_tokens(path, device, prompts, list(map(list, zip(*steps, strict=True))))
+
+
+def assert_best_tokens(
+    path: Path, device: torch.device, prompts: list[list[int]], outputs: list[list[int]]
+) -> None:
+    """Each token is not far behind the best one of transformers."""
     model = load(path, torch.float32, device)
-    for prompt, *output in zip(prompts, *steps, strict=True):
+    for prompt, output in zip(prompts, outputs, strict=True):
         logits = logits_of(model, [*prompt, *output])[len(prompt) - 1 : -1]
         for token, scores in zip(output, logits, strict=True):
             assert float(scores.max() - scores[token]) <= MARGIN
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_ranks_on_two_gpus(tmp_path: Path, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cuda_graph_ranks": True},
+        {"one_shot_all_reduce_kib": 256},
+        {"cuda_graph_ranks": True, "one_shot_all_reduce_kib": 256},
+    ],
+    ids=["eager", "graphs", "one-shot", "one-shot-graphs"],
+)
+def test_two_ranks_on_two_gpus(
+    tmp_path: Path, device: torch.device, options: dict[str, Any]
+) -> None:
     path = save_checkpoint(tmp_path, "qwen3", 128, vocab_size=VOCAB_SIZE)
+    config = ServerConfig(
+        model=str(path), device="cuda", tp=2, num_pages=2000, max_prefill_tokens=64, **options
+    )
     prompts = make_prompts(12, VOCAB_SIZE, longest=150)
-    outputs = generate(path, device, prompts, [GREEDY] * len(prompts), tp=2)
-    model = load(path, torch.float32, device)
-    for output in outputs:
-        prompt, (choice,) = output.prompt_token_ids, output.outputs
-        assert_best(logits_of(model, [*prompt, *choice.token_ids]), prompt, choice, GREEDY)
+    loop = build_loop(config, path, LocalChannel(), lambda phase, fraction: None)
+    assert isinstance(loop.engine, Engine)
+    outputs, _ = run(loop, prompts, 8)
+    loop.engine.close()
+    assert_best_tokens(path, device, prompts, outputs)
