@@ -20,8 +20,9 @@ PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 STEP_S = 0.02
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
+    """Ends with its module: while it runs, so does an event loop, and asyncio.run fails."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     program = next((path for name in PROGRAMS if (path := shutil.which(name))), None)
     if program is None:
@@ -63,7 +64,7 @@ def opened(chromium: Any) -> Iterator[Any]:
     assert not faults
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """While this file is missing, the scheduler of `engine` does not become ready."""
     path = tmp_path_factory.mktemp("gate") / "open"
@@ -71,7 +72,7 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine(gate: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A whole server whose model says a hash for each token, slowly enough to be stopped."""
     model_dir = write_model_dir(tmp_path_factory.mktemp("models") / "bytes")
@@ -82,14 +83,14 @@ def engine(gate: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def played() -> Iterator[HttpServer]:
     """A server whose model says what a test sets as `played.backend.text`."""
     with serve(make_backend=lambda registry: PlayedModel(registry, TEMPLATES["hermes"])) as server:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def axe() -> str:
     """The script of axe-core, which finds faults of accessibility."""
     return (Path(__file__).parent / "axe.min.js").read_text()

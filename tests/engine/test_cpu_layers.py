@@ -10,13 +10,13 @@ import pytest
 
 from minisrv import LLM, SamplingParams
 from minisrv.engine.engine import Engine
-from minisrv.engine.kernels.compiler import _find_compiler
+from minisrv.engine.kernels.compiler import find_compiler
 from minisrv.engine.layers.decoder import Decoder
 from tests.support.checkpoints import make_checkpoint
 from tests.support.gguf_files import Kind, write_gguf
 from tests.support.oracle import make_prompts
 
-pytestmark = pytest.mark.skipif(_find_compiler() is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
 MIXED: dict[str, Any] = {"vocab_size": 385}  # matrices of several types side by side
 PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=3)
 

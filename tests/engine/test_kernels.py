@@ -210,6 +210,30 @@ def test_prefill_attention(
     assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", ATTENTION_HEAD_DIMS)
+@pytest.mark.parametrize("length", [1, 30, 200])
+def test_a_prompt_gives_the_bits_of_decodes_wherever_its_chunks_begin(
+    cache_dtype: torch.dtype, head_dim: int, length: int
+) -> None:
+    """So a request that is resumed, or finds its prefix in the cache, goes on as it would have."""
+    kernels = load_cpu_kernels(torch.float32, cache_dtype)
+    assert kernels is not None
+    num_pages = -(-length // 16)
+    keys, values = torch.randn(2, num_pages, 16, 2, head_dim).to(cache_dtype)
+    cache = keys, values
+    table = torch.randperm(num_pages).int()
+    q = torch.randn(length, 6, head_dim)
+    whole, part, decode = torch.empty_like(q), torch.empty_like(q), torch.empty(1, 6, head_dim)
+    kernels.prefill_attention(q, cache, table, 0, whole)
+    start = length * 2 // 3
+    kernels.prefill_attention(q[start:], cache, table, start, part[start:])
+    assert torch.equal(whole[start:], part[start:])
+    row, kv_len = torch.zeros(1, dtype=torch.int32), torch.tensor([length], dtype=torch.int32)
+    kernels.decode_attention(q[-1:], cache, table[None], row, kv_len, 0, decode)
+    assert torch.equal(whole[-1:], decode)
+
+
 def test_without_a_compiler_there_is_one_warning_and_no_library(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:

@@ -356,23 +356,34 @@ void read_values(const T* base, const Cache<T>& cache, const int32_t* pages, lon
   }
 }
 
-// scores[r][t] = scale * q[r] . keys[t] for rows begin .. end.
+// scores[r][t] = scale * q[r] . keys[t] for rows begin .. end. The products are added in the order of
+// `score`, each lane's first and then those sums in pairs, so that a prompt and a decode of the same
+// token get the same bits.
 template <int CHUNKS>
 void score_tile(const float* q, long begin, long end, const Lanes keys[CHUNKS * kLanes][2],
                 float scale, float* scores, long row_size) {
-  constexpr long size = CHUNKS * kLanes;
+  constexpr long size = CHUNKS * kLanes, levels = __builtin_ctzl(kLanes);
   for (long r = begin; r < end; r += kRows) {
     const float* query = q + r * size;
-    Lanes sums[kRows][2] = {};
-    for (long d = 0; d < size; ++d)
+    Lanes pending[levels + 1][kRows][2];  // sums of 1, 2, 4, ... lanes
+    for (long lane = 0; lane < kLanes; ++lane) {
+      Lanes sums[kRows][2] = {};
+      for (long d = lane; d < size; d += kLanes)
 #pragma GCC unroll 16
-      for (long i = 0; i < kRows; ++i) {
-        sums[i][0] += query[i * size + d] * keys[d][0];
-        sums[i][1] += query[i * size + d] * keys[d][1];
-      }
+        for (long i = 0; i < kRows; ++i) {
+          sums[i][0] += query[i * size + d] * keys[d][0];
+          sums[i][1] += query[i * size + d] * keys[d][1];
+        }
+      long level = 0;
+      for (; lane >> level & 1; ++level)
+#pragma GCC unroll 16
+        for (long i = 0; i < kRows; ++i)
+          for (long half = 0; half < 2; ++half) sums[i][half] += pending[level][i][half];
+      std::memcpy(pending[level], sums, sizeof sums);
+    }
     for (long i = 0; i < kRows; ++i)
       for (long half = 0; half < 2; ++half)
-        store_lanes(scores + (r + i) * row_size + half * kLanes, sums[i][half] * scale);
+        store_lanes(scores + (r + i) * row_size + half * kLanes, pending[levels][i][half] * scale);
   }
 }
 
@@ -585,7 +596,7 @@ void decode_attention(const T* q, long q_stride, const Cache<C>& cache, const in
 template <class T, class C, int CHUNKS>
 void prefill_attention(const T* q, long q_stride, const Cache<C>& cache, const int32_t* pages,
                        long start, long tokens, T* out, long heads, float scale, int threads) {
-  constexpr long size = CHUNKS * kLanes, segment = 512, rows = 96;
+  constexpr long size = CHUNKS * kLanes, segment = 1024, rows = 96;
   const long kv_heads = cache.kv_heads, group = heads / kv_heads;
   const long block = std::max(1L, rows / group), blocks = (tokens + block - 1) / block;
   const long longest = std::min(start + tokens, segment) + kValueTile;
