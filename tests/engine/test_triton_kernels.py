@@ -189,13 +189,14 @@ print("all alike")
 
 _COMPILE = """
 from benchmark.micro import triton_resources as resources
+from benchmark.micro.triton_launches import MEMORY, all_launches
 
-found = {launch.name: (launch, resources.measure(launch)) for launch in resources.all_launches()}
+found = {launch.name: (launch, resources.measure(launch)) for launch in all_launches()}
 for name, (launch, needs) in found.items():
     assert ".target sm_90" in needs.ptx
     assert needs.spilled == 0, name
     assert needs.programs > 0, name
-    if launch.limit != resources.MEMORY:
+    if launch.limit != MEMORY:
         continue
     assert needs.occupancy >= 0.5, (name, needs.occupancy)
     if launch.bytes_per_stage:
@@ -208,9 +209,10 @@ print("compiled")
 
 _COMPILE_OTHERS = """
 from itertools import chain
-from benchmark.micro.triton_resources import (
-    compile_ahead, expert_launches, rotate_launches, sampling_launches, small_batch_launches
+from benchmark.micro.triton_launches import (
+    expert_launches, rotate_launches, sampling_launches, small_batch_launches
 )
+from benchmark.micro.triton_resources import compile_ahead
 
 for launch in chain(
     sampling_launches("*bf16"), sampling_launches("*fp16"), expert_launches("*fp16"),
@@ -354,8 +356,9 @@ def test_no_variant_is_compiled_for_some_numbers_of_tokens() -> None:
         }
         assert given <= arguments  # Triton ignores others
         free |= {(kernel.name, name) for name in given}
-    joined = ("_project_heads", "_gate_and_up", "_add_product", "_grouped_product")
+    products = {"_project_heads", "_gate_and_up", "_add_product", "_grouped_product"}
+    products |= {"_multiply_router", "_choose_experts", "_add_experts"}
     found = {("_place", "num_pairs"), ("_place", "num_tiles")}
-    found |= {(kernel, "num_tokens") for kernel in joined}
+    found |= {(kernel, "num_tokens") for kernel in products}
     assert counts == found
     assert free == found | {("_penalize", "factor_stride")}

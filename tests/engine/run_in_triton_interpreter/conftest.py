@@ -39,6 +39,19 @@ def _prepare_a_module_once_per_launch() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _let_loaded_numbers_be_bounds_of_loops() -> Iterator[None]:
+    """They are arrays of one element, which numpy no longer takes for numbers."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda number: number.handle.data.item())
+
+    with mock.patch.object(interpreter, "_patch_lang_tensor", patch_tensor):
+        yield
+
+
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three blocks per row of tests/support/gumbel.py, the last not full; room for an eighth of

@@ -13,11 +13,13 @@ from minisrv.engine import rank_engine
 from minisrv.engine.kernels import triton_dependency, triton_small_batch
 from minisrv.engine.kernels.base import (
     CacheSlots,
+    ExpertWeights,
     NormWeight,
     PlainProduct,
     QKNormWeights,
 )
 from minisrv.engine.kernels.torch_native import TorchKernels
+from minisrv.engine.kernels.triton_moe import run_experts
 from minisrv.engine.kernels.triton_small_batch import TritonSmallBatch
 from minisrv.llm import LLM
 from minisrv.sampling_params import SamplingParams
@@ -133,6 +135,86 @@ def test_the_product_is_added(
     assert_close(sums, expected, dtype)
 
 
+def experts_of(
+    num_experts: int, hidden: int, features: int, dtype: torch.dtype
+) -> tuple[ExpertWeights, ExpertWeights]:
+    """Random experts, and the same in float64."""
+    gate_up = random(num_experts, 2 * features, hidden, dtype=dtype, scale=hidden**-0.5)
+    down = random(num_experts, hidden, features, dtype=dtype, scale=features**-0.5)
+    return ExpertWeights(gate_up, down), ExpertWeights(gate_up.double(), down.double())
+
+
+def with_experts(
+    x_TC: Tensor,
+    norm: NormWeight,
+    router: PlainProduct,
+    experts: ExpertWeights,
+    per_token: int,
+    normalize: bool,
+) -> Tensor:
+    """The tokens and what their experts add, expert by expert in float64."""
+    normed_TC, out_TC = normed(x_TC, norm), x_TC.double()
+    scores_TN, experts_TN = TORCH.route(router(normed_TC), per_token, normalize)
+    for token, (scores, chosen) in enumerate(zip(scores_TN, experts_TN, strict=True)):
+        for score, expert in zip(scores, chosen, strict=True):
+            hidden = TORCH.silu_and_mul(experts.gate_up_EGC[expert] @ normed_TC[token])
+            out_TC[token] += score * (experts.down_ECF[expert] @ hidden)
+    return out_TC
+
+
+@by_dtype
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "per_token", "hidden", "features", "normalize"),
+    [
+        (1, 16, 8, 64, 32, True),
+        (5, 7, 2, 300, 80, False),
+        (16, 2, 2, 64, 16, True),
+        pytest.param(16, 40, 3, 128, 300, True, marks=pytest.mark.soak),
+    ],
+)
+def test_the_experts_are_those_of_the_separate_kernels(
+    num_tokens: int,
+    num_experts: int,
+    per_token: int,
+    hidden: int,
+    features: int,
+    normalize: bool,
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(4)
+    router, exact_router = product(num_experts, hidden, dtype, bias=False)
+    experts, exact = experts_of(num_experts, hidden, features, dtype)
+    x, norm = random(num_tokens, hidden, dtype=dtype, scale=3.0), norm_of(hidden, dtype)
+    expected = with_experts(x, norm, exact_router, exact, per_token, normalize)
+    SMALL.add_experts_(x, norm, router, experts, per_token, normalize)
+    assert_close(x, expected, dtype)
+
+
+def test_of_equal_experts_the_first_is_chosen() -> None:
+    torch.manual_seed(5)
+    router = PlainProduct(torch.zeros(6, 64), None)
+    experts, exact = experts_of(6, 64, 32, torch.float32)
+    x, norm = torch.randn(2, 64), norm_of(64, torch.float32)
+    first = ExpertWeights(exact.gate_up_EGC[:2], exact.down_ECF[:2])
+    half = PlainProduct(torch.zeros(2, 64, dtype=torch.float64), None)
+    expected = with_experts(x, norm, half, first, 2, True)
+    SMALL.add_experts_(x, norm, router, experts, 2, True)
+    assert_close(x, expected, torch.float32)
+
+
+def test_the_experts_of_a_token_do_not_depend_on_the_others() -> None:
+    torch.manual_seed(6)
+    router, _ = product(9, 64, torch.float32, bias=False)
+    experts, _ = experts_of(9, 64, 32, torch.float32)
+    x, norm = torch.randn(16, 64), norm_of(64, torch.float32)
+    results = []
+    for count in (16, 1, 5):
+        results.append(x[:count].clone())
+        SMALL.add_experts_(results[-1], norm, router, experts, 3, True)
+    assert torch.equal(results[1], results[0][:1])
+    assert torch.equal(results[2], results[0][:5])
+
+
 def test_a_token_does_not_depend_on_the_others() -> None:
     torch.manual_seed(3)
     projection, _ = product(64, 128, torch.float32, bias=False)
@@ -151,29 +233,32 @@ def test_float16_is_left_to_the_separate_kernels() -> None:
 def test_a_served_model_gives_the_same_tokens(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A batch of two, and one of twenty, which is too large."""
+    """A batch of two, and one of five, which is too large here."""
     pytest.importorskip("flashinfer")
     use_device_runner(monkeypatch)
+    monkeypatch.setattr(TritonSmallBatch, "most_tokens", 4)
     directory = make_checkpoint(tmp_path, kind, num_hidden_layers=1)
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-    prompts = [[5, 6, 7, 8 + i] for i in range(20)]
+    prompts = [[5, 6, 7, 8 + i] for i in range(5)]
+    options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "num_threads": 1}
+    options |= {"cuda_graph_max_bs": 2, "max_running_requests": 8}
     launches = Launches(monkeypatch)
     choose_backends = rank_engine.choose_backends
 
     def with_joined(*args: Any) -> Any:
         kernels, attention = choose_backends(*args)
-        kernels.small_batch = SMALL
+        kernels.small_batch, kernels.run_experts = SMALL, run_experts
         return kernels, attention
 
     outputs = []
     for choose in (choose_backends, with_joined):
         monkeypatch.setattr(rank_engine, "choose_backends", choose)
-        with LLM(directory, dtype="float32", device="cpu", num_threads=1) as llm:
+        with LLM(directory, **options) as llm:
             for batch in (prompts[:2], prompts):
                 results = llm.generate_outputs(batch, params, use_tqdm=False)
                 outputs.append([result.outputs[0].token_ids for result in results])
-        used = "_project_heads" in launches.names
-        assert used == (choose is with_joined and kind != "qwen3_moe")
+        kernel = "_add_experts" if kind == "qwen3_moe" else "_gate_and_up"
+        assert (kernel in launches.names) == (choose is with_joined)
     assert outputs[:2] == outputs[2:]
 
 

@@ -145,6 +145,19 @@ class SmallBatchKernels(Protocol):
     def add_product_(self, x_TI: Tensor, projection: PlainProduct, sums_TO: Tensor) -> None:
         """Add the product to `sums_TO` in place."""
 
+    def add_experts_(
+        self,
+        x_TC: Tensor,
+        norm: NormWeight,
+        router: PlainProduct,
+        experts: ExpertWeights,
+        per_token: int,
+        normalize: bool,
+    ) -> None:
+        """Add to `x_TC` in place the outputs of the experts that `router`, which has no bias,
+        selects for the normed `x_TC`; see Kernels.route.
+        """
+
 
 class Kernels(Protocol):
     """Implemented once per device; `torch_native` is the reference for the others."""

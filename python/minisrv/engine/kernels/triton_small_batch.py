@@ -7,11 +7,10 @@ attention instead of products, norms, the rotation and the activation in launche
 * `project_heads`: norm, query, key and value of each head, their norms, rotation, cache write;
 * `add_product_`: the output projection of attention, or of the feed-forward layer, added to the
   residual stream;
-* `gate_and_up`: norm, both projections, activation.
+* `gate_and_up`: norm, both projections, activation;
+* `add_experts_`: the whole feed-forward layer, if it is sparse (`triton_small_experts.py`).
 
-16 rows are the least of a tensor-core instruction; rows beyond the tokens are zeros that are not
-read. The input is multiplied by the weight of the norm as it is read; the scale is known only when
-all of it has been read, and multiplies the result. Sums are in float32.
+Sums are in float32.
 """
 
 # Shapes: T tokens, C hidden size, I inputs, O outputs, F intermediate size, H query heads, K
@@ -26,15 +25,21 @@ from torch import Tensor
 
 from minisrv.engine.kernels.base import (
     CacheSlots,
+    ExpertWeights,
     NormWeight,
     PlainProduct,
     QKNormWeights,
     RopeRows,
 )
 from minisrv.engine.kernels.triton_dependency import begin, dependent
+from minisrv.engine.kernels.triton_normed_products import (
+    MOST_TOKENS,
+    ROWS,
+    normed_products,
+    precision,
+)
+from minisrv.engine.kernels.triton_small_experts import add_experts
 
-MOST_TOKENS = 16
-_ROWS = tl.constexpr(MOST_TOKENS)
 # Of the three kernels: columns per program, bytes of each that a stage of the loop reads, stages.
 # With these warps, half of an SM's warps have room. A small model has few more programs than there
 # are SMs, so that each of them must load enough ahead.
@@ -43,47 +48,6 @@ _OUTPUTS, _OUTPUT_BYTES, _OUTPUT_STAGES, _OUTPUT_WARPS = 16, 512, 4, 8
 # A head's columns are one program; its halves are two blocks, as gate and up are. The bytes are
 # those of half a head.
 _HEAD_BYTES, _HEAD_STAGES, _HEAD_WARPS = 16 * 1024, 4, 16
-
-
-@triton.jit
-def _normed_products(
-    x,
-    norm,
-    first_at,
-    second_at,
-    is_column,
-    num_tokens,
-    INPUTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The normed input times two blocks of columns, except the norm's scale; and the mean squares
-    of the input, from which that scale follows.
-
-    first_at, second_at: pointers [INNER, COLUMNS] to the first inputs of the two blocks.
-    """
-    token, inner = tl.arange(0, _ROWS), tl.arange(0, INNER)
-    is_token, is_column = (token < num_tokens)[:, None], is_column[None, :]
-    x_at = x + token[:, None] * INPUTS + inner[None, :]
-    first = tl.zeros([_ROWS, COLUMNS], tl.float32)
-    second = tl.zeros([_ROWS, COLUMNS], tl.float32)
-    squares = tl.zeros([_ROWS], tl.float32)
-    for start in range(0, INPUTS, INNER):
-        is_input = inner < INPUTS - start
-        a_mask, b_mask = is_token, is_column
-        if INPUTS % INNER != 0:
-            a_mask, b_mask = is_token & is_input[None, :], is_input[:, None] & is_column
-        a = tl.load(x_at + start, a_mask, 0.0)
-        b = tl.load(first_at + start, b_mask, 0.0)
-        c = tl.load(second_at + start, b_mask, 0.0)
-        weight = tl.load(norm + start + inner, is_input, 0.0)
-        wide = a.to(tl.float32)
-        squares += tl.sum(wide * wide, 1)
-        weighted = (wide * weight.to(tl.float32)[None, :]).to(a.dtype)
-        first = tl.dot(weighted, b, first, input_precision=PRECISION)
-        second = tl.dot(weighted, c, second, input_precision=PRECISION)
-    return first, second, squares / INPUTS
 
 
 @triton.jit
@@ -149,22 +113,22 @@ def _project_heads(
     LIMIT: the largest number of the cache's dtype; None if no clamp is needed.
     """
     begin(PDL)
-    head, half, token = tl.program_id(0), tl.arange(0, HALF), tl.arange(0, _ROWS)
+    head, half, token = tl.program_id(0), tl.arange(0, HALF), tl.arange(0, ROWS)
     size: tl.constexpr = 2 * HALF
     all_heads: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
     is_query, is_value = head < NUM_HEADS, head >= NUM_HEADS + NUM_KV_HEADS
     of_head = weights + head.to(tl.int64) * size * INPUTS
     first_at = of_head + half[None, :] * INPUTS + tl.arange(0, INNER)[:, None]
-    second_at, is_column = first_at + HALF * INPUTS, half < HALF
-    first, second, mean_squares = _normed_products(
-        x, norm, first_at, second_at, is_column, num_tokens, INPUTS, HALF, INNER, PRECISION
+    second_at, is_token = first_at + HALF * INPUTS, token < num_tokens
+    first, second, mean_squares = normed_products(
+        x, norm, first_at, second_at, is_token, half < HALF, INPUTS, HALF, INNER, PRECISION
     )
     scale = tl.rsqrt(mean_squares + eps)[:, None]
     first, second = first * scale, second * scale
     if bias is not None:
         bias_1, bias_2 = _halves(bias + head * size, HALF)
         first, second = first + bias_1, second + bias_2
-    inside = (token < num_tokens)[:, None]
+    inside = is_token[:, None]
     if not is_value:
         weight = None if q_weight is None else (q_weight if is_query else k_weight)
         first, second = _norm_and_rotate(
@@ -176,7 +140,7 @@ def _project_heads(
         if LIMIT is not None:
             first, second = tl.clamp(first, -LIMIT, LIMIT), tl.clamp(second, -LIMIT, LIMIT)
         number = (head - NUM_HEADS) % NUM_KV_HEADS
-        slot = tl.load(slots + token, token < num_tokens, 0)[:, None]
+        slot = tl.load(slots + token, is_token, 0)[:, None]
         cached = (slot * NUM_KV_HEADS + number) * size + half[None, :]
         _store_halves((values if is_value else keys) + cached, first, second, inside, HALF)
 
@@ -201,11 +165,12 @@ def _gate_and_up(
     begin(PDL)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < FEATURES
-    inner = tl.arange(0, INNER)
+    token, inner = tl.arange(0, ROWS), tl.arange(0, INNER)
+    is_token = token < num_tokens
     gate_at = weights + column.to(tl.int64)[None, :] * INPUTS + inner[:, None]
     up_at = gate_at + FEATURES * INPUTS
-    gate, up, mean_squares = _normed_products(
-        x, norm, gate_at, up_at, is_column, num_tokens, INPUTS, COLUMNS, INNER, PRECISION
+    gate, up, mean_squares = normed_products(
+        x, norm, gate_at, up_at, is_token, is_column, INPUTS, COLUMNS, INNER, PRECISION
     )
     scale = tl.rsqrt(mean_squares + eps)[:, None]
     gate, up = gate * scale, up * scale
@@ -213,9 +178,8 @@ def _gate_and_up(
         gate += tl.load(bias + column, is_column, 0.0).to(tl.float32)[None, :]
         up += tl.load(bias + FEATURES + column, is_column, 0.0).to(tl.float32)[None, :]
     result = gate / (1.0 + tl.exp(-gate)) * up
-    token = tl.arange(0, _ROWS)[:, None]
-    to = out + token * FEATURES + column[None, :]
-    tl.store(to, result.to(out.dtype.element_ty), (token < num_tokens) & is_column[None, :])
+    to = out + token[:, None] * FEATURES + column[None, :]
+    tl.store(to, result.to(out.dtype.element_ty), is_token[:, None] & is_column[None, :])
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -235,11 +199,11 @@ def _add_product(
     """Adds x @ weights.T to `sums`, one program per block of outputs."""
     begin(PDL)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    token, inner = tl.arange(0, _ROWS), tl.arange(0, INNER)
+    token, inner = tl.arange(0, ROWS), tl.arange(0, INNER)
     is_token, is_column = (token < num_tokens)[:, None], (column < OUTPUTS)[None, :]
     a_at = x + token[:, None] * INPUTS + inner[None, :]
     b_at = weights + column.to(tl.int64)[None, :] * INPUTS + inner[:, None]
-    total = tl.zeros([_ROWS, COLUMNS], tl.float32)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, INPUTS, INNER):
         a_mask, b_mask = is_token, is_column
         if INPUTS % INNER != 0:
@@ -254,10 +218,6 @@ def _add_product(
     inside = is_token & is_column
     total += tl.load(at, inside, 0.0).to(tl.float32)
     tl.store(at, total.to(sums.dtype.element_ty), inside)
-
-
-def _precision(x: Tensor) -> str:
-    return "ieee" if x.dtype is torch.float32 else "tf32"
 
 
 class TritonSmallBatch:
@@ -307,7 +267,7 @@ class TritonSmallBatch:
             INPUTS=inputs,
             INNER=_HEAD_BYTES // (half * x_TC.itemsize),
             LIMIT=None if cache_dtype is x_TC.dtype else torch.finfo(cache_dtype).max,
-            PRECISION=_precision(x_TC),
+            PRECISION=precision(x_TC),
             num_warps=_HEAD_WARPS,
             num_stages=_HEAD_STAGES,
             **dependent(),
@@ -331,7 +291,7 @@ class TritonSmallBatch:
             FEATURES=features,
             COLUMNS=_FEATURES,
             INNER=_FEATURE_BYTES // x_TC.itemsize,
-            PRECISION=_precision(x_TC),
+            PRECISION=precision(x_TC),
             num_warps=_FEATURE_WARPS,
             num_stages=_FEATURE_STAGES,
             **dependent(),
@@ -352,8 +312,19 @@ class TritonSmallBatch:
             OUTPUTS=outputs,
             COLUMNS=_OUTPUTS,
             INNER=_OUTPUT_BYTES // x_TI.itemsize,
-            PRECISION=_precision(x_TI),
+            PRECISION=precision(x_TI),
             num_warps=_OUTPUT_WARPS,
             num_stages=_OUTPUT_STAGES,
             **dependent(),
         )
+
+    def add_experts_(
+        self,
+        x_TC: Tensor,
+        norm: NormWeight,
+        router: PlainProduct,
+        experts: ExpertWeights,
+        per_token: int,
+        normalize: bool,
+    ) -> None:
+        add_experts(x_TC, norm, router, experts, per_token, normalize)

@@ -14,7 +14,7 @@ from torch import Tensor
 from minisrv.checkpoint.model_config import MoeConfig
 from minisrv.engine.kernels.base import ExpertWeights, NormWeight
 from minisrv.engine.layers.build_context import BuildContext
-from minisrv.engine.layers.linear import Projection, load_linear
+from minisrv.engine.layers.linear import Projection, has_joined, load_linear
 from minisrv.engine.layers.mlp import PartialMLP
 
 # x_TC, scores_TN, experts_TN -> [T, C], or [T, N, C] still to be summed over the experts.
@@ -46,8 +46,24 @@ class SparseMoe:
             delta = delta.sum(1)
         return self._communicator.all_reduce(delta)
 
-    def joined(self, norm: NormWeight) -> None:
-        """Sparse layers have no joined kernels."""
+    def joined(self, norm: NormWeight) -> Callable[[Tensor], None] | None:
+        """For a few tokens: adds the result for the normed x_TC to x_TC in place.
+
+        None if the kernels do not have it, or for several ranks.
+        """
+        small, router, experts = self._kernels.small_batch, self._router, self._experts
+        if small is None or self._communicator.sharding.size > 1:
+            return None
+        if not (isinstance(experts, GroupedExperts) and has_joined(router, small)):
+            return None
+        weights, moe = experts.weights, self._moe
+
+        def add(x_TC: Tensor) -> None:
+            small.add_experts_(
+                x_TC, norm, router, weights, moe.num_experts_per_token, moe.norm_topk_prob
+            )
+
+        return add
 
 
 class SeparateExperts:
@@ -80,10 +96,10 @@ class GroupedExperts:
 
     def __init__(self, build: BuildContext, name: str, moe: MoeConfig) -> None:
         assert build.kernels.run_experts is not None
-        self._run, self._weights = build.kernels.run_experts, _load_stacked(build, name, moe)
+        self._run, self.weights = build.kernels.run_experts, _load_stacked(build, name, moe)
 
     def __call__(self, x_TC: Tensor, scores_TN: Tensor, experts_TN: Tensor) -> Tensor:
-        return self._run(x_TC.contiguous(), self._weights, scores_TN, experts_TN)
+        return self._run(x_TC.contiguous(), self.weights, scores_TN, experts_TN)
 
 
 def _load_stacked(build: BuildContext, name: str, moe: MoeConfig) -> ExpertWeights:
