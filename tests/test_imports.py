@@ -12,7 +12,7 @@ LAYERS = [
     {"errors", "log"},
     {"sampling_params", "restart_limit", "user_cache"},
     {"config", "checkpoint"},
-    {"command_line", "wire"},
+    {"command_line", "wire", "bench"},
     {"supervision"},
     {"kvcache", "structured_output", "engine"},
     {"frontend", "tokenizer", "scheduler", "detokenizer"},
