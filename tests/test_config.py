@@ -13,8 +13,9 @@ import pytest
 from minisrv import launch_server
 from minisrv.command_line import add_flags, parse_command_line
 from minisrv.commands import batch, plan
-from minisrv.config import ServerConfig, flag, parse_size
+from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError
+from minisrv.option_values import flag, parse_size
 
 
 def parse(*argv: str) -> ServerConfig:

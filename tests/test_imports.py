@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "python" / "minisrv"
 LAYERS = [
     {"errors", "log"},
-    {"sampling_params", "restart_limit", "user_cache"},
+    {"sampling_params", "restart_limit", "option_values", "user_cache"},
     {"config", "checkpoint"},
     {"command_line", "wire", "bench"},
     {"supervision"},

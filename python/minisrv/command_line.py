@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from minisrv.config import ServerConfig, choices_of, flag, plain_type
+from minisrv.config import ServerConfig, choices_of, plain_type
 from minisrv.errors import ConfigError
+from minisrv.option_values import flag
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

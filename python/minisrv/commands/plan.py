@@ -20,13 +20,14 @@ from minisrv.checkpoint.hub import CONFIG_FILES, resolve_model
 from minisrv.checkpoint.model_config import ModelConfig, load_model_config
 from minisrv.checkpoint.own_head import has_own_head
 from minisrv.command_line import parse_command_line
-from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig, flag, parse_size
+from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig
 from minisrv.engine import model_size
 from minisrv.engine.memory import MemoryPlan, format_size, useful_pages
 from minisrv.engine.model_size import Parameters, count_parameters, kv_bytes_per_token
 from minisrv.engine.parallel.shard import Sharding, check_divisible
 from minisrv.engine.quantization import check_quantization
 from minisrv.errors import ConfigError, MinisrvError
+from minisrv.option_values import flag, parse_size
 
 CONTEXT_BYTES = 512 * 2**20  # taken by the driver and the libraries' kernels
 _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minisrv.config import ServerConfig, flag, parse_size
+from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError
+from minisrv.option_values import flag, parse_size
 
 _CPU_SHARE = 0.25
 _CPU_LIMIT = 4 * 2**30

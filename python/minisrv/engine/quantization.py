@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from minisrv.checkpoint.model_config import ModelConfig
-from minisrv.config import ServerConfig, flag
+from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError
+from minisrv.option_values import flag
 
 Quantization = Literal["none", "int8", "int4"]
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.responses import JSONResponse, Response
 
-from minisrv.config import ServerConfig, read_path_prefix
+from minisrv.config import ServerConfig
 from minisrv.frontend.apis.anthropic.errors import AnthropicErrorFormat
 from minisrv.frontend.apis.anthropic.route import MESSAGE_PREFIX, MESSAGES_PATH, add_message_routes
 from minisrv.frontend.apis.models import add_model_routes
@@ -37,6 +37,7 @@ from minisrv.frontend.ops.metrics import CONTENT_TYPE, ServerMetrics
 from minisrv.frontend.ops.page import add_page
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.frontend.registry.states import Dead, Draining, Restarting, Serving, Starting
+from minisrv.option_values import read_path_prefix
 
 VERSION = version("minisrv")
 # By path prefix; errors of all other routes have OpenAI's form.

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from minisrv.checkpoint.chat_format import ChatFormat
-from minisrv.config import RESERVED_VARIABLES
 from minisrv.errors import InvalidRequestError
+from minisrv.option_values import RESERVED_VARIABLES
 
 _ONLY_WITH_MESSAGES = (
     *("messages", "chat_template_kwargs", "tools", "reasoning_effort", "enable_thinking"),

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from minisrv.checkpoint.chat_format import ChatFormat
-from minisrv.config import ServerConfig, read_chat_template_kwargs
+from minisrv.config import ServerConfig
+from minisrv.option_values import read_chat_template_kwargs
 from minisrv.sampling_params import SamplingParams
 
 

@@ -1,0 +1,52 @@
+"""Options whose text has a form of its own: sizes, path prefixes, template variables."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from minisrv.errors import ConfigError
+
+# Variables of a chat template that the server sets itself.
+RESERVED_VARIABLES = (
+    *("messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize"),
+)
+_SIZE_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_size(text: str) -> int:
+    """The bytes of 512MiB, 4GB or 1000000; all units are powers of 1024. Raises ConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", text.lower())
+    if match is None:
+        raise ConfigError(f"invalid size {text!r}; use a value such as 512MiB or 4GiB")
+    return int(float(match[1]) * _SIZE_UNITS[match[2]])
+
+
+def read_path_prefix(text: str, name: str) -> str:
+    """A path without a slash at its end, "" for "/". Raises ConfigError naming the option."""
+    plain = text.isascii() and text.isprintable() and not set(text) & set(" %?#")
+    if not text.startswith("/") or not plain or "//" in text:
+        raise ConfigError(f"{flag(name)} is {text!r}; it must be a path such as /llm")
+    return text.rstrip("/")
+
+
+def read_chat_template_kwargs(text: str) -> dict[str, Any]:
+    """The variables of --chat-template-kwargs. Raises ConfigError."""
+    name = flag("chat_template_kwargs")
+    try:
+        variables = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} is not valid JSON: {error}") from None
+    if not isinstance(variables, dict):
+        raise ConfigError(f"{name} is {text[:60]!r}; it must be a JSON object")
+    for reserved in RESERVED_VARIABLES:
+        if reserved in variables:
+            raise ConfigError(f"{name} may not set {reserved}; the server sets it")
+    return variables
