@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL ?= demo
 STAMP := .venv/.installed
 
-.PHONY: setup serve test check format soak bench real clients demo-eval gpu-check
+.PHONY: setup serve test check format soak bench real clients demo-eval docs gpu-check
 
 setup: $(STAMP)
 
@@ -58,6 +58,10 @@ clients: setup
 
 demo-eval: setup
 	$(BIN)/python scripts/eval_demo_model.py $(ARGS)
+
+# The site of docs/, in site/; `.venv/bin/mkdocs serve` shows it, and each change to it.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 # On a machine with a GPU, with the Python that has its torch; no set-up, no network.
 gpu-check:
