@@ -9,14 +9,16 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "python" / "minisrv"
 LAYERS = [
+    {"terminal_line"},
     {"errors", "log"},
-    {"sampling_params", "restart_limit", "option_values", "user_cache"},
+    {"sampling_params", "restart_limit", "option_values", "start_progress", "user_cache"},
     {"config", "checkpoint"},
     {"command_line", "wire", "bench"},
     {"supervision"},
     {"kvcache", "structured_output", "engine"},
     {"frontend", "tokenizer", "scheduler", "detokenizer"},
-    {"launch_server", "frontend_manager", "llm"},
+    {"console", "frontend_manager", "llm"},
+    {"launch_server"},
     {"asgi", "commands"},
     {"__main__"},
 ]

@@ -5,20 +5,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minisrv import log
-from minisrv.checkpoint.chat_format import ChatFormat
 from minisrv.command_line import parse_command_line
 from minisrv.config import ServerConfig
+from minisrv.console import Console
 from minisrv.errors import ConfigError, MinisrvError
-from minisrv.supervision.records import DrainRequested, EngineReady, Notice, StartProgress
 from minisrv.supervision.standard_streams import open_standard_streams
 
 if TYPE_CHECKING:
@@ -50,7 +48,9 @@ def serve(config: ServerConfig) -> None:
     After the first signal open requests may end, for up to --drain-timeout; a second one ends
     them at once. During the start the first signal ends the server at once.
     """
-    log.setup("supervisor", config.log_level, config.log_format, own_process=True)
+    log.setup(
+        "supervisor", config.log_level, config.log_format, own_process=True, owner=os.getpid()
+    )
     check_certificate(config)
     _check_access(config)
     listeners = listen(config.host, config.port)
@@ -62,7 +62,10 @@ def serve(config: ServerConfig) -> None:
     with _signals_stop(supervisor):
         # Whoever reads this line may send a signal at once.
         console.announce()
-        supervisor.run()
+        try:
+            supervisor.run()
+        finally:
+            console.close()
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -143,74 +146,6 @@ def _signals_stop(supervisor: Supervisor) -> Iterator[None]:
         signal.set_wakeup_fd(wake_fd)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-class Console:
-    """Prints the progress of the start to the terminal, and then what is served."""
-
-    def __init__(self, config: ServerConfig, port: int) -> None:
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        scheme = "http" if config.ssl_certfile is None else "https"
-        self._url = f"{scheme}://{host}:{port}"
-        self._config = config
-        self._started = time.monotonic()
-        self._shown = ("", 0.0)
-
-    def announce(self) -> None:
-        """Print where the server listens."""
-        self._print(
-            f"minisrv {version('minisrv')} listens on {self._url}, model {self._config.model}"
-        )
-
-    def show(self, notice: Notice) -> None:
-        """Print a notice; progress only per quarter."""
-        match notice:
-            case StartProgress(phase, fraction):
-                shown_phase, shown_fraction = self._shown
-                if phase != shown_phase or fraction >= min(1.0, shown_fraction + 0.25):
-                    self._shown = (phase, fraction)
-                    self._print(f"{self._seconds:6.1f} s  {phase} {fraction:.0%}")
-            case EngineReady(restarts=restarts) if restarts:
-                self._print("all processes serve again")
-            case EngineReady(facts):
-                self._print(banner(self._config, self._url, facts, self._seconds))
-            case DrainRequested():
-                self._print(
-                    f"stopping: open requests have {self._config.drain_timeout:g} s to end; "
-                    "a second signal ends them at once"
-                )
-
-    @property
-    def _seconds(self) -> float:
-        return time.monotonic() - self._started
-
-    def _print(self, text: str) -> None:
-        # A closed terminal must not end the server.
-        encoding = sys.stdout.encoding or "utf-8"
-        with contextlib.suppress(OSError):
-            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
-
-def banner(config: ServerConfig, url: str, facts: dict[str, Any], seconds: float) -> str:
-    """The summary printed when the server is ready."""
-    defaults = {k: v for k, v in facts["sampling_defaults"].items() if v is not None}
-    sampling = ", ".join(f"{k} {v}" for k, v in defaults.items())
-    lines = [
-        f"ready after {seconds:.1f} s",
-        f"  URL       {url}/v1",
-        f"  model     {config.served_name}, {facts['placement']}",
-        f"  context   {facts['max_seq_len']} tokens",
-        "  memory    " + facts["memory_plan"].replace("\n", "\n" + " " * 12),
-        f"  sampling  {sampling} ({facts['sampling_source']})"
-        if sampling
-        else "  sampling  OpenAI's defaults",
-    ]
-    if facts["unapplied_defaults"]:
-        lines.append(f"  not used  {', '.join(facts['unapplied_defaults'])}")
-    if ChatFormat.from_dict(facts["chat_format"]).needs_description:
-        lines.append("  tools     described in a system turn: the chat template takes none")
-    lines += [f"  note      {note}" for note in facts["notes"]]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

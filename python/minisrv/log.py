@@ -11,15 +11,28 @@ import sys
 import time
 from typing import Any, TextIO
 
+from minisrv.terminal_line import ERASE, TerminalLine, open_terminal_line
+
+_terminal_line: TerminalLine | None = None
+
 
 def setup(
-    process: str, level: str = "info", format: str = "text", *, own_process: bool = False
+    process: str,
+    level: str = "info",
+    format: str = "text",
+    *,
+    own_process: bool = False,
+    owner: int = 0,
 ) -> None:
     """Write minisrv's log records to stderr, each with the name of the process.
 
     own_process: in the same form also the warnings and errors of other packages.
+    owner: the process that the user has started in a terminal, which may have a line that is drawn
+    in place (`terminal_line`); 0 for none.
     """
-    handler = _StderrHandler()
+    global _terminal_line
+    _terminal_line = open_terminal_line(owner) if owner and format == "text" else None
+    handler = _StderrHandler() if _terminal_line is None else _TerminalHandler(_terminal_line)
     text = logging.Formatter(f"%(asctime)s {process:<11} %(levelname)-7s %(message)s", "%H:%M:%S")
     handler.setFormatter(_JsonFormatter(process) if format == "json" else text)
     logger = logging.getLogger("minisrv")
@@ -29,6 +42,11 @@ def setup(
     if own_process:
         logging.getLogger().handlers[:] = [handler]
         logging.captureWarnings(True)
+
+
+def terminal_line() -> TerminalLine | None:
+    """The line of this process; None where only plain text is wanted."""
+    return _terminal_line
 
 
 def event(logger: logging.Logger, level: int, name: str, values: dict[str, Any]) -> None:
@@ -42,6 +60,21 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
+        super().emit(record)
+
+
+class _TerminalHandler(_StderrHandler):
+    """Erases the line that is drawn in place, and draws it again below the record."""
+
+    def __init__(self, line: TerminalLine) -> None:
+        super().__init__()
+        self._line = line
+
+    def format(self, record: logging.LogRecord) -> str:
+        return ERASE + super().format(record)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.terminator = "\n" + self._line.text
         super().emit(record)
 
 

@@ -25,7 +25,7 @@ from minisrv.errors import ConfigError
 from minisrv.checkpoint.hub import resolve_model
 progress = []
 try:
-    path = resolve_model(sys.argv[1], lambda phase, fraction: progress.append([phase, fraction]))
+    path = resolve_model(sys.argv[1], lambda *step: progress.append(step))
     print(json.dumps({"path": str(path), "progress": progress}))
 except ConfigError as error:
     print(json.dumps({"error": error.message}))
@@ -78,9 +78,11 @@ def test_a_hub_name_is_downloaded_with_progress(name: str, client: Client) -> No
         "chat_template.jinja",
     }
     assert all((path / p.name).read_bytes() == FILES[p.name] for p in path.iterdir())
-    phases, fractions = zip(*result["progress"], strict=True)
+    phases, fractions, sizes, units = zip(*result["progress"], strict=True)
     assert set(phases) == {"download"}
     assert fractions[-1] == 1.0
+    assert sizes[-1] == sum(len(FILES[p.name]) for p in path.iterdir())
+    assert set(units) == {"B"}
     assert all(0 <= fraction <= 1 for fraction in fractions)
 
 
@@ -184,7 +186,7 @@ def test_a_quantization_selects_a_file_of_the_hub(
     assert path.as_posix().endswith(files[0])
     assert path.read_bytes() == QUANTIZED[files[0]]
     assert sorted(client.hub.fetched) == files
-    assert result["progress"][-1] == ["download", 1.0]
+    assert result["progress"][-1][:2] == ["download", 1.0]
 
 
 def test_a_file_of_the_hub_is_found_in_the_cache_without_a_network(client: Client) -> None:

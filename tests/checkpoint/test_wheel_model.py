@@ -18,6 +18,7 @@ from minisrv.checkpoint import wheel_model
 from minisrv.checkpoint.hub import find_local_model, resolve_model
 from minisrv.checkpoint.wheel_model import WheelModel, fetch, find
 from minisrv.errors import ConfigError
+from minisrv.start_progress import no_progress
 from tests.support.package_index import Index, make_wheel, serve_index
 
 PACKAGES = Path(__file__).parents[2] / "python"
@@ -27,8 +28,9 @@ FETCH = """
 import json, sys
 from minisrv.checkpoint.wheel_model import WheelModel, fetch
 from minisrv.errors import ConfigError
+from minisrv.start_progress import no_progress
 try:
-    print(fetch(WheelModel(**json.loads(sys.argv[1])), lambda phase, fraction: None))
+    print(fetch(WheelModel(**json.loads(sys.argv[1])), no_progress))
 except ConfigError as error:
     print("error:", error.message)
 """
@@ -42,10 +44,6 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
         for name, value in index.environment().items():
             monkeypatch.setenv(name, value)
         yield index
-
-
-def no_progress(phase: str, fraction: float) -> None:
-    pass
 
 
 def fetch_in_process(
@@ -69,12 +67,12 @@ def test_a_model_is_downloaded_once(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert find(MODEL) is None
-    steps: list[tuple[str, float]] = []
-    path = fetch(MODEL, lambda phase, fraction: steps.append((phase, fraction)))
+    steps: list[tuple[object, ...]] = []
+    path = fetch(MODEL, lambda phase, fraction, *size: steps.append((phase, fraction, *size)))
     assert path == tmp_path / "minisrv" / "tiny-model-1.0" / "tiny.gguf" == find(MODEL)
     assert path.read_bytes() == CONTENT
-    assert steps[-1] == ("download", 1.0)
-    assert all(phase == "download" and 0 <= fraction <= 1 for phase, fraction in steps)
+    assert steps[-1] == ("download", 1.0, MODEL.num_bytes, "B")
+    assert all(phase == "download" and 0 <= fraction <= 1 for phase, fraction, *_ in steps)
     assert files(path.parent) == {"tiny.gguf", "lock"}
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
     assert fetch(MODEL, no_progress) == path
@@ -85,7 +83,7 @@ def test_the_progress_is_that_of_the_bytes(index: Index) -> None:
     index.go_on.clear()
     steps: list[float] = []
 
-    def progress(phase: str, fraction: float) -> None:
+    def progress(phase: str, fraction: float, total: float = 0, unit: str = "") -> None:
         steps.append(fraction)
         if 0.3 < fraction < 0.7:
             index.go_on.set()

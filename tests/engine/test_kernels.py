@@ -264,9 +264,13 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle_and_nothing_stays_behind
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     source = tmp_path / "fine.cpp"
     source.write_text('extern "C" int seven() { return 7; }')
-    library = compiler.load_library(source)
+    steps: list[tuple[object, ...]] = []
+    with compiler.reporting_to(lambda *step: steps.append(step)):
+        library = compiler.load_library(source)
     assert library is not None
     assert library.seven() == 7
+    assert steps[0] == ("compile fine.cpp", 0.0, 0, "s")
+    assert steps[-1] == ("compile fine.cpp", 1.0, 0, "s")
     broken = tmp_path / "broken.cpp"
     broken.write_text("int main() { return nothing_of_that_name; }")
     assert compiler.load_library(broken) is None

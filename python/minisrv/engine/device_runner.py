@@ -107,7 +107,7 @@ class DeviceRunner:
         self._tensors.page_table[self._limits.num_rows] = spare_page
 
     def record(
-        self, shapes: list[GraphShape], recorder: Recorder, progress: Callable[[float], None]
+        self, shapes: list[GraphShape], recorder: Recorder, progress: Callable[[float], object]
     ) -> None:
         """Record graphs for steps of `shapes`: the first that a step fits is the one to use.
 
@@ -126,6 +126,7 @@ class DeviceRunner:
             for count, shape in enumerate(largest_first):
                 progress(count / len(shapes))
                 self._graphs[shape] = self._record(shape, recorder)
+        progress(1.0)
         sizes = [shape.num_decodes for shape in shapes if not shape.num_chunks]
         self._decode_sizes = np.array(sizes)
         self._mixed_shapes = [shape for shape in shapes if shape.num_chunks]

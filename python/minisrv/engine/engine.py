@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from minisrv.checkpoint.model_config import ModelConfig
 from minisrv.config import ServerConfig
 from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput
+from minisrv.engine.kernels import compiler
 from minisrv.engine.parallel.communicator import SingleRank, TPGroup
 from minisrv.engine.parallel.ranks import Ranks
 from minisrv.engine.parallel.shard import Sharding, check_divisible
 from minisrv.engine.rank_engine import RankEngine, choose_device
 from minisrv.engine.step_runner import StepHandle
-from minisrv.engine.weights import Progress
+from minisrv.start_progress import ReportProgress, no_progress
 
 _POLL_S = 50e-6
 
@@ -35,31 +38,14 @@ class Engine:
         config: ServerConfig,
         model_dir: Path,
         model_config: ModelConfig,
-        progress: Progress = lambda stage, fraction: None,
+        progress: ReportProgress = no_progress,
         run_dir: Path | None = None,
     ) -> None:
         check_divisible(model_config, config.tp)
         device = choose_device(config, 0)
         self._ranks: Ranks | None = None
-        if config.tp == 1:
-            rank_0 = RankEngine(config, model_dir, model_config, SingleRank(), device, progress)
-        else:
-            self._ranks = Ranks(config, model_dir, run_dir)
-            try:
-                self._ranks.wait_until_joining()
-                with self._ranks.explaining_failures():
-                    group = TPGroup(
-                        Sharding(0, config.tp),
-                        self._ranks.run_dir,
-                        device,
-                        config.one_shot_all_reduce_kib,
-                    )
-                    self._ranks.on_death(group.abort)
-                    rank_0 = RankEngine(config, model_dir, model_config, group, device, progress)
-                self._ranks.check()  # what an aborted operation has returned means nothing
-            except BaseException:
-                self._ranks.close()
-                raise
+        with compiler.reporting_to(progress):
+            rank_0 = self._build(config, model_dir, model_config, device, progress, run_dir)
         self._rank_0 = rank_0
         weakref.finalize(self, _close, rank_0, self._ranks)
         self.page_size, self.max_seq_len = config.page_size, model_config.max_seq_len
@@ -69,9 +55,39 @@ class Engine:
         self.warm_up_lens = rank_0.warm_up_lens
         self.memory_plan = rank_0.memory_plan
 
+    def _build(
+        self,
+        config: ServerConfig,
+        model_dir: Path,
+        model_config: ModelConfig,
+        device: torch.device,
+        progress: ReportProgress,
+        run_dir: Path | None,
+    ) -> RankEngine:
+        """Rank 0, together with the processes of the others."""
+        if config.tp == 1:
+            return RankEngine(config, model_dir, model_config, SingleRank(), device, progress)
+        self._ranks = Ranks(config, model_dir, run_dir)
+        try:
+            self._ranks.wait_until_joining()
+            with self._ranks.explaining_failures():
+                group = TPGroup(
+                    Sharding(0, config.tp),
+                    self._ranks.run_dir,
+                    device,
+                    config.one_shot_all_reduce_kib,
+                )
+                self._ranks.on_death(group.abort)
+                rank_0 = RankEngine(config, model_dir, model_config, group, device, progress)
+            self._ranks.check()  # what an aborted operation has returned means nothing
+        except BaseException:
+            self._ranks.close()
+            raise
+        return rank_0
+
     def describe(self) -> str:
-        """The memory plan as a table."""
-        return self.memory_plan.describe()
+        """The memory plan as a table, with what is left now."""
+        return replace(self.memory_plan, left=self._rank_0.bytes_left).describe()
 
     def launch(self, batch: ForwardBatch) -> StepHandle:
         """On a CPU the step has finished when this returns.

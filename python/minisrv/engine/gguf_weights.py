@@ -29,8 +29,9 @@ from minisrv.engine.packed import PackedMatrix
 from minisrv.engine.packed import shard as shard_matrix
 from minisrv.engine.parallel.shard import Shard
 from minisrv.engine.quantization import Quantization
-from minisrv.engine.weights import Progress, rounded
+from minisrv.engine.weights import LOADING, rounded
 from minisrv.errors import ConfigError
+from minisrv.start_progress import ReportProgress, no_progress
 
 logger = logging.getLogger("minisrv.engine")
 
@@ -57,7 +58,7 @@ class GgufWeights:
         dtype: torch.dtype,
         device: torch.device,
         quantization: Quantization = "none",
-        progress: Progress = lambda stage, fraction: None,
+        progress: ReportProgress = no_progress,
     ) -> None:
         self.dtype, self.device, self.num_bytes = dtype, device, 0
         self.packs, self._quantization = device.type == "cpu", quantization
@@ -67,7 +68,8 @@ class GgufWeights:
         self._architecture = architecture
         self._left = dict.fromkeys(self._checkpoint.tensors)
         self._left.pop(ROPE_FACTORS, None)
-        self._num_tensors = len(self._left)
+        sizes = [self._checkpoint.tensors[name].num_bytes for name in self._left]
+        self._file_bytes = self._left_bytes = sum(sizes)
         self._packed_bytes = self._stored_bytes = 0
         if config.packed is not None and not self.packs:
             logger.warning(
@@ -168,8 +170,10 @@ class GgufWeights:
     def _done(self, name: str) -> None:
         in_file, _ = gguf_name(name)
         self._checkpoint.forget(in_file)
-        self._left.pop(in_file, None)
-        self._progress("load weights", 1 - len(self._left) / self._num_tensors)
+        if in_file in self._left:
+            del self._left[in_file]
+            self._left_bytes -= self._checkpoint.tensors[in_file].num_bytes
+        self._progress(LOADING, 1 - self._left_bytes / self._file_bytes, self._file_bytes, "B")
 
 
 def _numbers(raw: NDArray[np.uint8], kind: GGMLQuantizationType) -> torch.Tensor:

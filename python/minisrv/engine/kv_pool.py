@@ -45,6 +45,17 @@ class KVPool:
         """Bytes of one page, summed over layers."""
         return 2 * self._num_layers * math.prod(self._page_shape) * self.stored_dtype.itemsize
 
+    @property
+    def unmapped_bytes(self) -> int:
+        """Of the cache on a CPU: what the operating system maps later, at its first use."""
+        mapped = min(self.num_pages, self._num_touched)
+        return (self.num_pages - mapped) * self.bytes_per_page
+
+    @property
+    def _num_touched(self) -> int:
+        """Pages that are touched when they are allocated, on a CPU."""
+        return _TOUCHED_BYTES // self.bytes_per_page
+
     def allocate(self, num_pages: int, spare: int = 0) -> None:
         """Allocate `num_pages + spare` pages; the memory of an earlier call is freed."""
         self.num_pages = num_pages
@@ -64,5 +75,5 @@ class KVPool:
             return torch.zeros(shape, dtype=self.stored_dtype, device=self.device)
         raw = np.zeros(math.prod(shape) * self.stored_dtype.itemsize, np.uint8)
         zeros = torch.from_numpy(raw).view(self.stored_dtype).view(shape)
-        zeros[:, : _TOUCHED_BYTES // self.bytes_per_page] = 0
+        zeros[:, : self._num_touched] = 0
         return zeros

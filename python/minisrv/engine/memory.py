@@ -18,8 +18,9 @@ _CPU_LIMIT = 4 * 2**30
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """Sizes in bytes on one rank; 0 if unknown. `token_counts` is what penalties need,
-    `workspace` what the largest step allocates, `context` what the driver takes. `notes` adds text
-    to rows of the table, by row name.
+    `workspace` what the largest step allocates, `context` what the driver takes. `left` is what
+    nothing has taken, None if that is not known. `notes` adds text to rows of the table, by row
+    name.
     """
 
     weights: int
@@ -31,6 +32,7 @@ class MemoryPlan:
     max_seq_len: int
     graphs: int = 0
     context: int = 0
+    left: int | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -56,7 +58,10 @@ class MemoryPlan:
         ]
         requests = self.num_tokens / self.max_seq_len
         room = f"room for {requests:.1f} requests of the full context of {self.max_seq_len}"
-        return "\n".join([*lines, f"{'':<25}{room}"])
+        lines.append(f"{'':<25}{room}")
+        if self.left is not None:
+            lines.append(f"{'left':<13}{format_size(self.left):>10}")
+        return "\n".join(lines)
 
     def _cache_note(self) -> str:
         return f"{self.num_pages} pages of {self.page_size} tokens, {self.num_tokens} tokens"

@@ -32,7 +32,12 @@ from minisrv.engine.kv_pool import KVPool
 from minisrv.engine.layers.build_context import BuildContext
 from minisrv.engine.layers.decoder import Decoder
 from minisrv.engine.layers.rope import RotaryEmbedding
-from minisrv.engine.memory import MemoryPlan, choose_num_pages, cpu_cache_bytes
+from minisrv.engine.memory import (
+    MemoryPlan,
+    available_memory,
+    choose_num_pages,
+    cpu_cache_bytes,
+)
 from minisrv.engine.model_size import graph_bytes, graph_shapes
 from minisrv.engine.models.registry import BLOCKS
 from minisrv.engine.page_table import PageTable
@@ -42,8 +47,9 @@ from minisrv.engine.quantization import check_quantization
 from minisrv.engine.sampling.adjust import LogitAdjuster
 from minisrv.engine.step_buffer import StepLimits
 from minisrv.engine.threads import ThreadGovernor, usable_cores
-from minisrv.engine.weights import CheckpointWeights, DummyWeights, Progress, Weights
+from minisrv.engine.weights import CheckpointWeights, DummyWeights, Weights
 from minisrv.errors import ConfigError
+from minisrv.start_progress import ReportProgress, no_progress
 
 _OVERLAP_DEPTH = {"cpu": 0, "cuda": 1}
 # Prompts served before the first request. On a GPU: one for each size of the tiles of our kernels,
@@ -67,7 +73,7 @@ class RankEngine:
         model_config: ModelConfig,
         communicator: Communicator,
         device: torch.device,
-        progress: Progress = lambda stage, fraction: None,
+        progress: ReportProgress = no_progress,
     ) -> None:
         num_threads = config.num_threads or max(1, usable_cores() // config.tp)
         if device.type == "cpu":
@@ -118,8 +124,8 @@ class RankEngine:
         )
         self._allocate_cache(self.memory_plan.num_pages)
         if shapes:
-            device_runner.record(shapes, new_recorder(), lambda done: progress(_RECORDING, done))
-            progress(_RECORDING, 1.0)
+            recording = partial(progress, _RECORDING, total=len(shapes), unit="graph")
+            device_runner.record(shapes, new_recorder(), recording)
 
     @property
     def warm_up_lens(self) -> tuple[int, ...]:
@@ -128,6 +134,13 @@ class RankEngine:
     @property
     def num_pages(self) -> int:
         return self._pool.num_pages
+
+    @property
+    def bytes_left(self) -> int:
+        """Memory that is free: of the GPU, or of the machine less pages that will be mapped."""
+        if self._pool.device.type == "cuda":
+            return torch.cuda.mem_get_info(self._pool.device)[0]
+        return max(0, available_memory() - self._pool.unmapped_bytes)
 
     def close(self) -> None:
         """Release what must not outlive the communicator; no step can be computed any more."""
@@ -268,7 +281,7 @@ def _open_weights(
     model_dir: Path,
     model_config: ModelConfig,
     device: torch.device,
-    progress: Progress,
+    progress: ReportProgress,
 ) -> Weights:
     check_quantization(config, model_config, device.type)
     dtype = activation_dtype(config, model_config, device)

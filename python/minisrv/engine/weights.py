@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,11 +25,11 @@ from minisrv.engine.packed import PackedMatrix, can_round, round_int4, round_int
 from minisrv.engine.parallel.shard import Shard
 from minisrv.engine.quantization import Quantization
 from minisrv.errors import ConfigError
+from minisrv.start_progress import ReportProgress, no_progress
 
 logger = logging.getLogger("minisrv.engine")
 
-Progress = Callable[[str, float], None]
-
+LOADING = "load weights"  # the phase of a start
 _NAMES_SHOWN = 5
 _INDEX = "model.safetensors.index.json"
 _NOT_PARAMETERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
@@ -83,7 +84,7 @@ class CheckpointWeights:
         fp8: Fp8Config | None = None,
         keep_fp8: bool = False,
         quantization: Quantization = "none",
-        progress: Progress = lambda stage, fraction: None,
+        progress: ReportProgress = no_progress,
     ) -> None:
         self.device, self.num_bytes = device, 0
         self._fp8, self.keeps_fp8 = fp8, keep_fp8
@@ -94,7 +95,7 @@ class CheckpointWeights:
         self._left = {name for name in self._file_of if not _NOT_PARAMETERS.search(name)}
         if fp8 is not None:
             self._left = {name for name in self._left if not _ACTIVATION_SCALES.search(name)}
-        self._num_tensors = max(1, len(self._left))
+        self._file_bytes, self._read_bytes = _size_of_files(directory), 0
         self._missing: list[str] = []
         self._unrounded: list[str] = []
         self._progress = progress
@@ -155,7 +156,9 @@ class CheckpointWeights:
                 f"the checkpoint's {name} has dtype {tensor.dtype}, which is not supported"
             )
         self._left.discard(name)
-        self._progress("load weights", 1 - len(self._left) / self._num_tensors)
+        self._read_bytes += math.prod(stored) * tensor.dtype.itemsize
+        fraction = min(1.0, self._read_bytes / self._file_bytes)
+        self._progress(LOADING, fraction, self._file_bytes, "B")
         if tensor.dtype in FP8_DTYPES:
             return self._fp8_matrix(name, tensor, stored, shard)
         return tensor
@@ -175,6 +178,7 @@ class CheckpointWeights:
                 _listing(self._unrounded),
             )
         self._file_of.clear()
+        self._progress(LOADING, 1.0, self._file_bytes, "B")
 
     def _fp8_matrix(
         self, name: str, weight: torch.Tensor, shape: tuple[int, ...], shard: Shard | None
@@ -296,6 +300,10 @@ def _open_files(directory: Path) -> list[Any]:
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path} is not a valid safetensors file: {error}") from None
     return files
+
+
+def _size_of_files(directory: Path) -> int:
+    return sum((directory / name).stat().st_size for name in _file_names(directory))
 
 
 def _file_names(directory: Path) -> list[str]:

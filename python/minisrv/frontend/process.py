@@ -10,6 +10,7 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
+from minisrv import log
 from minisrv.config import ServerConfig
 from minisrv.errors import EngineDeadError, NotReadyError
 from minisrv.frontend.app import create_app
@@ -86,6 +87,8 @@ async def _serve(child: Child) -> None:
             start_drain()
         elif isinstance(notice, EngineEnded):
             server.should_exit = True
+        if isinstance(notice, EngineLost | EngineEnded) and (line := log.terminal_line()):
+            line.erase()  # the supervisor draws now
 
     failure: Exception | None = None
 

@@ -32,6 +32,7 @@ from minisrv.restart_limit import RestartLimit
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.facts import model_facts
+from minisrv.start_progress import no_progress
 from minisrv.structured_output.vocabulary import open_vocabulary
 from minisrv.tokenizer.chat_template import ChatTemplate
 from minisrv.tokenizer.worker import TokenizerWorker
@@ -62,7 +63,7 @@ class LLM:
         **engine_options: Any,
     ) -> None:
         config = _make_config(str(model_path), dtype, engine_options)
-        model_dir = resolve_model(config.model, lambda phase, fraction: None)
+        model_dir = resolve_model(config.model, no_progress)
         model = load_model_config(model_dir, config.max_seq_len)
         with ExitStack() as stack:
             tokenizer_dir = _tokenizer_dir(model_dir, stack)
@@ -104,7 +105,7 @@ class LLM:
             config,
             self._model_dir,
             self._channel,
-            lambda phase, fraction: None,
+            no_progress,
             vocabulary=self._vocabulary,
             model_config=self.model_config,
         )

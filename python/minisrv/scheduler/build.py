@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from minisrv.scheduler.channel import Channel
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
 from minisrv.scheduler.stats import LoopStats
+from minisrv.start_progress import ReportProgress
 from minisrv.structured_output.compiler import GrammarCompiler
 from minisrv.structured_output.sandbox import Sandbox
 from minisrv.structured_output.vocabulary import Vocabulary
@@ -42,13 +43,13 @@ def build_loop(
     config: ServerConfig,
     model_dir: Path,
     channel: Channel,
-    progress: Callable[[str, float], None],
+    progress: ReportProgress,
     run_dir: Path | None = None,
     vocabulary: Vocabulary | MinisrvError | None = None,
     model_config: ModelConfig | None = None,
     record: Progress | None = None,
 ) -> SchedulerLoop:
-    """Load the model and make a loop that is ready to turn; `progress` gets (phase, fraction).
+    """Load the model and make a loop that is ready to turn.
 
     run_dir: where tensor-parallel ranks meet; by default a directory of their own.
     vocabulary: for structured output; without it there is none. model_config: that of model_dir,

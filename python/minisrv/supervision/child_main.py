@@ -52,9 +52,11 @@ class Child:
     def report(self, report: Report) -> None:
         os.write(self.boot.status_fd, records.encode_line(report))
 
-    def report_progress(self, phase: str, fraction: float) -> None:
-        """Report that `fraction` (0 to 1) of `phase` is done."""
-        self.report(StartProgress(phase, fraction))
+    def report_progress(
+        self, phase: str, fraction: float, total: float = 0, unit: str = ""
+    ) -> None:
+        """A ReportProgress, to the supervisor."""
+        self.report(StartProgress(phase, fraction, total, unit))
 
     def handle_notices(self, handle: Callable[[Notice], object]) -> None:
         """Call `handle` with each notice, including those received so far; in any thread."""
@@ -96,7 +98,13 @@ def run_child(name: str, main: Callable[[Child], None]) -> NoReturn:
     if first is None:
         os._exit(0)
     child = Child(records.decode_line(first))
-    log.setup(name, child.config.log_level, child.config.log_format, own_process=True)
+    log.setup(
+        name,
+        child.config.log_level,
+        child.config.log_format,
+        own_process=True,
+        owner=child.boot.parent_pid,
+    )
     _die_with_parent(child.boot.parent_pid)
     os.set_inheritable(child.boot.status_fd, False)
     threading.Thread(

@@ -5,6 +5,7 @@ It converts the tokenizer if the boot record has a `tokenizer_dir`, otherwise do
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from minisrv.checkpoint.convert_tokenizer import convert
@@ -18,6 +19,8 @@ def _prepare(child: Child) -> None:
     if child.boot.tokenizer_dir:
         convert(Path(child.boot.model_dir), Path(child.boot.tokenizer_dir))
     else:
+        # The supervisor shows the progress.
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         facts["model_dir"] = str(resolve_model(child.config.model, child.report_progress))
     child.report(ChildReady(facts))
 

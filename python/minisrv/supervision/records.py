@@ -34,10 +34,12 @@ class Boot:
 
 @dataclass(frozen=True, slots=True)
 class StartProgress:
-    """Child to supervisor, and on to the frontend: `fraction` of `phase` is done, 0 to 1."""
+    """Child to supervisor, and on to the frontend: what a ReportProgress is called with."""
 
     phase: str
     fraction: float
+    total: float = 0
+    unit: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from minisrv.errors import ConfigError, EngineDeadError, MinisrvError
 from minisrv.restart_limit import RestartLimit
 from minisrv.supervision.child_handle import ChildProcess
 from minisrv.supervision.child_main import STACKS_SIGNAL
+from minisrv.supervision.last_progress import LastProgress
 from minisrv.supervision.progress import progress_path
 from minisrv.supervision.records import (
     FIRST_EPOCH,
@@ -102,7 +103,7 @@ class Supervisor:
         self._model_dir, self._tokenizer_dir = Path(), Path()
         self._children: list[ChildProcess] = []
         self._frontend: ChildProcess | None = None
-        self._last_progress = StartProgress("", 0.0)
+        self._progress = LastProgress()
         self._num_stops = 0
         self._drains = False  # whether the first stop lets the frontend drain
         self._restarts = Restarts(RestartLimit.parse(config.restart_limit))
@@ -408,12 +409,8 @@ class Supervisor:
         for report in child.read_reports():
             if isinstance(report, ChildReady):
                 self._start_s.setdefault(child.kind, time.monotonic() - child.started_at)
-            elif isinstance(report, StartProgress):
-                last = self._last_progress
-                grown = abs(report.fraction - last.fraction) >= 0.01 or report.fraction == 1.0
-                if grown or report.phase != last.phase:
-                    self._last_progress = report
-                    self._notify(report)
+            elif isinstance(report, StartProgress) and self._progress.is_news(report):
+                self._notify(report)
 
     def _notify(self, notice: Notice) -> None:
         if self._frontend is not None:

@@ -11,14 +11,30 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from minisrv.start_progress import SECONDS, ReportProgress, no_progress
 from minisrv.user_cache import user_cache
 
 _FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC"
 _SECONDS = 120
+_POLL_S = 0.5
+_USUAL_S = {"cpu.cpp": 20, "packed.cpp": 10}  # of 2 busy cores; layers.cpp takes half a second
 logger = logging.getLogger("minisrv.engine")
+_progress: ReportProgress = no_progress
+
+
+@contextlib.contextmanager
+def reporting_to(progress: ReportProgress) -> Iterator[None]:
+    """Report the progress of compilations in this process, wherever they become necessary."""
+    global _progress
+    before, _progress = _progress, progress
+    try:
+        yield
+    finally:
+        _progress = before
 
 
 def load_library(source: Path) -> ctypes.CDLL | None:
@@ -88,13 +104,30 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
     handle, partial = tempfile.mkstemp(dir=library.parent, suffix=".so")
     os.close(handle)
     try:
-        subprocess.run(
-            [compiler, *_FLAGS.split(), "-o", partial, str(source)],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-        )
+        _run([compiler, *_FLAGS.split(), "-o", partial, str(source)], source.name)
         os.replace(partial, library)
     finally:
         Path(partial).unlink(missing_ok=True)
+
+
+def _run(command: list[str], name: str) -> None:
+    """Run the compiler, of which only the time shows how far it is. Raises SubprocessError."""
+    phase, usual_s, started = f"compile {name}", _USUAL_S.get(name, 0), time.monotonic()
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            while (seconds := time.monotonic() - started) < _SECONDS:
+                fraction = min(0.99, seconds / usual_s) if usual_s else 0.0
+                _progress(phase, fraction, usual_s, SECONDS)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    _, errors = process.communicate(timeout=_POLL_S)
+                    break
+            else:
+                raise subprocess.TimeoutExpired(command, _SECONDS)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=errors)
+    _progress(phase, 1.0, usual_s, SECONDS)

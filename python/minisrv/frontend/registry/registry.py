@@ -300,7 +300,7 @@ class RequestRegistry:
         else:
             self.stats = message
             self._queue.take(message, len(self._unstarted), now := time.monotonic())
-            self._status_line.log_if_due(message, now)
+            self._status_line.take(message, now)
 
     def deliver(self, reply: UserReply) -> None:
         """Pass each part of `reply` to its request; parts of uids that are not open are dropped."""
