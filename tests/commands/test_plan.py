@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minisrv.checkpoint.model_config import load_model_config
 from minisrv.commands import cli
-from minisrv.commands.plan import Deployment, advise, find_gpu, fits, load_model, make_plan
+from minisrv.commands.plan import Deployment, advise, fits, load_model, make_plan
 from minisrv.config import ServerConfig
 from minisrv.engine.engine import Engine
+from minisrv.engine.gpus import find_gpu
 from minisrv.engine.model_size import count_parameters
 from minisrv.engine.parallel.shard import Sharding
 from minisrv.errors import ConfigError

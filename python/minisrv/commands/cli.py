@@ -8,13 +8,15 @@ from importlib import import_module
 from importlib.metadata import version
 
 # Modules of this package.
-COMMANDS = ("batch", "plan", "chat", "launch", "doctor", "dashboard")
+COMMANDS = ("batch", "plan", "simulate", "chat", "launch", "doctor", "dashboard")
 USAGE = """\
 usage: minisrv serve MODEL [options]   serve a model over an OpenAI-compatible API
        minisrv batch MODEL --input FILE --output FILE [options]
                                        answer the prompts in a file
        minisrv plan MODEL --gpu NAME [options]
                                        compute from config.json whether a model fits on a GPU
+       minisrv simulate MODEL --gpu NAME --trace FILE [options]
+                                       play a trace against the scheduler in virtual time
        minisrv chat [MODEL|URL] [-q TEXT] [options]
                                        talk to a model in the terminal
        minisrv launch CLIENT [--run] [options]

@@ -8,7 +8,6 @@ the engine measures both when it starts. With several ranks the plan is for the 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from minisrv.checkpoint.own_head import has_own_head
 from minisrv.command_line import parse_command_line
 from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig
 from minisrv.engine import model_size
+from minisrv.engine.gpus import GPU, find_gpu
 from minisrv.engine.memory import MemoryPlan, format_size, useful_pages
 from minisrv.engine.model_size import Parameters, count_parameters, kv_bytes_per_token
 from minisrv.engine.parallel.shard import Sharding, check_divisible
@@ -35,34 +35,6 @@ _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 _MAX_RANKS, _MIN_PREFILL, _MIN_REQUESTS, _MIN_CONTEXT = 8, 256, 8, 512
 _MAX_FRACTION = 0.95
 _UNKNOWN_NUM_SMS = 132  # as an H100 or H200; other large GPUs have up to 170
-
-
-@dataclass(frozen=True, slots=True)
-class GPU:
-    """usable_gib: about what the driver leaves to programs. bandwidth: bytes/s (data sheet).
-
-    num_sms: multiprocessors, on which the size of FlashInfer's workspace depends.
-    """
-
-    name: str
-    usable_gib: float
-    bandwidth: float
-    num_sms: int
-
-
-GPUS = (
-    GPU("B200", 178.4, 8.0e12, 148),
-    GPU("H200", 139.8, 4.8e12, 132),
-    GPU("H100 80GB", 79.1, 3.35e12, 132),
-    GPU("H100 PCIe", 79.1, 2.0e12, 114),
-    GPU("A100 80GB", 79.1, 2.0e12, 108),
-    GPU("A100 40GB", 39.4, 1.555e12, 108),
-    GPU("L40S", 44.4, 0.864e12, 142),
-    GPU("L4", 22.0, 0.3e12, 58),
-    GPU("RTX 5090", 31.4, 1.79e12, 170),
-    GPU("RTX 4090", 23.6, 1.008e12, 128),
-    GPU("RTX 3090", 23.6, 0.936e12, 82),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,22 +270,3 @@ def _graphs(deployment: Deployment) -> tuple[int, str]:
         f"{tokens} tokens x {model_size.widest_layer(model, 1)} x {itemsize} B, "
         f"{samples} samples x {model.vocab_size} x {model_size.LOGIT_BYTES} B"
     )
-
-
-def find_gpu(name: str) -> GPU:
-    """The GPU called `name`, whatever its spacing and case; H100 and A100 mean the 80GB models.
-
-    Raises ConfigError for an unknown name.
-    """
-    by_name = {_plain(gpu.name): gpu for gpu in GPUS}
-    gpu = by_name.get(_plain(name)) or by_name.get(_plain(name) + "80gb")
-    if gpu is None:
-        raise ConfigError(
-            f"--gpu is {name!r}; known GPUs are {', '.join(gpu.name for gpu in GPUS)}; "
-            "for any other use --gpu-memory"
-        )
-    return gpu
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("nvidia")

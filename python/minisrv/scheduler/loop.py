@@ -56,6 +56,7 @@ class SchedulerLoop:
     sampling is: it settles step n-1 and fills the masks while the device computes.
 
     compiler: the error says why the model has no structured output. progress: for who watches it.
+    clock: the time in seconds; a simulation moves its own.
     With MINISRV_CHECK=1 the scheduler's and the cache's invariants are asserted in every turn.
     """
 
@@ -67,6 +68,7 @@ class SchedulerLoop:
         overlap_depth: int,
         compiler: GrammarCompiler | MinisrvError | None = None,
         progress: Progress | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
         self.engine = engine
@@ -80,6 +82,7 @@ class SchedulerLoop:
         self.stats = LoopStats()
         self._builder = BatchBuilder(scheduler.cache.rows.size)
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
+        self._clock = clock
         self._now = 0.0
         self._checks = os.environ.get(CHECK_VARIABLE) == "1"
         if self._checks:
@@ -109,14 +112,11 @@ class SchedulerLoop:
 
     def advance(self) -> None:
         """Launch the next step, and settle the steps before it down to `overlap_depth`."""
-        self._now = self.scheduler.cache.tree.now = time.monotonic()
+        self._now = self.scheduler.cache.tree.now = self._clock()
         plan = self.scheduler.schedule(self._now)
         if plan is not None:
             self.stats.count_launch(plan)
-            rows = self._builder.find_rows(plan)
-            self._progress.begin(plan.step_id % 2, self._builder.uids[rows], plan.num_tokens)
-            batch = self._builder.build_batch(plan, rows, self._fill_masks)
-            self._in_flight.append((plan, self.engine.launch(batch)))
+            self._in_flight.append((plan, self._launch(plan)))
         elif not self._in_flight and self.scheduler.num_open:
             assert self.scheduler.num_compiling, "requests are open, but no step can be planned"
             assert self._grammars is not None
@@ -125,12 +125,18 @@ class SchedulerLoop:
         if self._checks:
             self.scheduler.check()
 
+    def _launch(self, plan: StepPlan) -> Any:
+        """Start a step; returns the engine's handle of it."""
+        rows = self._builder.find_rows(plan)
+        self._progress.begin(plan.step_id % 2, self._builder.uids[rows], plan.num_tokens)
+        return self.engine.launch(self._builder.build_batch(plan, rows, self._fill_masks))
+
     def _settle_until(self, depth: int) -> None:
         """Settle steps, oldest first, until `depth` are in flight."""
         while len(self._in_flight) > depth:
             plan, handle = self._in_flight.popleft()
             output = self.engine.wait(handle)
-            self._now = time.monotonic()
+            self._now = self._clock()
             outcome = self.scheduler.settle(
                 plan, output.token_ids.tolist(), self._now, output.logprobs
             )
@@ -148,7 +154,7 @@ class SchedulerLoop:
         if self.channel.begins_epoch():
             self.scheduler.drop_requests()
         if messages:
-            self._now = self.scheduler.cache.tree.now = time.monotonic()
+            self._now = self.scheduler.cache.tree.now = self._clock()
         for message in messages:
             if isinstance(message, GenerateMsg):
                 uids = range(message.uid, message.uid + message.sampling.n)

@@ -1,0 +1,190 @@
+"""`minisrv simulate`: how a server would do with the traffic of a trace, in virtual time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minisrv.bench.traces import BLOCK_TOKENS, read_trace
+from minisrv.checkpoint.hub import CONFIG_FILES, resolve_model
+from minisrv.command_line import parse_command_line
+from minisrv.commands.plan import Deployment, load_model, make_plan
+from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig
+from minisrv.engine.gpus import GPU, find_gpu
+from minisrv.engine.parallel.shard import check_divisible
+from minisrv.errors import ConfigError, MinisrvError
+from minisrv.simulation.fleet import Traffic, simulate
+from minisrv.simulation.records import Bounds, Figures
+from minisrv.simulation.replica import ServerShape
+from minisrv.simulation.roofline import Roofline
+from minisrv.simulation.step_times import StepTimes
+from minisrv.start_progress import no_progress
+
+_ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What is simulated: what decides the steps of a server, and how long they take."""
+
+    shape: ServerShape
+    times: StepTimes
+    name: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the figures; exit status 0, 2: an option is wrong, 1: failed."""
+    parser = _make_parser()
+    config, options = parse_command_line(parser, argv)
+    try:
+        traffic = _read_traffic(options)
+        server = _on_gpu(config, find_gpu(options.gpu), options.efficiency)
+    except MinisrvError as error:
+        print(f"minisrv: {error.message}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    bounds = Bounds(options.max_ttft, options.max_itl)
+    began = time.perf_counter()
+    result = simulate(traffic, server.shape, server.times, bounds)
+    wall_s = time.perf_counter() - began
+    print(f"{server.name}: {options.trace}, {len(traffic.trace)} requests")
+    print(_table(result, bounds))
+    print(f"{result.seconds:.0f} s simulated in {wall_s:.1f} s")
+    if options.json is not None:
+        options.json.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+    return 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minisrv simulate",
+        description="Play a trace of traffic against a simulated server: the real scheduler and "
+        "cache in virtual time. The options of `minisrv serve` describe the server.",
+    )
+    parser.add_argument("--gpu", required=True, metavar="NAME", help="GPU, such as H100")
+    parser.add_argument(
+        "--efficiency",
+        type=_share,
+        default=0.7,
+        metavar="X",
+        help="share of the GPU's roofline that steps reach (default: 0.7)",
+    )
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="requests in Mooncake's form (JSONL), Azure's (CSV) or our own",
+    )
+    parser.add_argument(
+        "--duration", type=_positive, metavar="S", help="only the first S seconds of the trace"
+    )
+    parser.add_argument(
+        "--speed",
+        type=_positive,
+        default=1.0,
+        metavar="X",
+        help="let requests arrive X times as fast (default: 1)",
+    )
+    parser.add_argument(
+        "--divide-lengths",
+        type=int,
+        choices=[1 << n for n in range(BLOCK_TOKENS.bit_length())],
+        default=1,
+        metavar="N",
+        help="divide the lengths of prompts and outputs by N, a power of two",
+    )
+    parser.add_argument(
+        "--max-ttft",
+        type=_positive,
+        default=2.0,
+        metavar="S",
+        help="seconds to the first token within which a request is good (default: 2)",
+    )
+    parser.add_argument(
+        "--max-itl",
+        type=_positive,
+        default=0.1,
+        metavar="S",
+        help="mean seconds between tokens within which it is good (default: 0.1)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    return parser
+
+
+def _read_traffic(options: argparse.Namespace) -> Traffic:
+    trace = read_trace(options.trace)
+    if options.duration is not None:
+        trace = [request for request in trace if request.arrival_s < options.duration]
+    return Traffic(trace).divided(options.divide_lengths).faster(options.speed)
+
+
+def _on_gpu(config: ServerConfig, gpu: GPU, efficiency: float) -> Server:
+    """The server of `config` on GPUs. Raises ConfigError if its model does not fit."""
+    directory = resolve_model(config.model, no_progress, CONFIG_FILES)
+    model = load_model(directory, config.max_seq_len)
+    check_divisible(model, config.tp)
+    memory = int(gpu.usable_gib * 2**30)
+    deployment = Deployment(model, config, memory, gpu.num_sms)
+    num_pages = make_plan(deployment).num_pages
+    if not num_pages:
+        raise ConfigError(f"the model does not fit; see minisrv plan {config.model} --gpu ...")
+    itemsize = _ITEMSIZE[deployment.dtype]
+    shape = ServerShape(
+        num_pages=num_pages,
+        page_size=config.page_size,
+        max_seq_len=model.max_seq_len,
+        max_prefill_tokens=config.max_prefill_tokens or MAX_PREFILL_TOKENS["cuda"],
+        max_running_requests=config.max_running_requests,
+        overlap_depth=1 if config.overlap_depth is None else config.overlap_depth,
+        radix_cache=config.radix_cache,
+        fair_keys=config.fair_keys,
+    )
+    times = Roofline.of(
+        model,
+        gpu,
+        tp=config.tp,
+        itemsize=itemsize,
+        cache_itemsize=1 if config.kv_cache_dtype == "fp8" else itemsize,
+        efficiency=efficiency,
+    )
+    ranks = "" if config.tp == 1 else f"{config.tp} x "
+    return Server(shape, times, f"{config.model} on {ranks}{gpu.name}")
+
+
+def _table(result: Figures, bounds: Bounds) -> str:
+    rows = [
+        ("TTFT p50 / p90 / p99", _seconds(result.ttft_p50, result.ttft_p90, result.ttft_p99)),
+        ("ITL p50 / p90 / p99", _seconds(result.itl_p50, result.itl_p90, result.itl_p99)),
+        ("prefix cache hit rate", f"{result.hit_rate:.1%}"),
+        ("preemptions", f"{result.preemptions}"),
+        ("refused", f"{result.refused}"),
+        ("engine busy", f"{result.busy:.0%}"),
+        ("output tokens per second", f"{result.output_rate:.0f}"),
+        (
+            f"TTFT <= {bounds.ttft_s:g} s, mean ITL <= {bounds.itl_s:g} s",
+            f"{result.good_share:.1%} of requests, {result.goodput:.3g} per second",
+        ),
+    ]
+    return "\n".join(f"  {name:<36} {value}" for name, value in rows)
+
+
+def _seconds(*values: float) -> str:
+    return " / ".join(f"{value:.3g}" for value in values) + " s"
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def _share(text: str) -> float:
+    if (value := _positive(text)) > 1:
+        raise ValueError
+    return value
