@@ -33,6 +33,7 @@ TESTS = {
         "tests/exactness/test_quantized.py",
     ],
     "cache": ["tests/scheduler/test_never_corrupt.py"],
+    "kv_events": ["tests/kv_events"],
     "sampling": ["tests/exactness/test_sampled_texts.py", "tests/exactness/test_seeds.py"],
     "grammars": ["tests/exactness/test_grammar_draws.py", "tests/structured_output"],
     "streams": ["tests/frontend"],

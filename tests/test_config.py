@@ -15,7 +15,7 @@ from minisrv.command_line import add_flags, parse_command_line
 from minisrv.commands import batch, plan
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError
-from minisrv.option_values import flag, parse_size
+from minisrv.option_values import flag, parse_size, read_endpoint
 
 
 def parse(*argv: str) -> ServerConfig:
@@ -214,3 +214,28 @@ def test_an_invalid_size_is_refused(text: str) -> None:
 def test_a_config_survives_the_way_to_a_child() -> None:
     config = ServerConfig(model="x", num_pages=3, radix_cache=False, kv_memory="1GiB")
     assert ServerConfig(**config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "endpoint"),
+    [
+        ("5557", "tcp://127.0.0.1:5557"),
+        ("tcp://*:5557", "tcp://*:5557"),
+        ("tcp://[::1]:5557", "tcp://[::1]:5557"),
+        ("ipc:///run/events", "ipc:///run/events"),
+    ],
+)
+def test_a_port_alone_is_one_of_loopback(text: str, endpoint: str) -> None:
+    config = ServerConfig(kv_events_endpoint=text, kv_events_replay_endpoint=text)
+    assert read_endpoint(config.kv_events_endpoint or "", "kv_events_endpoint") == endpoint
+
+
+@pytest.mark.parametrize("text", ["0", "65536", "*:5557", "tcp://:1", "http://a:1", "ipc://a", ""])
+def test_an_endpoint_in_another_form_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--kv-events-endpoint is '.*it must be a port, tcp://"):
+        ServerConfig(kv_events_endpoint=text)
+
+
+def test_a_replay_without_events_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--kv-events-replay-endpoint needs"):
+        ServerConfig(kv_events_replay_endpoint="5558")

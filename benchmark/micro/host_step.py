@@ -22,7 +22,7 @@ from random import Random
 
 import numpy as np
 
-from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput
+from minisrv.engine.forward_batch import ForwardBatch, ForwardEngine, ForwardOutput
 from minisrv.engine.page_table import PageTable, token_positions
 from minisrv.kvcache.manager import KVCacheManager
 from minisrv.sampling_params import SamplingParams
@@ -157,9 +157,8 @@ class Timings:
         return f"| {self.batch} | {median:.0f} | {p99:.0f} | {target}, {met} | {mixed:.0f} |"
 
 
-def run(batch: int, steps: int) -> tuple[Timings, Clients]:
-    """Time `steps` decode steps with `batch` open requests, after a warm-up."""
-    engine, channel = StubEngine(batch), FrameChannel()
+def make_loop(batch: int, engine: ForwardEngine, channel: FrameChannel) -> SchedulerLoop:
+    """A loop for `batch` running requests."""
     num_pages = batch * MAX_SEQ_LEN // PAGE_SIZE
     scheduler = Scheduler(
         KVCacheManager(num_pages, batch, PAGE_SIZE, radix_cache=True),
@@ -168,7 +167,14 @@ def run(batch: int, steps: int) -> tuple[Timings, Clients]:
         eos_ids=[EOS_ID],
         new_seed=lambda: 1,
     )
-    loop = SchedulerLoop(scheduler, engine, channel, overlap_depth=1)
+    return SchedulerLoop(scheduler, engine, channel, overlap_depth=1)
+
+
+def run(batch: int, steps: int) -> tuple[Timings, Clients]:
+    """Time `steps` decode steps with `batch` open requests, after a warm-up."""
+    channel = FrameChannel()
+    loop = make_loop(batch, StubEngine(batch), channel)
+    scheduler = loop.scheduler
     clients, timings = Clients(channel, batch), Timings(batch)
     warm_up = 2 * batch + 20
     gc.disable()

@@ -16,6 +16,7 @@ from minisrv.option_values import (
     flag,
     parse_size,
     read_chat_template_kwargs,
+    read_endpoint,
     read_path_prefix,
 )
 from minisrv.restart_limit import RestartLimit
@@ -123,6 +124,19 @@ class ServerConfig:
     )
     memory_fraction: float = option(0.9, "fraction of the GPU's memory to use", at_least=0)
     radix_cache: bool = option(True, "do not keep or share cached prefixes between requests")
+
+    kv_events_endpoint: str | None = option(
+        None,
+        "publish what joins and leaves the prefix cache, in vLLM's form: a port of loopback, or "
+        "tcp://*:PORT for every interface, without access control (default: nowhere)",
+    )
+    kv_events_replay_endpoint: str | None = option(
+        None, "where readers of KV events get those that they have missed; as --kv-events-endpoint"
+    )
+    kv_events_buffer: int = option(10_000, "batches of KV events kept to be sent again")
+    kv_events_topic: str = option(
+        "", "ZeroMQ topic of KV events, such as kv@10.0.0.5:8000@{model} for llm-d"
+    )
 
     max_running_requests: int = option(256, "maximum requests in one decode batch")
     max_prefill_tokens: int | None = option(
@@ -287,6 +301,11 @@ class ServerConfig:
         read_path_prefix(self.root_path, "root_path")
         for prefix in self.api_alias:
             read_path_prefix(prefix, "api_alias")
+        for name in ("kv_events_endpoint", "kv_events_replay_endpoint"):
+            if (endpoint := getattr(self, name)) is not None:
+                read_endpoint(endpoint, name)
+        if self.kv_events_replay_endpoint is not None and self.kv_events_endpoint is None:
+            raise ConfigError("--kv-events-replay-endpoint needs --kv-events-endpoint")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ConfigError("--ssl-keyfile needs --ssl-certfile")
 

@@ -50,3 +50,18 @@ def read_chat_template_kwargs(text: str) -> dict[str, Any]:
         if reserved in variables:
             raise ConfigError(f"{name} may not set {reserved}; the server sets it")
     return variables
+
+
+def read_endpoint(text: str, name: str) -> str:
+    """The ZeroMQ endpoint to listen at, such as tcp://*:5557; of a port, that on loopback.
+
+    Raises ConfigError naming the option.
+    """
+    if text.isascii() and text.isdigit():
+        text = f"tcp://127.0.0.1:{text}"
+    match = re.fullmatch(r"tcp://(?:\*|[\w.-]+|\[[0-9a-fA-F:]+\]):(\d{1,5})|ipc://(/\S+)", text)
+    if match is None or (match[1] and not 0 < int(match[1]) < 65536):
+        raise ConfigError(
+            f"{flag(name)} is {text!r}; it must be a port, tcp://ADDRESS:PORT or ipc:///PATH"
+        )
+    return text

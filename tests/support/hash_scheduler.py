@@ -21,6 +21,7 @@ from minisrv.engine.forward_batch import ForwardBatch
 from minisrv.kvcache.manager import KVCacheManager
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
+from minisrv.scheduler.tree_feed import TreeFeed
 from minisrv.scheduler.zmq_channel import ZmqChannel
 from minisrv.structured_output.compiler import GrammarCompiler
 from minisrv.structured_output.sandbox import Sandbox
@@ -104,7 +105,10 @@ def serve(child: Child) -> None:
     compiler = make_compiler(child, model) if GRAMMARS else None
     child.report(ChildReady(facts))
     record = child.open_progress()
-    SchedulerLoop(scheduler, engine, channel, 0, compiler, record).run(lambda: None)
+    loop = SchedulerLoop(scheduler, engine, channel, 0, compiler, record)
+    if child.config.kv_events_endpoint is not None:
+        loop.feed = TreeFeed(scheduler.cache.tree, channel.kv_events)
+    loop.run(lambda: None)
 
 
 run_child("scheduler", serve)

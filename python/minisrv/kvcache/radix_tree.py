@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minisrv.kvcache.tree_changes import NO_PAGE, TreeChanges
 from minisrv.wire.arrays import Int32Array
 
 
@@ -91,7 +92,8 @@ class RadixTree:
     """`tokens` arguments start at the root; `limit` counts pages.
 
     `num_pin_changes` grows whenever a node gets its first pin or loses its last. `now` is set by
-    the caller, in seconds, for who looks at the times of uses.
+    the caller, in seconds, for who looks at the times of uses. `changes`: where to record what
+    joins and leaves the tree, if anybody follows it.
     """
 
     def __init__(self, page_size: int) -> None:
@@ -102,6 +104,7 @@ class RadixTree:
         self.num_pages = 0
         self.num_pin_changes = 0
         self.now = 0.0
+        self.changes: TreeChanges | None = None
         self._nodes: dict[int, Node] = {}  # by id, without the root
         self._last_id = 0
         self._clock = 0
@@ -174,6 +177,8 @@ class RadixTree:
         self.num_pages += len(child.pages)
         self.num_evictable += len(child.pages)
         self._touch(child)
+        if self.changes is not None:
+            self._record(self.changes, child, salt)
         return child, known
 
     def pin(self, node: Node) -> None:
@@ -211,6 +216,8 @@ class RadixTree:
             pages = node.pages[keep:]
             self._truncate(node, keep)
             count -= len(pages)
+            if self.changes is not None:
+                self.changes.remove(pages)
             yield pages, node.last_step
 
     def path(self, node: Node) -> Iterator[Node]:
@@ -231,6 +238,14 @@ class RadixTree:
     def nodes(self) -> Collection[Node]:
         """All nodes except the root."""
         return self._nodes.values()
+
+    def record_all(self, changes: TreeChanges) -> None:
+        """Record the whole tree as changes of an empty one."""
+        found = [self.root]
+        for node in found:
+            if node.parent is not None:
+                self._record(changes, node, node.key[: -4 * self.page_size])
+            found += node.children.values()
 
     def check(self) -> None:
         """Assert the tree's invariants and counters; KVCacheManager.check compares refs."""
@@ -256,6 +271,11 @@ class RadixTree:
             assert node.refs or node.children or id(node) in waiting, (
                 "a leaf that cannot be evicted"
             )
+
+    def _record(self, changes: TreeChanges, node: Node, salt: bytes) -> None:
+        assert node.parent is not None
+        above = node.parent.pages[-1] if node.parent.pages else NO_PAGE
+        changes.store(above, node.pages, node.tokens, salt)
 
     def _key(self, tokens: Int32Array, page: int, salt: bytes) -> bytes:
         """The ids of a page as bytes, preceded by the salt for the first page. All pages have the

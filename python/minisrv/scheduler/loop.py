@@ -23,6 +23,7 @@ from minisrv.scheduler.scheduler import Scheduler
 from minisrv.scheduler.stats import LoopStats
 from minisrv.scheduler.step_plan import StepPlan
 from minisrv.scheduler.tree_description import describe_tree
+from minisrv.scheduler.tree_feed import TreeFeed
 from minisrv.structured_output.compiler import GrammarCompiler
 from minisrv.supervision.progress import MESSAGE, NoProgress, Progress
 from minisrv.wire.arrays import Int32Array
@@ -57,6 +58,7 @@ class SchedulerLoop:
 
     compiler: the error says why the model has no structured output. progress: for who watches it.
     clock: the time in seconds; a simulation moves its own.
+    feed: set by the caller to have the changes of the radix tree published.
     With MINISRV_CHECK=1 the scheduler's and the cache's invariants are asserted in every turn.
     """
 
@@ -80,6 +82,7 @@ class SchedulerLoop:
         )
         self._no_grammars = str(compiler or "it has no vocabulary")
         self.stats = LoopStats()
+        self.feed: TreeFeed | None = None
         self._builder = BatchBuilder(scheduler.cache.rows.size)
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
         self._clock = clock
@@ -107,6 +110,8 @@ class SchedulerLoop:
             self._grammars.deliver()
         self.advance()
         self._send(self.scheduler.take_replies())
+        if self.feed is not None:
+            self.feed.send(self._now, busy=self.busy)
         if self.stats.due(self._now, self.busy):
             self.channel.send_to_frontend(self.stats.make_message(self.scheduler))
 
@@ -153,6 +158,8 @@ class SchedulerLoop:
         messages = self.channel.receive(wait)
         if self.channel.begins_epoch():
             self.scheduler.drop_requests()
+            if self.feed is not None:
+                self.feed.restart()
         if messages:
             self._now = self.scheduler.cache.tree.now = self._clock()
         for message in messages:

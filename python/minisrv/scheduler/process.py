@@ -8,6 +8,7 @@ from minisrv.checkpoint.end_tokens import add_end_token
 from minisrv.checkpoint.model_config import load_model_config
 from minisrv.checkpoint.tokenizer import load_tokenizer
 from minisrv.scheduler.facts import model_facts
+from minisrv.scheduler.tree_feed import TreeFeed
 from minisrv.scheduler.zmq_channel import ZmqChannel
 from minisrv.structured_output.vocabulary import open_vocabulary
 from minisrv.supervision.child_main import Child, freeze_objects, run_child
@@ -42,6 +43,8 @@ def _serve(child: Child) -> None:
         child.open_progress(),
     )
     assert isinstance(loop.engine, Engine)
+    if child.config.kv_events_endpoint is not None:
+        loop.feed = TreeFeed(loop.scheduler.cache.tree, channel.kv_events)
     freeze_objects()
     facts = model_facts(model, child.config, loop.scheduler.max_seq_len)
     facts |= {"placement": loop.engine.placement, "memory_plan": loop.engine.describe()}

@@ -25,6 +25,7 @@ class ZmqChannel:
         )
         self._outbox = Outbox(run_dir, "detokenizer", self._epoch)
         self._frontend = Outbox(run_dir, "frontend", self._epoch)
+        self.kv_events = Outbox(run_dir, "kv_events", self._epoch)
 
     def take_notice(self, notice: Notice) -> None:
         """Enter a new epoch of which no message may come soon. May be called in any thread."""
@@ -57,3 +58,4 @@ class ZmqChannel:
         self._inbox.close()
         self._outbox.close()
         self._frontend.close()
+        self.kv_events.close()

@@ -30,6 +30,7 @@ from minisrv.errors import ConfigError, EngineDeadError, MinisrvError
 from minisrv.restart_limit import RestartLimit
 from minisrv.supervision.child_handle import ChildProcess
 from minisrv.supervision.child_main import STACKS_SIGNAL
+from minisrv.supervision.kinds import MODULES, workers
 from minisrv.supervision.last_progress import LastProgress
 from minisrv.supervision.progress import progress_path
 from minisrv.supervision.records import (
@@ -58,14 +59,6 @@ DRAIN_MARGIN_S = 0.5
 LATE_START = 3  # a restart may take so many times as long as the first start
 _NO_SIGNAL = 0  # in place of a signal's number
 STACKS_S = 1.0  # from the request for its stacks to the end of a stalled process
-MODULES = {
-    "frontend": "minisrv.frontend",
-    "hub": "minisrv.supervision.prepare",
-    "converter": "minisrv.supervision.prepare",
-    "scheduler": "minisrv.scheduler",
-    "detokenizer": "minisrv.detokenizer",
-    "tokenizer": "minisrv.tokenizer",
-}
 
 
 class _StopRequested(Exception):
@@ -161,8 +154,7 @@ class Supervisor:
             out = self.run_dir / "tokenizer"
             self._prepare("converter", self._model_dir, out, deadline=deadline)
             self._tokenizer_dir = out
-        tokenizers = [("tokenizer", index) for index in range(self._config.num_tokenizers)]
-        for kind, index in [("scheduler", 0), ("detokenizer", 0), *tokenizers]:
+        for kind, index in workers(self._config):
             self._spawn_worker(kind, index)
         self._watch_until_ready(self._workers, deadline)
         self._announce()

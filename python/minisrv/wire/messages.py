@@ -392,6 +392,21 @@ class StatsMsg:
     step_tokens: Histogram
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeChangesMsg:
+    """Scheduler to kv_events: changes of the radix tree, in order.
+
+    pages: for each change that stores n pages n, the page above or -1, the pages; for each that
+    removes n pages -n, the pages. token_ids: of all that are stored, in turn. salts: for each
+    change that stores pages below -1. begins: these are changes of an empty tree.
+    """
+
+    pages: Int32Array
+    token_ids: Int32Array
+    salts: tuple[str, ...]
+    begins: bool
+
+
 TokenizerQuery = EncodeMsg | DecodeMsg | DescribeMsg
 Query = TokenizerQuery | FlushMsg | ShowTreeMsg
 Message = (
@@ -405,12 +420,14 @@ Message = (
     | StatsMsg
     | PromptMsg
     | TakenMsg
+    | TreeChangesMsg
 )
 InboxTypes = tuple[type[Message], ...]
 
 TOKENIZER_INBOX: InboxTypes = (TokenizeMsg, AbortMsg, EncodeMsg, DecodeMsg, DescribeMsg, FlushMsg)
 SCHEDULER_INBOX: InboxTypes = (GenerateMsg, AbortMsg, FlushMsg, ShowTreeMsg)
 DETOKENIZER_INBOX: InboxTypes = (DetokenizeMsg,)
+KV_EVENTS_INBOX: InboxTypes = (TreeChangesMsg,)
 FRONTEND_INBOX: InboxTypes = (UserReply, AnswerMsg, StatsMsg, PromptMsg, TakenMsg)
 
 

@@ -95,9 +95,15 @@ class Inbox:
         self._socket = _open(zmq.Context.instance(), zmq.PULL)
         self._socket.bind(_endpoint(directory, name))
 
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Block until a frame is there; False when `timeout_s` has passed without one."""
-        return bool(self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)))
+    def wait(self, timeout_s: float | None = None, beside: Any = None) -> bool:
+        """Block until a frame is there, or one at the socket `beside`.
+
+        Returns False when `timeout_s` has passed without one.
+        """
+        poller = zmq.Poller()
+        for socket in filter(None, (self._socket, beside)):
+            poller.register(socket, zmq.POLLIN)
+        return bool(poller.poll(None if timeout_s is None else int(timeout_s * 1000)))
 
     def drain(self, max_messages: int = sys.maxsize) -> list[Any]:
         """The messages that have arrived, oldest first and of the inbox's types; never blocks."""
@@ -137,6 +143,10 @@ class Outbox:
     def send(self, message: Message) -> None:
         """Queue a message; blocks while the inbox is full."""
         self._socket.send(encode(message, self._epoch.number))
+
+    def has_room(self) -> bool:
+        """Whether `send` would not block."""
+        return bool(self._socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT)
 
     def close(self) -> None:
         self._socket.close()

@@ -1,0 +1,3 @@
+from minisrv.kv_events.process import main
+
+main()
