@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from minisrv import log
 from minisrv.config import ServerConfig
-from minisrv.frontend.app import create_app
+from minisrv.frontend.app import close_app, create_app
 from minisrv.frontend_manager import FrontendManager
 from minisrv.supervision.sole_worker import SoleWorker, workers_parent
 
@@ -42,6 +42,7 @@ async def _engine(app: FastAPI) -> AsyncIterator[None]:
         finally:
             await _manager.drain()
             await _manager.aclose()
+            close_app(app)
 
 
 _config = ServerConfig.from_environment()

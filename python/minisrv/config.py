@@ -273,6 +273,9 @@ class ServerConfig:
     )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "minimum level to log")
     log_format: Literal["text", "json"] = option("text", "json writes one object per line")
+    otlp_endpoint: str | None = option(
+        None, "OTLP/HTTP collector for traces, such as http://localhost:4318; needs the extra otlp"
+    )
     metrics_vllm_names: bool = option(
         False, "also export metrics that vLLM has under their vllm: names"
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.responses import JSONResponse, Response
 
 from minisrv.config import ServerConfig
+from minisrv.errors import ConfigError
 from minisrv.frontend.apis.anthropic.errors import AnthropicErrorFormat
 from minisrv.frontend.apis.anthropic.route import MESSAGE_PREFIX, MESSAGES_PATH, add_message_routes
 from minisrv.frontend.apis.models import add_model_routes
@@ -39,6 +41,9 @@ from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.frontend.registry.states import Dead, Draining, Restarting, Serving, Starting
 from minisrv.option_values import read_path_prefix
 
+if TYPE_CHECKING:
+    from minisrv.frontend.generation.tracing import Tracer
+
 VERSION = version("minisrv")
 # By path prefix; errors of all other routes have OpenAI's form.
 ERROR_FORMATS: dict[str, ErrorFormat] = {MESSAGES_PATH: AnthropicErrorFormat()}
@@ -56,18 +61,11 @@ def create_app(
 
     host_is_ours: False if another program's server listens for the application.
     start_drain: what /drain does; by default it only refuses further requests.
-    Raises ConfigError for keys and allowed hosts that cannot be used.
+    Raises ConfigError for keys, allowed hosts and a collector of traces that cannot be used.
     """
     keys = Keys.of(config, host_is_ours=host_is_ours)
     hosts = AllowedHosts(config, host_is_ours=host_is_ours)
-    app = FastAPI(
-        title="minisrv",
-        version=VERSION,
-        description="An LLM server with an OpenAI-compatible API.",
-        redirect_slashes=False,
-        docs_url=None,
-        redoc_url=None,
-    )
+    app = _new_app()
     root_path = read_path_prefix(config.root_path, "root_path")
     public_paths = PUBLIC_PATHS | add_page(app) | add_docs(app)
     if config.public_metrics:
@@ -86,8 +84,13 @@ def create_app(
         vllm_names=config.metrics_vllm_names,
     )
     bodies = BodyReader(config.max_body_bytes, unknown_fields, metrics.count_ignored_field)
+    app.state.tracer = _open_tracer(config)
     runner = Runner(
-        registry, config.max_open_requests, metrics.count_request, fair_keys=config.fair_keys
+        registry,
+        config.max_open_requests,
+        metrics.count_request,
+        fair_keys=config.fair_keys,
+        tracer=app.state.tracer,
     )
     service = Service(config, registry, bodies, runner)
 
@@ -104,6 +107,36 @@ def create_app(
         aliases = [read_path_prefix(prefix, "api_alias") for prefix in config.api_alias]
         app.add_middleware(PrefixMiddleware, routes=app, root_path=root_path, aliases=aliases)
     return app
+
+
+def _new_app() -> FastAPI:
+    return FastAPI(
+        title="minisrv",
+        version=VERSION,
+        description="An LLM server with an OpenAI-compatible API.",
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+    )
+
+
+def close_app(app: FastAPI) -> None:
+    """Send the traces that are left."""
+    if app.state.tracer is not None:
+        app.state.tracer.close()
+
+
+def _open_tracer(config: ServerConfig) -> Tracer | None:
+    if config.otlp_endpoint is None:
+        return None
+    try:
+        from minisrv.frontend.generation.tracing import Tracer
+    except ImportError as error:
+        raise ConfigError(
+            f"--otlp-endpoint needs the packages of the extra otlp: pip install 'minisrv[otlp]' "
+            f"({error})"
+        ) from error
+    return Tracer(config.otlp_endpoint, VERSION)
 
 
 def _add_api_routes(app: FastAPI, service: Service) -> None:

@@ -6,14 +6,16 @@ import asyncio
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 
 from minisrv import log
 from minisrv.config import ServerConfig
 from minisrv.errors import EngineDeadError, NotReadyError
-from minisrv.frontend.app import create_app
+from minisrv.frontend.app import close_app, create_app
 from minisrv.frontend.drain import drain
 from minisrv.frontend.http.protocol import HttpProtocol, HttpServer
 from minisrv.frontend.registry.engine_client import EngineClient
@@ -120,6 +122,7 @@ async def _serve(child: Child) -> None:
         child.handle_notices(lambda notice: loop.call_soon_threadsafe(take_or_fail, notice))
         freeze_objects()
         await server.serve([socket.socket(fileno=fd) for fd in child.boot.fds.values()])
+        close_app(cast(FastAPI, server.config.app))
         if (error := failure or client.error) is not None:
             raise error
 

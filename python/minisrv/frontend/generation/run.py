@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -30,6 +30,9 @@ from minisrv.frontend.registry.open_request import RequestAborted
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.wire.events import Event, failure_error
 
+if TYPE_CHECKING:
+    from minisrv.frontend.generation.tracing import Tracer
+
 logger = logging.getLogger("minisrv.frontend")
 
 FIRST_PING_S = 5.0
@@ -41,13 +44,14 @@ CHOICES_AT_ONCE = 64  # sent to the tokenizers, or read, before other requests r
 class Runner:
     """Runs the generation requests of all APIs. count_request: called when one has ended.
 
-    fair_keys: messages carry the number of the key that sent them.
+    fair_keys: messages carry the number of the key that sent them. tracer: with --otlp-endpoint.
     """
 
     registry: RequestRegistry
     max_open_requests: int
     count_request: Callable[[RequestTimings], None]
     fair_keys: bool = False
+    tracer: Tracer | None = None
 
     def response(self, request: GenerationRequest, renderer: Renderer) -> Response:
         """A response that runs the request when it is sent.
@@ -87,6 +91,9 @@ class _GenerationResponse(Response):
         base = self._registry.open(
             self._request.num_choices, context.request_id, drop_reader=drop_reader
         )
+        self._error: Exception | None = None
+        tracer = self._runner.tracer
+        self._trace = tracer.begin(self._request, scope, self._timings) if tracer else None
         self._log_start()
         watch = asyncio.create_task(self._abort_when_gone(receive, base))
         try:
@@ -110,6 +117,8 @@ class _GenerationResponse(Response):
             self._abort(base)
             context.log_values = self._log_values()
             self._runner.count_request(self._timings)
+            if self._trace is not None:
+                self._trace.end(self._timings, self._renderer.usage, self._error)
 
     async def _abort_when_gone(self, receive: Receive, base: int) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -207,6 +216,7 @@ class _GenerationResponse(Response):
             self._renderer.usage.count(event)
 
     def _note_failure(self, error: Exception) -> None:
+        self._error = error
         aborted = isinstance(error, MinisrvError) and error.code == "request_aborted"
         self._timings.failure_reason = "abort" if aborted else "error"
 
@@ -216,7 +226,10 @@ class _GenerationResponse(Response):
     async def _start(self, send: Send, *, ended: bool) -> None:
         if (warning := self._cap_warning()) is not None:
             self._context.warnings.append(warning)
-        if (timing := self._timings.server_timing(ended=ended)) is not None:
+        figures = [self._timings.server_timing(ended=ended)]
+        if self._trace is not None:
+            figures.append(f'traceparent;desc="{self._trace.traceparent}"')
+        if timing := ", ".join(filter(None, figures)):
             self.headers["Server-Timing"] = timing
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
@@ -253,6 +266,7 @@ class _GenerationResponse(Response):
             "cached": usage.cached_tokens,
             "output": usage.output_tokens,
             **self._timings.log_values(),
+            **({} if self._trace is None else {"trace": self._trace.trace_id}),
         }
 
 

@@ -140,7 +140,7 @@ class RequestContextMiddleware:
             "status": context.status,
             "ms": round(seconds * 1000),
             "id": context.request_id,
-            **_session(scope),
+            **({} if (session := session_of(scope)) is None else {"session": session}),
             **context.log_values,
         }
         level = logging.DEBUG if scope["path"] in _QUIET_PATHS else logging.INFO
@@ -149,9 +149,8 @@ class RequestContextMiddleware:
         self._count_response(route, scope["method"], context.status or CLIENT_GONE, seconds)
 
 
-def _session(scope: Scope) -> dict[str, str]:
-    """The session that a client names for its requests, for the log."""
+def session_of(scope: Scope) -> str | None:
+    """The session that a client names for its requests, if it does."""
     headers = Headers(scope=scope)
     ids = (headers.get(name, "") for name in _SESSION_HEADERS)
-    id = next((id for id in ids if _SANE_ID.fullmatch(id)), None)
-    return {} if id is None else {"session": id}
+    return next((id for id in ids if _SANE_ID.fullmatch(id)), None)
