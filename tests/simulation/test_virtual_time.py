@@ -80,6 +80,50 @@ def test_a_prompt_that_does_not_fit_is_refused_and_counts_as_not_good() -> None:
     assert (result.refused, result.good_share) == (1, 0.5)
 
 
+def test_the_cost_router_finds_conversations_again() -> None:
+    """39 conversations of eight turns, on four servers that hold a third of them each."""
+    turns = [
+        TraceRequest(
+            turn * 8.0 + chat * 0.2,
+            512 * (turn + 1),
+            2,
+            tuple(range(1000 * chat, 1000 * chat + turn + 1)),
+        )
+        for turn in range(8)
+        for chat in range(39)
+    ]
+    shape = replace(SHAPE, num_pages=3600, max_seq_len=8192, max_prefill_tokens=512)
+    results = {
+        router: simulate(
+            Traffic(turns), shape, SteadyTimes(0.0, 0.05), BOUNDS, num_replicas=4, router=router
+        )
+        for router in ("round-robin", "power-of-two", "cost")
+    }
+    best = 7 * 8 / 2 / (8 * 9 / 2)  # each turn finds all turns before it
+    assert results["cost"].hit_rate > 0.95 * best
+    for name in ("round-robin", "power-of-two"):
+        assert results[name].hit_rate < 0.7 * best
+        assert results[name].ttft_p50 > 1.5 * results["cost"].ttft_p50
+    assert {result.requests for result in results.values()} == {39 * 8}
+
+
+def test_a_replica_reports_what_it_has_to_compute_at_that_time() -> None:
+    records = Records(np.array([0.0, 0.0, 1.0]))
+    replica = Replica(SHAPE, SteadyTimes(0.0, 0.1), records)
+    replica.send(0, np.arange(128, dtype=np.int32), 3, 0.0)
+    assert replica.load(0.0).queued_tokens == 128
+    assert replica.load(0.0).prefill_rate == pytest.approx(64 / 0.1)
+    replica.advance(0.15)
+    assert (replica.load(0.15).queued_tokens, replica.load(0.15).open_requests) == (128, 1)
+    replica.advance(0.25)
+    assert (replica.load(0.25).queued_tokens, replica.load(0.25).open_requests) == (0, 1)
+    replica.send(1, np.arange(200, dtype=np.int32), 3, 0.25)
+    assert replica.load(0.25).queued_tokens == 200 - 128
+    replica.send(2, np.arange(99999, dtype=np.int32), 3, 0.25)
+    replica.advance(float("inf"))
+    assert (replica.load(9.0).queued_tokens, replica.load(9.0).open_requests) == (0, 0)
+
+
 def test_tokens_that_the_engine_makes_up_are_no_prompt() -> None:
     maker = PromptMaker()
     request = TraceRequest(0.0, 700, 1, (2**60, 3))

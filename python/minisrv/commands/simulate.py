@@ -18,7 +18,7 @@ from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig
 from minisrv.engine.gpus import GPU, find_gpu
 from minisrv.engine.parallel.shard import check_divisible
 from minisrv.errors import ConfigError, MinisrvError
-from minisrv.simulation.fleet import Traffic, simulate
+from minisrv.simulation.fleet import ROUTERS, Traffic, simulate
 from minisrv.simulation.records import Bounds, Figures
 from minisrv.simulation.replica import ServerShape
 from minisrv.simulation.roofline import Roofline
@@ -49,9 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, ConfigError) else 1
     bounds = Bounds(options.max_ttft, options.max_itl)
     began = time.perf_counter()
-    result = simulate(traffic, server.shape, server.times, bounds)
+    result = simulate(
+        traffic,
+        server.shape,
+        server.times,
+        bounds,
+        num_replicas=options.replicas,
+        router=options.router,
+    )
     wall_s = time.perf_counter() - began
-    print(f"{server.name}: {options.trace}, {len(traffic.trace)} requests")
+    servers = server.name if options.replicas == 1 else f"{options.replicas} x {server.name}"
+    print(f"{servers}: {options.trace}, {len(traffic.trace)} requests")
     print(_table(result, bounds))
     print(f"{result.seconds:.0f} s simulated in {wall_s:.1f} s")
     if options.json is not None:
@@ -65,32 +73,52 @@ def _make_parser() -> argparse.ArgumentParser:
         description="Play a trace of traffic against a simulated server: the real scheduler and "
         "cache in virtual time. The options of `minisrv serve` describe the server.",
     )
-    parser.add_argument("--gpu", required=True, metavar="NAME", help="GPU, such as H100")
-    parser.add_argument(
+    _add_servers(parser.add_argument_group("servers"))
+    _add_traffic(parser.add_argument_group("traffic"))
+    _add_results(parser.add_argument_group("results"))
+    return parser
+
+
+def _add_servers(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--gpu", required=True, metavar="NAME", help="GPU, such as H100")
+    group.add_argument(
         "--efficiency",
         type=_share,
         default=0.7,
         metavar="X",
         help="share of the GPU's roofline that steps reach (default: 0.7)",
     )
-    parser.add_argument(
+    group.add_argument(
+        "--replicas", type=_count, default=1, metavar="N", help="equal servers (default: 1)"
+    )
+    group.add_argument(
+        "--router",
+        choices=list(ROUTERS),
+        default="cost",
+        help="how a server is chosen for a request: cost weighs what is cached there against what "
+        "is queued there (default: cost)",
+    )
+
+
+def _add_traffic(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--trace",
         type=Path,
         required=True,
         metavar="FILE",
         help="requests in Mooncake's form (JSONL), Azure's (CSV) or our own",
     )
-    parser.add_argument(
+    group.add_argument(
         "--duration", type=_positive, metavar="S", help="only the first S seconds of the trace"
     )
-    parser.add_argument(
+    group.add_argument(
         "--speed",
         type=_positive,
         default=1.0,
         metavar="X",
         help="let requests arrive X times as fast (default: 1)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--divide-lengths",
         type=int,
         choices=[1 << n for n in range(BLOCK_TOKENS.bit_length())],
@@ -98,22 +126,24 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="divide the lengths of prompts and outputs by N, a power of two",
     )
-    parser.add_argument(
+
+
+def _add_results(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--max-ttft",
         type=_positive,
         default=2.0,
         metavar="S",
         help="seconds to the first token within which a request is good (default: 2)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--max-itl",
         type=_positive,
         default=0.1,
         metavar="S",
         help="mean seconds between tokens within which it is good (default: 0.1)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    return parser
+    group.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
 
 
 def _read_traffic(options: argparse.Namespace) -> Traffic:
@@ -180,6 +210,12 @@ def _seconds(*values: float) -> str:
 def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
         raise ValueError
     return value
 

@@ -1,18 +1,27 @@
-"""A trace played against servers in virtual time."""
+"""A trace played against one or more servers in virtual time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from minisrv.bench.traces import BLOCK_TOKENS, TraceRequest
+from minisrv.routing.prefix_index import PrefixIndex
+from minisrv.routing.router import CostRouter, PowerOfTwo, Prompt, RoundRobin, Router
 from minisrv.simulation.prompts import PromptMaker
 from minisrv.simulation.records import Bounds, Figures, Records, figures
 from minisrv.simulation.replica import Replica, ServerShape
 from minisrv.simulation.step_times import StepTimes
+
+# By their names on the command line; each gets the blocks that a replica's cache holds.
+ROUTERS: dict[str, Callable[[int], Router]] = {
+    "round-robin": lambda capacity: RoundRobin(),
+    "power-of-two": lambda capacity: PowerOfTwo(),
+    "cost": lambda capacity: CostRouter(PrefixIndex(capacity)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +51,39 @@ class Traffic:
         return Traffic(trace, block_tokens)
 
 
-def simulate(traffic: Traffic, shape: ServerShape, times: StepTimes, bounds: Bounds) -> Figures:
-    """Play the traffic to its end, that is until every request has ended."""
+def simulate(
+    traffic: Traffic,
+    shape: ServerShape,
+    times: StepTimes,
+    bounds: Bounds,
+    *,
+    num_replicas: int = 1,
+    router: str = "cost",
+) -> Figures:
+    """Play the traffic to its end, that is until every request has ended.
+
+    All replicas are equal. router: a key of ROUTERS.
+    """
     trace, prompts = traffic.trace, PromptMaker(traffic.block_tokens)
     records = Records(np.array([request.arrival_s for request in trace]), shape.request_s)
-    replica = Replica(shape, times, records)
+    replicas = [Replica(shape, times, records) for _ in range(num_replicas)]
+    capacity = shape.num_pages * shape.page_size // traffic.block_tokens
+    policy = ROUTERS[router](max(1, capacity))
     for uid, request in enumerate(trace):
-        replica.advance(request.arrival_s)
-        prompt_ids = prompts.token_ids(prompts.blocks(request), request.input_tokens)
-        replica.send(uid, prompt_ids, request.output_tokens, request.arrival_s)
-    replica.advance(math.inf)
+        now = request.arrival_s
+        for replica in replicas:
+            replica.advance(now)
+        prompt = Prompt(prompts.blocks(request), request.input_tokens, traffic.block_tokens)
+        loads = {number: replica.load(now) for number, replica in enumerate(replicas)}
+        chosen = policy.choose(prompt, loads, now)
+        policy.record(chosen, prompt, now)
+        prompt_ids = prompts.token_ids(prompt.blocks, prompt.num_tokens)
+        replicas[chosen].send(uid, prompt_ids, request.output_tokens, now)
+    for replica in replicas:
+        replica.advance(math.inf)
     return figures(
         records,
         bounds,
-        preemptions=replica.scheduler.num_preemptions,
-        busy_s=replica.engine.busy_s,
+        preemptions=sum(replica.scheduler.num_preemptions for replica in replicas),
+        busy_s=sum(replica.engine.busy_s for replica in replicas) / num_replicas,
     )

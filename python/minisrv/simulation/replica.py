@@ -14,6 +14,7 @@ import numpy as np
 
 from minisrv.engine.forward_batch import ForwardEngine, ForwardOutput
 from minisrv.kvcache.manager import KVCacheManager
+from minisrv.routing.router import ReplicaLoad
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
@@ -81,10 +82,15 @@ class VirtualEngine:
 
 
 class VirtualChannel:
-    """Holds requests until they arrive, and notes when their tokens come out."""
+    """Holds requests until they arrive, and notes when their tokens come out.
+
+    `computed` and `ended`: when, and which uids have their first token, and their last.
+    """
 
     def __init__(self, clock: VirtualClock, records: Records) -> None:
         self.inbox: deque[tuple[float, GenerateMsg]] = deque()
+        self.computed: deque[tuple[float, int]] = deque()
+        self.ended: deque[tuple[float, int]] = deque()
         self._clock = clock
         self._records = records
 
@@ -102,6 +108,11 @@ class VirtualChannel:
     def send(self, message: DetokenizeMsg) -> None:
         """See Channel."""
         self._records.take(message)
+        self.computed += [(message.at, start.uid) for start in message.starts]
+        self.computed += [(message.at, failure.uid) for failure in message.failures]
+        self.ended += [(message.at, failure.uid) for failure in message.failures]
+        if message.finishes.any():
+            self.ended += [(message.at, uid) for uid in message.uids[message.finishes > 0].tolist()]
 
     def send_to_frontend(self, message: AnswerMsg | StatsMsg) -> None:
         """See Channel; the figures are read from the loop at the end."""
@@ -147,6 +158,12 @@ class Replica:
             new_seed=int,
             fair_keys=shape.fair_keys,
         )
+        self._uncomputed: dict[int, int] = {}  # prompt tokens by uid
+        self._queued_tokens = 0
+        self._num_open = 0
+        budget = shape.max_prefill_tokens
+        full = StepWork(0, 0, 1, budget, budget * (budget + 1) // 2, 1)
+        self._prefill_rate = budget / max(times.device_s(full), 1e-9)
         depth = shape.overlap_depth
         self.loop = VirtualLoop(self.scheduler, self.engine, self.channel, depth, self.clock)
 
@@ -157,6 +174,23 @@ class Replica:
         )
         message = GenerateMsg(uid=uid, prompt_ids=prompt_ids, sampling=sampling)
         self.channel.inbox.append((now + self.shape.request_s, message))
+        tokens = len(prompt_ids) - self._num_cached(prompt_ids)
+        self._uncomputed[uid] = tokens
+        self._queued_tokens += tokens
+        self._num_open += 1
+
+    def load(self, now: float) -> ReplicaLoad:
+        """The load at `now`, up to which all turns have been made.
+
+        A prompt counts as a whole until its first token.
+        """
+        computed, ended = self.channel.computed, self.channel.ended
+        while computed and computed[0][0] <= now:
+            self._queued_tokens -= self._uncomputed.pop(computed.popleft()[1])
+        while ended and ended[0][0] <= now:
+            self._num_open -= 1
+            ended.popleft()
+        return ReplicaLoad(self._queued_tokens, self._num_open, self._prefill_rate)
 
     def advance(self, until: float) -> None:
         """Make all turns that begin before `until`."""
@@ -168,3 +202,9 @@ class Replica:
             if self.clock.now >= until:
                 return
             self.loop.turn()
+
+    def _num_cached(self, prompt_ids: Int32Array) -> int:
+        """Tokens of a prompt that the cache holds now."""
+        tree = self.scheduler.cache.tree
+        limit = (len(prompt_ids) - 1) // tree.page_size
+        return tree.match(tree.root, prompt_ids, limit, -1).end * tree.page_size
