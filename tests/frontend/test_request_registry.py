@@ -23,6 +23,7 @@ from minisrv.frontend.registry.open_request import RequestAborted
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.sampling_params import SamplingParams
 from minisrv.wire.events import Event
+from minisrv.wire.failures import failure_reply
 from minisrv.wire.messages import (
     AbortMsg,
     AnswerMsg,
@@ -30,7 +31,6 @@ from minisrv.wire.messages import (
     Failure,
     Finish,
     TokenizeMsg,
-    failure_reply,
 )
 from tests.support.http_server import MODEL
 from tests.support.scripted_backend import reply, start_of

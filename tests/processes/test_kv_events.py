@@ -64,6 +64,9 @@ def test_a_reader_knows_the_cache_of_a_server(model_dir: Path, socket_dir: Path)
         first = complete(server, PROMPT)
         salted = complete(server, PROMPT, cache_salt="tenant")
         read_until(reader, lambda: holds("", first) and holds("tenant", salted))
+        body = {"prompt": PROMPT}
+        (rendered,) = httpx.post(f"{server.url}/v1/completions/render", json=body).json()
+        assert holds("", rendered["token_ids"])
         before = reader.last
         assert before is not None
 

@@ -190,6 +190,10 @@ def test_metrics_tell_the_truth_under_load(server: ServerProcess, http: httpx.Cl
     (load,) = http.get("/v1/loads").json()["loads"]
     assert (load["num_running_reqs"], load["num_open_reqs"]) == (3, 3)
     assert 0 < load["num_used_tokens"] <= load["max_total_num_tokens"]
+    used = load["num_pages"] - load["num_free_pages"]
+    assert used * load["page_size"] == load["num_used_tokens"]
+    assert load["num_queued_tokens"] == 0
+    assert load["decode_tokens_per_s"] > 0 < load["prefill_tokens_per_s"]
     http.post("/abort_request", json={"abort_all": True})
     for stream in streams:
         stream.join()

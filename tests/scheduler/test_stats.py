@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from minisrv.scheduler import loop as loop_module
 from minisrv.scheduler.loop import SchedulerLoop
-from minisrv.scheduler.stats import PERIOD_S
+from minisrv.scheduler.stats import PERIOD_S, Rate
 from minisrv.wire.messages import AbortMsg, AnswerMsg, FlushMsg, Start, StatsMsg
 from tests.support.builders import generate_msg, hash_loop
 
@@ -23,10 +22,8 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock(0.0)
-    monkeypatch.setattr(loop_module, "time", clock)
-    return clock
+def clock() -> Clock:
+    return Clock(0.0)
 
 
 def run(loop: SchedulerLoop) -> list[Start]:
@@ -72,7 +69,7 @@ def test_retracted_requests_are_counted_and_their_wait_is_an_interval() -> None:
 
 
 def test_queue_and_prefill_are_measured_on_the_loops_clock(clock: Clock) -> None:
-    loop = hash_loop(num_pages=60, page_size=4, num_rows=1, budget=4)
+    loop = hash_loop(clock=clock.monotonic, num_pages=60, page_size=4, num_rows=1, budget=4)
     loop.channel.inbox.append(generate_msg(0, [1] * 4, max_tokens=1))
     loop.channel.inbox.append(generate_msg(1, [2] * 8, max_tokens=3))
     clock.tick = 1.0
@@ -95,7 +92,7 @@ def test_a_request_aborted_in_the_queue_counts_no_prompt() -> None:
 
 
 def test_figures_go_out_on_a_period_and_when_the_loop_becomes_idle(clock: Clock) -> None:
-    loop = hash_loop(num_pages=60, page_size=4)
+    loop = hash_loop(clock=clock.monotonic, num_pages=60, page_size=4)
     loop.channel.inbox.append(generate_msg(0, [1] * 4, max_tokens=30))
     loop.turn()
     assert len(loop.channel.sent_to_frontend) == 1
@@ -145,3 +142,40 @@ def test_a_prompt_without_output_takes_no_interval_from_others() -> None:
     stats = last_stats(loop)
     assert stats.output_tokens == 6
     assert stats.inter_token.counts.sum() == 5
+
+
+def test_queued_tokens_are_those_of_open_prompts_that_are_not_computed() -> None:
+    loop = hash_loop(num_pages=60, page_size=4, num_rows=1, budget=4)
+    loop.channel.inbox.append(generate_msg(0, [1] * 10, max_tokens=5))
+    loop.channel.inbox.append(generate_msg(1, [2] * 7, max_tokens=5))
+    loop.turn()
+    assert loop.stats.make_message(loop.scheduler).queued_tokens == 10 - 4 + 7
+    run(loop)
+    assert loop.stats.make_message(loop.scheduler).queued_tokens == 0
+
+
+def test_rates_are_tokens_per_second_of_the_steps_that_compute_them(clock: Clock) -> None:
+    loop = hash_loop(clock=clock.monotonic, num_pages=60, page_size=4, budget=4, depth=1)
+    assert loop.stats.make_message(loop.scheduler).prefill_rate == 0
+    loop.channel.inbox.append(generate_msg(0, [1] * 8, max_tokens=3))
+    loop.channel.inbox.append(generate_msg(1, [2] * 8, max_tokens=9))
+    while loop.busy or loop.channel.inbox:
+        clock.now += 0.5  # a step is settled one turn after the one before
+        loop.turn()
+    clock.now += 1000  # time without work does not count
+    loop.turn()
+    stats = last_stats(loop)
+    assert stats.prefill_rate == pytest.approx(4 / 0.5)
+    assert 1 / 0.5 < stats.decode_rate < 2 / 0.5
+
+
+def test_recent_work_counts_more_in_a_rate() -> None:
+    rate = Rate()
+    assert rate.value == 0
+    rate.add(1000, 10.0)
+    assert rate.value == 100
+    rate.add(2000, 10.0)
+    assert rate.value == pytest.approx((500 + 2000) / (5 + 10))
+    for _ in range(100):
+        rate.add(3, 1.0)
+    assert rate.value == pytest.approx(3, rel=0.1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def hash_loop(
     depth: int = 0,
     vocab_size: int = 50,
     compiler: GrammarCompiler | None = None,
+    clock: Callable[[], float] = time.monotonic,
     **options: Any,
 ) -> SchedulerLoop:
     """The real loop and scheduler on a hash engine, driven by hand with `turn`.
@@ -81,7 +83,7 @@ def hash_loop(
         vocab_size=vocab_size,
         lazy=depth == 1,
     )
-    return SchedulerLoop(scheduler, engine, LocalChannel(), depth, compiler)
+    return SchedulerLoop(scheduler, engine, LocalChannel(), depth, compiler, clock=clock)
 
 
 def demo_vocabulary(limits: LLParserLimits | None = None) -> Vocabulary:

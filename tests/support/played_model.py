@@ -23,6 +23,7 @@ from minisrv.structured_output.vocabulary import Vocabulary, read_vocabulary
 from minisrv.tokenizer.chat_template import ChatTemplate
 from minisrv.tokenizer.worker import TokenizerWorker
 from minisrv.wire.codec import decode, encode
+from minisrv.wire.failures import failure_reply
 from minisrv.wire.logprobs import TokenLogprobs
 from minisrv.wire.messages import (
     DETOKENIZER_INBOX,
@@ -40,7 +41,6 @@ from minisrv.wire.messages import (
     Start,
     TokenizeMsg,
     UserReply,
-    failure_reply,
 )
 from tests.support import own_tokenizers
 from tests.support.http_server import MODEL

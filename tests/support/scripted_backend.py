@@ -12,6 +12,7 @@ from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.kvcache.manager import KVCacheManager
 from minisrv.scheduler.tree_description import describe_tree
 from minisrv.wire.codec import decode, encode
+from minisrv.wire.failures import failure_reply
 from minisrv.wire.histogram import SECONDS, TOKENS, HistogramCounter
 from minisrv.wire.messages import (
     FRONTEND_INBOX,
@@ -27,7 +28,6 @@ from minisrv.wire.messages import (
     StatsMsg,
     TokenizeMsg,
     UserReply,
-    failure_reply,
 )
 
 WORDS = ("Hello", " from", " the", " \u4f60\u597d", " \U0001f600", " server")
@@ -77,7 +77,8 @@ def stats(**fields: Any) -> StatsMsg:
         "prefilled_tokens": 60,
         "output_tokens": 70,
     }
-    counts |= {"preemptions": 1, "steps": 9, "admitted": 6, **fields}
+    counts |= {"preemptions": 1, "steps": 9, "admitted": 6, "queued_tokens": 900}
+    counts |= {"prefill_rate": 1500.0, "decode_rate": 80.0, **fields}
     inter_token = HistogramCounter(SECONDS)
     inter_token.count_value(0.004, 50)
     return StatsMsg(

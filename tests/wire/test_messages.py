@@ -12,9 +12,11 @@ from minisrv.errors import DecodeError, InvalidRequestError
 from minisrv.sampling_params import SamplingParams, TokenBias
 from minisrv.wire.arrays import token_array
 from minisrv.wire.codec import decode, encode
+from minisrv.wire.failures import failure_reply
 from minisrv.wire.messages import (
     DETOKENIZER_INBOX,
     FRONTEND_INBOX,
+    KV_EVENTS_INBOX,
     SCHEDULER_INBOX,
     TOKENIZER_INBOX,
     AbortMsg,
@@ -28,16 +30,17 @@ from minisrv.wire.messages import (
     GenerateMsg,
     Histogram,
     PromptMsg,
+    RenderMsg,
     ShowTreeMsg,
     Start,
     StatsMsg,
     TakenMsg,
     TokenizeMsg,
+    TreeChangesMsg,
     UserReply,
-    failure_reply,
 )
 
-ALL = TOKENIZER_INBOX + SCHEDULER_INBOX + DETOKENIZER_INBOX + FRONTEND_INBOX
+ALL = TOKENIZER_INBOX + SCHEDULER_INBOX + DETOKENIZER_INBOX + KV_EVENTS_INBOX + FRONTEND_INBOX
 
 
 def same(left: object, right: object) -> bool:
@@ -109,6 +112,7 @@ EXAMPLES = [
         add_generation_prompt=False,
     ),
     DecodeMsg(query=1, token_ids=np.array([5], np.int32), skip_special_tokens=True),
+    RenderMsg(query=4, request=TokenizeMsg(uid=0, prompt="a", sampling=SamplingParams(n=2))),
     DescribeMsg(query=2),
     FlushMsg(query=2**40),
     ShowTreeMsg(query=5, max_nodes=100, uids=(1, 2**50), num_tokens=8),
@@ -116,6 +120,12 @@ EXAMPLES = [
     AnswerMsg(query=2, failure=FAILURE),
     PromptMsg(uid=2**40, prompt_tokens=2**31 - 1),
     TakenMsg(tokenizer=1, num_bytes=2**40),
+    TreeChangesMsg(
+        pages=np.array([1, -1, 5, -1, 5], np.int32),
+        token_ids=np.array([7, 8], np.int32),
+        salts=("a",),
+        begins=True,
+    ),
     StatsMsg(
         admitted=7,
         running=1,
@@ -129,6 +139,9 @@ EXAMPLES = [
         output_tokens=7,
         preemptions=8,
         steps=9,
+        queued_tokens=10,
+        prefill_rate=0.5,
+        decode_rate=1.5,
         inter_token=Histogram(counts=np.array([1, 2]), total=0.5),
         step_tokens=Histogram(counts=np.array([0]), total=0.0),
     ),

@@ -17,6 +17,7 @@ from minisrv.frontend.apis.models import add_model_routes
 from minisrv.frontend.apis.native import add_native_route
 from minisrv.frontend.apis.openai.chat import CHAT_PREFIX
 from minisrv.frontend.apis.openai.completions import COMPLETION_PREFIX
+from minisrv.frontend.apis.openai.rendered import add_render_routes
 from minisrv.frontend.apis.openai.route import add_openai_routes
 from minisrv.frontend.apis.responses.route import RESPONSE_PREFIX, add_response_routes
 from minisrv.frontend.apis.service import Service
@@ -142,6 +143,7 @@ def _open_tracer(config: ServerConfig) -> Tracer | None:
 def _add_api_routes(app: FastAPI, service: Service) -> None:
     add_model_routes(app, service.registry, service.config.served_name)
     add_openai_routes(app, service)
+    add_render_routes(app, service)
     add_native_route(app, service)
     add_message_routes(app, service)
     add_response_routes(app, service)

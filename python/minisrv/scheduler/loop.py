@@ -145,7 +145,7 @@ class SchedulerLoop:
             outcome = self.scheduler.settle(
                 plan, output.token_ids.tolist(), self._now, output.logprobs
             )
-            self.stats.count_tokens(outcome, self._now)
+            self.stats.count_tokens(plan, outcome, self._now)
             self._progress.end(plan.step_id % 2)
 
     def _fill_masks(self, requests: list[Request]) -> Int32Array:

@@ -9,6 +9,25 @@ from minisrv.wire.histogram import SECONDS, TOKENS, HistogramCounter
 from minisrv.wire.messages import Finish, StatsMsg
 
 PERIOD_S = 0.5
+HALF_LIFE_S = 10.0
+
+
+class Rate:
+    """Tokens per second of recent work: work that is HALF_LIFE_S old counts half."""
+
+    def __init__(self) -> None:
+        self._tokens = self._seconds = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """`tokens` took `seconds`."""
+        kept = 0.5 ** (seconds / HALF_LIFE_S)
+        self._tokens = kept * self._tokens + tokens
+        self._seconds = kept * self._seconds + seconds
+
+    @property
+    def value(self) -> float:
+        """0 before any work."""
+        return self._tokens / self._seconds if self._seconds else 0.0
 
 
 class LoopStats:
@@ -28,6 +47,7 @@ class LoopStats:
         self._steps = 0
         self._inter_token = HistogramCounter(SECONDS)
         self._step_tokens = HistogramCounter(TOKENS)
+        self._prefill_rate, self._decode_rate = Rate(), Rate()
         self._settled_at = 0.0
         self._due_at = 0.0
         self._was_busy = False
@@ -38,11 +58,16 @@ class LoopStats:
         self._prefilled_tokens += plan.num_tokens - len(plan.decodes)
         self._step_tokens.count_value(plan.num_tokens)
 
-    def count_tokens(self, outcome: StepOutcome, now: float) -> None:
+    def count_tokens(self, plan: StepPlan, outcome: StepOutcome, now: float) -> None:
         """Count the tokens of a step that is settled; a request's first has no latency."""
+        seconds = now - max(self._settled_at, plan.scheduled_at)
+        if num_prefilled := plan.num_tokens - len(plan.decodes):
+            self._prefill_rate.add(num_prefilled, seconds)
+        if plan.decodes:
+            self._decode_rate.add(outcome.num_decoded, seconds)
         self._output_tokens += outcome.num_tokens
-        for seconds in outcome.resumed_after_s:
-            self._inter_token.count_value(seconds)
+        for waited_s in outcome.resumed_after_s:
+            self._inter_token.count_value(waited_s)
         if outcome.num_decoded:
             self._inter_token.count_value(now - self._settled_at, outcome.num_decoded)
         self._settled_at = now
@@ -67,6 +92,8 @@ class LoopStats:
 
     def make_message(self, scheduler: Scheduler) -> StatsMsg:
         cache = scheduler.cache
+        prompts = [(len(one.prefill_ids), one.num_computed) for one in scheduler.running]
+        prompts += [(len(one.prefill_ids), 0) for one in scheduler.waiting]
         return StatsMsg(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -80,6 +107,9 @@ class LoopStats:
             preemptions=scheduler.num_preemptions,
             steps=self._steps,
             admitted=scheduler.num_admitted - self._admitted_before,
+            queued_tokens=sum(max(0, length - computed) for length, computed in prompts),
+            prefill_rate=self._prefill_rate.value,
+            decode_rate=self._decode_rate.value,
             inter_token=self._inter_token.message(),
             step_tokens=self._step_tokens.message(),
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from minisrv.errors import MinisrvError
+from minisrv.wire.failures import failure_reply
 from minisrv.wire.messages import (
     AbortMsg,
     AnswerMsg,
@@ -15,7 +16,6 @@ from minisrv.wire.messages import (
     TokenizeMsg,
     TokenizerQuery,
     UserReply,
-    failure_reply,
 )
 
 Work = TokenizeMsg | TokenizerQuery | FlushMsg

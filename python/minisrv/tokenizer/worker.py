@@ -19,6 +19,7 @@ from minisrv.tokenizer.chat_template import ChatTemplate, Messages
 from minisrv.tokenizer.reply_grammar import ReplyGrammars
 from minisrv.tokenizer.tool_arguments import with_read_arguments
 from minisrv.wire.arrays import Int32Array
+from minisrv.wire.failures import failure_reply
 from minisrv.wire.messages import (
     AbortMsg,
     AnswerMsg,
@@ -28,11 +29,11 @@ from minisrv.wire.messages import (
     FlushMsg,
     GenerateMsg,
     Parts,
+    RenderMsg,
     ShownPrompt,
     TokenizeMsg,
     TokenizerQuery,
     UserReply,
-    failure_reply,
 )
 
 logger = logging.getLogger("minisrv.tokenizer")
@@ -186,6 +187,10 @@ class TokenizerWorker:
             tokens = [self._tokenizer.token(id) for id in ids]
             shown = {"text": text, "ids": ids, "tokens": tokens}
             return {"count": len(ids), **{name: _json(value) for name, value in shown.items()}}
+        if isinstance(query, RenderMsg):
+            prompt_ids, _, _ = self._prompt(query.request)
+            self._check(prompt_ids, query.request)
+            return {"count": len(prompt_ids), "ids": _json(prompt_ids.tolist())}
         if isinstance(query, DecodeMsg):
             return self._decode(query)
         return self._tokenizer.describe()

@@ -5,12 +5,9 @@ The tokens of a step travel as packed columns. codec.py turns a message into a f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 from typing import Any, Literal
-
-import numpy as np
 
 from minisrv.errors import Lengths, MinisrvError
 from minisrv.sampling_params import SamplingParams
@@ -158,6 +155,17 @@ class EncodeMsg:
     chat_template: str | None = None
     text_arguments: bool = False
     show_tokens: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderMsg:
+    """Frontend to tokenizer: what the prompt of a request would be. Its uid does not count.
+
+    Answered with the count of tokens, and their ids as JSON.
+    """
+
+    query: int
+    request: TokenizeMsg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,7 +381,8 @@ class StatsMsg:
     pages_used: held by running requests, without pages that only the cache holds.
     admitted: requests that got their first step. prompt_tokens and cached_tokens: of requests that
     got a first token. prefilled_tokens: computed in the chunks of all prompts, and again after a
-    preemption. Buckets: wire.histogram.
+    preemption. queued_tokens: of open prompts, not computed yet, in part cached. prefill_rate,
+    decode_rate: tokens per second of late, 0 before there were any. Buckets: wire.histogram.
     """
 
     running: int
@@ -388,6 +397,9 @@ class StatsMsg:
     preemptions: int
     steps: int
     admitted: int
+    queued_tokens: int
+    prefill_rate: float
+    decode_rate: float
     inter_token: Histogram
     step_tokens: Histogram
 
@@ -407,7 +419,7 @@ class TreeChangesMsg:
     begins: bool
 
 
-TokenizerQuery = EncodeMsg | DecodeMsg | DescribeMsg
+TokenizerQuery = EncodeMsg | RenderMsg | DecodeMsg | DescribeMsg
 Query = TokenizerQuery | FlushMsg | ShowTreeMsg
 Message = (
     TokenizeMsg
@@ -424,21 +436,11 @@ Message = (
 )
 InboxTypes = tuple[type[Message], ...]
 
-TOKENIZER_INBOX: InboxTypes = (TokenizeMsg, AbortMsg, EncodeMsg, DecodeMsg, DescribeMsg, FlushMsg)
+TOKENIZER_INBOX: InboxTypes = (
+    *(TokenizeMsg, AbortMsg, FlushMsg),
+    *(EncodeMsg, RenderMsg, DecodeMsg, DescribeMsg),
+)
 SCHEDULER_INBOX: InboxTypes = (GenerateMsg, AbortMsg, FlushMsg, ShowTreeMsg)
 DETOKENIZER_INBOX: InboxTypes = (DetokenizeMsg,)
 KV_EVENTS_INBOX: InboxTypes = (TreeChangesMsg,)
 FRONTEND_INBOX: InboxTypes = (UserReply, AnswerMsg, StatsMsg, PromptMsg, TakenMsg)
-
-
-def failure_reply(failures: Sequence[Failure]) -> UserReply:
-    return UserReply(
-        uids=np.empty(0, np.int64),
-        texts=(),
-        output_tokens=np.empty(0, np.int32),
-        finishes=np.empty(0, np.uint8),
-        stop_reasons=(),
-        new_ids=np.empty(0, np.int32),
-        num_new_ids=np.empty(0, np.int32),
-        failures=tuple(failures),
-    )

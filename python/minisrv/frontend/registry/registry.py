@@ -30,6 +30,7 @@ from minisrv.frontend.registry.resuming import causes, send_again
 from minisrv.frontend.registry.states import Dead, Draining, Restarting, Serving, Starting, State
 from minisrv.frontend.registry.status_line import StatusLine
 from minisrv.wire.events import Event, failure_error, gather_reply
+from minisrv.wire.failures import failure_reply
 from minisrv.wire.messages import (
     AbortMsg,
     AnswerMsg,
@@ -39,7 +40,6 @@ from minisrv.wire.messages import (
     StatsMsg,
     TokenizeMsg,
     UserReply,
-    failure_reply,
 )
 
 STOPPING = "the server is stopping"
