@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pty
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from minisrv import log
@@ -22,8 +24,9 @@ from minisrv.console import Console, meter, openai_variables
 from minisrv.frontend.registry.status_line import StatusLine
 from minisrv.supervision.records import StartProgress
 from minisrv.terminal_line import ERASE, TerminalLine, _in_foreground
+from tests.support.hub_server import REPOSITORY, serve_hub
 from tests.support.scripted_backend import stats
-from tests.support.server_process import PYTHONPATH, WITH_HASH_ENGINE, environment
+from tests.support.server_process import PYTHONPATH, WITH_HASH_ENGINE
 from tests.support.terminal import Terminal, terminal
 
 needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="there is no tmux here")
@@ -179,20 +182,36 @@ def test_the_line_for_openai_clients_has_a_key_where_one_is_needed() -> None:
 
 @pytest.fixture
 def server(model_dir: Path, tmp_path: Path) -> Iterator[Terminal]:
-    variables = environment(MINISRV_TEST_STEP_S="0.02", TMPDIR=str(tmp_path))
-    chosen = {k: variables[k] for k in ("MINISRV_TEST_STEP_S", "TMPDIR")}
-    command = [sys.executable, "-c", WITH_HASH_ENGINE, "--port", "0", "--model", str(model_dir)]
-    with terminal(command, {**chosen, "PYTHONPATH": PYTHONPATH, "NO_COLOR": ""}, "100x40") as shown:
-        shown.wait_for("ready after")
-        yield shown
+    """One that downloads its model first."""
+    files = {path.name: path.read_bytes() for path in model_dir.iterdir()}
+    files["model.safetensors"] = bytes(2**20)
+    command = [sys.executable, "-c", WITH_HASH_ENGINE, "--port", "0", "--model", REPOSITORY]
+    variables = {"PYTHONPATH": PYTHONPATH, "NO_COLOR": "", "MINISRV_TEST_STEP_S": "0.02"}
+    with serve_hub(files) as hub:
+        variables |= {"TMPDIR": str(tmp_path), "HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url}
+        with terminal(command, variables, "100x40") as shown:
+            shown.wait_for("ready after")
+            yield shown
+
+
+def scheduler_of(tmp_path: Path) -> psutil.Process:
+    """That of the server with this folder for its files."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            is_scheduler = process.cmdline()[-1:] == ["tests.support.hash_scheduler"]
+            if is_scheduler and process.environ().get("TMPDIR") == str(tmp_path):
+                return process
+    raise AssertionError("there is no scheduler")
 
 
 @needs_tmux
-def test_a_server_in_a_terminal(server: Terminal) -> None:
+def test_a_server_in_a_terminal(server: Terminal, tmp_path: Path) -> None:
     """One line for each phase, one for the load, and every line of the log by itself."""
     screen = server.wait_for(r"^ +sampling ")
     assert len(re.findall(r"^ +[\d.]+ s  weights: 100%\|#+\| 1\.05M/1\.05M \[", screen, re.M)) == 1
     assert len(re.findall("weights", screen)) == 1
+    assert len(re.findall(r"^ +[\d.]+ s  download: 100%\|#+\| .*B/s\]$", screen, re.M)) == 1
+    assert "Fetching" not in screen  # the hub's own bars
     found = re.search(r"^  page +(http://\S+)/$", screen, re.M)
     assert found
     url = found[1]
@@ -208,6 +227,9 @@ def test_a_server_in_a_terminal(server: Terminal) -> None:
     after = lines[next(i for i, text in enumerate(lines) if " started id=" in text) :]
     assert after[-1].startswith("idle | ")
     assert all(LOG_LINE.fullmatch(text) for text in after[:-1])
+    scheduler_of(tmp_path).kill()
+    screen = server.wait_for("^all processes serve again$")
+    assert "idle" not in screen
     server.press("C-c")
     screen = server.wait_for("^status 0$")
     assert "stopping: open requests have 30 s to end" in screen

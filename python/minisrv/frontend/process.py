@@ -89,7 +89,7 @@ async def _serve(child: Child) -> None:
             start_drain()
         elif isinstance(notice, EngineEnded):
             server.should_exit = True
-        if isinstance(notice, EngineLost | EngineEnded) and (line := log.terminal_line()):
+        elif isinstance(notice, EngineLost) and (line := log.terminal_line()):
             line.erase()  # the supervisor draws now
 
     failure: Exception | None = None
