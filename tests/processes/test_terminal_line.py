@@ -26,7 +26,7 @@ from minisrv.supervision.records import StartProgress
 from minisrv.terminal_line import ERASE, TerminalLine, _in_foreground
 from tests.support.hub_server import REPOSITORY, serve_hub
 from tests.support.scripted_backend import stats
-from tests.support.server_process import PYTHONPATH, WITH_HASH_ENGINE
+from tests.support.server_process import PYTHONPATH, WITH_HASH_ENGINE, wait_until
 from tests.support.terminal import Terminal, terminal
 
 needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="there is no tmux here")
@@ -228,8 +228,10 @@ def test_a_server_in_a_terminal(server: Terminal, tmp_path: Path) -> None:
     assert after[-1].startswith("idle | ")
     assert all(LOG_LINE.fullmatch(text) for text in after[:-1])
     scheduler_of(tmp_path).kill()
-    screen = server.wait_for("^all processes serve again$")
-    assert "idle" not in screen
+    wait_until(lambda: httpx.get(f"{url}/ready").status_code == 503)
+    httpx.get(f"{url}/v1/models")
+    assert "idle" not in server.wait_for("GET /v1/models")
+    server.wait_for("^all processes serve again$")
     server.press("C-c")
     screen = server.wait_for("^status 0$")
     assert "stopping: open requests have 30 s to end" in screen
