@@ -47,11 +47,15 @@ LIGHT = [
     "minisrv.asgi",
     "minisrv.commands.plan",
     "minisrv.commands.simulate",
+    "minisrv.commands.bench",
     "minisrv.scheduler.scheduler",
     "minisrv.structured_output.compiler",
     "minisrv.structured_output.checker",
 ]
 PURE = [
+    "bench/reply.py",
+    "bench/prompts.py",
+    "bench/workloads.py",
     "scheduler/scheduler.py",
     "scheduler/waiting_queue.py",
     "scheduler/fair_shares.py",

@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 # Modules of this package.
-COMMANDS = ("batch", "plan", "simulate", "chat", "launch", "doctor", "dashboard")
+COMMANDS = ("batch", "plan", "simulate", "chat", "bench", "launch", "doctor", "dashboard")
 USAGE = """\
 usage: minisrv serve MODEL [options]   serve a model over an OpenAI-compatible API
        minisrv batch MODEL --input FILE --output FILE [options]
@@ -19,6 +19,8 @@ usage: minisrv serve MODEL [options]   serve a model over an OpenAI-compatible A
                                        play a trace against the scheduler in virtual time
        minisrv chat [MODEL|URL] [-q TEXT] [options]
                                        talk to a model in the terminal
+       minisrv bench [--url URL] [options]
+                                       measure a server with OpenAI's API under load
        minisrv launch CLIENT [--run] [options]
                                        start a coding agent with a running server: codex,
                                        opencode, qwen-code or claude
