@@ -28,11 +28,11 @@ from pathlib import Path
 import torch
 
 from gguf_files import CACHE, SHAPE, FileSize, make_gguf, measure_file
-from http_client import Timing, measure, served, wait_ready
 from minisrv.checkpoint.model_config import ModelConfig, load_model_config
 from model import make_model
 from roofline import ITEMSIZE, Rates, decode_step, ideal, measure_rates, measure_read_bandwidth
 from run import describe_cpu
+from serving import Timing, measure, served, wait_ready
 from workloads import Workload, make_workload, output_tokens
 
 REPETITIONS = {"W1": 5, "W2": 5, "W3": 3, "W4": 3}

@@ -15,8 +15,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from http_client import Timing, measure, served
 from model import make_model
+from serving import Timing, measure, served
 from transformers_peer import TransformersPeer
 from workloads import Workload, make_workload, output_tokens
 

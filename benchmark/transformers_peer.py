@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from http_client import Timing
+from serving import Timing
 from workloads import Workload
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 BENCHMARK = Path(__file__).parent.parent
 sys.path.insert(0, str(BENCHMARK))
 
-from http_client import measure, served  # noqa: E402
 from model import make_model  # noqa: E402
+from serving import measure, served  # noqa: E402
 from workloads import Workload, make_workload, output_tokens  # noqa: E402
 
 CACHE = Path.home() / ".cache" / "minisrv-bench" / "tiny"

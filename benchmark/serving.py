@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 
+from minisrv.bench.client import Client
+from minisrv.bench.measures import latencies
 from workloads import Workload
 
 
@@ -69,55 +70,20 @@ def wait_ready(url: str, process: subprocess.Popen[str]) -> None:
 
 
 def measure(url: str, workload: Workload) -> Timing:
-    """Send all requests at once and read their streams to the end."""
+    """Send all requests at once, as `minisrv bench` does. Asserts that all tokens arrived."""
     return asyncio.run(_measure(url, workload))
 
 
 async def _measure(url: str, workload: Workload) -> Timing:
+    client = Client(url, "bench")
     began = time.perf_counter()
-    streams = await asyncio.gather(*(_stream(url, p, n) for p, n in workload))
-    wall = time.perf_counter() - began
-    gaps = [
-        (last - first) / (count - 1)
-        for (first, last), (_, count) in zip(streams, workload, strict=True)
-        if count > 1
-    ]
-    ttft = statistics.mean(first for first, _ in streams)
+    sent = [client.generate(json.dumps(prompt), count) for prompt, count in workload]
+    outcomes = [outcome for outcome, _ in await asyncio.gather(*sent)]
+    client.close()
+    for outcome in outcomes:
+        assert outcome.failure is None, outcome.failure
+        assert outcome.output_tokens == outcome.wanted_tokens, outcome
+    wall = max(outcome.end_s for outcome in outcomes) - began
+    ttft = statistics.mean(outcome.chunk_s[0] - outcome.sent_s for outcome in outcomes)
+    gaps = [gap for outcome in outcomes for gap in latencies(outcome)["tpot"]]
     return Timing(wall, ttft, statistics.median(gaps) if gaps else 0.0)
-
-
-async def _stream(url: str, prompt: list[int], count: int) -> tuple[float, float]:
-    """Seconds from the start to the first and to the last chunk.
-
-    Asserts that `count` tokens arrived. Uses plain asyncio streams, because on two cores a heavy
-    client would distort the measurement.
-    """
-    address = urlsplit(url)
-    reader, writer = await asyncio.open_connection(address.hostname, address.port)
-    body = json.dumps(
-        {
-            "model": "bench",
-            "prompt": prompt,
-            "max_tokens": count,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    ).encode()
-    began = time.perf_counter()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nConnection: close\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    writer.write(head.encode() + body)
-    first = last = 0.0
-    received = [await reader.readuntil(b"\r\n\r\n")]
-    assert received[0].startswith(b"HTTP/1.1 200"), received[0] + await reader.read()
-    while data := await reader.read(2**16):
-        last = time.perf_counter() - began
-        first = first or last
-        received.append(data)
-    writer.close()
-    text = b"".join(received).decode()
-    assert '"error"' not in text, text[-1000:]
-    assert re.search(rf'"completion_tokens":{count}\b', text), text[-1000:]
-    return first, last
