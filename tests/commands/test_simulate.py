@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from minisrv.commands import cli
+from minisrv.simulation import calibrate
+from tests.support.server_process import ServerProcess
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = str(ROOT / "benchmark/models/Qwen3-8B")
@@ -49,12 +51,46 @@ def test_a_trace_gives_a_table_and_figures(trace: Path, capsys: pytest.CaptureFi
     assert json.loads(figures.read_text())["itl_p50"] > 1.5 * result["itl_p50"]
 
 
+def test_a_running_server_is_measured_and_simulated(
+    trace: Path,
+    demo_server: ServerProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With few measurements. The times of this machine are not known, so only their order is."""
+    monkeypatch.setattr(calibrate, "_prompt_lengths", lambda shape, largest: [16, 512])
+    monkeypatch.setattr(calibrate, "_batches", lambda shape, largest: [(1, 32), (16, 32)])
+    monkeypatch.setattr(calibrate, "_REPETITIONS", 1)
+    monkeypatch.setattr(calibrate, "OUTPUT_TOKENS", 16)
+    times, figures = trace.with_suffix(".times.json"), trace.with_suffix(".figures.json")
+    measure = ["simulate", "--calibrate", demo_server.url, "--step-times", str(times)]
+    assert cli.main(measure) == 0
+    saved = json.loads(times.read_text())
+    prompts, decodes = saved["observations"][:2], saved["observations"][2:]
+    assert prompts[1]["seconds"] > prompts[0]["seconds"] > 0
+    assert [step["decodes"] for step in decodes] == [1, 16]
+    assert saved["model"] == "demo"
+    assert saved["shape"]["page_size"] == 16
+    assert saved["shape"]["max_prefill_tokens"] == 512
+    assert saved["shape"]["overlap_depth"] == 0
+    assert 0 < saved["shape"]["request_s"] < 1
+    play = ["simulate", "--step-times", str(times), "--trace", str(trace), "--json", str(figures)]
+    assert cli.main([*play, "--divide-lengths", "8", "--page-size", "8"]) == 0
+    result = json.loads(figures.read_text())
+    assert result["hit_rate"] == pytest.approx(39 * 64 / (40 * 187))
+    assert result["ttft_p50"] > 2 * saved["shape"]["request_s"]
+    assert "demo as measured" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--gpu", "H101"], "known GPUs"),
         (["--gpu", "L4", "--max-seq-len", "40960", "--dtype", "float32"], "does not fit"),
         (["--gpu", "H100", "--trace", "missing.jsonl"], "cannot be read"),
+        (["--step-times", "missing.json"], "cannot be read"),
+        (["--gpu", "H100", "--calibrate", "http://127.0.0.1:1"], "--step-times"),
+        (["--step-times", "new.json", "--calibrate", "127.0.0.1:1"], "must be a URL"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused(

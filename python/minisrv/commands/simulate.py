@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from minisrv.bench.traces import BLOCK_TOKENS, read_trace
@@ -18,7 +18,9 @@ from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig
 from minisrv.engine.gpus import GPU, find_gpu
 from minisrv.engine.parallel.shard import check_divisible
 from minisrv.errors import ConfigError, MinisrvError
+from minisrv.simulation.calibrate import calibrate, check_url
 from minisrv.simulation.fleet import ROUTERS, Traffic, simulate
+from minisrv.simulation.linear import Calibration
 from minisrv.simulation.records import Bounds, Figures
 from minisrv.simulation.replica import ServerShape
 from minisrv.simulation.roofline import Roofline
@@ -41,9 +43,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the figures; exit status 0, 2: an option is wrong, 1: failed."""
     parser = _make_parser()
     config, options = parse_command_line(parser, argv)
+    if options.calibrate is None and options.trace is None:
+        parser.error("--trace is missing")
+    if options.gpu is None and options.step_times is None:
+        parser.error("either --gpu or --step-times is missing")
     try:
+        if options.calibrate is not None:
+            _calibrate(options.calibrate, config, options.step_times)
+        if options.trace is None:
+            return 0
         traffic = _read_traffic(options)
-        server = _on_gpu(config, find_gpu(options.gpu), options.efficiency)
+        if options.step_times is None:
+            server = _on_gpu(config, find_gpu(options.gpu), options.efficiency)
+        else:
+            server = _as_measured(Calibration.load(options.step_times), options)
     except MinisrvError as error:
         print(f"minisrv: {error.message}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -80,7 +93,17 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _add_servers(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--gpu", required=True, metavar="NAME", help="GPU, such as H100")
+    times = group.add_mutually_exclusive_group()
+    times.add_argument("--gpu", metavar="NAME", help="GPU, such as H100")
+    times.add_argument(
+        "--step-times", type=Path, metavar="FILE", help="what --calibrate has measured, as JSON"
+    )
+    group.add_argument(
+        "--calibrate",
+        metavar="URL",
+        help="measure the steps of a running minisrv that has nothing else to do, and write them "
+        "to --step-times; takes some minutes, and --api-key if the server has one",
+    )
     group.add_argument(
         "--efficiency",
         type=_share,
@@ -104,7 +127,6 @@ def _add_traffic(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--trace",
         type=Path,
-        required=True,
         metavar="FILE",
         help="requests in Mooncake's form (JSONL), Azure's (CSV) or our own",
     )
@@ -151,6 +173,26 @@ def _read_traffic(options: argparse.Namespace) -> Traffic:
     if options.duration is not None:
         trace = [request for request in trace if request.arrival_s < options.duration]
     return Traffic(trace).divided(options.divide_lengths).faster(options.speed)
+
+
+def _calibrate(url: str, config: ServerConfig, path: Path | None) -> None:
+    """Measure a server and write the result. Raises MinisrvError."""
+    if path is None:
+        raise ConfigError("--calibrate needs --step-times, the file to write")
+    key = config.admin_key or next(iter(config.api_key), "")
+    calibration = calibrate(check_url(url), key, print)
+    calibration.save(path)
+    errors = sorted(map(abs, calibration.errors()))
+    print(f"{path}: {calibration.times}")
+    print(f"off by {errors[len(errors) // 2]:.1%} at the median, {errors[-1]:.1%} at most")
+
+
+def _as_measured(calibration: Calibration, options: argparse.Namespace) -> Server:
+    """The server that was measured, except for the options that the command line gives."""
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    changed = {f.name: given[f.name] for f in fields(ServerShape) if f.name in given}
+    shape = replace(calibration.shape, **changed)
+    return Server(shape, calibration.times, f"{calibration.model} as measured")
 
 
 def _on_gpu(config: ServerConfig, gpu: GPU, efficiency: float) -> Server:
