@@ -34,6 +34,7 @@ from minisrv.config import ServerConfig
 from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.build import build_loop
 from minisrv.scheduler.channel import LocalChannel
+from minisrv.start_progress import no_progress
 from minisrv.wire.messages import AbortMsg, Finish, GenerateMsg
 from roofline import Ideal, Rates, decode_step, ideal, measure_rates, synchronize
 from step_timing import StepTimes, TimedLoop
@@ -134,7 +135,7 @@ class Bench:
             **options,
         )
         self._channel, self._device = LocalChannel(), device
-        loop = build_loop(config, directory, self._channel, lambda phase, fraction: None)
+        loop = build_loop(config, directory, self._channel, no_progress)
         self._engine: Any = loop.engine
         self._timed = TimedLoop(loop, device)
         self._uid, self._wanted = 0, Counter[int]()

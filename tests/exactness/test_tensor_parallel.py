@@ -25,6 +25,7 @@ from minisrv.llm import LLM
 from minisrv.scheduler.build import build_loop
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.loop import SchedulerLoop
+from minisrv.start_progress import no_progress
 from tests.support.checkpoints import make_checkpoint
 from tests.support.oracle import Way, compare, load_reference, make_prompts, reference_tokens, run
 
@@ -44,7 +45,7 @@ def parallel_loop(model_dir: Path, tp: int, **options: Any) -> Iterator[Schedule
         num_threads=1,
         **options,
     )
-    loop = build_loop(config, model_dir, LocalChannel(), lambda phase, fraction: None)
+    loop = build_loop(config, model_dir, LocalChannel(), no_progress)
     assert isinstance(loop.engine, Engine)
     try:
         yield loop

@@ -19,6 +19,7 @@ from minisrv.engine.host_runner import HostRunner
 from minisrv.scheduler.build import build_loop
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.loop import SchedulerLoop
+from minisrv.start_progress import no_progress
 from tests.support.half_models import load, logits_of, save_checkpoint
 from tests.support.oracle import NEW_TOKENS, make_prompts, run
 from tests.support.step_driver import StepDriver, open_engine
@@ -81,7 +82,7 @@ def make_loop(path: Path, **options: Any) -> SchedulerLoop:
             **options,
         }
     )
-    return build_loop(config, path, LocalChannel(), lambda phase, fraction: None)
+    return build_loop(config, path, LocalChannel(), no_progress)
 
 
 def assert_agree(case: Case, outputs: list[list[int]]) -> None:

@@ -19,6 +19,7 @@ from minisrv.engine.parallel.shard import Sharding
 from minisrv.engine.rank_engine import RankEngine
 from minisrv.scheduler.build import build_loop
 from minisrv.scheduler.channel import LocalChannel
+from minisrv.start_progress import no_progress
 from tests.support.half_models import MARGIN, load, logits_of, save_checkpoint
 from tests.support.oracle import make_prompts, run
 from tests.support.step_driver import StepDriver
@@ -142,7 +143,7 @@ def test_two_ranks_on_two_gpus(
         model=str(path), device="cuda", tp=2, num_pages=2000, max_prefill_tokens=64, **options
     )
     prompts = make_prompts(12, VOCAB_SIZE, longest=150)
-    loop = build_loop(config, path, LocalChannel(), lambda phase, fraction: None)
+    loop = build_loop(config, path, LocalChannel(), no_progress)
     assert isinstance(loop.engine, Engine)
     outputs, _ = run(loop, prompts, 8)
     loop.engine.close()

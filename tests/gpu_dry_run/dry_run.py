@@ -23,6 +23,7 @@ from minisrv.engine.weights import DummyWeights
 from minisrv.scheduler.build import build_loop
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.loop import SchedulerLoop
+from minisrv.start_progress import no_progress
 from minisrv.structured_output.vocabulary import Vocabulary
 from minisrv.wire.messages import Finish, GenerateMsg
 from tests.gpu_dry_run.fake_attention import Plans
@@ -126,9 +127,7 @@ def dry_run(
     config = server_config(directory, model, **options)
     with machine() as found, weights_of(model, directory):
         channel = LocalChannel()
-        loop = build_loop(
-            config, directory, channel, lambda phase, done: None, vocabulary=vocabulary
-        )
+        loop = build_loop(config, directory, channel, no_progress, vocabulary=vocabulary)
         found.start_serving()
         yield DryRun(found, loop)
 

@@ -18,6 +18,7 @@ from minisrv.sampling_params import SamplingParams
 from minisrv.scheduler.build import build_loop
 from minisrv.scheduler.channel import LocalChannel
 from minisrv.scheduler.loop import SchedulerLoop
+from minisrv.start_progress import no_progress
 from minisrv.wire.messages import Finish, GenerateMsg
 
 NEW_TOKENS = 32
@@ -145,7 +146,7 @@ def make_loop(model_dir: Path, way: Way) -> SchedulerLoop:
         num_threads=1,
         kernels=way.kernels,
     )
-    return build_loop(config, model_dir, LocalChannel(), lambda phase, fraction: None)
+    return build_loop(config, model_dir, LocalChannel(), no_progress)
 
 
 def run(

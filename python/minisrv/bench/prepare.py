@@ -7,6 +7,7 @@ from minisrv.bench.prompts import WORDS, ChatPrompts, IdPrompts, Prompts, Segmen
 from minisrv.checkpoint.hub import resolve_model
 from minisrv.checkpoint.tokenizer import HFTokenizer, load_tokenizer
 from minisrv.errors import ConfigError, MinisrvError
+from minisrv.start_progress import no_progress
 
 PROMPT_FORMS = ("auto", "ids", "text")
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken")
@@ -16,7 +17,7 @@ _PROBES = (32, 288)  # words
 def read_tokenizer(name: str) -> HFTokenizer:
     """Of a model as `minisrv serve` finds it. Raises ConfigError."""
     try:
-        path = resolve_model(name, lambda stage, share: None, _TOKENIZER_FILES)
+        path = resolve_model(name, no_progress, _TOKENIZER_FILES)
         return load_tokenizer(path)
     except ConfigError as error:
         raise ConfigError(error.message.replace("--model", "--tokenizer")) from None
