@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -80,6 +81,60 @@ def test_a_seed_repeats_the_requests(server: PacedServer, tmp_path: Path) -> Non
     assert len(prompts) == 12  # no two loads and no two seeds share one
 
 
+def test_prompts_share_prefixes(server: PacedServer, tmp_path: Path) -> None:
+    load = ["--workload", "shared-prefix", "--prefix-tokens", "30", "--prefixes", "2"]
+    result, served = measure(server, tmp_path, *load, "--requests", "8", "--output-tokens", "1")
+    words = [tuple(one.body["prompt"].split()) for one in served]
+    assert {len(prompt) for prompt in words} == {50}
+    assert len({prompt[:30] for prompt in words}) == 2
+    assert len({prompt[30:] for prompt in words}) == 8
+    assert result["options"]["workload"] == "shared-prefix"
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_a_conversation_sends_the_answers_back(
+    server: PacedServer, tmp_path: Path, endpoint: str
+) -> None:
+    load = ["--workload", "multi-turn", "--turns", "3", "--requests", "3", "--concurrency", "1"]
+    load += ["--endpoint", endpoint, "--think-time", "0.02"]
+    _, served = measure(server, tmp_path, *load, "--output-tokens", "2")
+    assert len(served) == 3
+    for earlier, later in pairwise(served):
+        assert later.arrived_s > earlier.written_s[-1]
+        if endpoint == "chat":
+            *before, answer, _ = later.body["messages"]
+            assert before == earlier.body["messages"]
+            assert answer == {"role": "assistant", "content": "token token"}
+        else:
+            assert later.body["prompt"].startswith(earlier.body["prompt"] + " token token ")
+
+
+def test_a_trace_arrives_as_recorded_or_faster(server: PacedServer, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    rows = [(0, 1024, 2, [0, 1]), (200, 600, 1, [0, 2]), (400, 1300, 3, [0, 1, 3])]
+    names = ("timestamp", "input_length", "output_length", "hash_ids")
+    trace.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
+    given = ["--trace", str(trace), "--divide-lengths", "64", "--speed", "2"]
+    result, served = measure(server, tmp_path, *given)
+    assert result["points"][0]["load"] == {"concurrency": None, "rate": None, "arrivals": None}
+    late = result["points"][0]["client"]["late_s"]["max"]
+    arrived = [one.arrived_s - served[0].arrived_s for one in served]
+    assert arrived == pytest.approx([0, 0.1, 0.2], abs=late + 0.01)
+    words = [one.body["prompt"].split() for one in served]
+    assert [len(prompt) for prompt in words] == [16, 9, 20]
+    assert words[0] == words[2][:16]
+    assert words[0][:8] == words[1][:8]
+
+
+def test_goodput_is_in_the_output(
+    server: PacedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bounds = ["--goodput", "ttft:30000", "--goodput", "e2e:1"]
+    result, _ = measure(server, tmp_path, *bounds, "--requests", "2", "--output-tokens", "2")
+    assert result["points"][0]["goodput"]["requests"] == 0
+    assert "(0.0% of all) within ttft 30000.00 ms, e2e 1.00 ms" in capsys.readouterr().out
+
+
 def test_a_sweep_ends_with_a_table(
     server: PacedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,6 +195,12 @@ def test_minisrv_gets_prompts_of_an_exact_length(
     (point,) = json.loads(result.read_text())["points"]
     assert (point["tokens"]["prompt"], point["tokens"]["output"]) == (132, 28)
     assert "prompts: token ids from" in capsys.readouterr().out
+    turns = ["--workload", "multi-turn", "--turns", "2", "--seed", "1"]
+    turns += ["--output-tokens", "16"]
+    assert bench.main([*arguments, *turns, "--output", str(result)]) == 0
+    (point,) = json.loads(result.read_text())["points"]
+    # Whole pages of 16 tokens, of which the third holds an answer.
+    assert (point["tokens"]["prompt"], point["tokens"]["cached"]) == (2 * (33 + 82), 2 * 48)
     assert bench.main([*arguments, "--field", "nonsense=1"]) == 1
     said = capsys.readouterr().err
     assert "a first request to" in said
@@ -155,6 +216,8 @@ def test_minisrv_gets_prompts_of_an_exact_length(
         (["--input-tokens", "9-3"], 2, "neither a number"),
         (["--field", "a"], 2, "is not of the form NAME=JSON"),
         (["--requests", "0"], 2, "at least 1"),
+        (["--goodput", "p99:3"], 2, "is not a bound"),
+        (["--trace", "nothing.csv"], 2, "cannot be read"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

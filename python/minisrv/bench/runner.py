@@ -73,11 +73,14 @@ class _Talk:
     async def __call__(self, conversation: Conversation, planned_s: float | None = None) -> bool:
         """Have one conversation, until a request fails. Returns False if it is interrupted."""
         parts: list[str] = []
+        as_recorded = planned_s is not None
         last = len(conversation.turns) - 1
         for number, turn in enumerate(conversation.turns):
             if number:
                 planned_s = time.perf_counter() + turn.think_s
-                await asyncio.sleep(turn.think_s)
+                if as_recorded and turn.arrival_s is not None:
+                    planned_s = max(planned_s, self.started_s + turn.arrival_s)
+                await asyncio.sleep(planned_s - time.perf_counter())
             parts.append(self.prompts.part(turn.segments, first=not number))
             prompt = self.prompts.prompt(parts)
             outcome, reply = await self.client.generate(

@@ -16,11 +16,16 @@ _PREFIX, _OWN, _SHAPE, _ARRIVALS = range(4)
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One request. think_s: from the end of the last reply until it is sent."""
+    """One request. think_s: from the end of the last reply until it is sent.
+
+    arrival_s: when it is sent, if arrivals are planned and the last reply has ended by then; since
+    the start. None: after think_s.
+    """
 
     segments: tuple[Segment, ...]
     output_tokens: int
     think_s: float = 0.0
+    arrival_s: float | None = None
 
     @property
     def input_tokens(self) -> int:
@@ -116,6 +121,8 @@ def with_arrivals(
         gaps = rng.exponential(1 / rate, len(conversations))
     arrivals = np.cumsum(gaps) - gaps[:1]
     return [
-        replace(conversation, arrival_s=float(arrival))
+        Conversation(
+            tuple(replace(turn, arrival_s=None) for turn in conversation.turns), float(arrival)
+        )
         for conversation, arrival in zip(conversations, arrivals, strict=True)
     ]
