@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -82,12 +83,36 @@ def test_a_running_server_is_measured_and_simulated(
     assert "demo as measured" in capsys.readouterr().out
 
 
+def test_a_sweep_says_how_many_gpus_are_enough(
+    trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One replica is too slow for the bound on the first token, and more ranks cost GPUs, too."""
+    figures, picture = trace.with_suffix(".figures.json"), trace.with_suffix(".svg")
+    command = ["simulate", MODEL, "--gpu", "A100", "--trace", str(trace), "--speed", "40"]
+    command += ["--sweep", "replicas=1,2,3", "--sweep", "tp=1,2", "--max-ttft", "3"]
+    assert cli.main([*command, "--json", str(figures), "--plot", str(picture)]) == 0
+    results = json.loads(figures.read_text())
+    gpus = {(r["point"]["replicas"], r["point"]["tp"]): r["gpus"] for r in results}
+    assert gpus == {(n, tp): int(n) * int(tp) for n in "123" for tp in "12"}
+    enough = [r["gpus"] for r in results if r["good_share"] >= 0.9]
+    assert 1 < min(enough) < 6
+    printed = capsys.readouterr().out
+    assert f"enough for 90% of the requests: {min(enough)} GPUs" in printed
+    assert cli.main([*command, "--max-ttft", "0.01"]) == 0
+    assert "enough for 90% of the requests: none of these" in capsys.readouterr().out
+    lines = ElementTree.fromstring(picture.read_text()).findall(".//{*}polyline")
+    assert len(lines) == 4 * 2, "a line for each tp in each panel"
+    assert all(len(line.attrib["points"].split()) == 3 for line in lines)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--gpu", "H101"], "known GPUs"),
         (["--gpu", "L4", "--max-seq-len", "40960", "--dtype", "float32"], "does not fit"),
         (["--gpu", "H100", "--trace", "missing.jsonl"], "cannot be read"),
+        (["--gpu", "H100", "--sweep", "replicas"], "replicas=1,2,4"),
+        (["--gpu", "H100", "--sweep", "tp=1", "--sweep", "tp=2"], "twice"),
         (["--step-times", "missing.json"], "cannot be read"),
         (["--gpu", "H100", "--calibrate", "http://127.0.0.1:1"], "--step-times"),
         (["--step-times", "new.json", "--calibrate", "127.0.0.1:1"], "must be a URL"),

@@ -21,10 +21,12 @@ from minisrv.errors import ConfigError, MinisrvError
 from minisrv.simulation.calibrate import calibrate, check_url
 from minisrv.simulation.fleet import ROUTERS, Traffic, simulate
 from minisrv.simulation.linear import Calibration
+from minisrv.simulation.plot import draw
 from minisrv.simulation.records import Bounds, Figures
 from minisrv.simulation.replica import ServerShape
 from minisrv.simulation.roofline import Roofline
 from minisrv.simulation.step_times import StepTimes
+from minisrv.simulation.sweep import Point, Result, cheapest, describe, expand, flags, table
 from minisrv.start_progress import no_progress
 
 _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -41,43 +43,73 @@ class Server:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the figures; exit status 0, 2: an option is wrong, 1: failed."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = _make_parser()
     config, options = parse_command_line(parser, argv)
     if options.calibrate is None and options.trace is None:
         parser.error("--trace is missing")
     if options.gpu is None and options.step_times is None:
         parser.error("either --gpu or --step-times is missing")
+    if options.plot is not None and not options.sweep:
+        parser.error("--plot needs --sweep")
     try:
         if options.calibrate is not None:
             _calibrate(options.calibrate, config, options.step_times)
-        if options.trace is None:
-            return 0
-        traffic = _read_traffic(options)
-        if options.step_times is None:
-            server = _on_gpu(config, find_gpu(options.gpu), options.efficiency)
-        else:
-            server = _as_measured(Calibration.load(options.step_times), options)
+        if options.trace is not None:
+            _simulate_all(argv, options)
     except MinisrvError as error:
         print(f"minisrv: {error.message}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def _simulate_all(argv: Sequence[str], options: argparse.Namespace) -> None:
+    """One simulation, or one for each point of the sweeps. Raises MinisrvError."""
+    points = expand(options.sweep)
+    results = []
+    for point in points:
+        result = _simulate(point, *parse_command_line(_make_parser(), [*argv, *flags(point)]))
+        results.append(result)
+        if options.sweep:
+            print(f"{describe(point)}: {result.figures.good_share:.1%} good", flush=True)
     bounds = Bounds(options.max_ttft, options.max_itl)
+    if options.sweep:
+        print("\n" + table(results))
+        print(f"\ngood: TTFT <= {bounds.ttft_s:g} s and mean ITL <= {bounds.itl_s:g} s")
+        best = cheapest(results, options.good_share)
+        enough = "none of these" if best is None else f"{best.gpus} GPUs ({describe(best.point)})"
+        print(f"enough for {options.good_share:.0%} of the requests: {enough}")
+    else:
+        print(_table(results[0].figures, bounds))
+    if options.json is not None:
+        shown = [result.to_dict() for result in results]
+        options.json.write_text(json.dumps(shown if options.sweep else shown[0], indent=1) + "\n")
+    if options.plot is not None:
+        options.plot.write_text(draw(results))
+
+
+def _simulate(point: Point, config: ServerConfig, options: argparse.Namespace) -> Result:
+    """Play the trace against the servers of a command line. Raises MinisrvError."""
+    traffic = _read_traffic(options)
+    if options.gpu is not None:
+        server = _on_gpu(config, find_gpu(options.gpu), options.efficiency)
+    else:
+        server = _as_measured(Calibration.load(options.step_times), options)
+    if not options.sweep:
+        servers = server.name if options.replicas == 1 else f"{options.replicas} x {server.name}"
+        print(f"{servers}: {options.trace}, {len(traffic.trace)} requests")
     began = time.perf_counter()
     result = simulate(
         traffic,
         server.shape,
         server.times,
-        bounds,
+        Bounds(options.max_ttft, options.max_itl),
         num_replicas=options.replicas,
         router=options.router,
     )
-    wall_s = time.perf_counter() - began
-    servers = server.name if options.replicas == 1 else f"{options.replicas} x {server.name}"
-    print(f"{servers}: {options.trace}, {len(traffic.trace)} requests")
-    print(_table(result, bounds))
-    print(f"{result.seconds:.0f} s simulated in {wall_s:.1f} s")
-    if options.json is not None:
-        options.json.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
-    return 0
+    if not options.sweep:
+        print(f"{result.seconds:.0f} s simulated in {time.perf_counter() - began:.1f} s")
+    return Result(point, options.replicas * config.tp, result)
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -165,7 +197,25 @@ def _add_results(group: argparse._ArgumentGroup) -> None:
         metavar="S",
         help="mean seconds between tokens within which it is good (default: 0.1)",
     )
+    group.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="NAME=V,V",
+        help="simulate with each of these values of an option, such as replicas=1,2,4; repeatable, "
+        "which simulates every combination",
+    )
+    group.add_argument(
+        "--good-share",
+        type=_share,
+        default=0.9,
+        metavar="X",
+        help="the share of good requests from which a point of a sweep is enough (default: 0.9)",
+    )
     group.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    group.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw a sweep as SVG, over its first option"
+    )
 
 
 def _read_traffic(options: argparse.Namespace) -> Traffic:
