@@ -207,6 +207,18 @@ def test_minisrv_gets_prompts_of_an_exact_length(
     assert "status 400: unknown field nonsense" in said
 
 
+def test_a_result_is_compared_with_itself(
+    server: PacedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure(server, tmp_path, "--requests", "2", "--output-tokens", "2")
+    result = str(tmp_path / "result.json")
+    capsys.readouterr()
+    assert bench.main(["--compare", result, result]) == 0
+    table = capsys.readouterr().out[-1000:]
+    assert "differs" not in table
+    assert "1.000" in table
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -217,6 +229,8 @@ def test_minisrv_gets_prompts_of_an_exact_length(
         (["--field", "a"], 2, "is not of the form NAME=JSON"),
         (["--requests", "0"], 2, "at least 1"),
         (["--goodput", "p99:3"], 2, "is not a bound"),
+        (["--plot", "picture.gif"], 2, "must end in .png or .svg"),
+        (["--compare", "nothing.json", "nothing.json"], 2, "cannot be read"),
         (["--trace", "nothing.csv"], 2, "cannot be read"),
     ],
 )

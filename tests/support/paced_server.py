@@ -93,6 +93,8 @@ class _Pace:
                 _write_json(
                     writer, {"object": "list", "data": [{"id": "paced", "object": "model"}]}
                 )
+            case "/health":
+                _write_json(writer, {})
             case "/requests":
                 _write_json(writer, [asdict(served) for served in self.served])
             case "/v1/completions" | "/v1/chat/completions":

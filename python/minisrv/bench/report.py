@@ -52,9 +52,8 @@ def describe_sweep(points: Sequence[Json]) -> str:
     goodput = any("goodput" in point for point in points)
     rows = [[*head, *(["good req/s"] if goodput else [])]]
     for point in points:
-        failed = sum(failure["count"] for failure in point["requests"]["failed"].values())
         rates, found = point["rates"], point["latencies"]
-        row = [load_name(point), str(failed), f"{rates['requests']:.2f}"]
+        row = [load_name(point), str(num_failed(point)), f"{rates['requests']:.2f}"]
         row.append(f"{rates['output_tokens']:.1f}")
         row += [_ms(found["ttft"].get(key)) for key in ("p50", "p99")]
         row += [_ms(found["tpot"].get("p50")), _ms(found["itl"].get("p99"))]
@@ -63,6 +62,11 @@ def describe_sweep(points: Sequence[Json]) -> str:
             row.append(f"{point['goodput']['rate']:.2f}")
         rows.append(row)
     return f"{format_table(rows)}\n\nLatencies in milliseconds."
+
+
+def num_failed(point: Json) -> int:
+    """Requests that failed, for whatever reason."""
+    return sum(failure["count"] for failure in point["requests"]["failed"].values())
 
 
 def load_name(point: Json) -> str:

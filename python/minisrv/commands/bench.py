@@ -17,8 +17,10 @@ from typing import Any
 import uvloop
 
 from minisrv.bench.client import Client, Sampling
+from minisrv.bench.compare import compare, read_result
 from minisrv.bench.load import Load, make_load, parse_loads
 from minisrv.bench.measures import Bounds, Json, request_rows, summarize
+from minisrv.bench.plots import check_plot, plot
 from minisrv.bench.prepare import choose_prompts, read_tokenizer
 from minisrv.bench.progress import Progress
 from minisrv.bench.prompts import Prompts
@@ -32,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure; exit status 1: a request failed, 2: a wrong option, 130: Ctrl-C."""
     options = make_parser().parse_args(argv)
     try:
+        if options.compare is not None:
+            print(compare(*map(read_result, options.compare)))
+            return 0
         return uvloop.run(_Bench(options).measure())
     except MinisrvError as error:
         print(f"minisrv: {error.message}", file=sys.stderr)
@@ -51,6 +56,8 @@ class _Bench:
         )
         self._bounds = Bounds.parse(options.goodput)
         self._source = read_source(options)
+        if options.plot is not None:
+            check_plot(options.plot)
         self._tokenizer = read_tokenizer(options.tokenizer) if options.tokenizer else None
         self._client = Client(
             options.url,
@@ -86,6 +93,8 @@ class _Bench:
             print(describe_sweep(result["points"]))
         if self._options.output is not None:
             self._options.output.write_text(json.dumps(result, default=str) + "\n")
+        if self._options.plot is not None:
+            plot(result, self._options.plot)
         return _status(result["points"])
 
     async def _measure_point(self, prompts: Prompts, load: Load, seed: tuple[int, ...]) -> Json:
@@ -106,7 +115,7 @@ class _Bench:
         return {"load": named, **figures, "each_request": request_rows(measured)}
 
     def _head(self, prompts: str) -> dict[str, Any]:
-        hidden = ("api_key", "output")
+        hidden = ("api_key", "output", "plot", "compare")
         options = {k: v for k, v in vars(self._options).items() if k not in hidden}
         return {
             "tool": f"minisrv bench {version('minisrv')}",

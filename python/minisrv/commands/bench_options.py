@@ -46,6 +46,14 @@ def make_parser() -> argparse.ArgumentParser:
         f"{', '.join(LATENCIES)}",
     )
     add("--output", type=Path, metavar="FILE", help="write everything as JSON")
+    add("--plot", type=Path, metavar="FILE", help="draw a picture: .png or .svg")
+    add(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="measure nothing; show two results of --output side by side",
+    )
     return parser
 
 
