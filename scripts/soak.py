@@ -25,6 +25,7 @@ SERVER_TESTS = {
     "kills": ["tests/soak/test_kills.py"],
     "dashboard": ["tests/soak/test_dashboard.py"],
     "processes": ["tests/processes"],
+    "ray": ["tests/ray"],
 }
 TESTS = {
     "parity": [

@@ -19,7 +19,7 @@ LAYERS = [
     {"frontend", "tokenizer", "scheduler", "detokenizer", "kv_events"},
     {"console", "frontend_manager", "llm", "simulation"},
     {"launch_server"},
-    {"asgi", "commands"},
+    {"asgi", "commands", "ray"},
     {"__main__"},
 ]
 # Inside the frontend, in the same order.

@@ -43,7 +43,7 @@ def add_load_route(app: FastAPI, registry: RequestRegistry) -> None:
     async def loads() -> dict[str, Any]:
         """How busy the server is."""
         _ = registry.model  # raises while there is none
-        return {"loads": [_load(registry)]}
+        return {"loads": [load_of(registry)]}
 
 
 def add_admin_routes(
@@ -74,7 +74,7 @@ def add_admin_routes(
             "vocab_size": model.vocab_size,
             **{name: value for name, value in model.facts.items() if name != "max_seq_len"},
             "start_seconds": {name: round(end - began, 3) for (name, began), (_, end) in phases},
-            "load": _load(registry),
+            "load": load_of(registry),
             "config": config.to_public_dict(),
         }
 
@@ -148,7 +148,7 @@ async def _flush(registry: RequestRegistry, timeout_s: float) -> int:
         await asyncio.sleep(_RETRY_S)
 
 
-def _load(registry: RequestRegistry) -> dict[str, Any]:
+def load_of(registry: RequestRegistry) -> dict[str, Any]:
     """The last statistics of the scheduler, at most one period old."""
     load: dict[str, Any] = {"dp_rank": 0, "num_open_reqs": registry.num_open}
     if (stats := registry.stats) is not None:

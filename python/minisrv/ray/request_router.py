@@ -1,0 +1,94 @@
+"""The cost router as a RequestRouter of Ray Serve."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from minisrv.ray.known import Known
+from minisrv.routing.prefix_index import PrefixIndex
+from minisrv.routing.router import CostRouter, Prompt, ReplicaLoad
+
+STALE_S = 5.0
+MAX_BLOCKS = 100_000
+
+
+class CostRequestRouter(RequestRouter):  # type: ignore[misc]
+    """Sends a request where its prompt is computed first, by what is queued and cached there.
+
+    What is cached is known from what was sent. Without a report of each replica in the last
+    STALE_S, it falls back to Ray's power of two choices.
+    """
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        """See RequestRouter."""
+        self._costs = CostRouter(PrefixIndex(MAX_BLOCKS))
+        self._known: dict[ReplicaID, Known] = {}
+        self._num_seen = 0
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """The best replica, then two at random for the case that it does not accept."""
+        pair = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
+        if pending_request is None:
+            return [pair]
+        pending_request.routing_context.should_backoff = True
+        fresh = self._take_reports(candidate_replicas)
+        if fresh is None:
+            return [pair]
+        now = time.monotonic()
+        loads = {self._known[one.replica_id].number: self._known[one.replica_id] for one in fresh}
+        number = self._costs.choose(
+            _prompt(pending_request), {i: known.load(now) for i, known in loads.items()}, now
+        )
+        best = [one for one in fresh if self._known[one.replica_id].number == number]
+        return [best, pair]
+
+    def on_request_routed(
+        self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
+    ) -> None:
+        """See RequestRouter."""
+        known = self._known.get(replica_id)
+        if known is None:
+            return
+        now, prompt = time.monotonic(), _prompt(pending_request)
+        empty = ReplicaLoad(0, 0, 1.0)
+        known.add(int(self._costs.wait_s(known.number, prompt, empty)), now)
+        known.open_requests += 1
+        self._costs.record(known.number, prompt, now)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """See RequestRouter."""
+        if (known := self._known.get(replica_id)) is not None:
+            known.open_requests = max(0, known.open_requests - 1)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """See RequestRouter; forgets those that are gone."""
+        super().update_replicas(replicas)
+        for replica_id in self._known.keys() - {one.replica_id for one in replicas}:
+            self._costs.forget(self._known.pop(replica_id).number)
+
+    def _take_reports(self, replicas: list[RunningReplica]) -> list[RunningReplica] | None:
+        """The replicas that are ready; None if one has not reported of late."""
+        ready = []
+        for replica in replicas:
+            stats = replica.routing_stats
+            if not stats or time.time() - stats["at"] > STALE_S:
+                return None
+            if replica.replica_id not in self._known:
+                self._known[replica.replica_id] = Known(self._num_seen)
+                self._num_seen += 1
+            self._known[replica.replica_id].take_report(stats, time.monotonic())
+            if stats["ready"]:
+                ready.append(replica)
+        return ready or None
+
+
+def _prompt(request: PendingRequest) -> Prompt:
+    return Prompt(*request.args[0]["prompt"])

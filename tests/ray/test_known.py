@@ -1,0 +1,70 @@
+"""What the router of minisrv.ray knows, without Ray."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from minisrv.ray.known import FIRST_RATE, Known
+from minisrv.ray.prompts import BLOCK_TOKENS, prompt_of
+
+SYSTEM = {"role": "system", "content": "You are terse. " * 40}
+
+
+def chat(*contents: str, **fields: object) -> bytes:
+    messages = [SYSTEM, *({"role": "user", "content": content} for content in contents)]
+    return json.dumps({"messages": messages, **fields}).encode()
+
+
+def shared(first: bytes, second: bytes) -> int:
+    """How many blocks two requests have in common at their beginning."""
+    pairs = zip(prompt_of(first).blocks, prompt_of(second).blocks, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(prompt_of(first).blocks))
+
+
+def test_requests_with_the_same_beginning_share_blocks() -> None:
+    whole = 600 // 4 // BLOCK_TOKENS
+    assert shared(chat("Hi"), chat("Ho", temperature=0.5, stream=True)) == whole
+    longer = chat("Hi", "And then? " * 100)
+    assert shared(longer, chat("Hi", "And then? " * 100, "More")) > whole
+    assert shared(chat("Hi"), chat("Hi", cache_salt="tenant")) == 0
+    assert shared(chat("Hi"), chat("Hi", tools=[{"type": "function"}])) == 0
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"x"', b'{"messages": 3}', b'{"prompt": ""}'])
+def test_a_body_without_a_prompt_has_no_blocks_that_matter(body: bytes) -> None:
+    assert prompt_of(body).num_tokens <= 1
+
+
+@pytest.mark.parametrize("name", ["prompt", "input", "text"])
+def test_every_form_of_a_prompt_is_read(name: str) -> None:
+    text = "\N{SNOWMAN} and more " * 50
+    prompt = prompt_of(json.dumps({name: text}).encode())
+    assert prompt.num_tokens == -(-len(text.encode()) // 4)
+    ids = prompt_of(json.dumps({"prompt": list(range(500))}).encode())
+    assert ids.num_tokens > 100
+
+
+def test_a_queue_becomes_shorter_at_the_measured_rate_until_the_next_report() -> None:
+    known = Known(0)
+    known.add(3000, now=10.0)
+    assert known.load(10.0).queued_tokens == 3000
+    assert known.load(11.0).queued_tokens == 3000 - FIRST_RATE
+    report = {"at": 500.0, "num_queued_tokens": 800, "prefill_tokens_per_s": 400.0}
+    known.take_report(report, now=12.0)
+    assert known.load(13.0).queued_tokens == 400
+    known.take_report(report, now=13.0)  # the same one again
+    assert known.load(14.0).queued_tokens == 0
+    known.take_report({**report, "at": 501.0, "prefill_tokens_per_s": 0.0}, now=14.0)
+    assert known.load(14.0).prefill_rate == FIRST_RATE
+
+
+def test_ray_is_imported_only_where_it_is_used() -> None:
+    code = (
+        "import sys, minisrv.asgi, minisrv.commands.cli, minisrv.ray, minisrv.ray.prompts;"
+        "sys.exit('ray' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
