@@ -14,7 +14,7 @@ from minisrv.checkpoint.chat_format import ChatFormat
 from minisrv.config import ServerConfig
 from minisrv.start_progress import SECONDS
 from minisrv.supervision.records import DrainRequested, EngineReady, Notice, StartProgress
-from minisrv.terminal_line import ERASE, TerminalLine
+from minisrv.terminal_line import TerminalLine
 
 _METER_COLUMNS = 68  # of 79, less those of the seconds before it
 
@@ -89,7 +89,7 @@ class Console:
         if self._line is not None:
             self._line.keep()
             if sys.stdout.isatty():
-                text = ERASE + text  # another process may have drawn its own line
+                text = self._line.prefix + text  # another process may have drawn its own line
         # A closed terminal must not end the server.
         encoding = sys.stdout.encoding or "utf-8"
         with contextlib.suppress(OSError):

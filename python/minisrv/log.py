@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from minisrv.terminal_line import ERASE, TerminalLine, open_terminal_line
+from minisrv.terminal_line import TerminalLine, open_terminal_line
 
 _terminal_line: TerminalLine | None = None
 
@@ -71,7 +71,7 @@ class _TerminalHandler(_StderrHandler):
         self._line = line
 
     def format(self, record: logging.LogRecord) -> str:
-        return ERASE + super().format(record)
+        return self._line.prefix + super().format(record)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.terminator = "\n" + self._line.text

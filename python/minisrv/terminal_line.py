@@ -36,6 +36,11 @@ class TerminalLine:
             return (os.get_terminal_size(self._fd).columns or _COLUMNS) - 1
         return _COLUMNS - 1
 
+    @property
+    def prefix(self) -> str:
+        """What other text begins with, to take the place of the line."""
+        return ERASE if _in_foreground(self._owner) else ""
+
     def show(self, text: str) -> bool:
         """Draw `text` in place of the line; False if the job runs in the background."""
         if not _in_foreground(self._owner):
@@ -52,8 +57,7 @@ class TerminalLine:
             self.text = ""
 
     def erase(self) -> None:
-        if _in_foreground(self._owner):
-            self._write(ERASE)
+        self._write(self.prefix)
         self.text = ""
 
     def _write(self, text: str) -> None:

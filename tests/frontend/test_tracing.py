@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -147,6 +148,21 @@ def test_requests_do_not_notice_a_collector_that_is_away(
         close_app(server.app)
     assert caplog.text.count("takes no traces") == 1
     assert "opentelemetry" not in caplog.text
+
+
+def test_neither_requests_nor_the_end_wait_for_a_collector_that_hangs(
+    traced: tuple[HttpServer, Collector],
+) -> None:
+    server, collected = traced
+    collected.answers.clear()
+    assert server.http.post("/v1/completions", json={"prompt": "x"}).is_success
+    server.wait_until(lambda: bool(collected.paths))
+    started = time.monotonic()
+    for _ in range(5):
+        assert server.http.post("/v1/completions", json={"prompt": "x"}).is_success
+    close_app(server.app)
+    assert time.monotonic() - started < 5  # the exporter would wait for 10 s
+    assert not collected.spans
 
 
 @pytest.mark.parametrize("url", ["localhost:4318", "ftp://x", "http://"])

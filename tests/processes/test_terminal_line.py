@@ -140,6 +140,8 @@ def test_a_job_in_the_background_draws_nothing(
     assert not line.show("x")
     line.erase()
     assert screen.read() == ""
+    logging.getLogger("minisrv.x").info("hello")
+    assert re.fullmatch(r"\S+ test +INFO +hello\n", screen.read())
     assert not _in_foreground(os.getpid()) or os.isatty(0)
 
 

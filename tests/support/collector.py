@@ -18,10 +18,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 
 @dataclass
 class Collector:
-    """status: of its replies. paths, requests: what it got."""
+    """status: of its replies. paths, requests: what it got. answers: cleared to let it hang."""
 
     url: str = ""
     status: int = 200
+    answers: threading.Event = field(default_factory=threading.Event)
     paths: list[str] = field(default_factory=list)
     requests: list[ExportTraceServiceRequest] = field(default_factory=list)
 
@@ -62,11 +63,13 @@ def _plain(value: Any) -> Any:
 @contextlib.contextmanager
 def collector() -> Iterator[Collector]:
     collected = Collector()
+    collected.answers.set()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             collected.paths.append(self.path)
+            collected.answers.wait()
             if collected.status == 200:
                 collected.requests.append(ExportTraceServiceRequest.FromString(body))
             self.send_response(collected.status)
@@ -84,5 +87,6 @@ def collector() -> Iterator[Collector]:
         try:
             yield collected
         finally:
+            collected.answers.set()
             server.shutdown()
             thread.join()
