@@ -1,7 +1,7 @@
 """The clients' own environments: pinned versions, each in a folder of the user's cache.
 
 Run: python tests/clients/environments.py [NAME ...]; makes those that are missing, without a name
-all of them. What cannot be installed is reported, and its tests are skipped.
+all but the large ones. What cannot be installed is reported, and its tests are skipped.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ PYTHON_CLIENTS = {
     "guidellm": ["guidellm==0.8.1"],
     "aider": ["aider-chat==0.86.2"],
     "prometheus": ["prometheus-client==0.26.0"],
+    "open-webui": ["open-webui==0.12.4"],
 }
 NODE_CLIENTS = {
     "codex": ["@openai/codex@0.171.0"],
@@ -44,6 +45,7 @@ NODE_CLIENTS = {
         *("@ai-sdk/openai-compatible@3.0.92", "zod@4.6.7"),
     ],
 }
+LARGE = ("open-webui",)  # gigabytes: installed only by name
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,11 @@ class Environment:
     def problem(self) -> str:
         """Why it is not installed."""
         failure = self.folder / "failure.txt"
-        return failure.read_text() if failure.exists() else "not installed: run `make clients`"
+        if failure.exists():
+            return failure.read_text()
+        if self.name in LARGE:
+            return f"not installed: run `python -m tests.clients.environments {self.name}`"
+        return "not installed: run `make clients`"
 
     @property
     def bin(self) -> Path:
@@ -153,5 +159,5 @@ ENVIRONMENTS = {name: Environment(name) for name in (*PYTHON_CLIENTS, *NODE_CLIE
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ENVIRONMENTS:
+    for name in sys.argv[1:] or [name for name in ENVIRONMENTS if name not in LARGE]:
         ENVIRONMENTS[name].install()

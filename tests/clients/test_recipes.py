@@ -11,12 +11,14 @@ from tests.clients.running import Machine
 
 # They need a longer context than the demo model's, or a better model: test_agents.py.
 AGENTS = ("codex", "claude-code", "opencode", "qwen-code", "aider")
+# Its first program is a server: test_open_webui.py.
+OTHERS = (*AGENTS, "open-webui")
 
 
 def cases() -> list[object]:
     marked = []
     for program in programs():
-        if program.page in AGENTS:
+        if program.page in OTHERS:
             continue
         in_node = (program.page, program.language) == ("openai", "js")
         client = "openai-node" if in_node else program.page
