@@ -185,6 +185,19 @@ def test_ctrl_c_ends_with_what_was_measured(server: PacedServer, tmp_path: Path)
     assert len(point["each_request"]) == counts["completed"] + interrupted
 
 
+def test_ctrl_c_before_the_first_reply_ends_the_command() -> None:
+    with paced_server(60, GAP_S) as server:
+        command = [sys.executable, "-m", "minisrv", "bench", "--url", server.url]
+        process = subprocess.Popen(
+            command, env={"PYTHONPATH": PYTHONPATH}, stderr=subprocess.PIPE, text=True
+        )
+        wait_until(lambda: len(server.requests()) == 1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
 def test_minisrv_gets_prompts_of_an_exact_length(
     demo_server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from minisrv.bench.client import BenchError, Client
+import asyncio
+
+from minisrv.bench.client import INTERRUPTED, BenchError, Client
 from minisrv.bench.prompts import WORDS, ChatPrompts, IdPrompts, Prompts, Segment, TextPrompts
 from minisrv.checkpoint.hub import resolve_model
 from minisrv.checkpoint.tokenizer import HFTokenizer, load_tokenizer
@@ -79,6 +81,8 @@ async def _probe(client: Client, prompts: Prompts, num_tokens: int) -> int | Non
     """The server's count of a prompt's tokens, None if it sends none. Raises BenchError."""
     part = prompts.part([Segment((num_tokens,), num_tokens)], first=True)
     outcome, _ = await client.generate(prompts.prompt([part]), 1)
+    if outcome.failure is INTERRUPTED:
+        raise asyncio.CancelledError
     if (failure := outcome.failure) is not None:
         said = f": {failure.message}" if failure.message else ""
         raise BenchError(f"a first request to {client.url} failed: {failure.kind}{said}")

@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MinisrvError as error:
         print(f"minisrv: {error.message}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:  # before or between the measurements
+        return 130
     except OSError as error:
         print(f"minisrv: {error}", file=sys.stderr)
         return 1
