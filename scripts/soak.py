@@ -41,8 +41,12 @@ TESTS = {
     "real": ["tests/real"],
     "commands": ["tests/commands"],
     "gpu_dry_run": [
-        *("tests/gpu_dry_run", "tests/engine/test_triton_kernels.py"),
-        "tests/test_offline_throughput.py",
+        *("tests/gpu_dry_run/test_serving.py", "tests/gpu_dry_run/test_ranks.py"),
+        *("tests/gpu_dry_run/test_planner.py", "tests/test_offline_throughput.py"),
+    ],
+    "gpu_kernels": [
+        *("tests/gpu_dry_run/test_kernels.py", "tests/gpu_dry_run/test_launches.py"),
+        "tests/engine/test_triton_kernels.py",
     ],
     "cpu_kernels": ["tests/engine/test_kernels.py"],
 }
