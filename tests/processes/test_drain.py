@@ -115,14 +115,14 @@ def test_a_signal_to_every_process_lets_open_requests_end(server: ServerProcess)
 def test_a_drain_by_http_is_as_one_by_a_signal_and_may_be_followed_by_one(
     server: ServerProcess,
 ) -> None:
-    requests = start_requests(server.url)
+    requests = start_requests(server.url, 2 * NUM_TOKENS)
     for _ in range(2):
         response = httpx.post(f"{server.url}/drain")
         assert (response.status_code, response.json()) == (202, {"status": "draining"})
     server.popen.terminate()
     with httpx.Client(timeout=10) as http:
         assert_drains(server.url, http)
-    assert_complete(requests)
+    assert_complete(requests, 2 * NUM_TOKENS)
     assert server.wait(5) == 0
 
 

@@ -179,11 +179,12 @@ def _death_with_parent() -> Callable[[], object] | None:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files below `folder`, from which pip may remove some at any time."""
+    """Bytes of the files below `folder`, where pip may remove files and folders at any time."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size if path.is_file() else 0
+    for parent, _, names in os.walk(folder):  # unlike Path.rglob, it skips what has gone
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.path.getsize(os.path.join(parent, name))
     return total
 
 
