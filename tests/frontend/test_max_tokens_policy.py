@@ -19,7 +19,7 @@ from minisrv.frontend.generation import run
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.states import Serving
 from minisrv.llm import LLM
-from minisrv.wire.messages import PromptMsg
+from minisrv.wire.messages import PromptsMsg
 from tests.support.engine_backend import EngineBackend
 from tests.support.http_server import MODEL, HttpServer, serve
 
@@ -168,7 +168,7 @@ def test_a_stream_that_is_opened_before_its_first_token_has_the_warning(
 
         def report() -> None:
             uid = server.backend.requests[-1].uid
-            server.registry.receive(PromptMsg(uid=uid, prompt_tokens=1000))
+            server.registry.receive(PromptsMsg(uids=(uid,), prompt_tokens=(1000,)))
 
         def answer_and_leave() -> str:
             with server.http.stream("POST", "/v1/messages", json=body) as stream:

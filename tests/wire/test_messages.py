@@ -29,7 +29,7 @@ from minisrv.wire.messages import (
     FlushMsg,
     GenerateMsg,
     Histogram,
-    PromptMsg,
+    PromptsMsg,
     RenderMsg,
     ShowTreeMsg,
     Start,
@@ -118,7 +118,7 @@ EXAMPLES = [
     ShowTreeMsg(query=5, max_nodes=100, uids=(1, 2**50), num_tokens=8),
     AnswerMsg(query=2, value={"ids": [1, 2], "text": "\u4f60", "tokens": ["a", None]}),
     AnswerMsg(query=2, failure=FAILURE),
-    PromptMsg(uid=2**40, prompt_tokens=2**31 - 1),
+    PromptsMsg(uids=(2**40, 3), prompt_tokens=(2**31 - 1, 1)),
     TakenMsg(tokenizer=1, num_bytes=2**40),
     TreeChangesMsg(
         pages=np.array([1, -1, 5, -1, 5], np.int32),

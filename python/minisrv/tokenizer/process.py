@@ -18,11 +18,13 @@ from minisrv.wire.messages import (
     AnswerMsg,
     GenerateMsg,
     Message,
-    PromptMsg,
+    PromptsMsg,
     TakenMsg,
     UserReply,
 )
 from minisrv.wire.sockets import REPORT_BYTES, Epoch, Inbox, Outbox
+
+MAX_LENGTHS = 64  # of prompts in one message
 
 
 def main() -> None:
@@ -56,6 +58,7 @@ def _serve(child: Child) -> None:
         receiver = frontend if isinstance(message, UserReply | AnswerMsg) else scheduler
         receiver.send(message)
 
+    lengths: dict[int, int] = {}
     # One text may take seconds: the inbox is looked at before each, for aborts.
     while True:
         if not backlog:
@@ -69,8 +72,11 @@ def _serve(child: Child) -> None:
             made = worker.handle(work)
             progress.end(0)
             if isinstance(made, GenerateMsg):
-                frontend.send(PromptMsg(uid=made.uid, prompt_tokens=len(made.prompt_ids)))
+                lengths[made.uid] = len(made.prompt_ids)
             send(made)
+        if len(lengths) >= MAX_LENGTHS or (lengths and not backlog):
+            frontend.send(PromptsMsg(uids=(*lengths,), prompt_tokens=(*lengths.values(),)))
+            lengths.clear()
         if backlog.taken_bytes >= REPORT_BYTES:
             frontend.send(TakenMsg(tokenizer=boot.index, num_bytes=backlog.taken_bytes))
             backlog.taken_bytes = 0

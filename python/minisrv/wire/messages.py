@@ -348,14 +348,14 @@ class AnswerMsg:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromptMsg:
-    """Tokenizer to frontend: the prompt of this request, sent to the scheduler, has these tokens.
+class PromptsMsg:
+    """Tokenizer to frontend: the lengths of the prompts of requests, sent to the scheduler.
 
     So the frontend knows the length of a prompt that takes long, or is aborted, before its Start.
     """
 
-    uid: int
-    prompt_tokens: int
+    uids: tuple[int, ...]
+    prompt_tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -430,7 +430,7 @@ Message = (
     | UserReply
     | AnswerMsg
     | StatsMsg
-    | PromptMsg
+    | PromptsMsg
     | TakenMsg
     | TreeChangesMsg
 )
@@ -443,4 +443,4 @@ TOKENIZER_INBOX: InboxTypes = (
 SCHEDULER_INBOX: InboxTypes = (GenerateMsg, AbortMsg, FlushMsg, ShowTreeMsg)
 DETOKENIZER_INBOX: InboxTypes = (DetokenizeMsg,)
 KV_EVENTS_INBOX: InboxTypes = (TreeChangesMsg,)
-FRONTEND_INBOX: InboxTypes = (UserReply, AnswerMsg, StatsMsg, PromptMsg, TakenMsg)
+FRONTEND_INBOX: InboxTypes = (UserReply, AnswerMsg, StatsMsg, PromptsMsg, TakenMsg)

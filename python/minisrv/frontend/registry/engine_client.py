@@ -13,7 +13,7 @@ from minisrv.wire.messages import (
     FRONTEND_INBOX,
     AbortMsg,
     AnswerMsg,
-    PromptMsg,
+    PromptsMsg,
     Query,
     ShowTreeMsg,
     StatsMsg,
@@ -109,7 +109,7 @@ class EngineClient:
             self._registry.fail_all(self.error)
             self._on_error()
 
-    def _take(self, message: UserReply | AnswerMsg | StatsMsg | PromptMsg | TakenMsg) -> None:
+    def _take(self, message: UserReply | AnswerMsg | StatsMsg | PromptsMsg | TakenMsg) -> None:
         if isinstance(message, TakenMsg):
             self._tokenizers[message.tokenizer].count_taken(message.num_bytes)
         else:

@@ -35,7 +35,7 @@ from minisrv.wire.messages import (
     AbortMsg,
     AnswerMsg,
     Failure,
-    PromptMsg,
+    PromptsMsg,
     Query,
     StatsMsg,
     TokenizeMsg,
@@ -288,13 +288,14 @@ class RequestRegistry:
             self.refused[refusal.reason] += 1
             raise
 
-    def receive(self, message: UserReply | AnswerMsg | StatsMsg | PromptMsg) -> None:
+    def receive(self, message: UserReply | AnswerMsg | StatsMsg | PromptsMsg) -> None:
         """Handle a message from the other processes."""
         if isinstance(message, UserReply):
             self.deliver(message)
-        elif isinstance(message, PromptMsg):
-            if request := self._owners.get(message.uid):
-                request.prompt_lengths[message.uid] = message.prompt_tokens
+        elif isinstance(message, PromptsMsg):
+            for uid, length in zip(message.uids, message.prompt_tokens, strict=True):
+                if request := self._owners.get(uid):
+                    request.prompt_lengths[uid] = length
         elif isinstance(message, AnswerMsg):
             self._queries.deliver(message)
         else:
@@ -385,10 +386,7 @@ class RequestRegistry:
         return [*request.prompt_lengths.values()] if request else []
 
     def abort(self, base: int) -> bool:
-        """Forget a request and stop what still runs; returns whether anything did.
-
-        Allowed in every state, repeatedly, and for unknown requests.
-        """
+        """Forget a request, known or not, and stop what still runs; whether anything did."""
         request = self._requests.pop(base, None)
         return request is not None and self._stop(request)
 
