@@ -95,7 +95,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_shell(
     stream_long(chat)
     chat.press("C-c")
     chat.wait_for("^stopped")
-    wait_until(lambda: running_requests(demo_server) == 0, 10)
+    wait_until(lambda: running_requests(demo_server) == 0)
     ask(chat, "/set ignore_eos")
     ask(chat, "My name is Ana.")
     chat.wait_for(FIGURES)

@@ -41,7 +41,7 @@ def test_a_crowd_of_one_key_does_not_hold_up_another_key(
             loads = httpx.get(f"{server.url}/v1/loads", headers=headers).json()["loads"]
             return int(loads[0].get("num_waiting_reqs", 0))  # none before the first report
 
-        wait_until(lambda: waiting() >= NUM_CROWD // 2, 10)
+        wait_until(lambda: waiting() >= NUM_CROWD // 2)
         queue_s = ask(server, "single", "t" * 16)
         num_waiting = waiting()
         crowd.join()

@@ -198,10 +198,10 @@ def test_metrics_tell_the_truth_under_load(server: ServerProcess, http: httpx.Cl
     for stream in streams:
         stream.join()
     for name in ("running", "waiting"):
-        wait_until(lambda name=name: metrics_of(http)[f"minisrv:num_requests_{name}"] == 0, 5)
+        wait_until(lambda name=name: metrics_of(http)[f"minisrv:num_requests_{name}"] == 0)
     body = {"prompt": "Hi", "max_tokens": 20, "ignore_eos": True, "n": 2}
     http.post("/v1/completions", json=body)
-    wait_until(lambda: metrics_of(http)["minisrv:kv_cache_usage_perc"] == 0, 5)
+    wait_until(lambda: metrics_of(http)["minisrv:kv_cache_usage_perc"] == 0)
     after = metrics_of(http)
     generated = after["minisrv:generation_tokens_total"] - before["minisrv:generation_tokens_total"]
     assert generated >= 43

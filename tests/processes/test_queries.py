@@ -63,7 +63,7 @@ def test_queries_count_as_open_requests_and_those_without_a_client_are_dropped(
             assert httpx.get(f"{server.url}/tokenizer_info").status_code == 503
             for one in asked:
                 one.result()
-        wait_until(lambda: load_of(server.url)["num_open_reqs"] == 0, 10)
+        wait_until(lambda: load_of(server.url)["num_open_reqs"] == 0)
         metrics = httpx.get(f"{server.url}/metrics").text
         assert 'refused_requests_total{reason="open_requests"} 3.0' in metrics
         assert httpx.post(f"{server.url}/tokenize", json={"prompt": "hi"}).json()["count"] == 2
@@ -109,8 +109,8 @@ def test_an_abort_does_not_wait_for_the_tokenizer(model_dir: Path, socket_dir: P
             server.child("tokenizer").suspend()
         try:
             del chunks
-            wait_until(lambda: load_of(server.url)["num_running_reqs"] == 0, 5)
-            wait_until(lambda: load_of(server.url)["num_open_reqs"] == 0, 5)
+            wait_until(lambda: load_of(server.url)["num_running_reqs"] == 0)
+            wait_until(lambda: load_of(server.url)["num_open_reqs"] == 0)
         finally:
             server.child("tokenizer").resume()
 

@@ -58,7 +58,7 @@ def test_retry_after_is_within_a_factor_of_two_of_the_truth(
     with running("--model", str(model_dir), *limits, tmp_dir=socket_dir, step_s=STEP_S) as server:
         with load(server, ROWS + 20):
             time.sleep(2)  # a few rounds of running requests: now the rate is known
-            wait_until(lambda: waiting(server) >= 18, 10)
+            wait_until(lambda: waiting(server) >= 18)
             url = f"{server.url}/v1/completions"
             for _ in range(100):
                 refused = httpx.post(url, json={**BODY, "stream": stream}, timeout=60)

@@ -163,7 +163,7 @@ def test_a_stop_while_the_frontend_is_dead_ends_the_server(
 ) -> None:
     with running("--model", str(model_dir), tmp_dir=socket_dir) as server:
         server.child("frontend").kill()
-        wait_until(lambda: "it is started again" in server.output, 5)
+        wait_until(lambda: "it is started again" in server.output)
         server.popen.terminate()
         assert server.wait(5) == 0
         assert "Traceback" not in server.output
@@ -257,8 +257,8 @@ def test_a_stopped_process_is_continued_and_nothing_is_lost(
         if kind != "frontend":
             wait_until(lambda: status_of(f"{server.url}/ready") == 503, 5)
         assert len({text_of(request) for request in requests}) == 1
-        wait_until(lambda: status_of(f"{server.url}/ready") == 200, 5)
-        wait_until(lambda: f"the {server_name(kind)} process goes on" in server.output, 5)
+        wait_until(lambda: status_of(f"{server.url}/ready") == 200)
+        wait_until(lambda: f"the {server_name(kind)} process goes on" in server.output)
         assert metric(server, "restarts_total") == 0
         assert "most recent call first" in server.output
 
