@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "python" / "minisrv"
 LAYERS = [
     {"terminal_line"},
     {"errors", "log"},
-    {"sampling_params", "restart_limit", "option_values", "start_progress", "user_cache"},
+    {"sampling_params", "restart_limit", "option_values", "start_progress", "user_cache"}
+    | {"server_request"},
     {"config", "checkpoint"},
     {"command_line", "wire", "bench"},
     {"supervision"},

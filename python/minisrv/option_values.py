@@ -1,10 +1,11 @@
-"""Options whose text has a form of its own: sizes, path prefixes, template variables."""
+"""Options whose text has a form of its own: sizes, URLs, path prefixes, template variables."""
 
 from __future__ import annotations
 
 import json
 import re
 from typing import Any
+from urllib.parse import urlsplit
 
 from minisrv.errors import ConfigError
 
@@ -65,3 +66,25 @@ def read_endpoint(text: str, name: str) -> str:
             f"{flag(name)} is {text!r}; it must be a port, tcp://ADDRESS:PORT or ipc:///PATH"
         )
     return text
+
+
+def read_server_url(text: str) -> str:
+    """The URL of a server to send requests to, without slashes at its end. Raises ConfigError."""
+    try:
+        parts = urlsplit(text)
+        (parts.hostname or "").encode("idna")
+        plain = text.isascii() and text.isprintable() and not set(text) & set(" @?#")
+        valid = plain and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ConfigError(f"{text} is not the URL of a server, such as http://127.0.0.1:8000")
+    return text.rstrip("/")
+
+
+def authorization(api_key: str) -> dict[str, str]:
+    """The header that carries a key to a server, none for "". Raises ConfigError."""
+    key = api_key.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError("the API key has characters that no HTTP header may contain")
+    return {"Authorization": f"Bearer {key}"} if key else {}

@@ -155,7 +155,7 @@ def test_a_server_of_its_own_is_ended_when_the_shell_is_killed(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_a_server_that_does_not_start_is_told_with_its_reason(
+def test_a_server_that_does_not_start_is_reported_with_its_reason(
     pipe: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe("")

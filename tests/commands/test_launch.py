@@ -91,7 +91,7 @@ def test_a_client_that_is_not_installed_is_named_with_its_package(
         (["--api-key", "wrong"], 1, "needs a key"),
         (["--api-key", "secret", "--model", "other"], 2, "serves org/tiny"),
         (["--url", "http://127.0.0.1:9"], 1, "minisrv serve MODEL"),
-        (["--url", "nonsense"], 1, "minisrv serve MODEL"),
+        (["--url", "nonsense"], 2, "is not the URL of a server"),
     ],
 )
 def test_what_is_wrong_is_said(

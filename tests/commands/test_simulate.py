@@ -115,7 +115,7 @@ def test_a_sweep_says_how_many_gpus_are_enough(
         (["--gpu", "H100", "--sweep", "tp=1", "--sweep", "tp=2"], "twice"),
         (["--step-times", "missing.json"], "cannot be read"),
         (["--gpu", "H100", "--calibrate", "http://127.0.0.1:1"], "--step-times"),
-        (["--step-times", "new.json", "--calibrate", "127.0.0.1:1"], "must be a URL"),
+        (["--step-times", "new.json", "--calibrate", "127.0.0.1:1"], "is not the URL of a server"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused(

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from minisrv.bench.connection import ConnectionPool, RequestError
 from minisrv.bench.reply import Failure, Reply, error_text
 from minisrv.errors import MinisrvError
+from minisrv.option_values import authorization
 
 ENDPOINTS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 INTERRUPTED = Failure("interrupted")
@@ -65,7 +66,7 @@ class Client:
         sampling: Sampling | None = None,
         timeout_s: float = 600.0,
     ) -> None:
-        """Raises ConfigError for a wrong URL."""
+        """Raises ConfigError for a URL or key that cannot be used."""
         self.url = url.rstrip("/").removesuffix("/v1")
         self.model = model
         self.endpoint = endpoint
@@ -74,8 +75,7 @@ class Client:
         self._pool = ConnectionPool(self.url)
         self._path = urlsplit(self.url).path
         head = f"Host: {self._pool.host}\r\nUser-Agent: minisrv-bench\r\nAccept: */*\r\n"
-        if api_key:
-            head += f"Authorization: Bearer {api_key}\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in authorization(api_key).items())
         self._head = head
 
     async def generate(

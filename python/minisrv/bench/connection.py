@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from minisrv.bench.reply import Failure
-from minisrv.errors import ConfigError
+from minisrv.option_values import read_server_url
 
 
 class Receiver(Protocol):
@@ -122,13 +122,11 @@ class Connection(asyncio.Protocol):
 
 
 class ConnectionPool:
-    """Connections to one server, kept open between requests. url: http or https."""
+    """Connections to one server, kept open between requests. Raises ConfigError for a wrong URL."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"{url} is not the URL of a server, such as http://127.0.0.1:8000")
-        self.host = parts.netloc.rpartition("@")[2]
+        parts = urlsplit(read_server_url(url))
+        self.host = parts.netloc
         self._address = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
         self._idle: list[Connection] = []

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException, HTTPResponse
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from minisrv.errors import ConfigError, MinisrvError
+from minisrv.errors import MinisrvError
+from minisrv.option_values import authorization, read_server_url
+from minisrv.server_request import UnreachableError, send_request
 
 _MODELS_TIMEOUT_S, _ANSWER_TIMEOUT_S = 30, 600
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 Message = dict[str, str]
 
@@ -65,23 +65,15 @@ class Answer:
 
 
 class ChatClient:
-    """url: of the server, with or without its /v1. model: empty for the first that it serves."""
+    """url: of the server, with or without its /v1. model: empty for the first that it serves.
+
+    Raises ConfigError for a URL or key that cannot be used, ChatError.
+    """
 
     def __init__(self, url: str, api_key: str = "", model: str = "") -> None:
-        parts = urlsplit(url)
-        try:
-            valid = parts.hostname and parts.port != 0
-        except ValueError:
-            valid = False
-        if not valid or parts.query or parts.fragment:
-            raise ConfigError(f"{url} is not the URL of a server, such as http://127.0.0.1:8000")
-        self.url = url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
-        self._headers = {"Content-Type": "application/json", "User-Agent": "minisrv-chat"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        # What is on this machine is not asked for by way of a proxy.
-        handlers = [urllib.request.ProxyHandler({})] if parts.hostname in _LOOPBACK else []
-        self._opener = urllib.request.build_opener(*handlers)
+        url = read_server_url(url)
+        self.url = url if urlsplit(url).path else f"{url}/v1"
+        self._headers = {"User-Agent": "minisrv-chat", **authorization(api_key)}
         self.model = model or self._first_model()
 
     def stream(
@@ -114,16 +106,12 @@ class ChatClient:
                 raise ChatError(f"{self.url}/models names no model; give one: --model") from None
 
     def _open(self, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> HTTPResponse:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, self._headers)
         try:
-            response: HTTPResponse = self._opener.open(request, timeout=timeout_s)
+            return send_request(self.url + path, self._headers, body, timeout_s=timeout_s)
         except urllib.error.HTTPError as error:
             raise ChatError(_explain(self.url + path, error)) from None
-        except (OSError, HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
-            raise ChatError(f"no server answers at {self.url}: {reason}") from None
-        return response
+        except UnreachableError as error:
+            raise ChatError(f"no server answers at {self.url}: {error.message}") from None
 
 
 def _events(response: HTTPResponse) -> Iterator[dict[str, Any]]:
@@ -136,7 +124,7 @@ def _events(response: HTTPResponse) -> Iterator[dict[str, Any]]:
             if data.strip() == "[DONE]":
                 return
             event = json.loads(data)
-            if "error" in event:
+            if not isinstance(event, dict) or event.get("error"):
                 raise ChatError(_message(event) or "the server broke off the answer")
             yield event
     except (OSError, HTTPException, ValueError, TypeError) as error:

@@ -13,14 +13,16 @@ import shlex
 import shutil
 import sys
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from minisrv.config import ENV_PREFIX, ServerConfig
 from minisrv.errors import ConfigError, MinisrvError
+from minisrv.option_values import authorization, read_server_url
+from minisrv.server_request import UnreachableError, send_request
 from minisrv.user_cache import user_cache
 
 NO_KEY = "none"  # clients insist on a key
@@ -156,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = ServerConfig.from_environment(model="demo")
         key = options.api_key or next(iter(config.api_key), NO_KEY)
-        url = (options.url or f"http://127.0.0.1:{config.port}").rstrip("/").removesuffix("/v1")
+        url = read_server_url(options.url or f"http://127.0.0.1:{config.port}").removesuffix("/v1")
         served = ask(url, key, options.model)
         launch = client.prepare(served)
     except MinisrvError as error:
@@ -198,16 +200,17 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def ask(url: str, api_key: str, name: str | None = None) -> Served:
     """Read the served names and the context from /v1/models. Raises MinisrvError."""
-    headers = {} if api_key == NO_KEY else {"Authorization": f"Bearer {api_key}"}
+    headers = authorization("" if api_key == NO_KEY else api_key)
     try:
-        request = urllib.request.Request(f"{url}/v1/models", headers=headers)
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+        with send_request(f"{url}/v1/models", headers, timeout_s=TIMEOUT_S) as response:
             models = {str(m["id"]): int(m["max_model_len"]) for m in json.load(response)["data"]}
+        if not models:
+            raise ValueError("it names no model")
     except urllib.error.HTTPError as error:
         raise MinisrvError(_explain(url, error)) from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (UnreachableError, HTTPException, OSError, ValueError, LookupError, TypeError) as error:
         raise MinisrvError(
-            f"no minisrv answers at {url} ({getattr(error, 'reason', error)}); "
+            f"no minisrv answers at {url} ({error}); "
             "start one with `minisrv serve MODEL`, or give its --url"
         ) from None
     model = name or next(iter(models))

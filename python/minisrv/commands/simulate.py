@@ -18,7 +18,7 @@ from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig
 from minisrv.engine.gpus import GPU, find_gpu
 from minisrv.engine.parallel.shard import check_divisible
 from minisrv.errors import ConfigError, MinisrvError
-from minisrv.simulation.calibrate import calibrate, check_url
+from minisrv.simulation.calibrate import calibrate
 from minisrv.simulation.fleet import ROUTERS, Traffic, simulate
 from minisrv.simulation.linear import Calibration
 from minisrv.simulation.plot import draw
@@ -230,7 +230,7 @@ def _calibrate(url: str, config: ServerConfig, path: Path | None) -> None:
     if path is None:
         raise ConfigError("--calibrate needs --step-times, the file to write")
     key = config.admin_key or next(iter(config.api_key), "")
-    calibration = calibrate(check_url(url), key, print)
+    calibration = calibrate(url, key, print)
     calibration.save(path)
     errors = sorted(map(abs, calibration.errors()))
     print(f"{path}: {calibration.times}")

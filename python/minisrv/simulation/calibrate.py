@@ -13,14 +13,15 @@ import re
 import statistics
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from http.client import HTTPException
 from typing import Any
 
 from minisrv.config import MAX_PREFILL_TOKENS
-from minisrv.errors import ConfigError, MinisrvError
+from minisrv.errors import MinisrvError
+from minisrv.option_values import authorization, read_server_url
 from minisrv.sampling_params import MAX_CHOICES
+from minisrv.server_request import UnreachableError, send_request
 from minisrv.simulation.linear import Calibration, Observation, fit
 from minisrv.simulation.replica import ServerShape
 
@@ -39,10 +40,8 @@ class RunningServer:
     """The server at `url`; calls raise CalibrationError."""
 
     def __init__(self, url: str, api_key: str = "") -> None:
-        self._url = url.rstrip("/")
-        self._headers = {"Content-Type": "application/json"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._url = read_server_url(url)
+        self._headers = authorization(api_key)
         self._random = random.Random(time.time_ns())  # no prompt is in the cache from before
         self.info = json.loads(self._read("/server_info"))
 
@@ -89,20 +88,30 @@ class RunningServer:
         return content
 
     def _open(self, path: str, body: Mapping[str, Any] | None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._url + path, data, self._headers)
         try:
-            return urllib.request.urlopen(request, timeout=_TIMEOUT_S)
+            return send_request(self._url + path, self._headers, body, timeout_s=_TIMEOUT_S)
         except urllib.error.HTTPError as error:
             with error:
                 text = error.read(1000).decode(errors="replace")
             raise CalibrationError(f"{self._url}{path} answers {error.code}: {text}") from None
-        except (OSError, HTTPException) as error:
-            raise CalibrationError(f"{self._url} cannot be reached: {error}") from None
+        except UnreachableError as error:
+            raise CalibrationError(f"{self._url} cannot be reached: {error.message}") from None
 
 
 def calibrate(url: str, api_key: str, say: Callable[[str], None]) -> Calibration:
-    """Measure a server and fit its times. `say` gets a line for each measurement."""
+    """Measure a server and fit its times. `say` gets a line for each measurement.
+
+    Raises CalibrationError; ConfigError for a URL or key that cannot be used.
+    """
+    try:
+        return _calibrate(url, api_key, say)
+    except (HTTPException, OSError) as error:
+        raise CalibrationError(f"{url} broke off an answer: {error}") from None
+    except (LookupError, TypeError, json.JSONDecodeError) as error:
+        raise CalibrationError(f"{url} does not answer as a minisrv: {error!r}") from None
+
+
+def _calibrate(url: str, api_key: str, say: Callable[[str], None]) -> Calibration:
     server = RunningServer(url, api_key)
     server.complete(1, 1)
     shape = _shape(server)
@@ -200,10 +209,3 @@ def _changes(server: RunningServer, before: Mapping[str, float], name: str) -> d
             return {key: value - before.get(key, 0.0) for key, value in now.items()}
         time.sleep(0.02)
     raise CalibrationError(f"the server's metric {name} does not change")
-
-
-def check_url(url: str) -> str:
-    """The URL. Raises ConfigError if it is none."""
-    if re.match(r"https?://[^/]+", url) is None:
-        raise ConfigError(f"--calibrate is {url!r}; it must be a URL such as http://127.0.0.1:8000")
-    return url

@@ -1,0 +1,41 @@
+"""A request of a command to a server, such as `minisrv chat` sends it."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from http.client import HTTPException, HTTPResponse
+from typing import Any
+from urllib.parse import urlsplit
+
+from minisrv.errors import MinisrvError
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class UnreachableError(MinisrvError):
+    """No server answers, or not in HTTP."""
+
+
+def send_request(
+    url: str, headers: Mapping[str, str], body: Any = None, *, timeout_s: float
+) -> HTTPResponse:
+    """Send a GET, or with a body (to be sent as JSON) a POST.
+
+    Raises urllib.error.HTTPError for a status that is an error, UnreachableError.
+    """
+    data = None if body is None else json.dumps(body).encode()
+    fields = {"Content-Type": "application/json", **headers}
+    request = urllib.request.Request(url, data, fields)
+    # No proxy is asked for what is on this machine.
+    local = urlsplit(url).hostname in _LOOPBACK
+    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
+    try:
+        response: HTTPResponse = opener.open(request, timeout=timeout_s)
+    except urllib.error.HTTPError:
+        raise
+    except (OSError, HTTPException) as error:
+        raise UnreachableError(str(getattr(error, "reason", None) or error).strip()) from None
+    return response
