@@ -31,6 +31,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=text, **how)
 
 
+def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments before and after the first `--`."""
+    own, after = list(argv), []
+    if "--" in own:
+        end = own.index("--")
+        own, after = own[:end], own[end + 1 :]
+    return own, after
+
+
 def parse_command_line(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[ServerConfig, argparse.Namespace]:

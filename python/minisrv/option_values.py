@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -88,3 +90,12 @@ def authorization(api_key: str) -> dict[str, str]:
     if not (key.isascii() and key.isprintable()):
         raise ConfigError("the API key has characters that no HTTP header may contain")
     return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def check_output(path: Path | None) -> None:
+    """Raises ConfigError if a file cannot be written, before the work whose result it will hold."""
+    if path is None:
+        return
+    place = path if path.exists() else path.parent
+    if path.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: {place} is not a place for files")

@@ -36,6 +36,7 @@ def test_an_svg_shows_every_load(loads: list[Load], tmp_path: Path) -> None:
     names = {Load(1): "concurrency 1", Load(rate=0.5): "0.5 requests/s", Load(): "as recorded"}
     assert names[loads[0]] in text
     assert "concurrency 8" in text or len(loads) == 1
+    assert ("requests sent per second" in text) == (loads[0].rate is not None)
     for title in ("throughput", "TTFT: time to first token", "E2E: end to end"):
         assert title in text
 

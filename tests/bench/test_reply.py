@@ -108,3 +108,9 @@ def test_an_event_that_is_not_json_is_a_failure() -> None:
     failure = read(b"data: {\n\n" + DONE).end()
     assert failure is not None
     assert failure.kind == "event is not JSON"
+
+
+def test_usage_in_another_form_is_left_out() -> None:
+    reply = read(text("a"), event({"choices": [], "usage": "7 tokens"}), DONE)
+    assert reply.end() is None
+    assert reply.usage == {}

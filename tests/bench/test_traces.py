@@ -74,6 +74,9 @@ def test_our_own_form_is_sorted_by_arrival(tmp_path: Path) -> None:
         ("t.jsonl", MOONCAKE + "{", "line 3 .* is not JSON"),
         ("t.jsonl", "[]", "line 1 .* is not a JSON object"),
         ("t.csv", "\udcff", "is not UTF-8"),
+        ("t.csv", OWN + "x" * 200_000, "line . of .* is not CSV: field larger"),
+        ("t.jsonl", "[" * 100_000, "line 1 .* is not JSON"),
+        ("t.jsonl", MOONCAKE.replace("[0, 7]", "[0, -7]"), "line 1 .* an id of a block is neg"),
     ],
 )
 def test_a_fault_is_reported_with_its_line(

@@ -34,7 +34,8 @@ def measure(
     """The JSON of a benchmark, and what the server did in it."""
     before = len(server.requests())
     result = folder / "result.json"
-    given = [*arguments, "--output", str(result), "--input-tokens", "20"]
+    given = [*arguments, "--output", str(result)]
+    given += [] if "--trace" in arguments else ["--input-tokens", "20"]
     assert bench.main(["--url", server.url, *given]) == status
     return json.loads(result.read_text()), server.requests()[before + NUM_PROBES :]
 
@@ -185,6 +186,24 @@ def test_ctrl_c_ends_with_what_was_measured(server: PacedServer, tmp_path: Path)
     assert len(point["each_request"]) == counts["completed"] + interrupted
 
 
+def test_a_sweep_that_is_killed_leaves_the_loads_that_it_has_measured(tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    with paced_server(0.0, 0.001) as server:
+        command = [sys.executable, "-m", "minisrv", "bench", "--url", server.url, "--output"]
+        command += [str(result), "--requests", "2", "--concurrency", "1,2", "--output-tokens"]
+        process = subprocess.Popen(
+            [*command, "1000"],
+            env={"PYTHONPATH": PYTHONPATH},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_until(lambda: len(server.requests()) >= NUM_PROBES + 3)
+        process.kill()
+        process.wait()
+    (point,) = json.loads(result.read_text())["points"]
+    assert point["requests"]["completed"] == 2
+
+
 def test_ctrl_c_before_the_first_reply_ends_the_command() -> None:
     with paced_server(60, GAP_S) as server:
         command = [sys.executable, "-m", "minisrv", "bench", "--url", server.url]
@@ -245,6 +264,16 @@ def test_a_result_is_compared_with_itself(
         (["--plot", "picture.gif"], 2, "must end in .png or .svg"),
         (["--compare", "nothing.json", "nothing.json"], 2, "cannot be read"),
         (["--trace", "nothing.csv"], 2, "cannot be read"),
+        (["--trace", "nothing.csv", "--turns", "2"], 2, "--turns has no effect with --trace"),
+        (["--trace", "nothing.csv", "--speed", "2", "--rate", "1"], 2, "--speed has no effect"),
+        (["--duration", "3"], 2, "--duration needs --trace"),
+        (["--arrivals", "constant"], 2, "--arrivals needs --rate"),
+        (["--think-time", "-1"], 2, "--think-time must be"),
+        (["--think-time", "inf"], 2, "--think-time must be"),
+        (["--timeout", "0"], 2, "--timeout must be above 0"),
+        (["--output", "/no/such/folder/a.json"], 2, "a.json cannot be written"),
+        (["--output", "/"], 2, "/ cannot be written"),
+        (["--plot", "/no/such/folder/a.svg"], 2, "a.svg cannot be written"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

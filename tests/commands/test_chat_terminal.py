@@ -81,6 +81,8 @@ def test_a_conversation_with_commands(chat: Terminal, tmp_path: Path) -> None:
     ask(chat, f"/save {tmp_path / 'taken'}")
     chat.wait_for("exists and is left as it is")
     assert (tmp_path / "taken").read_text() == "mine"
+    ask(chat, "/save ~no-such-user/chat.json")
+    chat.wait_for("chat.json cannot be written")
     ask(chat, "/clear")
     ask(chat, "/exit")
     chat.wait_for("^status 0")

@@ -113,6 +113,9 @@ def test_a_sweep_says_how_many_gpus_are_enough(
         (["--gpu", "H100", "--trace", "missing.jsonl"], "cannot be read"),
         (["--gpu", "H100", "--sweep", "replicas"], "replicas=1,2,4"),
         (["--gpu", "H100", "--sweep", "tp=1", "--sweep", "tp=2"], "twice"),
+        (["--gpu", "H100", "--sweep", "tp=1", "--sweep=--tp=2"], "twice"),
+        (["--gpu", "H100", "--json", "/no/such/folder/a.json"], "a.json cannot be written"),
+        (["--gpu", "H100", "--sweep", "tp=1", "--plot", "/no/a.svg"], "a.svg cannot be written"),
         (["--step-times", "missing.json"], "cannot be read"),
         (["--gpu", "H100", "--calibrate", "http://127.0.0.1:1"], "--step-times"),
         (["--step-times", "new.json", "--calibrate", "127.0.0.1:1"], "is not the URL of a server"),
@@ -123,3 +126,22 @@ def test_what_cannot_be_simulated_is_refused(
 ) -> None:
     assert cli.main(["simulate", MODEL, "--trace", str(trace), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_wrong_point_ends_a_sweep_before_the_first(
+    trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["simulate", MODEL, "--gpu", "H100", "--trace", str(trace)]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*command, "--sweep", "replicas=1,none"])
+    assert "good" not in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_a_simulation_without_a_traceback(
+    trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minisrv.commands.simulate.simulate", interrupt)
+    assert cli.main(["simulate", MODEL, "--gpu", "H100", "--trace", str(trace)]) == 130

@@ -127,7 +127,7 @@ class ConnectionPool:
     def __init__(self, url: str) -> None:
         parts = urlsplit(read_server_url(url))
         self.host = parts.netloc
-        self._address = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+        self._address = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
         self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
         self._idle: list[Connection] = []
 

@@ -7,19 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisrv.bench.measures import Json
-from minisrv.bench.report import load_name
+from minisrv.bench.report import MEANINGS, load_name
 from minisrv.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMATS = (".png", ".svg")
-_PANELS = {
-    "ttft": "time to first token",
-    "itl": "time between chunks",
-    "tpot": "time per output token",
-    "e2e": "end to end",
-}
 
 
 def check_plot(path: Path) -> None:
@@ -44,7 +38,7 @@ def plot(result: Json, path: Path) -> None:
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 3).flat
     _draw_throughput(axes[0], points)
-    for panel, (name, title) in zip(axes[1:], _PANELS.items(), strict=False):
+    for panel, (name, title) in zip(axes[1:], MEANINGS.items(), strict=False):
         _draw_distribution(panel, points, name, f"{name.upper()}: {title}")
     axes[5].axis("off")
     axes[5].legend(*axes[1].get_legend_handles_labels(), loc="upper left", frameon=False)
@@ -79,4 +73,7 @@ def _load_of(point: Json) -> Any:
 
 
 def _load_label(points: Sequence[Json]) -> str:
-    return "requests at once" if points[0]["load"]["concurrency"] else "requests sent per second"
+    load = points[0]["load"]
+    if load["concurrency"] is not None:
+        return "requests at once"
+    return "" if load["rate"] is None else "requests sent per second"

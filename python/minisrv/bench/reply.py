@@ -92,7 +92,7 @@ class Reply:
         if not isinstance(event, dict) or event.get("error"):
             self.failure = self.failure or Failure("error in the stream", error_text(event))
             return
-        if usage := event.get("usage"):
+        if isinstance(usage := event.get("usage"), dict):
             self.usage = usage
         if not (choices := event.get("choices")):
             return

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from minisrv.bench.measures import LATENCIES, Json
 
-_MEANINGS = {
+MEANINGS = {
     "ttft": "time to first token",
     "itl": "between chunks",
     "tpot": "per output token",
@@ -119,7 +119,7 @@ def _latency_table(point: Json) -> str:
     rows = [["milliseconds", *columns]]
     for name in LATENCIES:
         found = point["latencies"][name]
-        label = f"{name.upper()} ({_MEANINGS[name]})"
+        label = f"{name.upper()} ({MEANINGS[name]})"
         rows.append([label, *(_ms(found.get(column)) for column in columns)])
     return format_table(rows)
 

@@ -1,8 +1,8 @@
 """Traces of real traffic: when requests arrived, and how many tokens went in and out.
 
-Three forms are read, told apart by their columns. Azure's CSV: TIMESTAMP (a date), ContextTokens,
-GeneratedTokens. Mooncake's JSONL: timestamp (ms), input_length, output_length, hash_ids. And one of
-our own, as CSV or JSONL, whose columns are the fields of TraceRequest: arrival_s, input_tokens,
+Three forms are read; the columns say which one a file has. Azure's CSV has TIMESTAMP (a date),
+ContextTokens and GeneratedTokens. Mooncake's JSONL has timestamp (ms), input_length, output_length
+and hash_ids. Our own, CSV or JSONL, has the fields of TraceRequest: arrival_s, input_tokens,
 output_tokens and, if wanted, session.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 from minisrv.errors import ConfigError
 
 BLOCK_TOKENS = 512
+DIVISORS = [1 << n for n in range(BLOCK_TOKENS.bit_length())]  # of the lengths of a trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def read_trace(path: Path, limit: int | None = None) -> list[TraceRequest]:
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = _json_rows(file, path) if _is_jsonl(path) else _csv_rows(file)
+            rows = (_json_rows if _is_jsonl(path) else _csv_rows)(file, path)
             requests = [_read(row, path, number) for number, row in islice(rows, limit)]
     except OSError as error:
         raise ConfigError(f"the trace {path} cannot be read: {error.strerror}") from None
@@ -64,10 +65,13 @@ def _is_jsonl(path: Path) -> bool:
     return path.suffix in (".jsonl", ".json")
 
 
-def _csv_rows(file: Iterable[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _csv_rows(file: Iterable[str], path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     reader = csv.DictReader(file)
-    for row in reader:
-        yield reader.line_num, row
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ConfigError(f"line {reader.line_num} of {path} is not CSV: {error}") from None
 
 
 def _json_rows(file: Iterable[str], path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -76,7 +80,7 @@ def _json_rows(file: Iterable[str], path: Path) -> Iterator[tuple[int, Mapping[s
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"line {number} of {path} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise ConfigError(f"line {number} of {path} is not a JSON object")
@@ -107,6 +111,8 @@ def _check(request: TraceRequest) -> None:
     blocks = math.ceil(request.input_tokens / BLOCK_TOKENS)
     if request.block_ids and len(request.block_ids) != blocks:
         raise ValueError(f"{request.input_tokens} tokens are not {len(request.block_ids)} blocks")
+    if min(request.block_ids, default=0) < 0:
+        raise ValueError("an id of a block is negative")
 
 
 def _read_azure(row: Mapping[str, Any]) -> TraceRequest:
@@ -135,7 +141,7 @@ def _read_own(row: Mapping[str, Any]) -> TraceRequest:
     )
 
 
-# By the column that tells them apart.
+# By the column that only this form has.
 _FORMS: dict[str, Callable[[Mapping[str, Any]], TraceRequest]] = {
     "TIMESTAMP": _read_azure,
     "timestamp": _read_mooncake,

@@ -28,6 +28,7 @@ from minisrv.bench.report import describe_point, describe_sweep, load_name
 from minisrv.bench.runner import run
 from minisrv.commands.bench_options import make_parser, read_field, read_source
 from minisrv.errors import ConfigError, MinisrvError
+from minisrv.option_values import check_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +59,8 @@ class _Bench:
         )
         self._bounds = Bounds.parse(options.goodput)
         self._source = read_source(options)
+        for path in (options.output, options.plot):
+            check_output(path)
         if options.plot is not None:
             check_plot(options.plot)
         self._tokenizer = read_tokenizer(options.tokenizer) if options.tokenizer else None
@@ -88,13 +91,13 @@ class _Bench:
         for number, load in enumerate(self._loads):
             point = await self._measure_point(prompts, load, (self._options.seed, number))
             result["points"].append(point)
+            if self._options.output is not None:
+                self._options.output.write_text(json.dumps(result, default=str) + "\n")
             print(describe_point(point), flush=True)
             if point["interrupted"]:
                 break
         if len(result["points"]) > 1:
             print(describe_sweep(result["points"]))
-        if self._options.output is not None:
-            self._options.output.write_text(json.dumps(result, default=str) + "\n")
         if self._options.plot is not None:
             plot(result, self._options.plot)
         return _status(result["points"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,19 @@ from minisrv.bench.load import ARRIVALS
 from minisrv.bench.measures import LATENCIES
 from minisrv.bench.prepare import PROMPT_FORMS
 from minisrv.bench.replay import Replay
-from minisrv.bench.traces import BLOCK_TOKENS, read_trace
+from minisrv.bench.traces import DIVISORS, read_trace
 from minisrv.bench.workloads import Range, Shape
 from minisrv.errors import ConfigError
+from minisrv.option_values import flag
 
 # Tokens of the shared prefix and turns of a conversation, where the user gives none.
 WORKLOADS = {"random": (0, "1"), "shared-prefix": (1024, "1"), "multi-turn": (0, "4")}
-DIVISORS = [1 << n for n in range(BLOCK_TOKENS.bit_length())]
+# Options that only make up a workload, and those that only change a trace.
+_OF_WORKLOADS = (
+    *("workload", "input_tokens", "output_tokens", "prefix_tokens", "prefixes", "turns"),
+    "think_time",
+)
+_OF_TRACES = ("duration", "divide_lengths", "speed")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -126,11 +133,8 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
 
 def read_source(options: argparse.Namespace) -> Shape | Replay:
     """What is sent. Raises ConfigError."""
-    for name, low in (("requests", 1), ("prefix_tokens", 0), ("prefixes", 1), ("seed", 0)):
-        if (value := getattr(options, name)) is not None and value < low:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}")
-    if not options.speed > 0:
-        raise ConfigError("--speed must be above 0")
+    _check_numbers(options)
+    _check_used(options)
     if options.trace is not None:
         trace = read_trace(options.trace, options.requests)
         if options.duration is not None:
@@ -145,8 +149,35 @@ def read_source(options: argparse.Namespace) -> Shape | Replay:
         prefix_tokens if options.prefix_tokens is None else options.prefix_tokens,
         options.prefixes,
         Range.parse(options.turns or turns),
-        max(0.0, options.think_time),
+        options.think_time,
     )
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    for name, low in (("requests", 1), ("prefix_tokens", 0), ("prefixes", 1), ("seed", 0)):
+        if (value := getattr(options, name)) is not None and value < low:
+            raise ConfigError(f"{flag(name)} must be at least {low}")
+    for name in ("timeout", "speed"):
+        if not getattr(options, name) > 0:
+            raise ConfigError(f"{flag(name)} must be above 0")
+    if not 0 <= options.think_time < math.inf:
+        raise ConfigError("--think-time must be a number of seconds, at least 0")
+
+
+def _check_used(options: argparse.Namespace) -> None:
+    """Refuse options that would have no effect."""
+    unused, why = _OF_TRACES, "needs --trace"
+    if options.trace is not None:
+        unused, why = _OF_WORKLOADS, "has no effect with --trace"
+    defaults = make_parser().parse_args([])
+    for name in unused:
+        if getattr(options, name) != getattr(defaults, name):
+            raise ConfigError(f"{flag(name)} {why}")
+    if options.arrivals != defaults.arrivals and options.rate is None:
+        raise ConfigError("--arrivals needs --rate")
+    paced = options.rate is not None or options.concurrency is not None
+    if paced and options.speed != defaults.speed:
+        raise ConfigError("--speed has no effect with --rate or --concurrency")
 
 
 def read_field(text: str) -> tuple[str, Any]:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+from minisrv.command_line import split_at_dashes
 from minisrv.commands.chat_client import Answer, ChatClient
 from minisrv.commands.chat_server import own_server
 from minisrv.errors import ConfigError, MinisrvError
@@ -17,8 +18,7 @@ _URLS = ("http://", "https://")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Talk, or answer once; exit status 1: it failed, 2: a wrong option, 130: Ctrl-C."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    own, of_server = _split(arguments)
+    own, of_server = split_at_dashes(sys.argv[1:] if argv is None else argv)
     options = _make_parser().parse_args(own)
     try:
         return _run(options, of_server)
@@ -35,13 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # As `| head` does it. Without this Python would report it once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
-
-
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    if "--" not in arguments:
-        return arguments, []
-    end = arguments.index("--")
-    return arguments[:end], arguments[end + 1 :]
 
 
 def _make_parser() -> argparse.ArgumentParser:

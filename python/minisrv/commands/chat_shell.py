@@ -179,16 +179,18 @@ class Shell:
         if not text:
             self._screen.note("the name of a file is missing: /save chat.json")
             return
-        path = Path(text).expanduser().absolute()
         body = {"model": self._client.model, "messages": self._conversation.messages}
         body |= self._conversation.settings
+        path = Path(text)
         try:
+            path = path.expanduser().absolute()
             with path.open("w" if path in self._saved else "x") as file:
                 json.dump(body, file, indent=2, ensure_ascii=False)
         except FileExistsError:
             self._screen.note(f"{path} exists and is left as it is; choose another name", "red")
-        except OSError as error:
-            self._screen.note(f"{path} cannot be written: {error.strerror}", "red")
+        except (OSError, RuntimeError, ValueError) as error:  # such as ~NOBODY, or a lone surrogate
+            reason = error.strerror if isinstance(error, OSError) else error
+            self._screen.note(f"{path} cannot be written: {reason}", "red")
         else:
             self._saved.add(path)
             self._screen.note(f"saved as {path}; /v1/chat/completions takes it as a request")

@@ -19,6 +19,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from minisrv.command_line import split_at_dashes
 from minisrv.config import ENV_PREFIX, ServerConfig
 from minisrv.errors import ConfigError, MinisrvError
 from minisrv.option_values import authorization, read_server_url
@@ -152,7 +153,7 @@ CLIENTS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print or run the command; exit status 1: no server or client, 2: a wrong option."""
-    own, passed_on = split(list(sys.argv[1:] if argv is None else argv))
+    own, passed_on = split_at_dashes(sys.argv[1:] if argv is None else argv)
     options = make_parser().parse_args(own)
     client = CLIENTS[options.client]
     try:
@@ -188,14 +189,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key", help="default: the first in MINISRV_API_KEY")
     parser.add_argument("client", choices=CLIENTS, metavar="CLIENT", help=", ".join(CLIENTS))
     return parser
-
-
-def split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The arguments before and after `--`."""
-    if "--" not in argv:
-        return argv, []
-    end = argv.index("--")
-    return argv[:end], argv[end + 1 :]
 
 
 def ask(url: str, api_key: str, name: str | None = None) -> Served:

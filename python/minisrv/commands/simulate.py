@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from minisrv.bench.traces import BLOCK_TOKENS, read_trace
+from minisrv.bench.traces import DIVISORS, read_trace
 from minisrv.checkpoint.hub import CONFIG_FILES, resolve_model
 from minisrv.command_line import parse_command_line
 from minisrv.commands.plan import Deployment, load_model, make_plan
@@ -18,6 +18,7 @@ from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig
 from minisrv.engine.gpus import GPU, find_gpu
 from minisrv.engine.parallel.shard import check_divisible
 from minisrv.errors import ConfigError, MinisrvError
+from minisrv.option_values import check_output
 from minisrv.simulation.calibrate import calibrate
 from minisrv.simulation.fleet import ROUTERS, Traffic, simulate
 from minisrv.simulation.linear import Calibration
@@ -42,7 +43,7 @@ class Server:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the figures; exit status 0, 2: an option is wrong, 1: failed."""
+    """Print the figures; exit status 0, 2: an option is wrong, 1: failed, 130: Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     parser = _make_parser()
     config, options = parse_command_line(parser, argv)
@@ -60,15 +61,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MinisrvError as error:
         print(f"minisrv: {error.message}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        print(f"minisrv: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
 def _simulate_all(argv: Sequence[str], options: argparse.Namespace) -> None:
     """One simulation, or one for each point of the sweeps. Raises MinisrvError."""
+    for path in (options.json, options.plot):
+        check_output(path)
     points = expand(options.sweep)
+    # All of them first: a wrong one ends the command.
+    parsed = [parse_command_line(_make_parser(), [*argv, *flags(point)]) for point in points]
     results = []
-    for point in points:
-        result = _simulate(point, *parse_command_line(_make_parser(), [*argv, *flags(point)]))
+    for point, (config, own) in zip(points, parsed, strict=True):
+        result = _simulate(point, config, own)
         results.append(result)
         if options.sweep:
             print(f"{describe(point)}: {result.figures.good_share:.1%} good", flush=True)
@@ -175,7 +185,7 @@ def _add_traffic(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--divide-lengths",
         type=int,
-        choices=[1 << n for n in range(BLOCK_TOKENS.bit_length())],
+        choices=DIVISORS,
         default=1,
         metavar="N",
         help="divide the lengths of prompts and outputs by N, a power of two",
@@ -229,6 +239,7 @@ def _calibrate(url: str, config: ServerConfig, path: Path | None) -> None:
     """Measure a server and write the result. Raises MinisrvError."""
     if path is None:
         raise ConfigError("--calibrate needs --step-times, the file to write")
+    check_output(path)
     key = config.admin_key or next(iter(config.api_key), "")
     calibration = calibrate(url, key, print)
     calibration.save(path)

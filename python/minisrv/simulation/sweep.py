@@ -36,16 +36,17 @@ def expand(sweeps: Iterable[str]) -> list[Point]:
         name, equals, rest = text.partition("=")
         given = [value for value in rest.split(",") if value]
         if not name or not equals or not given:
-            raise ConfigError(f"--sweep is {text!r}; it must be such as replicas=1,2,4")
+            raise ConfigError(f"--sweep is {text!r}; an example is replicas=1,2,4")
+        name = name.removeprefix("--").replace("_", "-")
         if name in values:
             raise ConfigError(f"--sweep has {name} twice")
-        values[name.removeprefix("--")] = given
+        values[name] = given
     return [dict(zip(values, point, strict=True)) for point in product(*values.values())]
 
 
 def flags(point: Point) -> list[str]:
     """The point as command line."""
-    return [f"--{name.replace('_', '-')}={value}" for name, value in point.items()]
+    return [f"--{name}={value}" for name, value in point.items()]
 
 
 def cheapest(results: Sequence[Result], share: float) -> Result | None:
