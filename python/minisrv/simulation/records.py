@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from minisrv.wire.messages import DetokenizeMsg
+from minisrv.scheduler.replies import Replies
 
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
+Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 _PERCENTILES = (50, 90, 99)
 
@@ -32,41 +35,58 @@ class Records:
         count = len(arrivals)
         self.arrived_at = arrivals
         self.first_at = np.full(count, np.nan)
-        self.last_at = np.full(count, np.nan)
-        self.output_tokens = np.zeros(count, np.int64)
         self.prompt_tokens = np.zeros(count, np.int64)
         self.cached_tokens = np.zeros(count, np.int64)
         self.ended = np.zeros(count, np.bool_)
         self.refused: list[int] = []
-        self._gaps: list[Float64Array] = []
+        # The uid of each token, and for each step how many tokens it has and when they came.
+        self._token_uids = array("q")
+        self._step_tokens, self._step_at = array("q"), array("d")
         self._request_s = request_s
 
-    def take(self, message: DetokenizeMsg) -> None:
-        """Note the tokens of a settled step."""
-        at, uids = message.at + self._request_s, message.uids
-        gaps = at - self.last_at[uids]
-        self._gaps.append(gaps)
-        self.last_at[uids] = at
-        self.output_tokens[uids] += 1
-        for start in message.starts:
+    def take(self, replies: Replies, ends: Iterable[int], at: float) -> None:
+        """Note the tokens of a step that is settled at `at`, the last ones of the uids `ends`."""
+        at += self._request_s
+        self._token_uids.extend(replies.uids)
+        self._step_tokens.append(len(replies.uids))
+        self._step_at.append(at)
+        for start in replies.starts:
             self.first_at[start.uid] = at
             self.prompt_tokens[start.uid] = start.prompt_tokens
             self.cached_tokens[start.uid] = start.cached_tokens
-        if message.finishes.any():
-            self.ended[uids[message.finishes > 0]] = True
-        self.refused += [failure.uid for failure in message.failures]
+        for uid in ends:
+            self.ended[uid] = True
+        self.refused += [failure.uid for failure in replies.failures]
+
+    def output_tokens(self) -> Int64Array:
+        """[N] how many each request has got."""
+        return np.bincount(self._tokens()[0], minlength=len(self.arrived_at))
 
     def inter_token_s(self) -> Float64Array:
         """The seconds between any two tokens that follow each other, of all requests."""
-        gaps: Float64Array = np.concatenate([*self._gaps, np.empty(0)])
-        return gaps[~np.isnan(gaps)]
+        uids, at = self._tokens()
+        order = np.argsort(uids, kind="stable")
+        gaps: Float64Array = np.diff(at[order])[np.diff(uids[order]) == 0]
+        return gaps
+
+    def last_at(self) -> Float64Array:
+        """[N] when the last token of each request came."""
+        uids, at = self._tokens()
+        last = np.full(len(self.arrived_at), np.nan)
+        np.fmax.at(last, uids, at)
+        return last
 
     def good(self, bounds: Bounds) -> BoolArray:
         """[N] which requests ended within the bounds."""
-        following = np.maximum(self.output_tokens - 1, 1)
-        mean_itl = (self.last_at - self.first_at) / following
+        following = np.maximum(self.output_tokens() - 1, 1)
+        mean_itl = (self.last_at() - self.first_at) / following
         good: BoolArray = self.ended & (mean_itl <= bounds.itl_s)
         return good & (self.first_at - self.arrived_at <= bounds.ttft_s)
+
+    def _tokens(self) -> tuple[Int64Array, Float64Array]:
+        """The uid and the time of each token, in the order of the steps of each replica."""
+        steps = np.array(self._step_at), np.array(self._step_tokens)
+        return np.array(self._token_uids), np.repeat(*steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +123,7 @@ def figures(records: Records, bounds: Bounds, *, preemptions: int, busy_s: float
     """Sum up a simulation that has ended. busy_s: the mean of the replicas."""
     ttft = records.first_at - records.arrived_at
     ttft = ttft[~np.isnan(ttft)]
-    seconds = float(np.nanmax(records.last_at, initial=0.0)) or 1.0
+    seconds = float(np.nanmax(records.last_at(), initial=0.0)) or 1.0
     good = int(records.good(bounds).sum())
     ttfts, itls = _percentiles(ttft), _percentiles(records.inter_token_s())
     return Figures(
@@ -115,7 +135,7 @@ def figures(records: Records, bounds: Bounds, *, preemptions: int, busy_s: float
         hit_rate=float(records.cached_tokens.sum() / max(1, records.prompt_tokens.sum())),
         preemptions=preemptions,
         busy=busy_s / seconds,
-        output_rate=float(records.output_tokens.sum()) / seconds,
+        output_rate=float(records.output_tokens().sum()) / seconds,
         goodput=good / seconds,
         good_share=good / len(records.arrived_at),
     )

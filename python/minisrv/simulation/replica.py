@@ -16,13 +16,16 @@ from minisrv.engine.forward_batch import ForwardEngine, ForwardOutput
 from minisrv.kvcache.manager import KVCacheManager
 from minisrv.routing.router import ReplicaLoad
 from minisrv.sampling_params import SamplingParams
+from minisrv.scheduler.channel import Channel
 from minisrv.scheduler.loop import SchedulerLoop
+from minisrv.scheduler.replies import Replies
 from minisrv.scheduler.scheduler import Scheduler
-from minisrv.scheduler.step_plan import StepPlan
+from minisrv.scheduler.stats import LoopStats
+from minisrv.scheduler.step_plan import StepOutcome, StepPlan
 from minisrv.simulation.records import Records
 from minisrv.simulation.step_times import StepTimes, StepWork
 from minisrv.wire.arrays import Int32Array
-from minisrv.wire.messages import AnswerMsg, DetokenizeMsg, GenerateMsg, Message, StatsMsg
+from minisrv.wire.messages import GenerateMsg, Message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,21 +108,34 @@ class VirtualChannel:
         """See Channel."""
         return False
 
-    def send(self, message: DetokenizeMsg) -> None:
-        """See Channel."""
-        self._records.take(message)
-        self.computed += [(message.at, start.uid) for start in message.starts]
-        self.computed += [(message.at, failure.uid) for failure in message.failures]
-        self.ended += [(message.at, failure.uid) for failure in message.failures]
-        if message.finishes.any():
-            self.ended += [(message.at, uid) for uid in message.uids[message.finishes > 0].tolist()]
+    def take(self, replies: Replies, at: float) -> None:
+        """Note the replies of the steps that have been settled by `at`."""
+        ends = [uid for uid, end in zip(replies.uids, replies.finishes, strict=True) if end]
+        self._records.take(replies, ends, at)
+        ends += [failure.uid for failure in replies.failures]
+        for failure in replies.failures:
+            self.computed.append((at, failure.uid))
+        for start in replies.starts:
+            self.computed.append((at, start.uid))
+        self.ended += [(at, uid) for uid in ends]
 
-    def send_to_frontend(self, message: AnswerMsg | StatsMsg) -> None:
-        """See Channel; the figures are read from the loop at the end."""
+
+class NoStats(LoopStats):
+    """Counts nothing, since the figures of a simulation come from its records."""
+
+    def count_launch(self, plan: StepPlan) -> None:
+        """See LoopStats."""
+
+    def count_tokens(self, plan: StepPlan, outcome: StepOutcome, now: float) -> None:
+        """See LoopStats."""
+
+    def due(self, now: float, busy: bool) -> bool:
+        """Never."""
+        return False
 
 
 class VirtualLoop(SchedulerLoop):
-    """The loop without the arrays of a batch, since nothing reads them."""
+    """The loop without the arrays of batches and messages, since nothing reads them."""
 
     def __init__(
         self,
@@ -129,12 +145,17 @@ class VirtualLoop(SchedulerLoop):
         overlap_depth: int,
         clock: VirtualClock,
     ) -> None:
-        real = cast(ForwardEngine, engine)  # except that it launches plans
-        super().__init__(scheduler, real, channel, overlap_depth, clock=clock)
-        self._launch_plan = engine.launch
+        real = cast(ForwardEngine, engine), cast(Channel, channel)  # for what is called here
+        super().__init__(scheduler, *real, overlap_depth, clock=clock)
+        self._launch_plan, self._take_replies = engine.launch, channel.take
+        self.stats = NoStats()
 
     def _launch(self, plan: StepPlan) -> Any:
         return self._launch_plan(plan)
+
+    def _send(self, replies: Replies) -> None:
+        if replies:
+            self._take_replies(replies, self._now)
 
 
 class Replica:
