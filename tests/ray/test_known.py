@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from minisrv.ray.autoscaling import QUEUED_TOKENS, QueuedTokensPolicy
 from minisrv.ray.known import FIRST_RATE, Known
 from minisrv.ray.prompts import BLOCK_TOKENS, prompt_of
 
@@ -68,3 +70,19 @@ def test_ray_is_imported_only_where_it_is_used() -> None:
         "sys.exit('ray' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_replicas_follow_queued_tokens_or_open_requests_whichever_need_more() -> None:
+    policy = QueuedTokensPolicy(target_queued_tokens=1000)
+
+    def wanted(queued: dict[str, float], requests: float) -> float:
+        config = SimpleNamespace(target_ongoing_requests=32)
+        metrics = {QUEUED_TOKENS: queued} if queued else {}
+        context = SimpleNamespace(
+            aggregated_metrics=metrics, total_num_requests=requests, config=config
+        )
+        return policy(context)[0]
+
+    assert wanted({"a": 500, "b": 3000}, requests=8) == 3.5
+    assert wanted({"a": 500}, requests=64) == 2
+    assert wanted({}, requests=16) == 0.5

@@ -65,6 +65,22 @@ def test_the_cost_router_weighs_what_is_cached_against_what_is_queued() -> None:
     assert router.choose(prompt(), {3: IDLE}, 0.0) == 3
 
 
+def test_the_session_decides_among_equal_waits_only() -> None:
+    router = CostRouter(PrefixIndex(100))
+    of_session = Prompt((1, 2), 200, 100, "talk")
+    router.record(2, of_session, 0.0)
+    idle = dict.fromkeys(range(4), IDLE)
+    other = Prompt((7, 8), 200, 100, "talk")
+    assert router.choose(other, idle, 0.0) == 2
+    assert router.choose(Prompt((7, 8), 200, 100), idle, 0.0) == 0
+    assert router.choose(other, {**idle, 2: queue(1)}, 0.0) == 0
+    router.record(3, Prompt((7,), 100, 100), 0.0)
+    assert router.choose(other, idle, 0.0) == 3, "what is cached there counts more"
+    router.forget(2)
+    router.record(1, other, 0.0)
+    assert router.choose(Prompt((9,), 100, 100, "talk"), idle, 0.0) == 1, "the last one"
+
+
 def test_new_prompts_spread_over_idle_replicas() -> None:
     router, loads, chosen = (
         CostRouter(PrefixIndex(100)),

@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 # Modules of this package.
-COMMANDS = ("batch", "plan", "simulate", "chat", "bench", "launch", "doctor", "dashboard")
+COMMANDS = ("batch", "plan", "simulate", "chat", "bench", "launch", "doctor", "dashboard", "ray")
 USAGE = """\
 usage: minisrv serve MODEL [options]   serve a model over an OpenAI-compatible API
        minisrv batch MODEL --input FILE --output FILE [options]
@@ -25,6 +25,7 @@ usage: minisrv serve MODEL [options]   serve a model over an OpenAI-compatible A
                                        start a coding agent with a running server: codex,
                                        opencode, qwen-code or claude
        minisrv doctor [--json]          show what this machine has, and what to do about it
+       minisrv ray CONFIG               serve a model with several replicas on Ray Serve
        minisrv dashboard                print a dashboard for Grafana
        minisrv --version
 

@@ -1,4 +1,4 @@
-"""Several servers as replicas of Ray Serve: `serve run minisrv.ray:app`.
+"""Several servers as replicas of Ray Serve: `minisrv ray CONFIG` or `serve run minisrv.ray:app`.
 
 Options come from the environment (MINISRV_MODEL and so on), or from the command line with
 `serve run minisrv.ray:build model=demo num_replicas=2`. Ray is imported when one of the two is

@@ -8,8 +8,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ray.exceptions import RayActorError
+from starlette.datastructures import Headers
 
 from minisrv.errors import EngineDeadError, MinisrvError, RequestTooLargeError
+from minisrv.frontend.http.context import SESSION_HEADERS
 from minisrv.frontend.http.error_format import error_body
 from minisrv.ray.prompts import prompt_of
 
@@ -53,7 +55,7 @@ class Ingress:
         call = {
             "scope": {**kept, "asgi": {"version": "3.0"}},
             "body": body,
-            "prompt": (prompt.blocks, prompt.num_tokens, prompt.block_tokens),
+            "prompt": (prompt.blocks, prompt.num_tokens, prompt.block_tokens, _session(scope)),
         }
         await self._forward(call, send)
 
@@ -90,6 +92,12 @@ class Ingress:
             except asyncio.CancelledError:
                 responses.cancel()
                 raise
+
+
+def _session(scope: Message) -> str:
+    """What the client calls its conversation in a header; empty without one."""
+    headers = Headers(raw=scope.get("headers", []))
+    return next((headers[name] for name in SESSION_HEADERS if headers.get(name)), "")
 
 
 def _lost() -> MinisrvError:

@@ -14,6 +14,7 @@ from minisrv.frontend.app import close_app, create_app
 from minisrv.frontend.ops.admin import load_of
 from minisrv.frontend.registry.states import Dead, Serving
 from minisrv.frontend_manager import FrontendManager
+from minisrv.ray.autoscaling import QUEUED_TOKENS
 
 MAX_WAITING = 64  # messages of a response that Ray has not taken yet
 
@@ -67,6 +68,10 @@ class Replica:
             "ready": isinstance(registry.state, Serving),
             "at": time.time(),
         }
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What QueuedTokensPolicy adds up."""
+        return {QUEUED_TOKENS: float(load_of(self._manager.registry).get("num_queued_tokens", 0))}
 
     async def check_health(self) -> None:
         """Raise when the server has given up, so that Ray starts another replica.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
 
 from minisrv.routing.prefix_index import PrefixIndex
+
+MAX_SESSIONS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +20,13 @@ class Prompt:
 
     blocks: one number for each `block_tokens` tokens, the last block may be a part. Each stands for
     its block and all before it, so that equal numbers are equal beginnings (`hash_blocks`).
+    session: what the client calls the conversation; empty if it does not.
     """
 
     blocks: Sequence[int]
     num_tokens: int
     block_tokens: int
+    session: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +95,24 @@ class CostRouter:
 
     What is cached is taken from what was sent: `index` keeps the last blocks of each replica, as
     many as fit into its cache. Its owner may correct it, for example from a server's own reports.
+    Where the MAX_SESSIONS most recent sessions were sent decides among equal waits only.
     """
 
     def __init__(self, index: PrefixIndex) -> None:
         self.index = index
+        self._sessions: OrderedDict[str, int] = OrderedDict()
 
     def choose(self, prompt: Prompt, loads: Mapping[int, ReplicaLoad], now: float) -> int:
-        """See Router. Among equal ones the least busy, then the one with the emptiest cache."""
+        """See Router.
+
+        Among equal ones that of the session, then the least busy, then the one with the emptiest
+        cache.
+        """
+        last = self._sessions.get(prompt.session)
 
         def cost(i: int) -> tuple[float, ...]:
             wait_s = self.wait_s(i, prompt, loads[i])
-            return wait_s, loads[i].open_requests, self.index.num_blocks(i), i
+            return wait_s, i != last, loads[i].open_requests, self.index.num_blocks(i), i
 
         return min(loads, key=cost)
 
@@ -113,7 +125,12 @@ class CostRouter:
     def record(self, replica: int, prompt: Prompt, now: float) -> None:
         """See Router."""
         self.index.add(replica, prompt.blocks)
+        if prompt.session:
+            self._sessions[prompt.session] = replica
+            self._sessions.move_to_end(prompt.session)
+            if len(self._sessions) > MAX_SESSIONS:
+                self._sessions.popitem(last=False)
 
     def forget(self, replica: int) -> None:
-        """See Router."""
+        """See Router. Sessions that were sent there keep its number, which no other one gets."""
         self.index.forget(replica)

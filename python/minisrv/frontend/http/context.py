@@ -31,7 +31,7 @@ REQUEST_ID_HEADER = "X-Request-Id"
 WARNINGS_HEADER = "X-Minisrv-Warnings"
 _SCOPE_KEY = "minisrv.request"
 # Of agents: opencode, Codex and Claude Code.
-_SESSION_HEADERS = ("x-session-id", "session-id", "x-claude-code-session-id")
+SESSION_HEADERS = ("x-session-id", "session-id", "x-claude-code-session-id")
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 PROBE_PATHS = frozenset({"/health", "/healthz", "/ping", "/v1/health", "/ready"})
 _QUIET_PATHS = PROBE_PATHS | {"/metrics"}
@@ -152,5 +152,5 @@ class RequestContextMiddleware:
 def session_of(scope: Scope) -> str | None:
     """The session that a client names for its requests, if it does."""
     headers = Headers(scope=scope)
-    ids = (headers.get(name, "") for name in _SESSION_HEADERS)
+    ids = (headers.get(name, "") for name in SESSION_HEADERS)
     return next((id for id in ids if _SANE_ID.fullmatch(id)), None)

@@ -1,0 +1,59 @@
+"""`minisrv ray` without Ray: what it says. With Ray: tests/ray."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.server_process import environment
+
+# As if the extra were not installed, also where it is.
+WITHOUT_RAY = (
+    "import sys; sys.modules['ray'] = None; from minisrv.commands import cli;"
+    "sys.exit(cli.main(sys.argv[1:]))"
+)
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
+    config = tmp_path / "fleet.yaml"
+    config.write_text("model: demo\n")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY, "ray", str(config)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("minisrv: ")
+    assert "pip install 'minisrv[ray]'" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("a: [", "cannot be read"),
+        ("[1]", "must be a mapping"),
+        ("model: demo\nreplicas: 2", "no option is called replicas"),
+        ("model: demo\nnum_replicas: two", "num_replicas is 'two'"),
+        ("model: demo\nnum_replicas: 3\nmax_replicas: 2", "less than num_replicas"),
+        ("model: demo\nrouter: random", "router is 'random'"),
+        ('{"model": "demo", "port": "high"}', "port is 'high'; it must be an integer"),
+        ("model: demo\nport: 1.5", "port is 1.5; it must be an integer"),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused_with_the_reason(
+    tmp_path: Path, text: str | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray.serve")
+    from minisrv.commands import cli
+
+    config = tmp_path / "fleet.yaml"
+    if text is not None:
+        config.write_text(text)
+    assert cli.main(["ray", str(config)]) == 2
+    assert message in capsys.readouterr().err
