@@ -64,6 +64,14 @@ def test_a_queue_becomes_shorter_at_the_measured_rate_until_the_next_report() ->
     assert known.load(14.0).prefill_rate == FIRST_RATE
 
 
+def test_a_scheduler_that_was_started_again_has_lost_its_cache() -> None:
+    known = Known(0)
+    assert not known.take_report({"at": 1.0, "restarts": 0}, now=0.0)
+    assert known.take_report({"at": 2.0, "restarts": 1}, now=0.0)
+    assert not known.take_report({"at": 2.0, "restarts": 1}, now=0.0), "the same one again"
+    assert not known.take_report({"at": 3.0, "restarts": 1}, now=0.0)
+
+
 def test_ray_is_imported_only_where_it_is_used() -> None:
     code = (
         "import sys, minisrv.asgi, minisrv.commands.cli, minisrv.ray, minisrv.ray.prompts;"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from minisrv.errors import MinisrvError
 from minisrv.ray.application import build, server_config
@@ -22,17 +24,27 @@ def serve_until_stopped(args: dict[str, Any], address: str | None) -> None:
     cluster, as for ray.init. Raises MinisrvError.
     """
     config, app = server_config(args), build(args)
-    stopped = threading.Event()
     try:
-        ray.init(address=address, include_dashboard=False if address is None else None)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stopped.set())
+        ray.init(address=address, include_dashboard=False)
+    except ConnectionError as error:
+        raise MinisrvError(f"there is no Ray cluster at {address}: {error}") from None
+    try:
         serve.start(http_options={"host": config.host, "port": config.port})
         serve.run(app, name=NAME)
-    except (RuntimeError, ConnectionError) as error:
-        ray.shutdown()
+        print(f"minisrv listens on http://{config.host}:{config.port}, with Ray Serve", flush=True)
+        _wait_for_signal()
+    except KeyboardInterrupt:
+        pass  # while it started
+    except RuntimeError as error:
         raise MinisrvError(f"Ray could not start it: {error}") from None
-    print(f"minisrv listens on http://{config.host}:{config.port}, with Ray Serve", flush=True)
+    finally:
+        with contextlib.suppress(RayServeException):  # it has not started
+            serve.delete(NAME)
+        ray.shutdown()
+
+
+def _wait_for_signal() -> None:
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
     stopped.wait()
-    serve.delete(NAME)
-    ray.shutdown()

@@ -66,6 +66,7 @@ class Replica:
         return {
             **load_of(registry),
             "ready": isinstance(registry.state, Serving),
+            "restarts": registry.restarts.get("scheduler", 0),
             "at": time.time(),
         }
 

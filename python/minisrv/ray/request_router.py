@@ -9,6 +9,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from minisrv.ray.known import Known
+from minisrv.ray.prompts import BLOCK_TOKENS
 from minisrv.routing.prefix_index import PrefixIndex
 from minisrv.routing.router import CostRouter, Prompt, ReplicaLoad
 
@@ -19,8 +20,9 @@ MAX_BLOCKS = 100_000
 class CostRequestRouter(RequestRouter):  # type: ignore[misc]
     """Sends a request where its prompt is computed first, by what is queued and cached there.
 
-    What is cached is known from what was sent. Without a report of each replica in the last
-    STALE_S, it falls back to Ray's power of two choices.
+    What is cached is known from what was sent, as much of it as fits into the cache of a replica,
+    and nothing of what was sent before its scheduler was started again. Without a report of each
+    replica in the last STALE_S, it falls back to Ray's power of two choices.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
@@ -84,7 +86,11 @@ class CostRequestRouter(RequestRouter):  # type: ignore[misc]
             if replica.replica_id not in self._known:
                 self._known[replica.replica_id] = Known(self._num_seen)
                 self._num_seen += 1
-            self._known[replica.replica_id].take_report(stats, time.monotonic())
+            known = self._known[replica.replica_id]
+            if known.take_report(stats, time.monotonic()):
+                self._costs.forget(known.number)
+            if num_tokens := stats.get("max_total_num_tokens"):
+                self._costs.index.capacity = min(MAX_BLOCKS, -(-num_tokens // BLOCK_TOKENS))
             if stats["ready"]:
                 ready.append(replica)
         return ready or None
