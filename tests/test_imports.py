@@ -20,7 +20,8 @@ LAYERS = [
     {"frontend", "tokenizer", "scheduler", "detokenizer", "kv_events"},
     {"console", "frontend_manager", "llm", "simulation"},
     {"launch_server"},
-    {"asgi", "commands", "ray"},
+    {"asgi", "ray"},
+    {"commands"},
     {"__main__"},
 ]
 # Inside the frontend, in the same order.
