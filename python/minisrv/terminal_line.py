@@ -70,7 +70,7 @@ class TerminalLine:
 def open_terminal_line(owner: int) -> TerminalLine | None:
     """The line of this process, or None where only plain text is wanted.
 
-    That is if stderr is no terminal or a dumb one, or with NO_COLOR.
+    That is the case with NO_COLOR, and where stderr is not a terminal or only a dumb one.
     """
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
     return None if plain or not sys.stderr.isatty() else TerminalLine(owner)

@@ -268,6 +268,45 @@ def test_a_request_for_a_replay_in_another_form_is_dropped(
     reader.close()
 
 
+def test_a_reader_that_sends_too_much_is_disconnected(
+    publisher: Publisher, endpoints: tuple[str, str]
+) -> None:
+    reader = joined(publisher, endpoints, 1)
+    sender = zmq.Context.instance().socket(zmq.DEALER)
+    sender.connect(endpoints[1])
+    sender.send_multipart([b"", bytes(1_000_000)])
+    reader.ask(0)
+    while not publisher.answer_replay(list):
+        pass
+    reader.take_replay()  # so it was the reader's request that was answered
+    assert not publisher.answer_replay(list)
+    sender.close(linger=0)
+    reader.close()
+
+
+def test_a_whole_tree_is_packed_once_for_all_who_ask(
+    publisher: Publisher, endpoints: tuple[str, str]
+) -> None:
+    reader = joined(publisher, endpoints, 1)
+    for _ in range(BUFFER + 1):
+        publisher.publish([])
+    packed = []
+
+    def all_events() -> list[dict[str, object]]:
+        packed.append(1)
+        return []
+
+    for expected in (1, 1, 2):
+        if expected == 2:
+            publisher.publish([])
+        reader.ask(0)
+        while not publisher.answer_replay(all_events):
+            pass
+        reader.take_replay()
+        assert len(packed) == expected
+    reader.close()
+
+
 def test_an_address_in_use_is_an_error_that_names_it(
     endpoints: tuple[str, str],
 ) -> None:

@@ -36,7 +36,9 @@ def test_requests_with_the_same_beginning_share_blocks() -> None:
     assert shared(chat("Hi"), chat("Hi", tools=[{"type": "function"}])) == 0
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"x"', b'{"messages": 3}', b'{"prompt": ""}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[1]", b'"x"', b'{"messages": 3}', b'{"prompt": ""}', b"[" * 10**5]
+)
 def test_a_body_without_a_prompt_has_no_blocks_that_matter(body: bytes) -> None:
     assert prompt_of(body).num_tokens <= 1
 

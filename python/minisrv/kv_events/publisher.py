@@ -27,6 +27,7 @@ logger = logging.getLogger("minisrv.kv_events")
 
 HIGH_WATER = 1000  # batches that wait for one subscriber
 MAX_REPLAYS = 2  # of the whole buffer, that wait for one client
+MAX_REQUEST_BYTES = 4096  # of a subscription or a request; who sends more is disconnected
 _RANK = 0
 _END = (-1).to_bytes(8, "big", signed=True)
 
@@ -43,6 +44,7 @@ class Publisher:
         self._topic = topic.encode()
         self._next = int(time.time() * 2**20)
         self._buffer: deque[tuple[int, bytes]] = deque(maxlen=buffer)
+        self._whole: tuple[int, bytes] | None = None
         self._pub = _bind(zmq.PUB, endpoint, HIGH_WATER)
         self.replay_socket: Any = None
         if replay_endpoint is not None:
@@ -70,12 +72,19 @@ class Publisher:
         first = int.from_bytes(rest[1], "big")
         batches = [(number, batch) for number, batch in self._buffer if number >= first]
         if self._buffer and first < self._buffer[0][0]:
-            batches = [(self._next - 1, pack(all_events()))]
+            batches = [self._make_whole(all_events)]
         for number, batch in batches:
             reply = (client, b"", self._topic, number.to_bytes(8, "big"), batch)
             self.replay_socket.send_multipart(reply, copy=False)
         self.replay_socket.send_multipart((client, b"", b"", _END, b""))
         return True
+
+    def _make_whole(self, all_events: Callable[[], list[Event]]) -> tuple[int, bytes]:
+        """The batch that makes up for all, with its number; packed once for all who ask for it."""
+        number = self._next - 1
+        if self._whole is None or self._whole[0] != number:
+            self._whole = number, pack(all_events())
+        return self._whole
 
     def close(self) -> None:
         """Close the sockets; batches that wait are lost."""
@@ -94,6 +103,7 @@ def _bind(kind: int, endpoint: str, high_water: int) -> Any:
     socket: Any = zmq.Context.instance().socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, high_water)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
     socket.setsockopt(zmq.IPV6, "[" in endpoint)
     try:
         socket.bind(endpoint)

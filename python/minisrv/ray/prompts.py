@@ -25,9 +25,9 @@ def prompt_of(body: bytes) -> Prompt:
     """
     try:
         fields = json.loads(body)
-    except ValueError:
-        fields = None
-    text = _text(fields) if isinstance(fields, dict) else ""
+        text = _text(fields) if isinstance(fields, dict) else ""
+    except (ValueError, RecursionError):  # the replica refuses it
+        text = ""
     data = text.encode("utf-8", "surrogatepass")
     data += bytes(-len(data) % BYTES_PER_TOKEN)
     ids = np.frombuffer(data, np.int32)

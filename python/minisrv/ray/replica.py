@@ -41,9 +41,15 @@ class Replica:
         goes away, the application sees that its client has left.
         """
         outgoing: asyncio.Queue[Any] = asyncio.Queue(MAX_WAITING)
+        left = asyncio.Event()
+
+        async def send(message: Any) -> None:
+            if not left.is_set():
+                await outgoing.put(message)
+
         incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         incoming.put_nowait({"type": "http.request", "body": call["body"]})
-        running = asyncio.create_task(self._app(call["scope"], incoming.get, outgoing.put))
+        running = asyncio.create_task(self._app(call["scope"], incoming.get, send))
         try:
             while True:
                 waiting = asyncio.ensure_future(outgoing.get())
@@ -57,6 +63,9 @@ class Replica:
                 if message["type"] == "http.response.body" and not message.get("more_body"):
                     return
         finally:
+            left.set()
+            while not outgoing.empty():  # a send that waits for room returns
+                outgoing.get_nowait()
             incoming.put_nowait({"type": "http.disconnect"})
             running.add_done_callback(_ignore_error)
 
