@@ -49,7 +49,7 @@ def opened(chromium: Any) -> Iterator[Any]:
     def open_page(url: str, **options: Any) -> ChatPage:
         options = {"viewport": {"width": 1280, "height": 800}, **options}
         context = chromium.new_context(**options)
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(60_000)
         contexts.append(context)
         context.on("request", note_request)
         page = context.new_page()

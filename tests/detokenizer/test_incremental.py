@@ -128,11 +128,11 @@ def test_a_stream_costs_the_same_for_its_last_token_as_for_its_first(name: str) 
     }
     for kind, ids in runs.items():
         stream = DECODERS[name].stream(True)
-        started = time.perf_counter()
+        started = time.process_time()
         for token_id in ids:
             stream.push(token_id)
         stream.flush()
-        assert time.perf_counter() - started < 2.0, kind
+        assert time.process_time() - started < 2.0, kind
 
 
 @pytest.mark.parametrize(

@@ -94,10 +94,10 @@ def test_a_single_stop_is_cut_where_find_finds_it(words: list[str]) -> None:
 @pytest.mark.parametrize(("stop", "char"), [("a" * 255 + "b", "a"), ("ab" * 128, "ab")])
 def test_the_cost_of_a_character_does_not_grow_with_what_is_held(stop: str, char: str) -> None:
     matcher = StopMatcher([stop + "!"])
-    started = time.perf_counter()
+    started = time.process_time()
     text = "".join(matcher.push(char)[0] for _ in range(50_000)) + matcher.flush()
     assert text == char * 50_000
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0
 
 
 def test_without_stop_strings_all_text_passes() -> None:

@@ -88,7 +88,7 @@ def test_a_rank_without_memory_ends_the_others_at_once(tmp_path: Path, failing: 
 
     began = time.monotonic()
     results = on_ranks(tmp_path, run, size=3)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert isinstance(results.pop(failing), ConfigError)
     assert [type(result) for result in results] == [PeerFailedError] * 2
 

@@ -139,7 +139,7 @@ def test_a_step_that_waits_for_a_dead_rank_ends_with_its_error(
         began = time.monotonic()
         with pytest.raises(EngineDeadError, match=r"rank 1 process has died.*SIGKILL"):
             engine.wait(StepHandle(torch.zeros(1, dtype=torch.int32), None, event))
-        assert 0.2 < time.monotonic() - began < 5
+        assert 0.2 < time.monotonic() - began < 20
     assert len(aborted) == 1
 
 

@@ -16,6 +16,7 @@ from minisrv.frontend.http import protocol
 from minisrv.wire.messages import Finish
 from tests.support.http_server import HttpServer, serve
 from tests.support.scripted_backend import TEXT, reply
+from tests.support.server_process import wait_until
 
 CHAT = "/v1/chat/completions"
 
@@ -100,7 +101,7 @@ def test_a_body_that_does_not_come_is_408(
 
 def test_a_body_that_is_told_to_be_too_large_is_413_before_it_comes(server: HttpServer) -> None:
     host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(
             f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             "Content-Length: 10000000\r\n\r\n".encode()
@@ -171,7 +172,7 @@ def test_output_that_is_not_read_waits_and_delays_nobody(server: HttpServer) -> 
         flood(server, uid, 60)
         began = time.monotonic()
         assert server.chat().status_code == 200
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
         server.in_loop(lambda: server.backend.deliver(reply(uid, "", 90, Finish.LENGTH)))
         text = response.read().decode()
     assert text.count("Q") % len(WORD) == 0
@@ -200,17 +201,18 @@ def test_a_connection_is_closed_when_its_client_reads_nothing_at_all(
     server: HttpServer, monkeypatch: pytest.MonkeyPatch, reads: bool
 ) -> None:
     """One that reads slowly keeps it."""
-    monkeypatch.setattr(protocol, "UNREAD_S", 0.5)
+    monkeypatch.setattr(protocol, "UNREAD_S", 1.5)
     with server.http.stream("POST", CHAT, json=body("stall", stream=True)) as response:
         uid = server.backend.requests[-1].uid
         fill_the_way(server, uid)
         chunks = response.iter_raw(2**18)
-        for _ in range(15):
-            time.sleep(0.1)
-            if reads:
+        if not reads:
+            server.wait_until(lambda: server.registry.num_open == 0)
+        else:
+            for _ in range(15):
+                time.sleep(0.13)
                 next(chunks)
-        assert server.in_loop(lambda: server.registry.num_open) == int(reads)
-        if reads:
+            assert server.in_loop(lambda: server.registry.num_open) == 1
             server.in_loop(lambda: server.backend.deliver(reply(uid, "", 90, Finish.LENGTH)))
             *_, last = chunks
             assert last.endswith(b"data: [DONE]\n\n")
@@ -227,9 +229,9 @@ def test_a_pipelined_request_does_not_hide_that_the_client_has_left(server: Http
         receive_until(connection, b"data: ")
         uid = server.backend.requests[-1].uid
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    for _ in range(50):
+
+    def has_ended() -> bool:
         flood(server, uid, 1)
-        time.sleep(0.02)
-        if not server.in_loop(lambda: server.registry.num_open):
-            break
-    assert server.in_loop(lambda: server.registry.num_open) == 0
+        return server.in_loop(lambda: server.registry.num_open == 0)
+
+    wait_until(has_ended)

@@ -58,7 +58,7 @@ async def _round_trips(run_dir: Path) -> None:
 
 def test_messages_and_replies_pass_the_sockets_and_stale_ones_are_dropped() -> None:
     with private_directory() as run_dir:
-        asyncio.run(asyncio.wait_for(_round_trips(run_dir), 20))
+        asyncio.run(asyncio.wait_for(_round_trips(run_dir), 60))
 
 
 async def _bad_reply(run_dir: Path) -> None:
@@ -81,7 +81,7 @@ async def _bad_reply(run_dir: Path) -> None:
 
 def test_a_reply_that_makes_no_sense_fails_all_requests_and_is_reported() -> None:
     with private_directory() as run_dir:
-        asyncio.run(asyncio.wait_for(_bad_reply(run_dir), 20))
+        asyncio.run(asyncio.wait_for(_bad_reply(run_dir), 60))
 
 
 async def _full_inbox(run_dir: Path) -> None:
@@ -123,4 +123,4 @@ async def _full_inbox(run_dir: Path) -> None:
 
 def test_a_tokenizer_that_does_not_read_has_a_bounded_inbox_and_never_blocks_the_loop() -> None:
     with private_directory() as run_dir:
-        asyncio.run(asyncio.wait_for(_full_inbox(run_dir), 20))
+        asyncio.run(asyncio.wait_for(_full_inbox(run_dir), 60))

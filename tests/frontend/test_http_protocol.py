@@ -23,7 +23,7 @@ HEAD = b"GET /health HTTP/1.1\r\nHost: a\r\n"
 def exchange(server: HttpServer, *pieces: bytes) -> tuple[bytes, bytes]:
     """The status line and the body of the answer to what is sent piece by piece."""
     host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         try:
             for piece in pieces:
                 connection.sendall(piece)
@@ -109,8 +109,11 @@ def test_the_server_is_idle_when_each_whole_request_has_been_answered_and_read()
     def send(data: bytes) -> socket.socket:
         connection = socket.create_connection(address)
         connection.sendall(data)
-        time.sleep(0.2)
         return connection
+
+    def num_begun() -> int:
+        """Connections on which a request has begun."""
+        return sum(connection.cycle is not None for connection in server._connections)
 
     def read(connection: socket.socket, num_bytes: int = 2) -> bytes:
         data = bytearray()
@@ -124,14 +127,16 @@ def test_the_server_is_idle_when_each_whole_request_has_been_answered_and_read()
             send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{") as half,
         ):
             read(kept)
-            assert server.is_idle
+            wait_until(lambda: num_begun() == 2)
+            wait_until(lambda: server.is_idle)
             with send(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n") as unread:
+                wait_until(lambda: not server.is_idle)
+                time.sleep(0.2)
                 assert not server.is_idle
                 read(unread, 20_000_000)
                 wait_until(lambda: server.is_idle)
             kept.sendall(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n")
-            time.sleep(0.2)
-            assert not server.is_idle
+            wait_until(lambda: not server.is_idle)
             server.announce_close()
             release.set()
             assert b"connection: close" in read(kept, 4)
@@ -141,5 +146,5 @@ def test_the_server_is_idle_when_each_whole_request_has_been_answered_and_read()
     finally:
         release.set()
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()

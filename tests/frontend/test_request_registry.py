@@ -56,8 +56,8 @@ def failure_of(uid: int) -> Failure:
     )
 
 
-def finish_within_a_second(work: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(work, 1))
+def finish(work: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(work, 60))
 
 
 def test_a_uid_is_open_until_its_final_comes() -> None:
@@ -127,7 +127,7 @@ def test_a_late_reader_gets_one_event_with_all_the_text() -> None:
         assert (event.text, event.output_tokens, event.final) == ("a" + "b" * 98, 99, False)
         assert event.start == start_of(base)
 
-    finish_within_a_second(check())
+    finish(check())
 
 
 def test_a_reader_of_the_whole_sleeps_until_the_last_final_or_a_failure() -> None:
@@ -148,8 +148,8 @@ def test_a_reader_of_the_whole_sleeps_until_the_last_final_or_a_failure() -> Non
             registry.deliver(reply(base + 1, "b", 1, Finish.LENGTH))
             assert [event.text for event in await reader] == ["aaa", "b"]
 
-    finish_within_a_second(check(fail=False))
-    finish_within_a_second(check(fail=True))
+    finish(check(fail=False))
+    finish(check(fail=True))
 
 
 def test_silence_is_an_empty_list_and_loses_nothing() -> None:
@@ -160,7 +160,7 @@ def test_silence_is_an_empty_list_and_loses_nothing() -> None:
         registry.deliver(reply(base, "a", 1))
         assert [event.text for event in await registry.next_events(base, 0.01)] == ["a"]
 
-    finish_within_a_second(check())
+    finish(check())
 
 
 def test_abort_wakes_the_reader() -> None:
@@ -174,7 +174,7 @@ def test_abort_wakes_the_reader() -> None:
             with pytest.raises(RequestAborted):
                 await reader
 
-    finish_within_a_second(check())
+    finish(check())
 
 
 def test_leaving_the_events_early_aborts() -> None:
@@ -188,7 +188,7 @@ def test_leaving_the_events_early_aborts() -> None:
         await events.aclose()
         assert sent[1:] == [(0, AbortMsg(uids=(base,)))]
 
-    finish_within_a_second(check())
+    finish(check())
 
 
 def test_an_abort_from_behind_is_a_failure() -> None:
@@ -201,7 +201,7 @@ def test_an_abort_from_behind_is_a_failure() -> None:
             event.raise_failure()
         assert raised.value.code == "request_aborted"
 
-    finish_within_a_second(check())
+    finish(check())
 
 
 def test_the_death_of_the_engine_reaches_every_reader() -> None:
@@ -218,7 +218,7 @@ def test_the_death_of_the_engine_reaches_every_reader() -> None:
             registry.open()
         assert (registry.num_open, sent) == (0, [])
 
-    finish_within_a_second(check())
+    finish(check())
 
 
 async def _drain(registry: RequestRegistry, base: int) -> list[Event]:
@@ -388,7 +388,7 @@ def test_a_query_counts_until_its_answer_comes_even_if_nobody_waits_for_it() -> 
         assert registry.num_open == 0
         assert registry.open() == 2, "uids and queries share their numbers"
 
-    finish_within_a_second(check())
+    finish(check())
 
 
 def test_an_answered_query_is_not_aborted() -> None:
@@ -401,7 +401,7 @@ def test_an_answered_query_is_not_aborted() -> None:
         assert sent == [(0, DescribeMsg(query=1))]
         assert registry.num_open == 0
 
-    finish_within_a_second(check())
+    finish(check())
 
 
 def test_a_query_without_an_answer_is_a_503_and_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +414,7 @@ def test_a_query_without_an_answer_is_a_503_and_is_aborted(monkeypatch: pytest.M
         assert registry.num_open == 1
 
     monkeypatch.setattr(queries, "TIMEOUT_S", 0.01)
-    finish_within_a_second(check())
+    finish(check())
 
 
 def test_what_cannot_be_sent_is_refused_counted_and_holds_nothing() -> None:
@@ -434,7 +434,7 @@ def test_what_cannot_be_sent_is_refused_counted_and_holds_nothing() -> None:
         registry.abort(base)
         assert registry.num_open == 0
 
-    finish_within_a_second(check())
+    finish(check())
 
 
 def test_the_end_of_the_engine_fails_queries_and_frees_their_permits() -> None:
@@ -448,4 +448,4 @@ def test_the_end_of_the_engine_fails_queries_and_frees_their_permits() -> None:
         assert registry.num_open == 0
         assert len(sent) == 1
 
-    finish_within_a_second(check())
+    finish(check())

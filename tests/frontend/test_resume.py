@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ DEATH = "the scheduler process has died"
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 5))
+    asyncio.run(asyncio.wait_for(work, 60))
 
 
 def tokens(uid: int, ids: list[int], finish: Finish = Finish.NONE) -> UserReply:
@@ -44,7 +44,19 @@ def tokens(uid: int, ids: list[int], finish: Finish = Finish.NONE) -> UserReply:
 async def die_and_resume(registry: RequestRegistry, suspects: tuple[int, ...] = ()) -> None:
     registry.hold(DEATH)
     registry.resume(MODEL, suspects)
-    await asyncio.sleep(0.01)
+    await run_others()
+
+
+async def run_others() -> None:
+    """Let all tasks go on until they wait for a time or for a message."""
+    for _ in range(300):
+        await asyncio.sleep(0)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+    await run_others()
 
 
 def resumed(message: Any) -> dict[int, list[int]]:
@@ -102,7 +114,7 @@ def test_what_arrives_meanwhile_is_sent_then_and_not_before() -> None:
         assert sent == []
         registry.resume(MODEL)
         assert registry.state == Serving(MODEL)
-        await asyncio.sleep(0.01)
+        await run_others()
         kinds = [type(message) for _, message in sent]
         assert sorted(kinds, key=str) == [DescribeMsg, TokenizeMsg]
         registry.receive(AnswerMsg(query=base + 1, value={"a": 1}))
@@ -143,7 +155,7 @@ def test_aborted_requests_are_not_sent_again_and_their_places_are_free() -> None
         sent.clear()
         registry.resume(MODEL)
         registry.abort(afterwards)  # it is not sent yet
-        await asyncio.sleep(0.01)
+        await run_others()
         assert not [message for _, message in sent if not isinstance(message, AbortMsg)]
         assert registry.num_open == 0
 
@@ -175,10 +187,10 @@ def test_a_further_death_during_the_resume_begins_it_anew() -> None:
         await asyncio.sleep(0)
         registry.hold(DEATH)
         sent.clear()
-        await asyncio.sleep(0.01)
+        await run_others()
         assert sent == []
         registry.resume(MODEL)
-        await asyncio.sleep(0.01)
+        await run_others()
         assert [message.uid for message in sent_now(sent)] == uids
 
     run(check())
@@ -201,7 +213,7 @@ def test_a_full_inbox_delays_the_resume_and_loses_nothing() -> None:
 
         registry.connect(send)
         await die_and_resume(registry)
-        await asyncio.sleep(0.3)
+        await until(lambda: len(received) >= len(uids))
         assert received == uids
 
     run(check())
@@ -242,13 +254,13 @@ def test_suspects_are_sent_when_those_before_have_gone_on() -> None:
         await asyncio.sleep(0.02)
         assert sent == []
         registry.deliver(tokens(uids[1], [1]))
-        await asyncio.sleep(0.02)
+        await until(lambda: sent)
         assert [message.uid for message in sent_now(sent)] == [uids[2]]
         registry.abort(uids[2])
-        await asyncio.sleep(0.02)
+        await until(lambda: any(isinstance(message, TokenizeMsg) for _, message in sent))
         assert [message.uid for message in sent_now(sent)] == [uids[3]]
         registry.deliver(reply(uids[3], "", 0, Finish.STOP))
-        await asyncio.sleep(0.02)
+        await until(lambda: sent)
         assert [message.uid for message in sent_now(sent)] == [uids[0]]
 
     run(check())
@@ -317,7 +329,7 @@ def test_a_drain_that_began_before_or_meanwhile_goes_on() -> None:
             assert registry.state == Draining(MODEL)
             registry.resume(MODEL)
             assert registry.state == Draining(MODEL)
-            await asyncio.sleep(0.01)
+            await run_others()
             assert [message.uid for message in sent_now(sent)] == [base, base]
 
     run(check())

@@ -43,7 +43,8 @@ def reply(count: int, *starts: Start) -> UserReply:
 async def files_of_five_tokens(path: str, body: dict[str, Any]) -> set[str]:
     """The frontend's files in which a function is called for a token after the first."""
     registry = RequestRegistry(ServerConfig(model="m"))
-    registry.connect(lambda index, message: None)
+    submitted = asyncio.Event()
+    registry.connect(lambda index, message: submitted.set())
     registry.set_ready(MODEL)
     incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     incoming.put_nowait({"type": "http.request", "body": json.dumps(body).encode()})
@@ -65,7 +66,7 @@ async def files_of_five_tokens(path: str, body: dict[str, Any]) -> set[str]:
     start = Start(
         uid=1, prompt_tokens=1, cached_tokens=0, min_tokens=0, stop=(), skip_special_tokens=True
     )
-    await asyncio.sleep(0.05)
+    await submitted.wait()
     registry.receive(reply(1, start))
     await asyncio.sleep(0.05)
     files: set[str] = set()

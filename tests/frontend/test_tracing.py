@@ -161,7 +161,7 @@ def test_neither_requests_nor_the_end_wait_for_a_collector_that_hangs(
     for _ in range(5):
         assert server.http.post("/v1/completions", json={"prompt": "x"}).is_success
     close_app(server.app)
-    assert time.monotonic() - started < 5  # the exporter would wait for 10 s
+    assert time.monotonic() - started < 9  # the exporter would wait for 10 s
     assert not collected.spans
 
 

@@ -93,7 +93,8 @@ def joined(publisher: Publisher, endpoints: tuple[str, str], page_size: int) -> 
     reader = Reader(*endpoints, page_size)
     while reader.receive(0.01) is None:
         publisher.publish([])
-    while reader.receive(0.01) is not None:
+    publisher.publish([{"type": "the last one"}])
+    while b"the last one" not in (reader.receive(60) or (b"", 0, b""))[2]:
         pass
     return reader
 
@@ -124,7 +125,7 @@ def test_an_index_made_from_the_events_equals_the_tree(
         if rng.random() < 0.9:
             continue
         for _ in range(num_published):
-            batch = reader.receive(5)
+            batch = reader.receive(60)
             assert batch is not None
             newest = batch[1]
             num_lost += rng.random() < 0.02 and rng.choice([3, BUFFER + 5])

@@ -21,6 +21,14 @@ def socket_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """A hash scheduler given it starts, until it is removed."""
+    path = tmp_path / "gate"
+    path.touch()
+    return path
+
+
+@pytest.fixture
 def new_children() -> Callable[[], list[psutil.Process]]:
     """Returns the processes that the test has started and that still run."""
     before = set(psutil.Process().children())

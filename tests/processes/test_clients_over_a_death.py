@@ -22,6 +22,7 @@ from tests.support.hash_engine import expected_output
 from tests.support.server_process import (
     VOCAB_SIZE,
     ServerProcess,
+    num_open,
     running,
     status_of,
     wait_until,
@@ -185,14 +186,15 @@ def outcome(ask: Callable[[], Answer]) -> Answer | Exception:
 def ask_over_a_death(server: ServerProcess, question: Question) -> list[Answer | Exception]:
     """What three streams and three whole replies become when the scheduler is killed in them."""
     begun = Barrier(4)
-    clients = Clients(server.url, question, lambda: begun.wait(30))
+    clients = Clients(server.url, question, lambda: begun.wait(60))
     asks = [*clients.whole, *clients.streams]
     with ThreadPoolExecutor(len(asks)) as pool:
         asked = [pool.submit(outcome, ask) for ask in asks]
         with suppress(BrokenBarrierError):  # a stream that fails before is among the results
-            begun.wait(30)
+            begun.wait(60)
+            wait_until(lambda: num_open(server.url) == len(asks))
         server.child("scheduler").kill()
-        return [one.result(60) for one in asked]
+        return [one.result(120) for one in asked]
 
 
 def test_the_clients_see_one_unbroken_reply(

@@ -22,9 +22,12 @@ from tests.support.server_process import (
     OpenRequest,
     ServerProcess,
     environment,
+    free_port,
+    num_open,
     open_requests,
     running,
     status_of,
+    suspended,
     wait_until,
 )
 
@@ -67,6 +70,10 @@ def assert_drains(url: str, http: httpx.Client) -> None:
             assert refused.json()["error"]["code"] == "server_draining"
 
 
+def wait_until_draining(server: ServerProcess) -> None:
+    wait_until(lambda: " draining open=" in server.output)
+
+
 def start_requests(url: str, num_tokens: int = NUM_TOKENS) -> list[OpenRequest]:
     """More than the hash engine's pages hold, so that some wait."""
     return list(open_requests(url, num_streams=20, num_whole=20, max_tokens=num_tokens))
@@ -89,14 +96,16 @@ def server(model_dir: Path, socket_dir: Path) -> Iterator[ServerProcess]:
 def test_a_signal_lets_open_requests_end_and_refuses_others(
     number: signal.Signals, server: ServerProcess
 ) -> None:
-    with httpx.Client(timeout=10) as http:
+    scheduler = server.child("scheduler")
+    with httpx.Client(timeout=60) as http:
         assert http.get(f"{server.url}/health").status_code == 200
         requests = start_requests(server.url)
-        # As a terminal does it: to every process of the group.
-        os.killpg(server.popen.pid, number)
-        assert_drains(server.url, http)
+        with suspended(scheduler):  # so that some are open for as long as the checks take
+            # As a terminal does it: to every process of the group.
+            os.killpg(server.popen.pid, number)
+            assert_drains(server.url, http)
     assert_complete(requests)
-    assert server.wait(5) == 0
+    assert server.wait() == 0
     assert "Traceback" not in server.output
     assert f" stopping signal={number.name}\n" in server.output
     assert re.search(r" draining open=\d+ timeout_s=30\.0\n", server.output)
@@ -109,37 +118,39 @@ def test_a_signal_to_every_process_lets_open_requests_end(server: ServerProcess)
     for process in [*server.family, server.popen]:
         process.terminate()
     assert_complete(requests)
-    assert server.wait(5) == 0
+    assert server.wait() == 0
 
 
 def test_a_drain_by_http_is_as_one_by_a_signal_and_may_be_followed_by_one(
     server: ServerProcess,
 ) -> None:
-    requests = start_requests(server.url, 2 * NUM_TOKENS)
-    for _ in range(2):
-        response = httpx.post(f"{server.url}/drain")
-        assert (response.status_code, response.json()) == (202, {"status": "draining"})
-    server.popen.terminate()
-    with httpx.Client(timeout=10) as http:
-        assert_drains(server.url, http)
-    assert_complete(requests, 2 * NUM_TOKENS)
-    assert server.wait(5) == 0
+    scheduler = server.child("scheduler")
+    requests = start_requests(server.url)
+    with suspended(scheduler):
+        for _ in range(2):
+            response = httpx.post(f"{server.url}/drain")
+            assert (response.status_code, response.json()) == (202, {"status": "draining"})
+        server.popen.terminate()
+        with httpx.Client(timeout=60) as http:
+            assert_drains(server.url, http)
+    assert_complete(requests)
+    assert server.wait() == 0
 
 
 def test_a_drain_by_http_ends_the_server_by_itself(server: ServerProcess) -> None:
     assert httpx.post(f"{server.url}/drain").status_code == 202
-    assert server.wait(5) == 0
+    assert server.wait() == 0
 
 
 def test_what_outlasts_the_drain_timeout_is_told(model_dir: Path, socket_dir: Path) -> None:
     arguments = ("--model", str(model_dir), "--drain-timeout", "0.5")
     with running(*arguments, tmp_dir=socket_dir, step_s=0.05) as server:
-        requests = start_requests(server.url)
+        requests = start_requests(server.url, num_tokens=1500)
         started = time.monotonic()
         server.popen.terminate()
         assert_ended(requests)
         assert time.monotonic() - started >= 0.5
-        assert server.wait(5) == 0
+        assert server.wait() == 0
         server.assert_nothing_is_left()
 
 
@@ -147,12 +158,12 @@ def test_what_outlasts_the_drain_timeout_is_told(model_dir: Path, socket_dir: Pa
 def test_a_second_signal_ends_open_requests_in_time(server: ServerProcess) -> None:
     requests = start_requests(server.url, num_tokens=1500)
     server.popen.terminate()
-    time.sleep(0.3)
+    wait_until_draining(server)
     assert server.popen.poll() is None
     started = time.monotonic()
     server.popen.terminate()
-    assert server.wait(5) == 0
-    assert time.monotonic() - started < 2
+    assert server.wait() == 0
+    assert time.monotonic() - started < 3
     assert_ended(requests)
 
 
@@ -163,12 +174,12 @@ def test_without_restarts_a_death_during_a_drain_fails_what_is_open(
     with running(*arguments, tmp_dir=socket_dir, step_s=STEP_S) as server:
         requests = start_requests(server.url, num_tokens=1500)
         server.popen.terminate()
-        time.sleep(0.2)
+        wait_until_draining(server)
         server.child("scheduler").kill()
         for request in requests:
             error = request.events[-2] if request.join().events else request.text
             assert json.loads(error)["error"]["code"] == "engine_dead"
-        assert server.wait(5) == 1
+        assert server.wait() == 1
 
 
 def raw_connection(server: ServerProcess) -> socket.socket:
@@ -189,17 +200,18 @@ def test_a_body_that_comes_late_is_refused_without_a_reset(server: ServerProcess
         for connection in (late, never):
             connection.sendall(
                 b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
-                b"Content-Type: application/json\r\nContent-Length: 15\r\n\r\n{"
+                b"Content-Type: application/json\r\nContent-Length: 15\r\n"
+                b"Expect: 100-continue\r\n\r\n{"
             )
-        time.sleep(0.2)
+            assert connection.recv(1024) == b"HTTP/1.1 100 Continue\r\n\r\n"
         server.popen.terminate()
-        time.sleep(0.5)
+        wait_until(lambda: " drained open=0" in server.output)
         late.sendall(b'"prompt": "x"}')
         for connection in (late, never):
             answer = read_all(connection)
             assert answer.startswith(b"HTTP/1.1 503"), answer
             assert b"server_draining" in answer
-    assert server.wait(5) == 0
+    assert server.wait() == 0
 
 
 @pytest.mark.timed
@@ -217,26 +229,24 @@ def test_a_stream_whose_reader_is_slow_arrives_whole(server: ServerProcess) -> N
         answer += read_all(reader)
     assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
     assert answer.count(b"data: ") > 1000
-    assert server.wait(5) == 0
+    assert server.wait() == 0
 
 
 def test_a_query_that_waits_is_answered(server: ServerProcess) -> None:
     answers: list[httpx.Response] = []
-    tokenizer = server.child("tokenizer")
-    tokenizer.suspend()
     ask = threading.Thread(
         target=lambda: answers.append(
-            httpx.post(f"{server.url}/tokenize", json={"prompt": "abc"}, timeout=20)
+            httpx.post(f"{server.url}/tokenize", json={"prompt": "abc"}, timeout=60)
         )
     )
-    ask.start()
-    time.sleep(0.3)
-    server.popen.terminate()
-    time.sleep(0.5)
-    tokenizer.resume()
+    with suspended(server.child("tokenizer")):
+        ask.start()
+        wait_until(lambda: num_open(server.url) == 1)
+        server.popen.terminate()
+        wait_until_draining(server)
     ask.join()
     assert answers[0].json()["count"] == 3
-    assert server.wait(5) == 0
+    assert server.wait() == 0
 
 
 @pytest.mark.parametrize("how", ["signal", "http"])
@@ -250,7 +260,7 @@ def test_a_stop_during_the_start_does_not_wait(
             server.popen.terminate()
         else:
             assert httpx.post(f"{server.url}/drain").status_code == 202
-        assert server.wait(5) == 0
+        assert server.wait() == 0
         server.assert_nothing_is_left()
     finally:
         server.end()
@@ -260,8 +270,7 @@ def test_a_stop_during_the_start_does_not_wait(
 def test_an_application_under_another_server_drains(
     how: str, model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     tmp_dir = tmp_path_factory.mktemp("s")
     variables = environment(
         MINISRV_MODEL=str(model_dir),
@@ -282,11 +291,11 @@ def test_an_application_under_another_server_drains(
             assert httpx.post(f"{url}/tokenize", json={"prompt": "x"}).status_code == 503
             assert_complete(requests)
             wait_until(lambda: status_of(f"{url}/health") == 503)
-            assert not psutil.wait_procs(family, timeout=5)[1]
+            assert not psutil.wait_procs(family, timeout=30)[1]
         process.terminate()
         assert_complete(requests)
-        process.wait(10)
-        assert not psutil.wait_procs(family, timeout=5)[1]
+        process.wait(60)
+        assert not psutil.wait_procs(family, timeout=30)[1]
         assert not list(tmp_dir.iterdir())
     finally:
         process.kill()
@@ -306,7 +315,7 @@ def test_drains_under_load_complete_whatever_was_accepted(
             wait_for_replies(clients, 16)
             time.sleep(0.037 * (number % 11))
             server.popen.terminate()
-            assert server.wait(40) == 0
+            assert server.wait(120) == 0
             for client in clients:
                 client.join()
                 assert not client.broken, client.broken
@@ -335,11 +344,11 @@ class BusyClient:
         self._thread.start()
 
     def join(self) -> None:
-        self._thread.join(60)
+        self._thread.join(120)
         assert not self._thread.is_alive(), "a request hangs"
 
     def _run(self) -> None:
-        with httpx.Client(timeout=40) as http:
+        with httpx.Client(timeout=120) as http:
             while True:
                 self._replying = False
                 try:

@@ -24,6 +24,7 @@ from tests.support.server_process import (
     environment,
     open_requests,
     running,
+    wait_until,
 )
 
 STEP_S = 0.02
@@ -51,7 +52,7 @@ def test_without_restarts_a_death_behind_the_frontend_fails_open_requests_and_en
         requests = open_requests(server.url, num_streams=3, num_whole=3)
         server.child(kind).kill()
         assert_failed(list(requests), 500, "engine_dead")
-        assert server.wait(5) == 1
+        assert server.wait() == 1
         assert f"the {kind}" in server.output
         assert "SIGKILL" in server.output
         server.assert_nothing_is_left()
@@ -81,7 +82,7 @@ def test_without_restarts_the_death_of_the_frontend_ends_all(
         (stream,) = open_requests(server.url, num_streams=1, num_whole=0)
         server.child("frontend").kill()
         assert stream.join().error is not None
-        assert server.wait(5) == 1
+        assert server.wait() == 1
         assert "the frontend process has died" in server.output
         server.assert_nothing_is_left()
 
@@ -98,7 +99,7 @@ def test_without_time_to_drain_a_signal_fails_open_requests_and_ends_all(
         # As a terminal does it: to every process of the group.
         os.killpg(server.popen.pid, number)
         assert_failed(list(requests), 503, "server_draining")
-        assert server.wait(5) == 0
+        assert server.wait() == 0
         assert time.monotonic() - started < 5
         server.assert_nothing_is_left()
 
@@ -114,7 +115,7 @@ def test_a_client_in_the_middle_of_its_request_does_not_hold_up_the_end(
             )
             time.sleep(0.2)
             server.popen.terminate()
-            assert server.wait(5) == 0
+            assert server.wait() == 0
         server.assert_nothing_is_left()
 
 
@@ -123,12 +124,12 @@ def test_a_second_signal_ends_all_at_once(model_dir: Path, socket_dir: Path) -> 
     with running("--model", str(model_dir), tmp_dir=socket_dir) as server:
         server.child("frontend").suspend()  # it cannot say its last words
         server.popen.terminate()
-        time.sleep(0.3)
+        wait_until(lambda: " stopping signal=SIGTERM" in server.output)
         assert server.popen.poll() is None
         started = time.monotonic()
         server.popen.terminate()
-        assert server.wait(5) == 0
-        assert time.monotonic() - started < 1
+        assert server.wait() == 0
+        assert time.monotonic() - started < 2.5  # and not END_GRACE_S
         server.assert_nothing_is_left()
 
 
@@ -138,7 +139,7 @@ def test_a_stuck_process_is_killed_in_time(model_dir: Path, socket_dir: Path) ->
         for process in server.family:
             process.suspend()
         server.popen.terminate()
-        assert server.wait(5) == 0
+        assert server.wait() == 0
         server.assert_nothing_is_left()
 
 
@@ -147,7 +148,7 @@ def test_a_killed_supervisor_leaves_no_process_behind(model_dir: Path, socket_di
         (stream,) = open_requests(server.url, num_streams=1, num_whole=0)
         port = int(server.url.rsplit(":", 1)[1])
         server.popen.kill()
-        _, alive = psutil.wait_procs(server.family, timeout=2)
+        _, alive = psutil.wait_procs(server.family, timeout=30)
         assert not alive
         assert stream.join().error is not None
         socket.create_server(("127.0.0.1", port)).close()
@@ -161,7 +162,7 @@ def test_children_that_are_stopped_when_the_supervisor_is_killed_die_too(
         for process in server.family:
             process.suspend()
         server.popen.kill()
-        _, alive = psutil.wait_procs(server.family, timeout=2)
+        _, alive = psutil.wait_procs(server.family, timeout=30)
         assert not alive
 
 
@@ -170,7 +171,7 @@ def test_a_signal_during_the_start_ends_all(model_dir: Path, socket_dir: Path) -
     try:
         assert server.url
         server.popen.terminate()
-        assert server.wait(5) == 0
+        assert server.wait() == 0
         server.assert_nothing_is_left()
     finally:
         server.end()

@@ -171,7 +171,11 @@ def test_a_message_must_fit_its_uid(model_dir: Path) -> None:
     with_manager(model_dir, use)
 
 
-def test_a_death_raises_in_every_open_stream(model_dir: Path, new_children: Children) -> None:
+def test_a_death_raises_in_every_open_stream(
+    model_dir: Path, new_children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINISRV_TEST_STEP_S", "0.01")
+
     async def run() -> None:
         manager = FrontendManager(model=str(model_dir), restart_limit="0")
         await manager.start()

@@ -30,6 +30,7 @@ from tests.support.server_process import (
     WITH_HASH_ENGINE,
     ServerProcess,
     environment,
+    free_port,
     running,
     status_of,
     wait_until,
@@ -45,17 +46,26 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_names_every_option_and_is_fast() -> None:
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = run(*SERVE, "--help")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # Processor time: the wall clock would measure what else the machine does.
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    done = run(*SERVE, "--help")
     assert done.returncode == 0
     for option in ("--model", "--max-seq-len", "--no-radix-cache", "--start-timeout-s"):
         assert option in done.stdout
-    assert min(seconds) < 0.5
+    # 0.17 s against 0.07 s.
+    assert processor_time(*SERVE, "--help") < 6 * processor_time(sys.executable, "-c", STANDARD)
+
+
+STANDARD = "import argparse, dataclasses, json, logging, subprocess"
+
+
+def processor_time(*command: str) -> float:
+    """The least of three runs, in seconds; the wall clock would measure what else runs here."""
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run(*command)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(seconds)
 
 
 def test_help_loads_no_heavy_package() -> None:
@@ -154,7 +164,7 @@ def test_both_families_are_served_where_the_host_means_both(host: str) -> None:
     try:
         port = listeners[0].getsockname()[1]
         for address in ("127.0.0.1", "::1"):
-            socket.create_connection((address, port), timeout=5).close()
+            socket.create_connection((address, port), timeout=60).close()
     finally:
         for listener in listeners:
             listener.close()
@@ -167,8 +177,7 @@ def test_both_families_are_served_where_the_host_means_both(host: str) -> None:
 def test_it_starts_with_standard_streams_closed(
     closed: str, model_dir: Path, socket_dir: Path
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     socket_dir.mkdir()
     command = f"exec {sys.executable} -c '{WITH_HASH_ENGINE}' --model {model_dir} --port {port}"
     process = subprocess.Popen(
@@ -182,7 +191,7 @@ def test_it_starts_with_standard_streams_closed(
         wait_until(lambda: status_of(f"{url}/ready") == 200 or process.poll() is not None)
         assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}).status_code == 200
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
@@ -276,7 +285,7 @@ def test_http_answers_while_the_model_is_loaded(
     server = ServerProcess("--model", str(model_dir), tmp_dir=socket_dir, gate=gate)
     try:
         url = server.url
-        assert httpx.get(f"{url}/health", timeout=10).status_code == 200
+        assert httpx.get(f"{url}/health", timeout=60).status_code == 200
         wait_until(lambda: httpx.get(f"{url}/ready").json().get("phase") == "weights")
         loading = httpx.get(f"{url}/ready")
         assert loading.status_code == 503

@@ -69,18 +69,22 @@ def text_of(request: OpenRequest) -> str:
     ["scheduler", *(pytest.param(k, marks=pytest.mark.soak) for k in ("detokenizer", "tokenizer"))],
 )
 def test_requests_survive_the_death_of_a_process(
-    kind: str, model_dir: Path, socket_dir: Path
+    kind: str, model_dir: Path, socket_dir: Path, gate: Path
 ) -> None:
-    with running("--model", str(model_dir), tmp_dir=socket_dir, step_s=STEP_S) as server:
+    options: dict[str, Any] = {"tmp_dir": socket_dir, "step_s": STEP_S, "gate": gate}
+    with running("--model", str(model_dir), **options) as server:
         (whole,) = open_requests(server.url, num_streams=1, num_whole=0, max_tokens=NUM_TOKENS)
         expected = text_of(whole)
         requests = open_requests(server.url, num_streams=3, num_whole=2, max_tokens=NUM_TOKENS)
+        gate.unlink()
         server.child(kind).kill()
-        wait_until(lambda: status_of(f"{server.url}/ready") == 503, 5)
-        assert httpx.get(f"{server.url}/ready").json()["status"] == "restarting"
+        wait_until(lambda: status_of(f"{server.url}/ready") == 503)
+        if kind == "scheduler":  # the others are back at once
+            assert httpx.get(f"{server.url}/ready").json()["status"] == "restarting"
         assert status_of(f"{server.url}/health") == 200
         late = OpenRequest(server.url, stream=True, max_tokens=NUM_TOKENS)
-        count = httpx.post(f"{server.url}/tokenize", json={"prompt": "abc"}, timeout=30)
+        gate.touch()
+        count = httpx.post(f"{server.url}/tokenize", json={"prompt": "abc"}, timeout=120)
         assert count.json()["count"] == 3
         assert [text_of(request) for request in (*requests, late)] == [expected] * 6
         server.wait_until_ready()
@@ -104,7 +108,7 @@ def test_a_killed_frontend_comes_back_without_its_requests(
         server.child("frontend").kill()
         killed = time.monotonic()
         while works(server, "scheduler"):
-            assert time.monotonic() < killed + 1
+            assert time.monotonic() < killed + 5
         # It arrives before there is a process to accept it, and needs one of the three places.
         late = OpenRequest(server.url, stream=False, max_tokens=20)
         assert all(request.join().error is not None for request in requests)
@@ -126,7 +130,7 @@ def test_too_many_deaths_end_the_server(model_dir: Path, socket_dir: Path) -> No
         server.child("detokenizer").kill()
         for request in requests:
             assert '"engine_dead"' in request.join().text
-        assert server.wait(5) == 1
+        assert server.wait() == 1
         assert "it is death number 2 within 60 s" in server.output
         server.assert_nothing_is_left()
 
@@ -147,12 +151,18 @@ def test_without_resuming_open_requests_fail_and_later_ones_are_served(
         assert metric(server, 'given_up_requests_total{reason="no_resume"}') == 2
 
 
-def test_a_drain_waits_for_requests_that_are_resumed(model_dir: Path, socket_dir: Path) -> None:
-    with running("--model", str(model_dir), tmp_dir=socket_dir, step_s=STEP_S) as server:
+def test_a_drain_waits_for_requests_that_are_resumed(
+    model_dir: Path, socket_dir: Path, gate: Path
+) -> None:
+    options: dict[str, Any] = {"tmp_dir": socket_dir, "step_s": STEP_S, "gate": gate}
+    with running("--model", str(model_dir), **options) as server:
         requests = open_requests(server.url, num_streams=2, num_whole=1, max_tokens=NUM_TOKENS)
+        gate.unlink()
         server.child("scheduler").kill()
-        wait_until(lambda: status_of(f"{server.url}/ready") == 503, 5)
+        wait_until(lambda: status_of(f"{server.url}/ready") == 503)
         server.popen.terminate()
+        wait_until(lambda: " draining open=3" in server.output)
+        gate.touch()
         assert len({text_of(request) for request in requests}) == 1
         assert server.wait() == 0
         server.assert_nothing_is_left()
@@ -165,7 +175,7 @@ def test_a_stop_while_the_frontend_is_dead_ends_the_server(
         server.child("frontend").kill()
         wait_until(lambda: "it is started again" in server.output)
         server.popen.terminate()
-        assert server.wait(5) == 0
+        assert server.wait() == 0
         assert "Traceback" not in server.output
         server.assert_nothing_is_left()
 
@@ -197,11 +207,12 @@ def test_an_embedded_frontend_resumes_too(
     from minisrv.supervision import supervisor
 
     monkeypatch.setitem(supervisor.MODULES, "scheduler", "tests.support.hash_scheduler")
+    monkeypatch.setenv("MINISRV_TEST_STEP_S", str(STEP_S))
 
     async def run() -> None:
         async with FrontendManager(model=str(model_dir)) as manager:
             uid = manager.new_user()
-            manager.send_one(message(uid, max_tokens=2000))
+            manager.send_one(message(uid, max_tokens=NUM_TOKENS))
             (process,) = [
                 p for p in new_children() if p.cmdline()[-1] == "tests.support.hash_scheduler"
             ]
@@ -210,7 +221,7 @@ def test_an_embedded_frontend_resumes_too(
                 if not text:
                     process.send_signal(signal.SIGKILL)
                 text += ack.incremental_output
-            assert text == expected_text(2000)
+            assert text == expected_text(NUM_TOKENS)
             assert manager.registry.restarts == {"scheduler": 1}
 
     asyncio.run(asyncio.wait_for(run(), 60))
@@ -237,7 +248,7 @@ def test_a_request_that_ends_the_engine_is_given_up_and_no_other(
 
 def post_ids(server: ServerProcess, prompt: list[int]) -> httpx.Response:
     body = {"prompt": prompt, "max_tokens": 5}
-    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=30)
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +266,7 @@ def test_a_stopped_process_is_continued_and_nothing_is_lost(
         requests = open_requests(server.url, num_streams=2, num_whole=1, max_tokens=NUM_TOKENS)
         server.child(kind).suspend()
         if kind != "frontend":
-            wait_until(lambda: status_of(f"{server.url}/ready") == 503, 5)
+            wait_until(lambda: status_of(f"{server.url}/ready") == 503)
         assert len({text_of(request) for request in requests}) == 1
         wait_until(lambda: status_of(f"{server.url}/ready") == 200)
         wait_until(lambda: f"the {server_name(kind)} process goes on" in server.output)
@@ -280,8 +291,8 @@ def test_a_process_that_hangs_is_killed_and_started_again(
 
 
 def test_a_server_without_work_is_not_stalled(model_dir: Path, socket_dir: Path) -> None:
-    arguments = ("--model", str(model_dir), "--stall-timeout", "1.5")
+    arguments = ("--model", str(model_dir), "--stall-timeout", "2.5")
     with running(*arguments, tmp_dir=socket_dir) as server:
-        time.sleep(4)
+        time.sleep(5)
         assert "no progress" not in server.output
         assert metric(server, "restarts_total") == 0

@@ -18,6 +18,7 @@ from tests.processes.test_restarts import metric, text_of
 from tests.support.server_process import (
     OpenRequest,
     ServerProcess,
+    num_open,
     open_requests,
     running,
     status_of,
@@ -29,22 +30,27 @@ NUM_TOKENS = 200
 
 
 @pytest.fixture
-def server(model_dir: Path, socket_dir: Path) -> Iterator[ServerProcess]:
+def server(model_dir: Path, socket_dir: Path, gate: Path) -> Iterator[ServerProcess]:
     """Within one second, so that no death counts for those that come later."""
     arguments = ("--model", str(model_dir), "--restart-limit", "9/1")
-    with running(*arguments, tmp_dir=socket_dir, step_s=STEP_S) as server:
+    with running(*arguments, tmp_dir=socket_dir, step_s=STEP_S, gate=gate) as server:
         yield server
         wait_until(lambda: status_of(f"{server.url}/ready") == 200)
-        assert open_count(server) == 0
+        assert num_open(server.url) == 0
         server.wait_until_ready().popen.terminate()
         assert server.wait() == 0
         assert "Traceback" not in server.output
         server.assert_nothing_is_left()
 
 
-def open_count(server: ServerProcess) -> int:
-    (load,) = httpx.get(f"{server.url}/v1/loads").json()["loads"]
-    return int(load["num_open_reqs"])
+@contextlib.contextmanager
+def without_engine(server: ServerProcess, gate: Path) -> Iterator[None]:
+    """The scheduler dies, and is not back before the end."""
+    gate.unlink()
+    server.child("scheduler").kill()
+    wait_until(lambda: status_of(f"{server.url}/ready") == 503)
+    yield
+    gate.touch()
 
 
 def kill_again(server: ServerProcess, kind: str) -> None:
@@ -99,40 +105,48 @@ def test_requests_survive_a_process_that_dies_while_it_starts(server: ServerProc
     assert metric(server, "given_up_requests_total") == 0
 
 
-def test_a_frontend_that_dies_without_an_engine_comes_back_with_it(server: ServerProcess) -> None:
+def test_a_frontend_that_dies_without_an_engine_comes_back_with_it(
+    server: ServerProcess, gate: Path
+) -> None:
     requests = open_requests(server.url, num_streams=2, num_whole=1)
-    server.child("scheduler").kill()
-    wait_until(lambda: status_of(f"{server.url}/ready") == 503, 5)
-    server.child("frontend").kill()
-    for request in requests:
-        assert request.join().error is not None
-        assert "[DONE]" not in request.text
+    with without_engine(server, gate):
+        server.child("frontend").kill()
+        for request in requests:
+            assert request.join().error is not None
+            assert "[DONE]" not in request.text
     assert text_of(OpenRequest(server.url, stream=True, max_tokens=20))
     assert metric(server, "num_requests_running") == 0
 
 
-def test_a_client_that_leaves_while_there_is_no_engine_is_forgotten(server: ServerProcess) -> None:
+def test_a_client_that_leaves_while_there_is_no_engine_is_forgotten(
+    server: ServerProcess, gate: Path
+) -> None:
     body = {"prompt": "go on", "max_tokens": 1500, "stream": True, "ignore_eos": True}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as reply:
+    with contextlib.ExitStack() as connection:
+        url = f"{server.url}/v1/completions"
+        reply = connection.enter_context(httpx.stream("POST", url, json=body))
         next(reply.iter_lines())
-        server.child("scheduler").kill()
-        wait_until(lambda: status_of(f"{server.url}/ready") == 503, 5)
+        with without_engine(server, gate):
+            connection.close()
+            wait_until(lambda: num_open(server.url) == 0)
     wait_until(lambda: status_of(f"{server.url}/ready") == 200)
     assert metric(server, "resumed_requests_total") == 0
-    assert open_count(server) == 0
+    assert num_open(server.url) == 0
 
 
-def test_requests_can_be_aborted_while_there_is_no_engine(server: ServerProcess) -> None:
+def test_requests_can_be_aborted_while_there_is_no_engine(
+    server: ServerProcess, gate: Path
+) -> None:
     requests = open_requests(server.url, num_streams=2, num_whole=1)
-    server.child("scheduler").kill()
-    wait_until(lambda: status_of(f"{server.url}/ready") == 503, 5)
-    late = OpenRequest(server.url, stream=True, max_tokens=20)
-    wait_until(lambda: open_count(server) == 4)
-    reply = httpx.post(f"{server.url}/abort_request", json={"abort_all": True})
-    assert reply.status_code == 200
-    for request in (*requests, late):
-        assert request.join().error is None
-        assert '"request_aborted"' in request.text
+    with without_engine(server, gate):
+        late = OpenRequest(server.url, stream=True, max_tokens=20)
+        wait_until(lambda: num_open(server.url) == 4)
+        reply = httpx.post(f"{server.url}/abort_request", json={"abort_all": True})
+        assert reply.status_code == 200
+        for request in (*requests, late):
+            assert request.join().error is None
+            assert '"request_aborted"' in request.text
+    wait_until(lambda: status_of(f"{server.url}/ready") == 200)
     assert metric(server, "resumed_requests_total") == 0
 
 

@@ -43,7 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     with running(*arguments, tmp_dir=tmp_dir, hash_engine=False) as server:
         yield server
         server.popen.terminate()
-        assert server.wait(5) == 0
+        assert server.wait() == 0
 
 
 @pytest.fixture(scope="module")

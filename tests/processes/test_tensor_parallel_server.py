@@ -60,7 +60,7 @@ def test_two_ranks_answer_as_one_does_with_aborts_in_between(server: ServerProce
     assert {ip for ip, _ in others} <= {"127.0.0.1"}
     assert {module for _, module in others} <= {"minisrv.scheduler", "minisrv.engine.parallel"}
     server.popen.terminate()
-    assert server.wait(5) == 0
+    assert server.wait() == 0
     server.assert_nothing_is_left()
 
 
@@ -79,12 +79,12 @@ def test_without_restarts_the_death_of_a_rank_ends_all_and_is_reported(
         *_, error, done = request.join().events
         assert "engine_dead" in error
         assert done == "[DONE]"
-    assert server.wait(5) == 1
+    assert server.wait() == 1
     assert "the rank 1 process has died: it was killed by SIGKILL" in server.output
     server.assert_nothing_is_left()
 
 
 def test_without_restarts_the_death_of_the_scheduler_ends_its_ranks(server: ServerProcess) -> None:
     server.child("scheduler").kill()
-    assert server.wait(5) == 1
+    assert server.wait() == 1
     server.assert_nothing_is_left()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,15 +16,14 @@ import psutil
 import pytest
 
 from minisrv.supervision.sole_worker import SoleWorker
-from tests.support.server_process import environment, module_of, status_of, wait_until
+from tests.support.server_process import environment, free_port, module_of, status_of, wait_until
 
 STANDS_BY = "another worker runs the engine, and this one stands by"
 
 
 class Uvicorn:
     def __init__(self, model_dir: Path, tmp_dir: Path, *arguments: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.tmp_dir = tmp_dir
         self._log_path = tmp_dir.with_suffix(".log")
@@ -68,8 +66,8 @@ def running(model_dir: Path, tmp_dir: Path, *arguments: str) -> Iterator[Uvicorn
         yield server
         family = server.family
         server.process.send_signal(signal.SIGTERM)
-        server.process.wait(20)
-        _, alive = psutil.wait_procs(family, timeout=5)
+        server.process.wait(60)
+        _, alive = psutil.wait_procs(family, timeout=30)
         assert not alive, alive
         assert not list(tmp_dir.glob("*.lock"))
         assert "Traceback" not in server.output

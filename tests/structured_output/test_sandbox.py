@@ -49,7 +49,7 @@ def test_a_hostile_grammar_is_refused_within_its_time(sandbox: Sandbox, grammar:
     began = time.monotonic()
     with pytest.raises(InvalidRequestError, match="more than 1 s or 256 MiB") as caught:
         sandbox.try_out(grammar)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 10
     assert caught.value.param == grammar.param
 
 
@@ -67,7 +67,7 @@ def test_memory_is_limited_before_time() -> None:
     began = time.monotonic()
     with pytest.raises(InvalidRequestError, match="64 MiB"):
         sandbox.try_out(HOSTILE[0])
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     sandbox.close()
 
 
@@ -77,11 +77,11 @@ def test_a_child_that_gets_no_processor_ends_after_twice_its_time(sandbox: Sandb
     with ours:
         with theirs:
             sandbox._send(theirs)
-        ours.settimeout(10)
+        ours.settimeout(60)
         began = time.monotonic()
         assert ours.recv(1) == b"."  # it has started, and waits for its grammar
         assert ours.recv(1) == b""
-        assert 1.5 < time.monotonic() - began < 4
+        assert 1.5 < time.monotonic() - began < 20
 
 
 def test_hostile_grammars_leave_no_process_and_no_memory(sandbox: Sandbox) -> None:
@@ -92,7 +92,7 @@ def test_hostile_grammars_leave_no_process_and_no_memory(sandbox: Sandbox) -> No
         with pytest.raises(InvalidRequestError):
             sandbox.try_out(HOSTILE[0])
     children = Path(f"/proc/{sandbox._helper.pid}/task/{sandbox._helper.pid}/children")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while children.read_text() and time.monotonic() < deadline:  # freeing memory takes a moment
         time.sleep(0.05)
     assert children.read_text() == ""
@@ -170,7 +170,7 @@ def test_honest_grammars_wait_for_two_hostile_ones_and_then_pass(sandbox: Sandbo
     while len(done) < 3:
         compiler.wait(1)
         done.update(compiler.take_done())
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
     assert isinstance(done[7], Matcher)
     assert isinstance(done[0], InvalidRequestError)
     with pytest.raises(InvalidRequestError, match="more than"):  # remembered: refused at once
@@ -202,7 +202,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _wait_for_child(pid: int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not _children(pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -111,7 +111,7 @@ def test_a_beat_is_a_sign_of_life_and_the_allowance_grows_with_the_work(tmp_path
     time.sleep(0.02)
     record.end(0)
     longest = view.allowance_s
-    assert 0.02 <= longest < 1
+    assert 0.02 <= longest < 10
     record.begin(0, array("l", [1]), size=5)
     assert view.allowance_s == longest
     record.begin(1, array("l", [1]), size=40)
@@ -131,7 +131,7 @@ def test_a_process_that_is_stopped_again_and_again_is_found_as_soon_each_time(
     try:
         while not view.working_on():
             time.sleep(0.01)
-        watch = StallWatch(0.2)
+        watch = StallWatch(0.5)
         for _ in range(5):
             watch.restart_clocks(time.monotonic())
             for _ in range(5):
@@ -140,7 +140,7 @@ def test_a_process_that_is_stopped_again_and_again_is_found_as_soon_each_time(
             os.kill(process.pid, signal.SIGSTOP)
             while (found := watch.stalled([("a", view)], time.monotonic())) is None:
                 time.sleep(0.02)
-            assert found[1] < 0.6  # each stop would add at least 0.2
+            assert found[1] < 1.5  # each stop would add at least 0.5
             os.kill(process.pid, signal.SIGCONT)
             while time.monotonic() - view.last_beat > 0.1:
                 time.sleep(0.01)

@@ -105,7 +105,7 @@ class Reader:
 
     def take_replay(self) -> None:
         """Apply the answer."""
-        assert self._replay.poll(5000)
+        assert self._replay.poll(60_000)
         self.num_replays += 1
         for number, batch in self._replies():
             if self.misses(number):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -144,14 +146,14 @@ class ServerProcess:
         (found,) = [process for process in self.family if module_of(process) in modules]
         return found
 
-    def wait(self, timeout_s: float = 10) -> int:
+    def wait(self, timeout_s: float = 60) -> int:
         """The exit status; fails if the process does not exit in time."""
         status = self.popen.wait(timeout_s)
         self._reader.join()
         return status
 
     def assert_nothing_is_left(self) -> None:
-        _, alive = psutil.wait_procs(self.family, timeout=3)
+        _, alive = psutil.wait_procs(self.family, timeout=30)
         assert not alive, alive
         assert not list(self.tmp_dir.iterdir())
 
@@ -161,7 +163,7 @@ class ServerProcess:
             self.family += psutil.Process(self.popen.pid).children(recursive=True)
         self.popen.kill()
         self.wait()
-        psutil.wait_procs(self.family, timeout=3)
+        psutil.wait_procs(self.family, timeout=30)
 
 
 def module_of(process: psutil.Process) -> str:
@@ -198,7 +200,7 @@ class OpenRequest:
     def _read(self) -> None:
         try:
             with httpx.stream(
-                "POST", f"{self._url}/v1/completions", json=self._body, timeout=30
+                "POST", f"{self._url}/v1/completions", json=self._body, timeout=120
             ) as response:
                 self.status = response.status_code
                 for piece in response.iter_text():
@@ -211,9 +213,13 @@ class OpenRequest:
         assert self.error is None
 
     def join(self) -> OpenRequest:
-        self._thread.join(30)
-        assert not self._thread.is_alive(), "the request hangs"
+        self._thread.join(120)
+        assert not self.is_open, "the request hangs"
         return self
+
+    @property
+    def is_open(self) -> bool:
+        return self._thread.is_alive()
 
     @property
     def events(self) -> list[str]:
@@ -226,11 +232,35 @@ def open_requests(
 ) -> Sequence[OpenRequest]:
     """Requests that are all being served: those that are not streamed came first."""
     whole = [OpenRequest(url, stream=False, max_tokens=max_tokens) for _ in range(num_whole)]
-    time.sleep(0.2 if num_whole else 0)
+    wait_until(lambda: num_open(url) + sum(not one.is_open for one in whole) >= num_whole)
     streams = [OpenRequest(url, stream=True, max_tokens=max_tokens) for _ in range(num_streams)]
     for stream in streams:
         stream.wait_for_text()
     return [*streams, *whole]
+
+
+def num_open(url: str) -> int:
+    """How many requests and queries a server has accepted and not answered."""
+    (load,) = httpx.get(f"{url}/v1/loads", timeout=60).json()["loads"]
+    return int(load["num_open_reqs"])
+
+
+@contextlib.contextmanager
+def suspended(process: psutil.Process) -> Iterator[None]:
+    """The process stands still: a scheduler ends no request, a tokenizer answers no query."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
+
+
+def free_port() -> int:
+    """One below those that the kernel gives to connections, which could take it before a server."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def wait_until(condition: Any, timeout_s: float = 60) -> None:
@@ -242,6 +272,6 @@ def wait_until(condition: Any, timeout_s: float = 60) -> None:
 
 def status_of(url: str) -> int | None:
     try:
-        return httpx.get(url, timeout=5).status_code
+        return httpx.get(url, timeout=30).status_code
     except httpx.HTTPError:
         return None

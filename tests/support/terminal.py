@@ -50,7 +50,7 @@ class Terminal:
         """The same with escape sequences."""
         return self._tmux("capture-pane", "-p", "-e", "-J", "-S", "-")
 
-    def wait_for(self, pattern: str, timeout_s: float = 20) -> str:
+    def wait_for(self, pattern: str, timeout_s: float = 60) -> str:
         """The screen when it has the pattern."""
         try:
             wait_until(lambda: re.search(pattern, self.screen, re.MULTILINE), timeout_s)
