@@ -68,7 +68,7 @@ class Console:
                 )
 
     def close(self) -> None:
-        """Leave nothing behind on the terminal that looks as if it went on."""
+        """Leave no line on the terminal that looks like work in progress."""
         if self._line is not None:
             self._line.keep()
             self._line.erase()

@@ -19,4 +19,4 @@ class ReportProgress(Protocol):
 
 
 def no_progress(phase: str, fraction: float, total: float = 0, unit: str = "") -> None:
-    """For callers whom the progress does not interest."""
+    """For callers that do not show the progress."""

@@ -29,7 +29,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def describe_point(point: Json) -> str:
-    """One point of load in full: counts, rates, a table of latencies, what to beware of."""
+    """One point of load in full: counts, rates, warnings, a table of latencies."""
     requests, tokens, rates = point["requests"], point["tokens"], point["rates"]
     lines = [
         f"{load_name(point)}: {requests['completed']} requests completed in "

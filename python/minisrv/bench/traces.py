@@ -3,7 +3,7 @@
 Three forms are read; the columns say which one a file has. Azure's CSV has TIMESTAMP (a date),
 ContextTokens and GeneratedTokens. Mooncake's JSONL has timestamp (ms), input_length, output_length
 and hash_ids. Our own, CSV or JSONL, has the fields of TraceRequest: arrival_s, input_tokens,
-output_tokens and, if wanted, session.
+output_tokens and optionally session.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def _size(folder: Path) -> int:
 
 
 def _reason(errors: str) -> str:
-    """What pip says at last; a lost connection it mentions only in warnings before that."""
+    """The last error that pip reports; it mentions a lost connection only in earlier warnings."""
     if "connection broken by" in errors:
         return (
             "the package index cannot be reached; check the network, or set PIP_INDEX_URL to a "

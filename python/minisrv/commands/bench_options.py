@@ -101,7 +101,7 @@ def _add_requests(group: argparse._ArgumentGroup) -> None:
     add("--prompts", choices=PROMPT_FORMS, default="auto", help="default: ids where they work")
     add("--tokenizer", metavar="MODEL", help="for prompts of an exact length")
     add("--temperature", type=float, default=0.0, metavar="X", help="default: 0")
-    add("--use-eos", action="store_true", help="let replies end before --output-tokens")
+    add("--use-eos", action="store_true", help="let replies end before they have --output-tokens")
     add("--field", action="append", default=[], metavar="NAME=JSON", help="a field of the API")
     add("--seed", type=int, default=0, help="equal seeds send equal requests (default: 0)")
 

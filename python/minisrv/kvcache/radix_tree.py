@@ -91,9 +91,9 @@ class Match:
 class RadixTree:
     """`tokens` arguments start at the root; `limit` counts pages.
 
-    `num_pin_changes` grows whenever a node gets its first pin or loses its last. `now` is set by
-    the caller, in seconds, for who looks at the times of uses. `changes`: where to record what
-    joins and leaves the tree, if anybody follows it.
+    `num_pin_changes` grows whenever a node gets its first pin or loses its last. `now`, in
+    seconds, is set by the caller and stored as the time of a use. `changes`: where to record what
+    joins and leaves the tree, None if nobody follows it.
     """
 
     def __init__(self, page_size: int) -> None:

@@ -77,7 +77,7 @@ class CostRequestRouter(RequestRouter):  # type: ignore[misc]
             self._costs.forget(self._known.pop(replica_id).number)
 
     def _take_reports(self, replicas: list[RunningReplica]) -> list[RunningReplica] | None:
-        """The replicas that are ready; None if one has not reported of late."""
+        """The replicas that are ready; None if one has not reported recently."""
         ready = []
         for replica in replicas:
             stats = replica.routing_stats

@@ -79,7 +79,7 @@ class PowerOfTwo:
         self._random = random.Random(seed)
 
     def choose(self, prompt: Prompt, loads: Mapping[int, ReplicaLoad], now: float) -> int:
-        """See Router. Equal ones are told apart by their open requests."""
+        """See Router. With equally many, the one with fewer open requests."""
         drawn = self._random.sample(sorted(loads), min(2, len(loads)))
         return min(drawn, key=lambda i: (loads[i].queued_tokens, loads[i].open_requests))
 

@@ -53,7 +53,7 @@ def build_loop(
 
     run_dir: where tensor-parallel ranks meet; by default a directory of their own.
     vocabulary: for structured output; without it there is none. model_config: that of model_dir,
-    which is read if it is None. record: where the loop shows its progress to who watches it.
+    which is read if it is None. record: where the loop reports what it does, for the supervisor.
     The context is the model's or --max-seq-len, and no more than the cache holds.
     Raises ConfigError for an unusable checkpoint or option, or too little memory.
     """

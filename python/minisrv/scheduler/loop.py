@@ -56,7 +56,8 @@ class SchedulerLoop:
     engine calls `_fill_masks` from inside `launch`, after the forward pass is queued and before
     sampling is: it settles step n-1 and fills the masks while the device computes.
 
-    compiler: the error says why the model has no structured output. progress: for who watches it.
+    compiler: the error says why the model has no structured output.
+    progress: where the loop reports what it does.
     clock: the time in seconds; a simulation moves its own.
     feed: set by the caller to have the changes of the radix tree published.
     With MINISRV_CHECK=1 the scheduler's and the cache's invariants are asserted in every turn.

@@ -28,7 +28,7 @@ class Bounds:
 
 
 class Records:
-    """Columns by uid, 0 to N - 1, of all replicas. A time that has not come is NaN."""
+    """Columns by uid, 0 to N - 1, of all replicas. Times are NaN until they are known."""
 
     def __init__(self, arrivals: Float64Array, request_s: float = 0.0) -> None:
         """arrivals: [N] seconds. request_s: from the scheduler's token to the client."""

@@ -382,7 +382,7 @@ class StatsMsg:
     admitted: requests that got their first step. prompt_tokens and cached_tokens: of requests that
     got a first token. prefilled_tokens: computed in the chunks of all prompts, and again after a
     preemption. queued_tokens: of open prompts, not computed yet, in part cached. prefill_rate,
-    decode_rate: tokens per second of late, 0 before there were any. Buckets: wire.histogram.
+    decode_rate: tokens per second in recent steps, 0 before the first. Buckets: wire.histogram.
     """
 
     running: int

@@ -1,4 +1,4 @@
-"""GET /v1/cache/tree: the radix tree of the prefix cache, for who watches it."""
+"""GET /v1/cache/tree: the radix tree of the prefix cache."""
 
 from __future__ import annotations
 

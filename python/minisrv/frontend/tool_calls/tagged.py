@@ -139,7 +139,7 @@ class TaggedParser(CallParser):
         return True
 
     def _find_end(self) -> tuple[int, bool]:
-        """Up to where the text belongs to the value for certain, and whether its end is there."""
+        """How many characters certainly belong to the value, and whether its end is there."""
         at = self._text.find("<")
         while at >= 0:
             begins = starts_with(self._text[at : at + len(self.closing)], self.closing)
