@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import pytest
 from minisrv.commands import batch
 from minisrv.commands.batch_output import Output
 from minisrv.errors import ConfigError
+from tests.support.server_process import suspended, wait_until
 
 FLAGS = ["--max-tokens", "20", "--kv-memory", "64MiB", "--num-threads", "1", "--dtype", "float32"]
 # Few at once, so that the lines end one after another.
@@ -109,9 +109,11 @@ def killed_while_it_loads(process: subprocess.Popen[bytes], target: Path) -> Non
 
 def cut_in_a_line(process: subprocess.Popen[bytes], target: Path) -> None:
     """Let the kernel refuse to write more than a part of the next line, as on a full disk."""
-    limit = size_of(target) + 60
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
-    assert process.wait(30) == 1
+    with suspended(psutil.Process(process.pid)) as stopped:  # else it could write a line meanwhile
+        wait_until(lambda: stopped.status() == psutil.STATUS_STOPPED)
+        limit = size_of(target) + 60
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    assert process.wait(60) == 1
     assert not target.read_bytes().endswith(b"\n")
 
 
@@ -144,38 +146,42 @@ def tear_last_line(target: Path, rng: random.Random) -> None:
     target.write_bytes(content[: rng.randrange(last, len(content))])
 
 
-def test_a_rank_that_is_killed_costs_no_line(tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_costs_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = make_input(tmp_path / "in.jsonl", 12)
     whole, target = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert batch.main(command("demo", source, whole)) == 0
     # Without restarts the open lines are not answered, not even with an error.
-    with rank_killed_at_line(target, 2):
+    with rank_killed_at_line(monkeypatch, 2):
         assert batch.main(command("demo", source, target, "--tp", "2", "--restart-limit", "0")) == 1
     answers = answers_in(target)
     assert 2 <= len(answers) < 12
-    with rank_killed_at_line(target, len(answers) + 2):
+    with rank_killed_at_line(monkeypatch, 2):
         assert batch.main(command("demo", source, target, "--tp", "2")) == 0
     assert answers_in(target) == answers_in(whole)
 
 
 @contextmanager
-def rank_killed_at_line(target: Path, line: int) -> Iterator[None]:
-    """Kill the rank of this process once the output has so many lines."""
-    killed: list[psutil.Process] = []
+def rank_killed_at_line(monkeypatch: pytest.MonkeyPatch, line: int) -> Iterator[None]:
+    """Kill the rank of this process when it writes its `line`-th answer."""
+    num_lines, num_killed = 0, 0
 
-    def watch() -> None:
-        while not target.exists() or target.read_bytes().count(b"\n") < line:
-            time.sleep(0.0005)
-        for child in psutil.Process().children():
-            if "minisrv.engine.parallel" in child.cmdline():
-                child.kill()
-                killed.append(child)
+    def write_and_kill(output: Output, *answer: Any) -> None:
+        nonlocal num_lines, num_killed
+        write(output, *answer)
+        num_lines += 1
+        if num_lines == line:
+            for child in psutil.Process().children():
+                if "minisrv.engine.parallel" in child.cmdline():
+                    child.kill()
+                    num_killed += 1
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    yield
-    thread.join(1)
-    assert len(killed) == 1
+    write = Output.write
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "write", write_and_kill)
+        yield
+    assert num_killed == 1
 
 
 def test_two_processes_cannot_write_the_same_answers(tmp_path: Path) -> None:

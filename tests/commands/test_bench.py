@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -40,10 +40,27 @@ def measure(
     return json.loads(result.read_text()), server.requests()[before + NUM_PROBES :]
 
 
+def once_of_five(check: Callable[[], None]) -> None:
+    """Let a comparison of times hold once: what else the machine does delays one side now and then.
+
+    A fault of the command would show each time.
+    """
+    for left in reversed(range(5)):
+        try:
+            return check()
+        except AssertionError:
+            if not left:
+                raise
+
+
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
 def test_the_figures_are_those_of_the_server(
     server: PacedServer, tmp_path: Path, endpoint: str
 ) -> None:
+    once_of_five(lambda: check_figures(server, tmp_path, endpoint))
+
+
+def check_figures(server: PacedServer, tmp_path: Path, endpoint: str) -> None:
     load = ["--concurrency", "2", "--requests", "6", "--output-tokens", "10"]
     result, served = measure(server, tmp_path, *load, "--endpoint", endpoint)
     (point,) = result["points"]
@@ -65,10 +82,14 @@ def test_the_figures_are_those_of_the_server(
 
 def test_requests_are_sent_when_they_are_planned(server: PacedServer, tmp_path: Path) -> None:
     load = ["--rate", "50", "--arrivals", "constant", "--requests", "10", "--output-tokens", "2"]
-    result, served = measure(server, tmp_path, *load)
-    arrived = [one.arrived_s - served[0].arrived_s for one in served]
-    late = result["points"][0]["client"]["late_s"]["max"]
-    assert arrived == pytest.approx([0.02 * i for i in range(10)], abs=late + 0.01)
+
+    def check() -> None:
+        result, served = measure(server, tmp_path, *load)
+        arrived = [one.arrived_s - served[0].arrived_s for one in served]
+        late = result["points"][0]["client"]["late_s"]["max"]
+        assert arrived == pytest.approx([0.02 * i for i in range(10)], abs=late + 0.01)
+
+    once_of_five(check)
 
 
 def test_a_seed_repeats_the_requests(server: PacedServer, tmp_path: Path) -> None:
@@ -116,15 +137,19 @@ def test_a_trace_arrives_as_recorded_or_faster(server: PacedServer, tmp_path: Pa
     names = ("timestamp", "input_length", "output_length", "hash_ids")
     trace.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
     given = ["--trace", str(trace), "--divide-lengths", "64", "--speed", "2"]
-    result, served = measure(server, tmp_path, *given)
-    assert result["points"][0]["load"] == {"concurrency": None, "rate": None, "arrivals": None}
-    late = result["points"][0]["client"]["late_s"]["max"]
-    arrived = [one.arrived_s - served[0].arrived_s for one in served]
-    assert arrived == pytest.approx([0, 0.1, 0.2], abs=late + 0.01)
-    words = [one.body["prompt"].split() for one in served]
-    assert [len(prompt) for prompt in words] == [16, 9, 20]
-    assert words[0] == words[2][:16]
-    assert words[0][:8] == words[1][:8]
+
+    def check() -> None:
+        result, served = measure(server, tmp_path, *given)
+        assert result["points"][0]["load"] == {"concurrency": None, "rate": None, "arrivals": None}
+        late = result["points"][0]["client"]["late_s"]["max"]
+        arrived = [one.arrived_s - served[0].arrived_s for one in served]
+        assert arrived == pytest.approx([0, 0.1, 0.2], abs=late + 0.01)
+        words = [one.body["prompt"].split() for one in served]
+        assert [len(prompt) for prompt in words] == [16, 9, 20]
+        assert words[0] == words[2][:16]
+        assert words[0][:8] == words[1][:8]
+
+    once_of_five(check)
 
 
 def test_goodput_is_in_the_output(
@@ -174,7 +199,7 @@ def test_ctrl_c_ends_with_what_was_measured(server: PacedServer, tmp_path: Path)
     )
     wait_until(lambda: len(server.requests()) - before - NUM_PROBES > 6)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "not sent: 9" in out
     (point,) = json.loads(result.read_text())["points"]
@@ -212,7 +237,7 @@ def test_ctrl_c_before_the_first_reply_ends_the_command() -> None:
         )
         wait_until(lambda: len(server.requests()) == 1)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -92,17 +91,21 @@ def kill_once(llm: LLM, monkeypatch: pytest.MonkeyPatch, when: Callable[[Run], b
     monkeypatch.setattr(llm, "_turn", turn_and_kill)
 
 
-def kill_during_a_step(llm: LLM) -> threading.Thread:
-    """Kill a rank from another thread once there are tokens."""
+def kill_during_a_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill a rank from another thread once there are tokens, while the steps go on."""
+    turn, num_turns = llm._turn, 0
+    killer = threading.Thread(target=kill_rank, daemon=True)
 
-    def watch() -> None:
-        while not any(request.output_ids for request in llm._loop.scheduler.running):
-            time.sleep(0.0005)
-        kill_rank()
+    def turn_while_another_kills(run: Run) -> list[RequestOutput]:
+        nonlocal num_turns
+        if not num_turns and has_tokens(run):
+            killer.start()
+        num_turns += killer.ident is not None
+        if num_turns == 4:  # it has to wait for a processor
+            killer.join()
+        return turn(run)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
+    monkeypatch.setattr(llm, "_turn", turn_while_another_kills)
 
 
 def has_tokens(run: Run) -> bool:
@@ -148,10 +151,9 @@ def test_requests_go_on_where_they_are_on_another_engine_and_on_a_third(
         for again, first in zip(prepare(llm), messages, strict=True)
     ]
     engine = weakref.ref(llm._loop.engine)
-    killer = kill_during_a_step(llm)
+    kill_during_a_step(llm, monkeypatch)
     kill_once(llm, monkeypatch, lambda run: len(llm._deaths) == 1 and holds_tokens_back(run))
     cut = by_name(llm.stream_outputs(messages))
-    killer.join(1)
     assert len(llm._deaths) == 2
     gc.collect()
     assert engine() is None, "the old engine keeps its memory"

@@ -7,7 +7,6 @@ import logging
 import os
 import pty
 import re
-import select
 import shutil
 import signal
 import sys
@@ -43,11 +42,12 @@ class Pty:
         self.stderr = open(self._theirs, "w")  # noqa: SIM115
 
     def read(self) -> str:
-        """What has arrived, which takes a moment."""
+        """What was drawn so far: all up to a mark that is written now."""
         read = b""
-        while select.select([self._ours], [], [], 0.05)[0]:
+        os.write(self._theirs, b"\0")
+        while not read.endswith(b"\0"):
             read += os.read(self._ours, 65536)
-        return read.decode().replace("\r\n", "\n")
+        return read[:-1].decode().replace("\r\n", "\n")
 
     def close(self) -> None:
         self.stderr.close()
@@ -183,12 +183,13 @@ def test_the_line_for_openai_clients_has_a_key_where_one_is_needed() -> None:
 
 
 @pytest.fixture
-def server(model_dir: Path, tmp_path: Path) -> Iterator[Terminal]:
+def server(model_dir: Path, tmp_path: Path, gate: Path) -> Iterator[Terminal]:
     """One that downloads its model first."""
     files = {path.name: path.read_bytes() for path in model_dir.iterdir()}
     files["model.safetensors"] = bytes(2**20)
     command = [sys.executable, "-c", WITH_HASH_ENGINE, "--port", "0", "--model", REPOSITORY]
     variables = {"PYTHONPATH": PYTHONPATH, "NO_COLOR": "", "MINISRV_TEST_STEP_S": "0.02"}
+    variables["MINISRV_TEST_GATE"] = str(gate)
     with serve_hub(files) as hub:
         variables |= {"TMPDIR": str(tmp_path), "HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url}
         with terminal(command, variables, "100x40") as shown:
@@ -207,7 +208,7 @@ def scheduler_of(tmp_path: Path) -> psutil.Process:
 
 
 @needs_tmux
-def test_a_server_in_a_terminal(server: Terminal, tmp_path: Path) -> None:
+def test_a_server_in_a_terminal(server: Terminal, tmp_path: Path, gate: Path) -> None:
     """One line for each phase, one for the load, and every line of the log by itself."""
     screen = server.wait_for(r"^ +sampling ")
     assert len(re.findall(r"^ +[\d.]+ s  weights: 100%\|#+\| 1\.05M/1\.05M \[", screen, re.M)) == 1
@@ -218,7 +219,7 @@ def test_a_server_in_a_terminal(server: Terminal, tmp_path: Path) -> None:
     assert found
     url = found[1]
     assert f"  openai    export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=none" in screen
-    body = {"prompt": "x", "max_tokens": 60, "stream": True}
+    body = {"prompt": "x", "max_tokens": 150, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body) as reply:
         shown = server.wait_for(STATUS)
         assert re.search(STATUS, shown.rstrip().splitlines()[-1])
@@ -229,10 +230,12 @@ def test_a_server_in_a_terminal(server: Terminal, tmp_path: Path) -> None:
     after = lines[next(i for i, text in enumerate(lines) if " started id=" in text) :]
     assert after[-1].startswith("idle | ")
     assert all(LOG_LINE.fullmatch(text) for text in after[:-1])
+    gate.unlink()
     scheduler_of(tmp_path).kill()
     wait_until(lambda: httpx.get(f"{url}/ready").status_code == 503)
     httpx.get(f"{url}/v1/models")
     assert "idle" not in server.wait_for("GET /v1/models")
+    gate.touch()
     server.wait_for("^all processes serve again$")
     server.press("C-c")
     screen = server.wait_for("^status 0$")

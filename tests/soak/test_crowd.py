@@ -51,7 +51,7 @@ def check_account(server: ServerProcess, account: Account, num_requests: int) ->
     assert account.num_sent == account.num_ended == num_requests
     assert min(account.ends[end] for end in End) > 0
     with httpx.Client(base_url=server.url, timeout=30) as http:
-        wait_until(lambda: load_of(http) == (0, 0, 0, 0), 10)
+        wait_until(lambda: load_of(http) == (0, 0, 0, 0))
         counted = counts_of(http)
         # What became of a cancelled request only the server knows, if it heard of it at all.
         only_there = counted - account.statuses

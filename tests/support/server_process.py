@@ -246,11 +246,11 @@ def num_open(url: str) -> int:
 
 
 @contextlib.contextmanager
-def suspended(process: psutil.Process) -> Iterator[None]:
+def suspended(process: psutil.Process) -> Iterator[psutil.Process]:
     """The process stands still: a scheduler ends no request, a tokenizer answers no query."""
     process.suspend()
     try:
-        yield
+        yield process
     finally:
         process.resume()
 
