@@ -15,6 +15,7 @@ from minisrv.llm.outputs import PromptsFailedError
 from minisrv.sampling_params import TokenBias
 from tests.support.failing_choices import fail_choices
 from tests.support.oracle import load_reference, make_prompts, reference_tokens
+from tests.support.server_process import wait_until
 
 OPTIONS = {"dtype": torch.float32, "kv_memory": "64MiB", "num_threads": 1}
 
@@ -173,12 +174,17 @@ def test_a_prompt_that_fails_raises_its_error_and_one_of_several_with_all_output
 
 def test_closing_ends_what_runs_in_another_thread(model_dir: Path) -> None:
     made = LLM(model_dir, **OPTIONS)
-    timer = threading.Timer(0.3, made.close)
-    timer.start()
+
+    def close() -> None:
+        wait_until(lambda: made._loop.scheduler.running)
+        made.close()
+
+    closing = threading.Thread(target=close)
+    closing.start()
     with pytest.raises(MinisrvError, match="closed") as caught:
         made.generate(["x", "y"] * 20, max_tokens=1000, ignore_eos=True, use_tqdm=False)
     assert caught.value.code == "server_draining"
-    timer.join()
+    closing.join()
 
 
 def test_it_can_be_made_again_and_refuses_work_when_closed(model_dir: Path) -> None:
