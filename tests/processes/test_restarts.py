@@ -18,11 +18,13 @@ import pytest
 
 from minisrv import FrontendManager
 from minisrv.supervision.progress import _FIRST, _PLACE_ITEMS, _PLACES
-from tests.processes.test_frontend_manager import expected_text, message
+from tests.processes.test_frontend_manager import expected_text as text_of_message
+from tests.processes.test_frontend_manager import message
 from tests.support.hash_engine import DEADLY_ID, ENDLESS_ID
 from tests.support.server_process import (
     OpenRequest,
     ServerProcess,
+    expected_text,
     open_requests,
     running,
     status_of,
@@ -73,8 +75,6 @@ def test_requests_survive_the_death_of_a_process(
 ) -> None:
     options: dict[str, Any] = {"tmp_dir": socket_dir, "step_s": STEP_S, "gate": gate}
     with running("--model", str(model_dir), **options) as server:
-        (whole,) = open_requests(server.url, num_streams=1, num_whole=0, max_tokens=NUM_TOKENS)
-        expected = text_of(whole)
         requests = open_requests(server.url, num_streams=3, num_whole=2, max_tokens=NUM_TOKENS)
         gate.unlink()
         server.child(kind).kill()
@@ -86,6 +86,7 @@ def test_requests_survive_the_death_of_a_process(
         gate.touch()
         count = httpx.post(f"{server.url}/tokenize", json={"prompt": "abc"}, timeout=120)
         assert count.json()["count"] == 3
+        expected = expected_text(model_dir, NUM_TOKENS)
         assert [text_of(request) for request in (*requests, late)] == [expected] * 6
         server.wait_until_ready()
         assert metric(server, f'restarts_total{{process="{kind}"}}') == 1
@@ -163,7 +164,7 @@ def test_a_drain_waits_for_requests_that_are_resumed(
         server.popen.terminate()
         wait_until(lambda: " draining open=3" in server.output)
         gate.touch()
-        assert len({text_of(request) for request in requests}) == 1
+        assert {text_of(one) for one in requests} == {expected_text(model_dir, NUM_TOKENS)}
         assert server.wait() == 0
         server.assert_nothing_is_left()
 
@@ -221,7 +222,7 @@ def test_an_embedded_frontend_resumes_too(
                 if not text:
                     process.send_signal(signal.SIGKILL)
                 text += ack.incremental_output
-            assert text == expected_text(NUM_TOKENS)
+            assert text == text_of_message(NUM_TOKENS)
             assert manager.registry.restarts == {"scheduler": 1}
 
     asyncio.run(asyncio.wait_for(run(), 60))
@@ -233,13 +234,12 @@ def test_a_request_that_ends_the_engine_is_given_up_and_no_other(
 ) -> None:
     arguments = ("--model", str(model_dir))
     with running(*arguments, tmp_dir=socket_dir, step_s=STEP_S, poisons=True) as server:
-        (whole,) = open_requests(server.url, num_streams=1, num_whole=0, max_tokens=NUM_TOKENS)
-        expected = text_of(whole)
         others = open_requests(server.url, num_streams=5, num_whole=0, max_tokens=NUM_TOKENS)
         reply = post_ids(server, [DEADLY_ID])
         assert reply.status_code == 500
         assert reply.json()["error"]["code"] == "request_ended_engine"
         assert reply.headers["x-should-retry"] == "false"
+        expected = expected_text(model_dir, NUM_TOKENS)
         assert [text_of(other) for other in others] == [expected] * 5
         assert metric(server, 'restarts_total{process="scheduler"}') == 2
         assert metric(server, "given_up_requests_total") == 1
@@ -267,7 +267,7 @@ def test_a_stopped_process_is_continued_and_nothing_is_lost(
         server.child(kind).suspend()
         if kind != "frontend":
             wait_until(lambda: status_of(f"{server.url}/ready") == 503)
-        assert len({text_of(request) for request in requests}) == 1
+        assert {text_of(one) for one in requests} == {expected_text(model_dir, NUM_TOKENS)}
         wait_until(lambda: status_of(f"{server.url}/ready") == 200)
         wait_until(lambda: f"the {server_name(kind)} process goes on" in server.output)
         assert metric(server, "restarts_total") == 0

@@ -18,6 +18,7 @@ from tests.processes.test_restarts import metric, text_of
 from tests.support.server_process import (
     OpenRequest,
     ServerProcess,
+    expected_text,
     num_open,
     open_requests,
     running,
@@ -86,21 +87,23 @@ def kill_in_step(server: ServerProcess, num_requests: int) -> None:
 
 
 def test_requests_survive_the_death_of_all_processes_but_the_frontend(
-    server: ServerProcess,
+    server: ServerProcess, model_dir: Path
 ) -> None:
     requests = open_requests(server.url, num_streams=3, num_whole=1, max_tokens=NUM_TOKENS)
     for kind in ("scheduler", "detokenizer", "tokenizer"):
         server.child(kind).kill()
     texts = {text_of(request) for request in requests}
-    assert texts == {text_of(OpenRequest(server.url, stream=False, max_tokens=NUM_TOKENS))}
+    assert texts == {expected_text(model_dir, NUM_TOKENS)}
     assert metric(server, "restarts_total") == 3
 
 
-def test_requests_survive_a_process_that_dies_while_it_starts(server: ServerProcess) -> None:
+def test_requests_survive_a_process_that_dies_while_it_starts(
+    server: ServerProcess, model_dir: Path
+) -> None:
     requests = open_requests(server.url, num_streams=3, num_whole=1, max_tokens=NUM_TOKENS)
     kill_again(server, "scheduler")
     texts = {text_of(request) for request in requests}
-    assert texts == {text_of(OpenRequest(server.url, stream=False, max_tokens=NUM_TOKENS))}
+    assert texts == {expected_text(model_dir, NUM_TOKENS)}
     assert metric(server, 'restarts_total{process="scheduler"}') == 2
     assert metric(server, "given_up_requests_total") == 0
 
@@ -150,7 +153,9 @@ def test_requests_can_be_aborted_while_there_is_no_engine(
     assert metric(server, "resumed_requests_total") == 0
 
 
-def test_those_in_two_dying_steps_are_given_up_and_all_others_go_on(server: ServerProcess) -> None:
+def test_those_in_two_dying_steps_are_given_up_and_all_others_go_on(
+    server: ServerProcess, model_dir: Path
+) -> None:
     suspects = open_requests(server.url, num_streams=3, num_whole=0)
     kill_in_step(server, 3)
     wait_until(lambda: metric(server, "resumed_requests_total") == 3)
@@ -165,12 +170,14 @@ def test_those_in_two_dying_steps_are_given_up_and_all_others_go_on(server: Serv
         *_, error, done = request.join().events
         assert json.loads(error)["error"]["code"] == "request_ended_engine"
         assert done == "[DONE]"
-    assert text_of(late) == text_of(OpenRequest(server.url, stream=False, max_tokens=NUM_TOKENS))
+    assert text_of(late) == expected_text(model_dir, NUM_TOKENS)
     assert metric(server, 'given_up_requests_total{reason="suspect"}') == 3
 
 
 @pytest.mark.soak
-def test_two_deaths_with_256_tokens_in_between_give_nobody_up(server: ServerProcess) -> None:
+def test_two_deaths_with_256_tokens_in_between_give_nobody_up(
+    server: ServerProcess, model_dir: Path
+) -> None:
     requests = open_requests(server.url, num_streams=3, num_whole=0, max_tokens=600)
     kill_in_step(server, 3)
     wait_until(lambda: metric(server, "resumed_requests_total") == 3)
@@ -181,7 +188,7 @@ def test_two_deaths_with_256_tokens_in_between_give_nobody_up(server: ServerProc
         time.sleep(0.1)
     kill_in_step(server, 3)
     texts = {text_of(request) for request in requests}
-    assert texts == {text_of(OpenRequest(server.url, stream=False, max_tokens=600))}
+    assert texts == {expected_text(model_dir, 600)}
     assert metric(server, "given_up_requests_total") == 0
 
 
@@ -195,7 +202,7 @@ def test_a_process_that_hangs_while_it_is_started_again_is_killed(
         first.kill()
         wait_until(lambda: "scheduler" in modules(server, but=first.pid))
         server.child("scheduler").suspend()
-        assert len({text_of(request) for request in requests}) == 1
+        assert {text_of(one) for one in requests} == {expected_text(model_dir, NUM_TOKENS)}
         assert "the scheduler process did not start within" in server.output
         assert metric(server, 'restarts_total{process="scheduler"}') == 2
 

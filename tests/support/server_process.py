@@ -22,6 +22,7 @@ import psutil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import minisrv
+from tests.support.hash_engine import expected_output
 
 ROOT = Path(__file__).parent.parent.parent
 # The package that the tests import, which may be a copy with a bug (scripts/seeded_bugs.py).
@@ -187,12 +188,14 @@ def running(*arguments: str, tmp_dir: Path, **options: Any) -> Iterator[ServerPr
 class OpenRequest:
     """A completion request that is read in a thread, streamed or not."""
 
+    PROMPT = "go on"
+
     def __init__(self, url: str, *, stream: bool, max_tokens: int = 1500) -> None:
         self.status: int | None = None
         self.text = ""
         self.error: Exception | None = None
         self._url = url
-        self._body = {"prompt": "go on", "max_tokens": max_tokens, "stream": stream}
+        self._body = {"prompt": self.PROMPT, "max_tokens": max_tokens, "stream": stream}
         self._body["ignore_eos"] = True
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
@@ -237,6 +240,14 @@ def open_requests(
     for stream in streams:
         stream.wait_for_text()
     return [*streams, *whole]
+
+
+def expected_text(model_dir: Path, num_tokens: int) -> str:
+    """What the hash engine answers to an OpenRequest."""
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    prompt_ids = tokenizer.encode(OpenRequest.PROMPT).ids
+    text: str = tokenizer.decode(expected_output(prompt_ids, num_tokens, VOCAB_SIZE))
+    return text
 
 
 def num_open(url: str) -> int:
