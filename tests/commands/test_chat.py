@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import signal
+import socket
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -161,6 +166,31 @@ def test_a_server_that_does_not_start_is_reported_with_its_reason(
     pipe("")
     assert cli.main(["chat", "no/such/model/here", "-q", "hi"]) == 1
     assert "no such directory or file" in capsys.readouterr().err
+
+
+def test_sigterm_leaves_a_terminal_that_shows_what_is_typed() -> None:
+    """Also while an answer arrives."""
+    terminal, window = pty.openpty()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        shell = subprocess.Popen(
+            [sys.executable, "-m", "minisrv", "chat", url, "--model", "m", "-q", "hi"],
+            stdin=window,
+            stdout=window,
+            stderr=window,
+            env=environment(),
+        )
+        silent.accept()
+        assert not shows_typing(window)
+        shell.terminate()
+        assert shell.wait(30) == 128 + signal.SIGTERM
+    assert shows_typing(window)
+    os.close(terminal)
+    os.close(window)
+
+
+def shows_typing(window: int) -> bool:
+    return bool(termios.tcgetattr(window)[3] & termios.ECHO)
 
 
 def test_refusals_and_broken_answers_are_sentences() -> None:

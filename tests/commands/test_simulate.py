@@ -111,6 +111,7 @@ def test_a_sweep_says_how_many_gpus_are_enough(
         (["--gpu", "H101"], "known GPUs"),
         (["--gpu", "L4", "--max-seq-len", "40960", "--dtype", "float32"], "does not fit"),
         (["--gpu", "H100", "--trace", "missing.jsonl"], "cannot be read"),
+        (["--gpu", "H100", "--quantization", "int8"], "int8 is for CPUs only"),
         (["--gpu", "H100", "--sweep", "replicas"], "replicas=1,2,4"),
         (["--gpu", "H100", "--sweep", "tp=1", "--sweep", "tp=2"], "twice"),
         (["--gpu", "H100", "--sweep", "tp=1", "--sweep=--tp=2"], "twice"),

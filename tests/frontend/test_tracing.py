@@ -165,8 +165,8 @@ def test_neither_requests_nor_the_end_wait_for_a_collector_that_hangs(
     assert not collected.spans
 
 
-@pytest.mark.parametrize("url", ["localhost:4318", "ftp://x", "http://"])
-def test_an_endpoint_that_is_no_url_is_refused(url: str) -> None:
+@pytest.mark.parametrize("url", ["localhost:4318", "ftp://x", "http://", "http://[", "http://h:x"])
+def test_an_endpoint_that_is_not_a_url_is_refused(url: str) -> None:
     config = ServerConfig(otlp_endpoint=url)
     with pytest.raises(ConfigError, match=r"--otlp-endpoint is .*must be a URL such as http://"):
         create_app(config, RequestRegistry(config))

@@ -166,11 +166,10 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 def _check_used(options: argparse.Namespace) -> None:
     """Refuse options that would have no effect."""
-    unused, why = _OF_TRACES, "needs --trace"
-    if options.trace is not None:
-        unused, why = _OF_WORKLOADS, "has no effect with --trace"
+    traced = options.trace is not None
+    why = "has no effect with --trace" if traced else "needs --trace"
     defaults = make_parser().parse_args([])
-    for name in unused:
+    for name in _OF_WORKLOADS if traced else _OF_TRACES:
         if getattr(options, name) != getattr(defaults, name):
             raise ConfigError(f"{flag(name)} {why}")
     if options.arrivals != defaults.arrivals and options.rate is None:

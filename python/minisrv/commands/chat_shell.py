@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import termios
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -228,7 +230,10 @@ def figures(answer: Answer) -> Iterator[str]:
 
 @contextlib.contextmanager
 def keys_kept() -> Iterator[None]:
-    """Keep what is typed or pasted outside of prompts, unseen, for the next one."""
+    """Keep what is typed or pasted outside of prompts, unseen, for the next one.
+
+    SIGTERM raises SystemExit meanwhile, so that the terminal shows again what is typed.
+    """
     try:
         fd = sys.stdin.fileno()
         before = termios.tcgetattr(fd)
@@ -239,11 +244,17 @@ def keys_kept() -> Iterator[None]:
     quiet[0] &= ~termios.ICRNL  # Enter is not Ctrl-J
     quiet[3] &= ~(termios.ECHO | termios.ICANON)
     quiet[3] |= termios.ISIG | termios.NOFLSH
+    handler = signal.signal(signal.SIGTERM, _exit)
     termios.tcsetattr(fd, termios.TCSANOW, quiet)
     try:
         yield
     finally:
         termios.tcsetattr(fd, termios.TCSANOW, before)
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _history() -> History:

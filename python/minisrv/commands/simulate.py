@@ -17,6 +17,7 @@ from minisrv.commands.plan import Deployment, load_model, make_plan
 from minisrv.config import MAX_PREFILL_TOKENS, ServerConfig
 from minisrv.engine.gpus import GPU, find_gpu
 from minisrv.engine.parallel.shard import check_divisible
+from minisrv.engine.quantization import check_quantization
 from minisrv.errors import ConfigError, MinisrvError
 from minisrv.option_values import check_output
 from minisrv.simulation.calibrate import calibrate
@@ -260,6 +261,7 @@ def _on_gpu(config: ServerConfig, gpu: GPU, efficiency: float) -> Server:
     """The server of `config` on GPUs. Raises ConfigError if its model does not fit."""
     directory = resolve_model(config.model, no_progress, CONFIG_FILES)
     model = load_model(directory, config.max_seq_len)
+    check_quantization(config, model, "cuda")
     check_divisible(model, config.tp)
     memory = int(gpu.usable_gib * 2**30)
     deployment = Deployment(model, config, memory, gpu.num_sms)

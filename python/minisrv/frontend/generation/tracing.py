@@ -146,8 +146,12 @@ class _Exporter(SpanExporter):  # type: ignore[misc, unused-ignore]  # without t
 
 
 def _traces_url(endpoint: str) -> str:
-    url = urlsplit(endpoint)
-    if url.scheme not in ("http", "https") or not url.hostname:
+    try:
+        url = urlsplit(endpoint)
+        valid = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
         raise ConfigError(
             f"--otlp-endpoint is {endpoint!r}; it must be a URL such as http://localhost:4318"
         )

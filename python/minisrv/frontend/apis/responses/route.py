@@ -91,6 +91,7 @@ def _keep_in(
     store: ResponseStore, id: str, owner: int, encoded: tuple[bytes, ...], history: History
 ) -> Keep:
     """What stores a response when it has ended. encoded: the items of its input."""
+    previous, referred = history.previous, history.referred  # and not the items that were read
 
     def keep(body: dict[str, Any]) -> None:
         store.add(
@@ -100,8 +101,8 @@ def _keep_in(
                 body=json_bytes(body),
                 input=encoded,
                 output_ids=tuple(item["id"] for item in body["output"]),
-                previous=history.previous,
-                referred=history.referred,
+                previous=previous,
+                referred=referred,
             )
         )
 
