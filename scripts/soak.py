@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 30 * 60
 
-# Tests marked `soak` by part. These talk to real servers, and the first three print figures.
+# Tests marked `soak` by part. These talk to real servers, and some print figures.
 SERVER_TESTS = {
     "crowd": ["tests/soak/test_crowd.py"],
     "fuzz": ["tests/soak/test_fuzz.py"],
@@ -26,6 +26,7 @@ SERVER_TESTS = {
     "dashboard": ["tests/soak/test_dashboard.py"],
     "processes": ["tests/processes"],
     "ray": ["tests/ray"],
+    "simulate": ["tests/soak/test_simulate.py"],
 }
 TESTS = {
     "parity": [

@@ -60,8 +60,8 @@ def test_a_running_server_is_measured_and_simulated(
 ) -> None:
     """With few measurements. The times of this machine are not known, so only their order is."""
     monkeypatch.setattr(calibrate, "_prompt_lengths", lambda shape, largest: [16, 512])
-    monkeypatch.setattr(calibrate, "_batches", lambda shape, largest: [(1, 32), (16, 32)])
-    monkeypatch.setattr(calibrate, "_REPETITIONS", 1)
+    monkeypatch.setattr(calibrate, "_batches", lambda shape, largest: [(1, 33), (16, 33)])
+    monkeypatch.setattr(calibrate, "_ROUNDS", 1)
     monkeypatch.setattr(calibrate, "OUTPUT_TOKENS", 16)
     times, figures = trace.with_suffix(".times.json"), trace.with_suffix(".figures.json")
     measure = ["simulate", "--calibrate", demo_server.url, "--step-times", str(times)]

@@ -1,8 +1,10 @@
 """Measure how long the steps of a running server take, through its own API and metrics.
 
-Prompts of several lengths give the time of prefill, one at a time. Requests with several choices
-give the time between tokens at several batch sizes and lengths of context. The server should have
-nothing else to do.
+Prompts of several lengths give the time of prefill, one at a time. Several prompts at once, which
+are in the cache already, give the time between tokens at several batch sizes and lengths of
+context. They differ from each other, since pages that they shared would be read from memory only
+once. All is measured in several rounds, so that what disturbs the server for a while does not
+disturb all samples of one measurement. The server should have nothing else to do.
 """
 
 from __future__ import annotations
@@ -13,23 +15,25 @@ import re
 import statistics
 import time
 import urllib.error
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from typing import Any
 
 from minisrv.config import MAX_PREFILL_TOKENS
 from minisrv.errors import MinisrvError
 from minisrv.option_values import authorization, read_server_url
-from minisrv.sampling_params import MAX_CHOICES
 from minisrv.server_request import UnreachableError, send_request
 from minisrv.simulation.linear import Calibration, Observation, fit
 from minisrv.simulation.replica import ServerShape
 
-OUTPUT_TOKENS = 48
-_REPETITIONS = 3
+OUTPUT_TOKENS = 32
+_ROUNDS = 5
+_MOST_STEPS = 32  # of full size, to bring the prompts of a batch into the cache
 _TIMEOUT_S, _SETTLED_S = 600.0, 5.0
 _PREFILL, _GAP = "request_prefill_time_seconds", "inter_token_latency_seconds"
 _QUEUE = "request_queue_time_seconds"
+
+Samples = dict[tuple[int, int], list[float]]  # seconds by the number of prompts and their length
 
 
 class CalibrationError(MinisrvError):
@@ -64,13 +68,16 @@ class RunningServer:
             time.sleep(0.02)
         raise CalibrationError(f"{self._url}/metrics reports no cache; is it a minisrv?")
 
-    def complete(self, prompt_tokens: int, output_tokens: int, choices: int = 1) -> float:
-        """Stream an answer to a prompt of random tokens; returns the seconds to its first data."""
+    def new_prompt(self, tokens: int) -> list[int]:
+        """Random tokens."""
         ids = range(min(100, self.info["vocab_size"] // 2), self.info["vocab_size"] - 1)
+        return self._random.choices(ids, k=tokens)
+
+    def complete(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> float:
+        """Stream the answers to prompts; returns the seconds to the first data."""
         body = {
-            "prompt": self._random.choices(ids, k=prompt_tokens),
+            "prompt": prompts,
             "max_tokens": output_tokens,
-            "n": choices,
             "ignore_eos": True,
             "stream": True,
             "temperature": 1.0,
@@ -99,7 +106,7 @@ class RunningServer:
 
 
 def calibrate(url: str, api_key: str, say: Callable[[str], None]) -> Calibration:
-    """Measure a server and fit its times. `say` gets a line for each measurement.
+    """Measure a server and fit its times. `say` gets a line for each round and measurement.
 
     Raises CalibrationError; ConfigError for a URL or key that cannot be used.
     """
@@ -113,22 +120,28 @@ def calibrate(url: str, api_key: str, say: Callable[[str], None]) -> Calibration
 
 def _calibrate(url: str, api_key: str, say: Callable[[str], None]) -> Calibration:
     server = RunningServer(url, api_key)
-    server.complete(1, 1)
+    server.complete([server.new_prompt(1)], 1)
     shape = _shape(server)
     largest = min(shape.max_seq_len, shape.num_pages * shape.page_size) - OUTPUT_TOKENS
-    observations, overheads = list[Observation](), list[float]()
-    for tokens in _prompt_lengths(shape, largest):
-        observation, overhead_s = _measure_prompt(server, shape, tokens)
-        observations.append(observation)
-        overheads.append(overhead_s)
-        say(f"prompt of {tokens} tokens: {observation.seconds * 1e3:.2f} ms")
-    for choices, tokens in _batches(shape, largest):
-        observations.append(_measure_decodes(server, choices, tokens))
-        say(f"{choices} x {tokens} tokens: {observations[-1].seconds * 1e3:.2f} ms per step")
-    request_s = max(0.0, statistics.median(overheads)) / 2
+    lengths, batches = _prompt_lengths(shape, largest), _batches(shape, largest)
+    longest = max(context for _, context in batches)
+    prompts = [server.new_prompt(longest) for _ in range(max(size for size, _ in batches))]
+    prefills, decodes, overheads = Samples(), Samples(), list[float]()
+    for number in range(_ROUNDS):
+        say(f"round {number + 1} of {_ROUNDS}")
+        for tokens in lengths:
+            seconds, overhead_s = _measure_prompt(server, tokens)
+            prefills.setdefault((1, tokens), []).append(seconds)
+            overheads.append(overhead_s)
+        for size, context in batches:
+            seconds = _measure_decodes(server, [prompt[:context] for prompt in prompts[:size]])
+            decodes.setdefault((size, context), []).append(seconds)
+    observations = _prefill_observations(prefills, shape, say)
+    observations += _decode_observations(decodes, say)
     values = {name: getattr(shape, name) for name in ServerShape.__slots__}
-    shape = ServerShape(**{**values, "request_s": request_s})
-    return Calibration(server.info["model"], shape, fit(observations), observations)
+    values["request_s"] = max(0.0, statistics.median(overheads)) / 2
+    measured = ServerShape(**values)
+    return Calibration(server.info["model"], measured, fit(observations), observations)
 
 
 def _shape(server: RunningServer) -> ServerShape:
@@ -155,46 +168,65 @@ def _prompt_lengths(shape: ServerShape, largest: int) -> list[int]:
 
 
 def _batches(shape: ServerShape, largest: int) -> list[tuple[int, int]]:
-    """Choices and context, as far as the cache has room."""
-    room = shape.num_pages * shape.page_size - shape.page_size
-    contexts = sorted({min(32, largest), *(min(n, largest) for n in (512, 2048, 8192))})
-    most = min(shape.max_running_requests, MAX_CHOICES)
-    sizes = [size for size in (1, 4, 16, 64) if size <= most]
+    """Prompts and their length, as far as the cache has room and they are there soon.
+
+    A prompt is one token longer than whole pages, since that token is all that is not cached.
+    """
+    room = (shape.num_pages - 1) * shape.page_size
+    soon = _MOST_STEPS * shape.max_prefill_tokens
+    pages = (max(0, min(n, largest) - 1) // shape.page_size for n in (33, 513, 2049, 8193))
+    contexts = sorted({count * shape.page_size + 1 for count in pages})
+    sizes = [2**n for n in range(7) if 2**n <= shape.max_running_requests]
     return [
         (size, context)
         for context in contexts
         for size in sizes
-        if context + size * (OUTPUT_TOKENS + shape.page_size) <= room
-    ]
+        if size * context <= soon and size * (context + OUTPUT_TOKENS + shape.page_size) <= room
+    ] or [(1, 1)]
 
 
-def _measure_prompt(
-    server: RunningServer, shape: ServerShape, tokens: int
-) -> tuple[Observation, float]:
-    """The steps of a prompt, and the seconds to its first token that are not of the scheduler."""
-    seconds, overheads = list[float](), list[float]()
-    for _ in range(_REPETITIONS):
-        before = server.metrics()
-        ttft = server.complete(tokens, 1)
-        change = _changes(server, before, _PREFILL)
-        seconds.append(change[f"{_PREFILL}_sum"])
-        overheads.append(ttft - change[f"{_PREFILL}_sum"] - change[f"{_QUEUE}_sum"])
-    steps = -(-tokens // shape.max_prefill_tokens)
-    pairs = tokens * (tokens + 1) / 2
-    observation = Observation(steps, tokens, pairs, 0, 0, statistics.median(seconds))
-    return observation, statistics.median(overheads)
+def _measure_prompt(server: RunningServer, tokens: int) -> tuple[float, float]:
+    """The seconds of a prompt's steps, and those to its first token outside the scheduler."""
+    before = server.metrics()
+    ttft = server.complete([server.new_prompt(tokens)], 1)
+    change = _changes(server, before, _PREFILL)
+    seconds = change[f"{_PREFILL}_sum"]
+    return seconds, ttft - seconds - change[f"{_QUEUE}_sum"]
 
 
-def _measure_decodes(server: RunningServer, choices: int, tokens: int) -> Observation:
-    """The mean step while all choices of a request decode."""
-    seconds = []
-    for _ in range(_REPETITIONS):
-        before = server.metrics()
-        server.complete(tokens, OUTPUT_TOKENS, choices)
-        change = _changes(server, before, _GAP)
-        seconds.append(change[f"{_GAP}_sum"] / change[f"{_GAP}_count"])
-    context = choices * (tokens + OUTPUT_TOKENS / 2)
-    return Observation(1, 0, 0, choices, context, statistics.median(seconds))
+def _measure_decodes(server: RunningServer, prompts: Sequence[Sequence[int]]) -> float:
+    """The mean seconds of a step while all prompts decode."""
+    server.complete(prompts, 1)
+    before = server.metrics()
+    server.complete(prompts, OUTPUT_TOKENS)
+    change = _changes(server, before, _GAP)
+    return change[f"{_GAP}_sum"] / change[f"{_GAP}_count"]
+
+
+def _prefill_observations(
+    measured: Samples, shape: ServerShape, say: Callable[[str], None]
+) -> list[Observation]:
+    observations = []
+    for (_, tokens), seconds in measured.items():
+        steps, pairs = -(-tokens // shape.max_prefill_tokens), tokens * (tokens + 1) / 2
+        middle = statistics.median(seconds)
+        observations.append(Observation(steps, tokens, pairs, 0, 0, middle))
+        say(f"prompt of {tokens} tokens: {_describe(seconds)}")
+    return observations
+
+
+def _decode_observations(measured: Samples, say: Callable[[str], None]) -> list[Observation]:
+    observations = []
+    for (size, tokens), seconds in measured.items():
+        context = size * (tokens + OUTPUT_TOKENS / 2)
+        observations.append(Observation(1, 0, 0, size, context, statistics.median(seconds)))
+        say(f"{size} x {tokens} tokens: {_describe(seconds)} per step")
+    return observations
+
+
+def _describe(seconds: Sequence[float]) -> str:
+    middle, least, most = (f(seconds) * 1e3 for f in (statistics.median, min, max))
+    return f"{middle:.2f} ms ({least:.2f} to {most:.2f})"
 
 
 def _changes(server: RunningServer, before: Mapping[str, float], name: str) -> dict[str, float]:
