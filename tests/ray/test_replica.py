@@ -45,6 +45,23 @@ def test_a_response_is_passed_on_to_its_end() -> None:
     asyncio.run(run())
 
 
+def test_a_caller_that_leaves_during_a_silence_leaves_no_task_behind() -> None:
+    async def silent(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def run() -> None:
+        responses = _Replica(silent).handle({"scope": {}, "body": b""})
+        caller = asyncio.ensure_future(anext(responses))
+        await asyncio.sleep(0.01)
+        caller.cancel()
+        await asyncio.wait([caller])
+        await asyncio.sleep(0.01)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
+
+
 def test_an_application_that_sends_ends_when_its_caller_has_left() -> None:
     async def run() -> None:
         app = _App()

@@ -1,10 +1,9 @@
-"""Shows how far a benchmark is: a bar in a terminal, else a line for each point of load."""
+"""Shows the progress of a benchmark: a bar in a terminal, otherwise a line for each load."""
 
 from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -39,10 +38,5 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()

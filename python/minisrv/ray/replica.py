@@ -64,6 +64,7 @@ class Replica:
                     return
         finally:
             left.set()
+            waiting.cancel()
             while not outgoing.empty():  # a send that waits for room returns
                 outgoing.get_nowait()
             incoming.put_nowait({"type": "http.disconnect"})
