@@ -225,7 +225,7 @@ def test_a_config_survives_the_way_to_a_child() -> None:
         ("ipc:///run/events", "ipc:///run/events"),
     ],
 )
-def test_a_port_alone_is_one_of_loopback(text: str, endpoint: str) -> None:
+def test_a_bare_port_is_one_of_loopback(text: str, endpoint: str) -> None:
     config = ServerConfig(kv_events_endpoint=text, kv_events_replay_endpoint=text)
     assert read_endpoint(config.kv_events_endpoint or "", "kv_events_endpoint") == endpoint
 

@@ -28,7 +28,7 @@ def test_any_other_text_is_refused(text: str) -> None:
         ServerConfig(restart_limit=text)
 
 
-def test_a_variable_that_is_no_limit_is_named() -> None:
+def test_a_variable_that_is_not_a_limit_is_named() -> None:
     with pytest.raises(ConfigError, match=r"^MINISRV_RESTART_LIMIT is 'often'; it must be"):
         ServerConfig.from_environment({"MINISRV_RESTART_LIMIT": "often"})
 

@@ -71,7 +71,7 @@ def test_each_engine_gets_the_files_that_it_reads(bench_model: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_the_program_runs_with_minisrv_alone(
+def test_the_program_runs_with_only_minisrv(
     bench_model: Path,
     shape: Path,
     tmp_path: Path,

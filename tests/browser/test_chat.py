@@ -52,7 +52,7 @@ def test_the_shown_seed_repeats_the_answer(engine: ServerProcess, opened: Any) -
     assert first["messages"] == second["messages"]
 
 
-def test_stop_keeps_what_has_come(engine: ServerProcess, opened: Any) -> None:
+def test_stop_keeps_what_has_arrived(engine: ServerProcess, opened: Any) -> None:
     chat = opened(engine.url)
     chat.set(max_tokens="1500")
     for stop in (lambda: chat.page.keyboard.press("Escape"), lambda: chat.page.click("#stop")):

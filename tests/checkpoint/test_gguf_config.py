@@ -176,7 +176,7 @@ def test_a_type_that_is_not_read_is_refused_with_an_alternative(
         load_model_config(path)
 
 
-def test_a_vocabulary_alone_is_no_model(llama: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_is_not_a_model(llama: Path, tmp_path: Path) -> None:
     path = write_gguf(llama, tmp_path / "model.gguf", tensors=False)
     with pytest.raises(ConfigError, match=r"no weights: no token_embd.weight"):
         load_model_config(path)

@@ -284,7 +284,7 @@ def test_a_vocabulary_that_contradicts_itself_is_refused(
         load_gguf_tokenizer(path)
 
 
-def test_merges_into_what_is_no_token_have_no_effect(tmp_path: Path) -> None:
+def test_merges_into_what_is_not_a_token_have_no_effect(tmp_path: Path) -> None:
     entries = {"pre": "gpt-2", "merges": ["a b", "b c", "ab c", "x y"]}
     path = write_vocabulary(
         tmp_path / "model.gguf", "gpt2", ["a", "b", "c", "ab"], [1] * 4, **entries

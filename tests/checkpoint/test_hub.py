@@ -223,7 +223,7 @@ def test_a_quantization_that_selects_no_file_is_refused_with_the_list(
     assert reason in error
 
 
-def test_a_plan_downloads_the_config_alone(tmp_path: Path) -> None:
+def test_a_plan_downloads_only_the_config(tmp_path: Path) -> None:
     config = PACKAGES.parent / "benchmark" / "models" / "Qwen3-0.6B" / "config.json"
     with serve_hub({**FILES, "config.json": config.read_bytes()}) as hub:
         env = {**os.environ, "PYTHONPATH": str(PACKAGES), "HF_ENDPOINT": hub.url}

@@ -227,7 +227,7 @@ def test_the_option_that_a_refusal_names_makes_it_run(
     assert load(tmp_path, {**LLAMA, **changes}, max_seq_len=max_seq_len).max_seq_len == max_seq_len
 
 
-def test_a_window_that_no_layer_uses_is_no_window(tmp_path: Path) -> None:
+def test_a_window_that_no_layer_uses_is_ignored(tmp_path: Path) -> None:
     qwen = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "sliding_window": 128}
     assert load(tmp_path, {**qwen, "use_sliding_window": False}).max_seq_len == 1024
     unused = {**qwen, "use_sliding_window": True, "max_window_layers": 3}

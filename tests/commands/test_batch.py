@@ -33,7 +33,7 @@ def write_lines(path: Path, values: list[object]) -> Path:
     return path
 
 
-def test_every_line_is_answered_or_told_what_is_wrong(model_dir: Path, tmp_path: Path) -> None:
+def test_every_line_is_answered_or_has_its_fault_reported(model_dir: Path, tmp_path: Path) -> None:
     source = write_lines(
         tmp_path / "in.jsonl",
         [
@@ -61,7 +61,7 @@ def test_every_line_is_answered_or_told_what_is_wrong(model_dir: Path, tmp_path:
     assert "JSON" in answers[6]["error"]["message"]
 
 
-def test_a_thought_stands_apart_in_openai_lines_alone(model_dir: Path, tmp_path: Path) -> None:
+def test_only_openai_lines_have_thoughts_apart(model_dir: Path, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages[0].content }}<think>{# </think> #}")
     chat = {"messages": [{"role": "user", "content": "hi"}]}

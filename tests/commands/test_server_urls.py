@@ -64,7 +64,7 @@ def test_a_url_that_no_request_can_be_sent_to_is_refused(
 
 @every_command
 @pytest.mark.parametrize("answer", [b"220 mail\r\n", b"HTTP/1.0 200 OK\r\n\r\n{}", b""])
-def test_what_is_no_server_of_this_api_is_reported(
+def test_what_is_not_a_server_of_this_api_is_reported(
     command: str, answer: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with answering(answer) as url:

@@ -118,7 +118,7 @@ def test_the_length_end_has_its_token_in_the_text() -> None:
 @pytest.mark.parametrize(
     ("finish", "token_id", "reason"), [(Finish.STOP, EOS, None), (Finish.STOP_TOKEN, 300, 300)]
 )
-def test_the_token_of_a_stop_counts_and_is_no_text(
+def test_the_token_of_a_stop_counts_and_is_not_text(
     finish: Finish, token_id: int, reason: int | None
 ) -> None:
     frontend = Frontend()
@@ -275,7 +275,7 @@ def test_an_end_has_its_time_also_at_a_stop(stop: tuple[str, ...]) -> None:
     assert [(end.uid, end.at) for end in reply.ends] == [(1, 100.25)]
 
 
-def test_one_broken_request_fails_alone() -> None:
+def test_only_the_broken_request_fails() -> None:
     frontend = Frontend()
     frontend.step([(1, 300, Finish.NONE), (2, 300, Finish.NONE)], start(1), start(2))
     frontend.step([(1, -5, Finish.NONE), (2, 301, Finish.NONE), (3, 300, Finish.NONE)])

@@ -71,7 +71,7 @@ def test_the_bias_is_that_of_transformers() -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
-def test_presence_and_frequency_follow_the_published_formula_over_the_output_alone() -> None:
+def test_presence_and_frequency_follow_the_published_formula_over_only_the_output() -> None:
     ours = adjusted(make_adjuster(), make_penalties(PROMPT, OUTPUT, presence=0.7, frequency=-0.4))
     expected = random_logits()[1].double()
     for token in range(VOCAB):  # mu[j] -> mu[j] - c[j] * frequency - float(c[j] > 0) * presence

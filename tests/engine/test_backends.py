@@ -74,7 +74,7 @@ def test_without_flashinfer_torch_does_all_with_one_warning(
     assert "attention and operators" in caplog.messages[0]
 
 
-def test_torch_by_choice_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
+def test_torch_by_choice_gives_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     config = ServerConfig(attention_backend="torch_native", kernels="torch")
     kernels, attention = choose_backends(config, cuda_pool(torch.float32, 80), 4)
     assert isinstance(attention, TorchNativeAttention)

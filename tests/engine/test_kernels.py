@@ -244,7 +244,7 @@ def test_without_a_compiler_there_is_one_warning_and_no_library(
     assert "no C++ compiler" in caplog.text
 
 
-def test_a_source_that_does_not_compile_is_told_with_its_error(
+def test_a_source_that_does_not_compile_is_reported_with_its_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -255,7 +255,7 @@ def test_a_source_that_does_not_compile_is_told_with_its_error(
     assert not list((tmp_path / "minisrv").iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_no_obstacle_and_nothing_stays_behind(
+def test_a_folder_that_cannot_be_written_does_no_harm_and_nothing_stays_behind(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")

@@ -74,7 +74,7 @@ def test_numbers_are_rounded_as_they_are_stored(tmp_path: Path) -> None:
     assert torch.equal(matrix.scales.squeeze(1), (weight.abs().amax(1) / 127).half())
 
 
-def test_rows_that_are_no_whole_groups_are_kept_and_named(
+def test_rows_that_are_not_whole_groups_are_kept_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_file(

@@ -106,7 +106,7 @@ def test_a_wrong_shape_is_named_with_both_shapes(tmp_path: Path) -> None:
         open_engine(path)
 
 
-def test_integers_are_no_weights(tmp_path: Path) -> None:
+def test_integers_are_not_weights(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "llama")
     edit(path, model__norm__weight=torch.ones(64, dtype=torch.int8))
     with pytest.raises(ConfigError, match=r"model\.norm\.weight has dtype torch\.int8"):

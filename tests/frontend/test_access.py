@@ -290,7 +290,7 @@ def test_two_keys_are_refused_also_where_none_is_needed(headers: list[tuple[str,
         assert server.http.get("/v1/models", headers=headers).status_code == 200
 
 
-def test_a_page_in_a_browser_is_no_administrator() -> None:
+def test_a_page_in_a_browser_is_not_an_administrator() -> None:
     with serve() as server:
         for origin in ("http://page.example", "null", ""):
             response = server.http.post("/flush_cache", headers={"Origin": origin})

@@ -208,7 +208,7 @@ def test_a_call_that_is_cut_off_is_read_as_far_as_it_goes(hermes: HttpServer) ->
     assert inputs == {"{}", '{"zone": "UTC"}'}
 
 
-def test_arguments_that_are_no_json_are_shown_as_they_were_written(hermes: HttpServer) -> None:
+def test_arguments_that_are_not_json_are_shown_as_they_were_written(hermes: HttpServer) -> None:
     text = CALL.replace('"UTC"', "UTC")
     (call,) = whole(hermes, text, tools=TOOLS).content
     assert call.type == "tool_use"

@@ -89,7 +89,7 @@ def test_a_null_and_a_neutral_value_never_fail(hermes: HttpServer) -> None:
             assert send(hermes, **{name: neutral}).status_code == 200
 
 
-def test_an_unknown_field_is_told_of_or_refused() -> None:
+def test_an_unknown_field_is_reported_or_refused() -> None:
     with serve() as server:
         assert "made_up" in send(server, made_up=1).headers["x-minisrv-warnings"]
     with serve(strict_params=True) as server:
@@ -263,7 +263,7 @@ def test_an_output_format_is_a_grammar(hermes: HttpServer) -> None:
     assert "output_config.format.schema" in told
 
 
-def test_an_edit_that_keeps_all_thoughts_is_no_edit(hermes: HttpServer) -> None:
+def test_an_edit_that_keeps_all_thoughts_changes_nothing(hermes: HttpServer) -> None:
     for keep in ("all", {"type": "all"}):
         edits = [{"type": "clear_thinking_20251015", "keep": keep}]
         assert prompt(hermes, *HI, context_management={"edits": edits}) == OPENS

@@ -75,7 +75,7 @@ def test_probes_are_open_and_quiet_and_may_use_head(
     assert not caplog.messages
 
 
-def test_the_version_is_told(server: HttpServer) -> None:
+def test_the_version_is_returned(server: HttpServer) -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", server.http.get("/version").json()["version"])
 
 

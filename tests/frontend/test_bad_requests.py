@@ -174,7 +174,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: repr(body[:40]))
-def test_a_body_that_is_no_json_object_is_refused(server: HttpServer, body: bytes) -> None:
+def test_a_body_that_is_not_a_json_object_is_refused(server: HttpServer, body: bytes) -> None:
     response = server.http.post(COMPLETIONS, content=body, headers=JSON)
     assert response.status_code == 400
     error_of(response)

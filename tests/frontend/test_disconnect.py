@@ -99,7 +99,7 @@ def test_a_body_that_does_not_come_is_408(
         assert b" 408 " in receive_until(connection, b"within 0.05 s")
 
 
-def test_a_body_that_is_told_to_be_too_large_is_413_before_it_comes(server: HttpServer) -> None:
+def test_a_body_announced_as_too_large_is_413_before_it_arrives(server: HttpServer) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(

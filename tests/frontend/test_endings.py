@@ -175,7 +175,7 @@ def text_told(server: HttpServer, body: dict[str, Any]) -> tuple[list[Told], lis
 
 @pytest.mark.parametrize("name", ENDINGS)
 @pytest.mark.parametrize("chat", [True, False])
-def test_an_ending_is_told_alike_everywhere(server: HttpServer, name: str, chat: bool) -> None:
+def test_an_ending_is_reported_alike_everywhere(server: HttpServer, name: str, chat: bool) -> None:
     ending = ENDINGS[name]
     whole, streamed, usage, last_usage = (chat_told if chat else text_told)(server, ending.body)
     assert whole == streamed
@@ -254,7 +254,7 @@ def call_told(server: HttpServer, **fields: Any) -> tuple[Calls, tuple[str, Any]
     return calls, ends[0], completion.usage.completion_tokens
 
 
-def test_a_call_that_ends_and_one_that_a_stop_string_cuts_are_told_alike(
+def test_a_call_that_ends_and_one_that_a_stop_string_cuts_are_reported_alike(
     server: HttpServer,
 ) -> None:
     [(name, arguments)], end, _ = call_told(server)

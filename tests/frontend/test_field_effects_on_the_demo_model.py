@@ -222,7 +222,7 @@ def test_a_request_is_named_and_timed_if_it_says_so(engine: HttpServer, path: st
 
 
 @ROUTES
-def test_a_cached_prompt_is_found_under_its_own_salt_alone(engine: HttpServer, path: str) -> None:
+def test_a_cached_prompt_is_found_only_under_its_own_salt(engine: HttpServer, path: str) -> None:
     prompt = f"A long tale for {path} that fills some pages of the cache, " * 3
 
     def cached(**fields: Any) -> int:
@@ -241,7 +241,7 @@ def test_a_cached_prompt_is_found_under_its_own_salt_alone(engine: HttpServer, p
 
 
 @ROUTES
-def test_return_progress_tells_how_far_the_prompt_is(engine: HttpServer, path: str) -> None:
+def test_return_progress_reports_how_far_the_prompt_is(engine: HttpServer, path: str) -> None:
     ids = [i % 500 for i in range(len(path), 1300 + len(path))]  # three steps of 512
     body = {"prompt": ids, "max_tokens": 3, "stream": True, "n": 2, "cache_salt": path}
 
@@ -300,7 +300,7 @@ def test_a_failing_prompt_of_several_is_named(engine: HttpServer, n: int, stream
     assert error_of(engine, COMPLETIONS, prompt="", **fields)["param"] == "prompt"
 
 
-def test_a_prompt_that_does_not_fit_is_told_in_figures(engine: HttpServer) -> None:
+def test_a_prompt_that_does_not_fit_is_reported_in_figures(engine: HttpServer) -> None:
     error = error_of(engine, COMPLETIONS, prompt=[5] * 5000)
     context = engine.registry.model.max_model_len
     assert (error["n_prompt_tokens"], error["n_ctx"]) == (5000, context)

@@ -167,7 +167,7 @@ def test_sampling_is_the_request_over_the_model_over_openai(server: HttpServer) 
     assert server.backend.requests[-1].sampling.max_tokens is None
 
 
-def test_the_stop_string_is_told(server: HttpServer) -> None:
+def test_the_stop_string_is_reported(server: HttpServer) -> None:
     assert server.chat(stop=["END"]).json()["choices"][0]["stop_reason"] == "END"
 
 
@@ -206,7 +206,7 @@ def test_messages_reach_the_template_as_it_knows_them(server: HttpServer) -> Non
     ("arguments", "seen"),
     [('{"a": [1]}', {"a": [1]}), ("", {}), (None, {}), ("{broken", "{broken"), ("[1]", "[1]")],
 )
-def test_arguments_that_are_no_object_reach_the_template_as_written(
+def test_arguments_that_are_not_an_object_reach_the_template_as_written(
     server: HttpServer, arguments: str | None, seen: Any
 ) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}

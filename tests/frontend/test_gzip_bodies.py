@@ -94,7 +94,7 @@ def test_what_is_not_one_gzip_stream_is_refused(
     assert problem in message
 
 
-def test_an_empty_body_that_may_be_missing_is_no_fault(small: HttpServer) -> None:
+def test_an_empty_body_that_may_be_missing_is_accepted(small: HttpServer) -> None:
     headers = {"Content-Encoding": "gzip"}
     assert small.http.post("/flush_cache", headers=headers).status_code != 400
     with pytest.raises(InvalidRequestError, match="it breaks off"):

@@ -79,7 +79,7 @@ def test_a_large_body_does_not_count_for_the_head(server: HttpServer) -> None:
     assert server.chat("x" * 500_000).status_code == 200
 
 
-def test_what_is_no_http_is_a_400_in_the_one_form(server: HttpServer) -> None:
+def test_what_is_not_http_is_a_400_in_the_one_form(server: HttpServer) -> None:
     status, body = exchange(server, b"\x16\x03\x01 not http\r\n\r\n")
     assert status == b"HTTP/1.1 400 Bad Request"
     assert json.loads(body)["error"]["message"] == "Invalid HTTP request received."

@@ -63,7 +63,7 @@ def told(completion: ChatCompletion) -> list[ChatCompletionTokenLogprob]:
     return logprobs.content or []
 
 
-def test_a_chat_tells_of_every_token_with_its_bytes(played: HttpServer) -> None:
+def test_a_chat_reports_every_token_with_its_bytes(played: HttpServer) -> None:
     completion = chat(played, top_logprobs=2)
     tokens = told(completion)
     assert completion.usage is not None
@@ -98,7 +98,7 @@ def test_a_streams_log_probabilities_join_to_those_of_the_whole(
     assert tokens == expected
 
 
-def test_a_completion_tells_in_four_lists(played: HttpServer) -> None:
+def test_a_completion_reports_four_lists(played: HttpServer) -> None:
     value = complete(played, prompt="hi", max_tokens=99, logprobs=2)
     (choice,) = value["choices"]
     logprobs = choice["logprobs"]
@@ -116,7 +116,7 @@ def check_offsets(text: str, logprobs: dict[str, Any]) -> None:
         assert "\\x" in token or token in ("</s>", "<s>") or text.startswith(token, offset)
 
 
-def test_none_of_the_likeliest_means_the_token_alone(played: HttpServer) -> None:
+def test_none_of_the_likeliest_means_only_the_token(played: HttpServer) -> None:
     logprobs = complete(played, prompt="hi", logprobs=0)["choices"][0]["logprobs"]
     assert all(top == {token: -1} for token, top in zip(*tokens_and_top(logprobs), strict=True))
 
@@ -190,7 +190,7 @@ def test_what_an_evaluation_harness_reads_is_there(played: HttpServer) -> None:
         assert max(best, key=best.__getitem__) == token
 
 
-def test_without_output_the_prompt_alone_comes_back(played: HttpServer) -> None:
+def test_without_output_only_the_prompt_comes_back(played: HttpServer) -> None:
     body: dict[str, Any] = {"prompt": ["Once upon", "a time"], "max_tokens": 0, "echo": True}
     value = complete(played, logprobs=1, n=2, timings=True, **body)
     assert value["timings"]["decode_tokens_per_s"] is None

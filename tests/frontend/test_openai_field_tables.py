@@ -63,8 +63,8 @@ SUPPORTED: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(("timings", "request_id", "rid"), _NAMED),
     **dict.fromkeys(("return_token_ids", "return_tokens"), _IDS),
     "return_prompt": f"{EFFECTS}::test_return_prompt_gives_each_prompt_as_the_model_saw_it",
-    "return_progress": f"{ENGINE}::test_return_progress_tells_how_far_the_prompt_is",
-    "cache_salt": f"{ENGINE}::test_a_cached_prompt_is_found_under_its_own_salt_alone",
+    "return_progress": f"{ENGINE}::test_return_progress_reports_how_far_the_prompt_is",
+    "cache_salt": f"{ENGINE}::test_a_cached_prompt_is_found_only_under_its_own_salt",
 }
 HONOURED_BY: dict[str, dict[str, str | tuple[str, ...]]] = {
     CHAT: {

@@ -48,7 +48,7 @@ def test_no_operation_has_the_frameworks_422(server: HttpServer) -> None:
     assert "$ref" not in text  # nothing refers to the schemas that went with it
 
 
-def test_the_operations_of_administrators_alone_may_answer_403(operations: Operations) -> None:
+def test_only_the_operations_of_administrators_may_answer_403(operations: Operations) -> None:
     refusing = {path for _, path, op in operations if "403" in op["responses"]}
     assert refusing == ADMIN_PATHS
 
@@ -69,7 +69,7 @@ def test_an_operation_with_a_body_says_how_bodies_are_refused(
             assert (without == 415) == operation["requestBody"]["required"], path
 
 
-def test_each_refusal_of_a_key_and_of_a_body_is_in_the_form_that_is_told() -> None:
+def test_each_refusal_of_a_key_and_of_a_body_is_in_the_documented_form() -> None:
     with serve(api_key=("user",), admin_key="admin") as server:
         key = {"Authorization": "Bearer admin"}
         document = server.http.get("/openapi.json", headers=key).json()["paths"]

@@ -67,7 +67,7 @@ def test_harmless_fields_change_nothing(server: HttpServer) -> None:
     assert post(server, **agent, reasoning={"summary": "auto"}).status_code == 200
 
 
-def test_an_unknown_field_is_told(server: HttpServer) -> None:
+def test_an_unknown_field_is_reported(server: HttpServer) -> None:
     response = post(server, made_up=1, text={"extra": 1})
     assert response.headers["x-minisrv-warnings"] == "unknown fields ignored: made_up, text.extra"
     with serve(strict_params=True) as strict:
@@ -241,7 +241,7 @@ def test_a_wrong_field_is_named(
         assert name not in error["message"]
 
 
-def test_a_refused_type_is_told(server: HttpServer) -> None:
+def test_a_refused_type_is_reported(server: HttpServer) -> None:
     assert 'type is "mcp"' in error_of(post(server, input=content({"type": "mcp"})))["message"]
 
 

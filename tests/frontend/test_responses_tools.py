@@ -226,7 +226,7 @@ def test_the_text_of_a_custom_call_is_read_from_any_pieces(
 
 
 @given(text=st.text('\\"u\nd8ac0{}: '), size=st.integers(1, 7))
-def test_what_is_no_json_is_read_alike_from_any_pieces(text: str, size: int) -> None:
+def test_what_is_not_json_is_read_alike_from_any_pieces(text: str, size: int) -> None:
     for arguments in (text, '{"input": "' + text):
         assert read(arguments, size) == read(arguments, 1000)
         read(arguments, size).encode()

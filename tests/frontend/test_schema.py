@@ -60,7 +60,7 @@ def test_the_schema_in_the_docs_is_a_valid_json_schema(table: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("whole", [1.0, 2.0])
-def test_a_whole_float_is_no_integer(whole: float) -> None:
+def test_a_whole_float_is_not_an_integer(whole: float) -> None:
     with pytest.raises(InvalidRequestError, match="an integer"):
         check_value(whole, INTEGER, "n")
 

@@ -33,7 +33,7 @@ def metrics_of(server: HttpServer) -> dict[str, Any]:
     }
 
 
-def test_timings_are_told_on_request_whole_and_streamed(server: HttpServer) -> None:
+def test_timings_are_returned_on_request_whole_and_streamed(server: HttpServer) -> None:
     assert "timings" not in server.chat().json()
     whole = server.chat(timings=True)
     timings = whole.json()["timings"]
@@ -53,7 +53,7 @@ def test_timings_are_told_on_request_whole_and_streamed(server: HttpServer) -> N
             assert chunks[-1]["usage"]["total_tokens"] == 14
 
 
-def test_server_timing_tells_what_is_known_when_the_head_is_sent(server: HttpServer) -> None:
+def test_server_timing_reports_what_is_known_when_the_head_is_sent(server: HttpServer) -> None:
     whole = server.chat().headers["server-timing"]
     assert re.fullmatch(
         r'queue;dur=2.00, prefill;dur=30.00, decode;dur=50.00, total;dur=[\d.]+, cached;desc="3"',
@@ -74,7 +74,7 @@ def test_server_timing_tells_what_is_known_when_the_head_is_sent(server: HttpSer
         ("/v1/messages", {"max_tokens": 0, "messages": [{"role": "user", "content": "a"}]}),
     ],
 )
-def test_a_refusal_tells_the_id_that_the_body_names(
+def test_a_refusal_has_the_id_that_the_body_names(
     server: HttpServer, path: str, body: dict[str, Any]
 ) -> None:
     answer = server.http.post(path, json={"request_id": "mine", **body})
@@ -143,7 +143,7 @@ def test_metrics_count_http_by_route_method_and_status() -> None:
         assert values["minisrv:http_request_duration_seconds_count", "GET", "other"] == 5
 
 
-def test_fields_that_change_nothing_are_counted_and_told_to_nobody(
+def test_fields_that_change_nothing_are_counted_and_reported_to_nobody(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG, "minisrv")
@@ -331,7 +331,7 @@ def test_the_last_line_of_a_request_that_ends_early_has_what_it_took(
     assert "id=whole ended" not in caplog.text
 
 
-def test_an_abort_tells_of_unknown_fields() -> None:
+def test_an_abort_reports_unknown_fields() -> None:
     with serve() as server:
         open_request = Stalled(server, "u", "silent")
         answer = server.http.post("/abort", json={"rid": "u", "reason": "none"})
@@ -398,7 +398,7 @@ def test_json_logs_have_the_figures_as_keys(capsys: pytest.CaptureFixture[str]) 
     assert second["event"] == 'a "quoted" line\n'
 
 
-def test_the_status_line_tells_of_work_and_is_silent_without(
+def test_the_status_line_reports_work_and_is_silent_without(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "minisrv")

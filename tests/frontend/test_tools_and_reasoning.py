@@ -134,7 +134,7 @@ def test_the_arguments_come_in_more_than_one_piece(hermes: HttpServer) -> None:
     assert len(pieces) > 3
 
 
-def test_a_message_of_calls_alone_has_no_content(hermes: HttpServer) -> None:
+def test_a_message_of_only_calls_has_no_content(hermes: HttpServer) -> None:
     message = whole(hermes, CALL, tools=TOOLS).choices[0].message
     assert message.content is None
     assert whole(hermes, "", tools=TOOLS).choices[0].message.content == ""
@@ -157,7 +157,7 @@ def test_the_stream_helper_adds_up_the_content_of_the_whole_message(
         ("<thin", "", "<thin"),
     ],
 )
-def test_what_was_held_back_as_the_begin_of_a_mark_is_told_at_the_end(
+def test_what_was_held_back_as_the_begin_of_a_mark_is_returned_at_the_end(
     hermes: HttpServer, text: str, thought: str, content: str
 ) -> None:
     assert parts(whole(hermes, text, tools=TOOLS))[:2] == (thought, content)
@@ -228,7 +228,7 @@ def test_without_tools_nothing_is_a_call(hermes: HttpServer, body: dict[str, Any
     assert "get_time" not in hermes.backend.prompts[-1]  # type: ignore[attr-defined]
 
 
-def test_special_tokens_are_shown_to_the_parser_alone(servers: dict[str, HttpServer]) -> None:
+def test_special_tokens_are_shown_only_to_the_parser(servers: dict[str, HttpServer]) -> None:
     server = servers["mistral"]
     text = 'A[TOOL_CALLS]get_time[ARGS]{"zone": "UTC"}'
     assert parts(whole(server, text))[1] == 'Aget_time{"zone": "UTC"}'

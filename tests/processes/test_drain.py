@@ -142,7 +142,7 @@ def test_a_drain_by_http_ends_the_server_by_itself(server: ServerProcess) -> Non
     assert server.wait() == 0
 
 
-def test_what_outlasts_the_drain_timeout_is_told(model_dir: Path, socket_dir: Path) -> None:
+def test_what_outlasts_the_drain_timeout_is_reported(model_dir: Path, socket_dir: Path) -> None:
     arguments = ("--model", str(model_dir), "--drain-timeout", "0.5")
     with running(*arguments, tmp_dir=socket_dir, step_s=0.05) as server:
         requests = start_requests(server.url, num_tokens=1500)

@@ -85,7 +85,7 @@ def test_minisrv_serve_is_the_same_command() -> None:
     assert serve.split("options:")[1] == launch.split("options:")[1]
 
 
-def test_minisrv_tells_its_version_and_its_commands() -> None:
+def test_minisrv_prints_its_version_and_its_commands() -> None:
     assert (
         run(sys.executable, "-m", "minisrv", "--version").stdout
         == f"minisrv {minisrv.__version__}\n"
@@ -134,7 +134,7 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence_and_status_2(tmp_path: Pa
 
 
 @pytest.mark.timed
-def test_a_taken_port_is_told_before_anything_is_loaded() -> None:
+def test_a_taken_port_is_reported_before_anything_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         started = time.monotonic()
@@ -146,7 +146,7 @@ def test_a_taken_port_is_told_before_anything_is_loaded() -> None:
     assert "--port" in line
 
 
-def test_a_host_name_that_nobody_knows_is_told() -> None:
+def test_an_unknown_host_name_is_reported() -> None:
     done = run(*SERVE, "--port", "0", "--host", "no.such.host.invalid")
     assert done.returncode == 1
     assert "cannot listen on no.such.host.invalid" in done.stderr

@@ -124,7 +124,7 @@ def test_a_wrong_question_is_a_400_that_names_the_field(
     assert response.json()["error"]["param"] == param
 
 
-def test_the_tokenizer_tells_what_lm_eval_reads(http: httpx.Client, oracle: Any) -> None:
+def test_the_tokenizer_reports_what_lm_eval_reads(http: httpx.Client, oracle: Any) -> None:
     info = http.get("/tokenizer_info").json()
     assert info["eos_token"] == oracle.eos_token
     assert info["chat_template"] == oracle.chat_template
@@ -238,7 +238,7 @@ def test_the_parts_of_the_time_make_up_the_whole(http: httpx.Client) -> None:
     assert 0 <= min(others) < 200
 
 
-def test_the_server_tells_how_it_was_set_up(http: httpx.Client) -> None:
+def test_the_server_reports_how_it_was_set_up(http: httpx.Client) -> None:
     info = http.get("/server_info").json()
     assert info["model"] == "demo"
     assert info["config"]["kv_memory"] == "16MiB"

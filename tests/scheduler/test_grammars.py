@@ -199,7 +199,7 @@ def test_an_abort_at_any_time_gives_one_end_and_all_pages_back(turns: int, depth
     assert loop.scheduler.cache.pages.num_free == 30
 
 
-def test_a_grammar_that_fails_on_the_way_fails_its_request_alone() -> None:
+def test_a_grammar_that_fails_on_the_way_fails_only_its_request() -> None:
     limits = LLParserLimits(step_max_items=50, verbose_errors=False)
     compiler = GrammarCompiler(demo_vocabulary(limits), demo_sandbox())
     loop = hash_loop(

@@ -181,7 +181,7 @@ def test_a_burst_that_shares_a_prefix_computes_it_once() -> None:
     assert all(result.starts[uid].cached_tokens == 200 for uid in range(1, 32))
 
 
-def test_the_prompt_that_is_shown_comes_with_the_start_of_the_first_choice_alone() -> None:
+def test_the_prompt_that_is_shown_comes_only_with_the_start_of_the_first_choice() -> None:
     loop = hash_loop()
     message = generate_msg(0, [1, 2, 3], max_tokens=2, n=2)
     shown = ShownPrompt(ids=message.prompt_ids, text="one two three")
@@ -218,7 +218,7 @@ def test_pages_are_shared_within_a_salt_and_with_no_other(depth: int) -> None:
 
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("turns", [1, 2, 3])
-def test_of_a_prompt_that_is_aborted_no_half_of_its_log_probabilities_is_told(
+def test_an_aborted_prompt_does_not_return_half_of_its_log_probabilities(
     turns: int, depth: int
 ) -> None:
     loop = hash_loop(num_pages=30, budget=8, depth=depth)
@@ -233,7 +233,7 @@ def test_of_a_prompt_that_is_aborted_no_half_of_its_log_probabilities_is_told(
     assert result.starts[0].prompt_ids is None
 
 
-def test_a_vocabulary_of_fewer_tokens_than_are_asked_for_is_told_whole() -> None:
+def test_a_vocabulary_of_fewer_tokens_than_are_asked_for_is_returned_whole() -> None:
     loop = hash_loop(num_pages=30, budget=8, vocab_size=5)
     fields = {"logprobs": 20, "prompt_logprobs": 20}
     loop.channel.inbox.append(generate_msg(0, [1, 2, 3] * 7, max_tokens=2, **fields))

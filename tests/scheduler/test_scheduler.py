@@ -148,7 +148,7 @@ def test_the_last_page_goes_to_a_decode_and_not_to_a_chunk() -> None:
 # The budget
 
 
-def test_a_prompt_alone_has_the_whole_budget() -> None:
+def test_a_single_prompt_has_the_whole_budget() -> None:
     driver = Driver(num_pages=60, budget=8)
     driver.add(0, prompt(0, 20))
     assert [chunks(driver.step()) for _ in range(4)] == [[(0, 0, 8)], [(0, 8, 8)], [(0, 16, 4)], []]

@@ -124,7 +124,7 @@ def test_a_replica_reports_what_it_has_to_compute_at_that_time() -> None:
     assert (replica.load(9.0).queued_tokens, replica.load(9.0).open_requests) == (0, 0)
 
 
-def test_tokens_that_the_engine_makes_up_are_no_prompt() -> None:
+def test_tokens_that_the_engine_makes_up_are_not_a_prompt() -> None:
     maker = PromptMaker()
     request = TraceRequest(0.0, 700, 1, (2**60, 3))
     ids = maker.token_ids(maker.blocks(request), 700)

@@ -105,7 +105,7 @@ def test_a_tokenizer_that_cannot_be_used_says_why() -> None:
     assert "end-of-text" in str(open_vocabulary(demo_tokenizer(), 512, []))
 
 
-def test_a_rule_that_never_ends_is_told_in_words_of_ours() -> None:
+def test_a_rule_that_never_ends_is_reported_in_our_words() -> None:
     for text in ("root ::= root", "start: s\ns: s s"):
         with pytest.raises(
             InvalidRequestError, match=r"no text matches it; a rule may be infinitely recursive$"

@@ -171,7 +171,7 @@ def test_other_names_and_arguments_are_refused(
         replies.takes(grammar, write(template, (name, arguments)))
 
 
-def test_text_and_an_empty_reply_are_no_call(replies: Replies) -> None:
+def test_text_and_an_empty_reply_are_not_calls(replies: Replies) -> None:
     grammar = replies.grammars.calls(TOOLS, ("add", "now"), True)
     assert not replies.takes(grammar, "")
     with pytest.raises(AssertionError):

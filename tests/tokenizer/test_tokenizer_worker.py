@@ -178,7 +178,7 @@ def test_a_failure_goes_to_every_choice() -> None:
     assert "no jokes" in failure.message
 
 
-def test_a_lone_surrogate_fails_its_request_alone() -> None:
+def test_a_lone_surrogate_fails_only_its_request() -> None:
     worker = make_worker()
     assert failed(worker, prompt="\ud83d").status == 400
     assert failed(worker, messages=({"role": "user", "content": "\ud83d"},)).status == 400
@@ -192,7 +192,7 @@ class BrokenTokenizer(HFTokenizer):
         return super().encode(text, add_special_tokens)
 
 
-def test_an_unexpected_error_is_a_500_for_its_request_alone() -> None:
+def test_an_unexpected_error_is_a_500_only_for_its_request() -> None:
     backend = Tokenizer.from_str(own_tokenizers.llama_like().to_str())
     worker = make_worker(BrokenTokenizer(backend, own_tokenizers.NAMED, {}))
     failure = failed(worker, n=2, prompt="break")

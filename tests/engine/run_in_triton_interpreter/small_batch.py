@@ -262,7 +262,7 @@ def test_a_served_model_gives_the_same_tokens(
     assert outputs[:2] == outputs[2:]
 
 
-def test_the_kernels_wait_for_the_one_before_if_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_wait_for_the_one_before_if_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(triton_dependency, "gdc_wait", lambda: calls.append("wait"))
     monkeypatch.setattr(triton_dependency, "gdc_launch_dependents", lambda: calls.append("launch"))
