@@ -126,8 +126,12 @@ def _simulate(point: Point, config: ServerConfig, options: argparse.Namespace) -
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="minisrv simulate",
+        usage="minisrv simulate [MODEL] --gpu NAME --trace FILE [options]\n"
+        "       minisrv simulate --calibrate URL --step-times FILE\n"
+        "       minisrv simulate --step-times FILE --trace FILE [options]",
         description="Play a trace of traffic against a simulated server: the real scheduler and "
-        "cache in virtual time. The options of `minisrv serve` describe the server.",
+        "cache in virtual time. The options of `minisrv serve` describe the server; those of the "
+        "simulation are at the end.",
     )
     _add_servers(parser.add_argument_group("servers"))
     _add_traffic(parser.add_argument_group("traffic"))
