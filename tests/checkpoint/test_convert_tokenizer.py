@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
+from minisrv.checkpoint import convert_tokenizer
 from minisrv.checkpoint.tokenizer import load_tokenizer, needs_conversion
 from minisrv.detokenizer.incremental import TextDecoder
 from tests.support import own_tokenizers
@@ -74,8 +75,7 @@ def test_a_converted_tokenizer_equals_that_of_transformers(tmp_path: Path, save:
     model_dir.mkdir()
     save(model_dir)
     assert needs_conversion(model_dir)
-    done = run_convert(model_dir, out_dir)
-    assert done.returncode == 0, done.stderr
+    assert convert_tokenizer.main([str(model_dir), str(out_dir)]) == 0
     assert not needs_conversion(out_dir)
     ours, theirs = load_tokenizer(out_dir), AutoTokenizer.from_pretrained(model_dir)
     decoder = TextDecoder(ours)
@@ -94,17 +94,19 @@ def test_a_converted_tokenizer_equals_that_of_transformers(tmp_path: Path, save:
 def test_the_ids_are_those_of_sentencepiece_itself(tmp_path: Path) -> None:
     save_llama(tmp_path)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    assert run_convert(tmp_path, tmp_path / "out").returncode == 0
+    assert convert_tokenizer.main([str(tmp_path), str(tmp_path / "out")]) == 0
     ours = load_tokenizer(tmp_path / "out")
     for text in own_tokenizers.SENTENCES:
         assert ours.encode(text, add_special_tokens=False) == reference.encode(text)
 
 
-def test_nothing_to_convert_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    done = run_convert(tmp_path, tmp_path / "out")
-    assert done.returncode == 2
-    assert "has no tokenizer" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_nothing_to_convert_is_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert_tokenizer.main([str(tmp_path), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "has no tokenizer" in error
+    assert error.count("\n") == 1
 
 
 def test_a_broken_tokenizer_is_refused_in_a_sentence(tmp_path: Path) -> None:

@@ -178,6 +178,7 @@ def test_penalties_change_the_text_as_they_do_where_the_host_is_in_charge(
     penalised = replace(plain, presence_penalty=1.5, repetition_penalty=1.4)
     params = [penalised, plain] * 4
     options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "num_threads": 1}
+    options["max_running_requests"] = 12  # the largest graph
 
     def tokens() -> list[list[int]]:
         with LLM(checkpoint, cuda_graph_max_bs=largest, **options) as llm:

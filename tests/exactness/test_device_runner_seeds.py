@@ -35,6 +35,7 @@ def test_seeded_texts_are_those_of_the_host_step(
     repeat = use_device_runner(monkeypatch)
     options = {"page_size": 4, "num_pages": num_pages, "max_prefill_tokens": budget}
     options |= {"overlap_depth": overlap_depth, "cuda_graph_max_bs": largest}
+    options["max_running_requests"] = 40  # the largest graph, for all choices of the crowd
     with LLM(case.model_dir, **OPTIONS, **options) as llm:
         for seed in range(2):
             check_crowd(case, llm, random.Random(seed))

@@ -131,6 +131,7 @@ def test_they_are_right_in_the_step_that_is_made_for_a_gpu(
     repeat = use_device_runner(monkeypatch)
     model_dir = make_checkpoint(tmp_path, "qwen3")
     options = {"num_pages": 36, "max_prefill_tokens": 32, "overlap_depth": 1, "device": "cpu"}
+    options["max_running_requests"] = 24  # the largest graph
     assert check_served(model_dir, greedy=True, cuda_graph_max_bs=largest, **options) > 0
     assert bool(repeat.replays) == bool(largest)
 

@@ -121,33 +121,32 @@ def test_steps_of_the_largest_sizes(options: dict[str, int], tmp_path: Path) -> 
             assert run.launches(batch)
 
 
-@pytest.mark.parametrize(
-    ("num_decodes", "chunks", "fields", "in_graph"),
-    [
-        (0, [1], {}, True),
-        (0, [512], {}, True),
-        (0, [64] * 8, {}, True),
-        (0, [62] * 8, {}, False),  # the padding is a chunk, too
-        (0, [513], {}, False),
-        (5, [30, 29], {}, True),
-        (40, [300, 7], {}, True),
-        (129, [1], {}, True),
-        (200, [100, 3, 4], {}, True),
-        (248, [264], {}, True),
-        (248, [265], {}, False),
-        (249, [1], {}, False),
-        (4, [60], {"prompt_logprob_tokens": np.arange(4, 64, dtype=np.int32)}, False),
-    ],
-)
-def test_a_step_with_prompts_is_replayed_where_it_fits_into_a_graph(
-    num_decodes: int, chunks: list[int], fields: dict[str, Any], in_graph: bool, tmp_path: Path
-) -> None:
+STEPS: list[tuple[int, list[int], dict[str, Any], bool]] = [
+    (0, [1], {}, True),
+    (0, [512], {}, True),
+    (0, [64] * 8, {}, True),
+    (0, [62] * 8, {}, False),  # the padding is a chunk, too
+    (0, [513], {}, False),
+    (5, [30, 29], {}, True),
+    (40, [300, 7], {}, True),
+    (129, [1], {}, True),
+    (200, [100, 3, 4], {}, True),
+    (248, [264], {}, True),
+    (248, [265], {}, False),
+    (249, [1], {}, False),
+    (4, [60], {"prompt_logprob_tokens": np.arange(4, 64, dtype=np.int32)}, False),
+]
+
+
+def test_a_step_with_prompts_is_replayed_where_it_fits_into_a_graph(tmp_path: Path) -> None:
     options = {"cuda_graph_max_tokens": 512}
-    if fields:
-        ids = np.zeros(len(fields["prompt_logprob_tokens"]), np.int32)
-        samples = np.arange(num_decodes + len(chunks), dtype=np.int32)
-        fields = fields | {"logprobs": LogprobColumns(2, samples, ids)}
     with dry_run(MODELS["Qwen3-0.6B"], tmp_path, num_layers=1, **options) as run:
-        before = run.machine.gpu.num_replays
-        run.launches(step_batch(num_decodes=num_decodes, chunks=chunks, start=900, **fields))
-        assert run.machine.gpu.num_replays - before == 2 * in_graph
+        for num_decodes, chunks, fields, in_graph in STEPS:
+            if fields:
+                ids = np.zeros(len(fields["prompt_logprob_tokens"]), np.int32)
+                samples = np.arange(num_decodes + len(chunks), dtype=np.int32)
+                fields = fields | {"logprobs": LogprobColumns(2, samples, ids)}
+            before = run.machine.gpu.num_replays
+            run.launches(step_batch(num_decodes=num_decodes, chunks=chunks, start=900, **fields))
+            replays = run.machine.gpu.num_replays - before
+            assert replays == 2 * in_graph, (num_decodes, chunks)
