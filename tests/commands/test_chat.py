@@ -138,6 +138,7 @@ OF_SERVER = ["--", "--num-threads", "1", "--kv-memory", "64MiB", "--dtype", "flo
 def test_a_server_of_its_own_is_ended_with_it(tmp_path: Path) -> None:
     """Its key is not that of the environment, and its options are passed on."""
     variables = {"MINISRV_PORT": "1", "TMPDIR": str(tmp_path), "MINISRV_API_KEY": "of-another"}
+    variables |= {"MINISRV_KV_EVENTS_ENDPOINT": "ipc:///no/such/folder/events"}
     done = run_chat("demo", "-q", SUM, *OF_SERVER, **variables)
     assert (done.returncode, done.stdout) == (0, ANSWER), done.stderr
     assert not list(tmp_path.iterdir())

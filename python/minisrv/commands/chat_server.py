@@ -20,6 +20,11 @@ from minisrv.supervision.child_main import PR_SET_PDEATHSIG
 
 _END_S = 15
 _LISTENS, _READY = re.compile(r"listens on (\S+),"), re.compile(r"ready after ")
+# What another server on this machine may have for itself: certificates, and ports to listen at.
+_NOT_PASSED_ON = (
+    *("SSL_CERTFILE", "SSL_KEYFILE"),
+    *("KV_EVENTS_ENDPOINT", "KV_EVENTS_REPLAY_ENDPOINT"),
+)
 _LOG_LINES = 10  # of the server that are shown if it fails
 
 
@@ -35,7 +40,7 @@ def own_server(
     command = [sys.executable, "-m", "minisrv.launch_server", "--model", model]
     command += ["--host", "127.0.0.1", "--port", "0", "--drain-timeout", "1", *arguments]
     environment = {**os.environ, f"{ENV_PREFIX}API_KEY": key, "PYTHONUNBUFFERED": "1"}
-    for name in ("SSL_CERTFILE", "SSL_KEYFILE"):
+    for name in _NOT_PASSED_ON:
         environment.pop(ENV_PREFIX + name, None)
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
