@@ -14,12 +14,19 @@ from minisrv.errors import ConfigError
 from minisrv.simulation.replica import ServerShape
 from minisrv.simulation.step_times import StepWork
 
+_FIRST_TOKENS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class LinearStepTimes:
-    """Seconds of each step, and for each count of `StepWork`: in all, of host and engine."""
+    """Seconds of each step, and for each count of `StepWork`: in all, of host and engine.
+
+    first_token: what each of a step's first tokens, up to _FIRST_TOKENS, takes beyond the others;
+    a processor computes a single one with other operations than a batch.
+    """
 
     step: float = 0.0
+    first_token: float = 0.0
     prefill_token: float = 0.0
     prefill_pair: float = 0.0
     decode: float = 0.0
@@ -33,6 +40,7 @@ class LinearStepTimes:
         """See StepTimes."""
         return (
             self.step
+            + self.first_token * min(work.decodes + work.prefill_tokens, _FIRST_TOKENS)
             + self.prefill_token * work.prefill_tokens
             + self.prefill_pair * work.prefill_pairs
             + self.decode * work.decodes
@@ -53,8 +61,9 @@ class Observation:
 
     @property
     def counts(self) -> list[float]:
-        """In the order of the rates."""
-        counts = (self.steps, self.prefill_tokens, self.prefill_pairs)
+        """In the order of the rates; each step has _FIRST_TOKENS tokens, or there is only one."""
+        first = min(self.decodes + self.prefill_tokens, _FIRST_TOKENS * self.steps)
+        counts = (self.steps, first, self.prefill_tokens, self.prefill_pairs)
         return [*counts, self.decodes, self.decode_context]
 
 
