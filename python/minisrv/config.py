@@ -89,8 +89,8 @@ class ServerConfig:
 
     tools_without_template: Literal["describe", "refuse"] = option(
         "describe",
-        "requests with tools for a chat template that takes none: describe the tools in a system "
-        "turn, or refuse",
+        "what to do with tools if the chat template does not accept them: describe them in a "
+        "system turn, or refuse the request",
     )
     chat_template_kwargs: str = option(
         "{}",
@@ -131,7 +131,7 @@ class ServerConfig:
         "tcp://*:PORT for every interface, without access control (default: nowhere)",
     )
     kv_events_replay_endpoint: str | None = option(
-        None, "where readers of KV events get those that they have missed; as --kv-events-endpoint"
+        None, "where readers of KV events ask for those that they missed; as --kv-events-endpoint"
     )
     kv_events_buffer: int = option(10_000, "batches of KV events kept to be sent again")
     kv_events_topic: str = option(
@@ -158,8 +158,8 @@ class ServerConfig:
     )
     cuda_graph_ranks: bool = option(
         False,
-        "with --tp, capture steps as CUDA graphs, too, with NCCL's operations in them; not yet run "
-        "on a GPU",
+        "with --tp, too, capture steps as CUDA graphs, which include NCCL's operations; not yet "
+        "run on a GPU",
     )
     one_shot_all_reduce_kib: int = option(
         0,
@@ -169,8 +169,8 @@ class ServerConfig:
     )
     decode_kernel: Literal["auto", "fa2", "cuda_core", "xqa"] = option(
         "auto",
-        "FlashInfer's kernel for decode attention on a GPU: fa2, as by default, or cuda_core or "
-        "xqa, not yet run on a GPU",
+        "FlashInfer's kernel for decode attention on a GPU: fa2 (also with auto), cuda_core or "
+        "xqa; the last two have not yet run on a GPU",
     )
     joined_kernels: bool = option(
         False,
@@ -241,8 +241,9 @@ class ServerConfig:
     strict_params: bool = option(False, "refuse requests with unknown fields")
     max_tokens_policy: Literal["auto", "cap", "refuse"] = option(
         "auto",
-        "what to do with a max_tokens that the context has no room for: cap the reply, refuse the "
-        "request, or (auto) cap where the API's reply can say so, in messages and responses",
+        "what to do if max_tokens does not fit into the context: cap the reply, refuse the "
+        "request, or (auto) cap in messages and responses, whose replies can say so, and refuse "
+        "elsewhere",
     )
     cors_origins: str | None = option(
         None, "comma-separated origins that browsers may call from; * allows any"

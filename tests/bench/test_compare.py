@@ -61,3 +61,10 @@ def test_another_file_is_refused(tmp_path: Path, text: str | None, message: str)
         path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_result(path)
+
+
+def test_a_result_without_figures_is_refused() -> None:
+    whole = result(OUTCOMES, 2.0, Load(1))
+    for lacking in ({**whole, "options": []}, {**whole, "points": [{"load": Load(1).to_json()}]}):
+        with pytest.raises(ConfigError, match="not in the form of --output"):
+            compare(whole, lacking)

@@ -44,8 +44,15 @@ def read_result(path: Path) -> Json:
 def compare(first: Json, second: Json) -> str:
     """A table for each load that both have measured, preceded by the options that differ.
 
-    Raises ConfigError if they have no load in common.
+    Raises ConfigError if they have no load in common, or lack figures.
     """
+    try:
+        return _compare(first, second)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"one of the results is not in the form of --output: {error!r}") from None
+
+
+def _compare(first: Json, second: Json) -> str:
     seconds = {load_name(point): point for point in second["points"]}
     pairs = [
         (name, point, seconds[name])
