@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,12 @@ from minisrv.engine.kernels import triton_sample
 
 @pytest.fixture(autouse=True, scope="session")
 def _prepare_a_module_once_per_launch() -> Iterator[None]:
+    with prepared_once():
+        yield
+
+
+@contextmanager
+def prepared_once() -> Iterator[None]:
     """Before a kernel or a function runs, Triton puts the interpreter's operations into its own
     `triton.language`. Doing that at each call of a function takes a third of the time.
     """

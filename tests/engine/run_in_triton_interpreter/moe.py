@@ -86,7 +86,7 @@ def test_every_pair_has_a_slot_in_a_tile_of_its_expert() -> None:
         (1, 3, 16),
         (35, 5, 16),
         (70, 5, 16),
-        (300, 128, 16),
+        (40, 128, 16),
         (300, 7, 64),
     ):
         chosen = torch.rand(tokens, num_experts).topk(2, -1).indices
@@ -101,7 +101,7 @@ def test_every_pair_has_a_slot_in_a_tile_of_its_expert() -> None:
         assert (tile_experts > 0).tolist() == [i < used for i in range(len(tile_experts))]
 
 
-@pytest.mark.parametrize("tokens", [4, 100, 500])
+@pytest.mark.parametrize("tokens", [4, 100, 140])
 def test_each_choice_of_tiles_gives_the_same(tokens: int) -> None:
     torch.manual_seed(2)
     weights = ExpertWeights(torch.randn(2, 32, 16) / 4, torch.randn(2, 16, 16) / 4)
@@ -110,7 +110,7 @@ def test_each_choice_of_tiles_gives_the_same(tokens: int) -> None:
     ours = run_experts(x, weights, scores, chosen).sum(1).double()
     theirs = expected(x, weights, scores, chosen)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert choose_tiles(tokens, 2, 4)[0].rows == {4: 16, 100: 64, 500: 128}[tokens]
+    assert choose_tiles(tokens, 2, 4)[0].rows == {4: 16, 100: 64, 140: 128}[tokens]
 
 
 def test_a_model_with_grouped_experts_gives_the_tokens_of_one_without(
@@ -157,7 +157,7 @@ def test_the_router_is_that_of_torch(
     num_experts: int, per_token: int, dtype: torch.dtype, normalize: bool
 ) -> None:
     torch.manual_seed(4)
-    logits = (torch.randn(9, num_experts) * 4).to(dtype)
+    logits = (torch.randn(5, num_experts) * 4).to(dtype)
     logits[3] *= 100
     scores, experts = route(logits, per_token, normalize)
     theirs, chosen = TorchKernels().route(logits, per_token, normalize)

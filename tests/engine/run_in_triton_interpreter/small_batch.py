@@ -167,7 +167,7 @@ def with_experts(
     ("num_tokens", "num_experts", "per_token", "hidden", "features", "normalize"),
     [
         (1, 16, 8, 64, 32, True),
-        (5, 7, 2, 300, 80, False),
+        (5, 7, 2, 200, 80, False),
         (16, 2, 2, 64, 16, True),
         pytest.param(16, 40, 3, 128, 300, True, marks=pytest.mark.soak),
     ],
@@ -206,13 +206,13 @@ def test_the_experts_of_a_token_do_not_depend_on_the_others() -> None:
     torch.manual_seed(6)
     router, _ = product(9, 64, torch.float32, bias=False)
     experts, _ = experts_of(9, 64, 32, torch.float32)
-    x, norm = torch.randn(16, 64), norm_of(64, torch.float32)
+    x, norm = torch.randn(6, 64), norm_of(64, torch.float32)
     results = []
-    for count in (16, 1, 5):
+    for count in (6, 1, 4):
         results.append(x[:count].clone())
         SMALL.add_experts_(results[-1], norm, router, experts, 3, True)
     assert torch.equal(results[1], results[0][:1])
-    assert torch.equal(results[2], results[0][:5])
+    assert torch.equal(results[2], results[0][:4])
 
 
 def test_a_token_does_not_depend_on_the_others() -> None:
