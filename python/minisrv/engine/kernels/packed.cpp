@@ -507,6 +507,29 @@ struct Product {
     }
   }
 
+  // Adds all blocks of a panel to the sums of ROWS rows. Without offsets a group of 32 is a block with
+  // its scale as float16: all sizes are known here, and scales stay in registers.
+  template <Values VALUES, int GROUP, bool OFFSETS, int ROWS>
+  inline __attribute__((always_inline)) void add_blocks(const Inputs& x, long row, long panel,
+                                                        Floats sums[ROWS][kParts]) const {
+    constexpr bool plain = GROUP == 32 && !OFFSETS;
+    const uint8_t* at = matrix.panels + panel * matrix.panel_bytes();
+    // Later rows find the panel in the cache. A single row is never one of them.
+    const bool fetches = ROWS == 1 || row < kMaxRows;
+    const long skip = plain ? 2 * kPanel : matrix.scale_bytes();
+    const long groups = plain ? 1 : matrix.groups, size = matrix.block_bytes();
+    PanelFloats scale[plain ? 1 : kMaxGroups], offset[plain ? 1 : kMaxGroups];
+    for (long g = 0; g < x.groups; g += groups, at += size) {
+      fetch(at, fetches ? skip : 0);
+      if (plain)
+        read_halves(at, scale->lanes);
+      else
+        matrix.read_scales(at, scale, offset);
+      add_groups<VALUES, GROUP, OFFSETS, ROWS>(at + skip, scale, offset, g, groups, fetches, x,
+                                               row, sums);
+    }
+  }
+
   // ROWS rows of a panel, from its blocks, or unpacked.
   template <Values VALUES, int GROUP, bool OFFSETS, int ROWS>
   void tile(const Inputs& x, long row, long panel, const Unpacked& unpacked) const {
@@ -516,16 +539,7 @@ struct Product {
                                                unpacked.offset.data(), 0, x.groups, false, x, row,
                                                sums);
     } else {
-      const uint8_t* at = matrix.panels + panel * matrix.panel_bytes();
-      const bool fetches = row < kMaxRows;  // later rows find the panel in the cache
-      const long skip = matrix.scale_bytes(), size = matrix.block_bytes(), groups = matrix.groups;
-      PanelFloats scale[kMaxGroups], offset[kMaxGroups];
-      for (long g = 0; g < x.groups; g += groups, at += size) {
-        fetch(at, fetches ? skip : 0);
-        matrix.read_scales(at, scale, offset);
-        add_groups<VALUES, GROUP, OFFSETS, ROWS>(at + skip, scale, offset, g, groups, fetches, x,
-                                                 row, sums);
-      }
+      add_blocks<VALUES, GROUP, OFFSETS, ROWS>(x, row, panel, sums);
     }
     write<ROWS>(sums, row, panel);
   }

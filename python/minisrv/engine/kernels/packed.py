@@ -64,6 +64,7 @@ def can_pack(matrix: PackedMatrix) -> bool:
     return (
         matrix.groups_per_super <= _MOST_GROUPS
         and matrix.shape[1] % 32 == 0
+        and not (matrix.group == 32 and matrix.offsets is None and matrix.super_scales is not None)
         and (matrix.bits == 8 or matrix.group == 32 or matrix.groups_per_super % 2 == 0)
     )
 
