@@ -52,9 +52,14 @@ inline Lanes load_lanes(const float* from) {
 }
 
 inline Lanes load_lanes(const bf16* from) {
-#if defined __AVX2__ && !defined __AVX512F__  // GCC takes five instructions
-  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return (Lanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+#if defined __AVX2__ && !defined __AVX512F__
+  // Both halves of a register get all 8 numbers, and move four of them to the upper halves of words.
+  // Zen 1 shifts words at half the speed.
+  const __m256i halves =
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return (Lanes)_mm256_shuffle_epi8(
+      halves, _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9,
+                               -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15));
 #else
   Halves halves;
   std::memcpy(&halves, from, sizeof halves);
