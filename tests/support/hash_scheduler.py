@@ -3,7 +3,8 @@
 MINISRV_TEST_STEP_S makes its steps slow, so that a test finds streams open. It is not ready
 before there is a file MINISRV_TEST_GATE. With MINISRV_TEST_GRAMMARS it has structured output. With
 MINISRV_TEST_POISONS a step with a prompt that begins with the token DEADLY_ID ends it, and one with
-ENDLESS_ID does not end.
+ENDLESS_ID does not end. With MINISRV_TEST_FREE_TOKEN_S it has a larger cache and a FreeEngine,
+whose steps take so long for each token of a prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from minisrv.checkpoint.model_config import ModelConfig, load_model_config
 from minisrv.checkpoint.tokenizer import load_tokenizer
-from minisrv.engine.forward_batch import ForwardBatch
+from minisrv.engine.forward_batch import ForwardBatch, ForwardOutput
 from minisrv.kvcache.manager import KVCacheManager
 from minisrv.scheduler.loop import SchedulerLoop
 from minisrv.scheduler.scheduler import Scheduler
@@ -34,9 +35,12 @@ STEP_S = float(os.environ.get("MINISRV_TEST_STEP_S", "0"))
 GATE = os.environ.get("MINISRV_TEST_GATE", "")
 POISONS = os.environ.get("MINISRV_TEST_POISONS") == "1"
 GRAMMARS = os.environ.get("MINISRV_TEST_GRAMMARS") == "1"
-NUM_PAGES = 256
+FREE_TOKEN_S = float(os.environ.get("MINISRV_TEST_FREE_TOKEN_S", "0"))
+NUM_PAGES = 6000 if FREE_TOKEN_S else 256
 PAGE_SIZE = 16
+MAX_PREFILL_TOKENS = 512 if FREE_TOKEN_S else 64
 NUM_ROWS = 64
+FREE_TOKEN = 97
 
 
 class SlowHashEngine(HashEngine):
@@ -49,6 +53,17 @@ class SlowHashEngine(HashEngine):
             while ENDLESS_ID in first_ids:
                 pass
         return super().launch(batch)
+
+
+class FreeEngine:
+    """A ForwardEngine that computes nothing: each token is FREE_TOKEN, after the time of a step."""
+
+    def launch(self, batch: ForwardBatch) -> ForwardOutput:
+        time.sleep(STEP_S + FREE_TOKEN_S * len(batch.prefill_ids))
+        return ForwardOutput(np.full(len(batch.sample_indices), FREE_TOKEN, np.int32), None)
+
+    def wait(self, handle: ForwardOutput) -> ForwardOutput:
+        return handle
 
 
 def prompt_beginnings(batch: ForwardBatch) -> list[int]:
@@ -75,18 +90,22 @@ def serve(child: Child) -> None:
     while GATE and not Path(GATE).exists():
         time.sleep(0.01)
     num_rows = min(NUM_ROWS, child.config.max_running_requests)
-    engine = SlowHashEngine(
-        num_pages=NUM_PAGES,
-        page_size=PAGE_SIZE,
-        num_rows=num_rows,
-        max_seq_len=model.max_seq_len,
-        vocab_size=model.vocab_size,
-        lazy=False,
+    engine = (
+        FreeEngine()
+        if FREE_TOKEN_S
+        else SlowHashEngine(
+            num_pages=NUM_PAGES,
+            page_size=PAGE_SIZE,
+            num_rows=num_rows,
+            max_seq_len=model.max_seq_len,
+            vocab_size=model.vocab_size,
+            lazy=False,
+        )
     )
     scheduler = Scheduler(
         KVCacheManager(NUM_PAGES, num_rows, PAGE_SIZE, radix_cache=True),
         max_seq_len=model.max_seq_len,
-        max_prefill_tokens=64,
+        max_prefill_tokens=MAX_PREFILL_TOKENS,
         eos_ids=model.eos_token_ids,
         new_seed=lambda: 0,
         fair_keys=child.config.fair_keys,
