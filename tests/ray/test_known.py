@@ -57,21 +57,32 @@ def test_a_queue_becomes_shorter_at_the_measured_rate_until_the_next_report() ->
     known.add(3000, now=10.0)
     assert known.load(10.0).queued_tokens == 3000
     assert known.load(11.0).queued_tokens == 3000 - FIRST_RATE
-    report = {"at": 500.0, "num_queued_tokens": 800, "prefill_tokens_per_s": 400.0}
-    known.take_report(report, now=12.0)
+    report = {"at": 12.0, "num_queued_tokens": 800, "prefill_tokens_per_s": 400.0}
+    known.take_report(report)
     assert known.load(13.0).queued_tokens == 400
-    known.take_report(report, now=13.0)  # the same one again
+    known.take_report(report)  # the same one again
     assert known.load(14.0).queued_tokens == 0
-    known.take_report({**report, "at": 501.0, "prefill_tokens_per_s": 0.0}, now=14.0)
+    known.take_report({**report, "at": 14.0, "prefill_tokens_per_s": 0.0})
     assert known.load(14.0).prefill_rate == FIRST_RATE
+
+
+def test_what_was_sent_after_a_report_is_added_to_it() -> None:
+    known = Known(0)
+    known.add(500, now=11.0)
+    known.add(300, now=12.5)
+    known.take_report({"at": 12.0, "num_queued_tokens": 800, "prefill_tokens_per_s": 400.0})
+    assert known.load(12.0).queued_tokens == 800 + 300
+    known.take_report({"at": 13.0, "num_queued_tokens": 100, "prefill_tokens_per_s": 400.0})
+    assert known.load(13.0).queued_tokens == 100
+    assert not known.sent
 
 
 def test_a_scheduler_that_was_started_again_has_lost_its_cache() -> None:
     known = Known(0)
-    assert not known.take_report({"at": 1.0, "restarts": 0}, now=0.0)
-    assert known.take_report({"at": 2.0, "restarts": 1}, now=0.0)
-    assert not known.take_report({"at": 2.0, "restarts": 1}, now=0.0), "the same one again"
-    assert not known.take_report({"at": 3.0, "restarts": 1}, now=0.0)
+    assert not known.take_report({"at": 1.0, "restarts": 0})
+    assert known.take_report({"at": 2.0, "restarts": 1})
+    assert not known.take_report({"at": 2.0, "restarts": 1}), "the same one again"
+    assert not known.take_report({"at": 3.0, "restarts": 1})
 
 
 def test_ray_is_imported_only_where_it_is_used() -> None:

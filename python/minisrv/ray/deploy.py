@@ -24,6 +24,7 @@ def serve_until_stopped(args: dict[str, Any], address: str | None) -> None:
     cluster, as for ray.init. Raises MinisrvError.
     """
     config, app = server_config(args), build(args)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         ray.init(address=address, include_dashboard=False)
     except ConnectionError as error:

@@ -44,7 +44,7 @@ class CostRequestRouter(RequestRouter):  # type: ignore[misc]
         fresh = self._take_reports(candidate_replicas)
         if fresh is None:
             return [pair]
-        now = time.monotonic()
+        now = time.time()
         loads = {self._known[one.replica_id].number: self._known[one.replica_id] for one in fresh}
         number = self._costs.choose(
             _prompt(pending_request), {i: known.load(now) for i, known in loads.items()}, now
@@ -59,7 +59,7 @@ class CostRequestRouter(RequestRouter):  # type: ignore[misc]
         known = self._known.get(replica_id)
         if known is None:
             return
-        now, prompt = time.monotonic(), _prompt(pending_request)
+        now, prompt = time.time(), _prompt(pending_request)
         empty = ReplicaLoad(0, 0, 1.0)
         known.add(int(self._costs.wait_s(known.number, prompt, empty)), now)
         known.open_requests += 1
@@ -87,7 +87,7 @@ class CostRequestRouter(RequestRouter):  # type: ignore[misc]
                 self._known[replica.replica_id] = Known(self._num_seen)
                 self._num_seen += 1
             known = self._known[replica.replica_id]
-            if known.take_report(stats, time.monotonic()):
+            if known.take_report(stats):
                 self._costs.forget(known.number)
             if num_tokens := stats.get("max_total_num_tokens"):
                 self._costs.index.capacity = min(MAX_BLOCKS, -(-num_tokens // BLOCK_TOKENS))
