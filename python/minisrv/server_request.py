@@ -22,7 +22,7 @@ class UnreachableError(MinisrvError):
 def send_request(
     url: str, headers: Mapping[str, str], body: Any = None, *, timeout_s: float
 ) -> HTTPResponse:
-    """Send a GET, or with a body (to be sent as JSON) a POST.
+    """Send a GET, or with a body (to be sent as JSON) a POST; follows no redirect.
 
     Raises urllib.error.HTTPError for a status that is an error, UnreachableError.
     """
@@ -31,7 +31,8 @@ def send_request(
     request = urllib.request.Request(url, data, fields)
     # No proxy is asked for what is on this machine.
     local = urlsplit(url).hostname in _LOOPBACK
-    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
+    proxies = [urllib.request.ProxyHandler({})] if local else []
+    opener = urllib.request.build_opener(_NoRedirects, *proxies)
     try:
         response: HTTPResponse = opener.open(request, timeout=timeout_s)
     except urllib.error.HTTPError:
@@ -39,3 +40,10 @@ def send_request(
     except (OSError, HTTPException) as error:
         raise UnreachableError(str(getattr(error, "reason", None) or error).strip()) from None
     return response
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """The API key is for the given server only, and a redirected POST would lose its body."""
+
+    def redirect_request(self, *args: Any) -> None:
+        raise UnreachableError(f"it redirects to {args[-1]}")

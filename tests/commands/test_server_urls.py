@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,6 +81,27 @@ def test_a_server_without_models_is_reported(capsys: pytest.CaptureFixture[str])
     with answering(b'HTTP/1.0 200 OK\r\n\r\n{"data": []}') as url:
         assert cli.main(COMMANDS["launch"](url)) == 1
     assert "it names no model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["chat", "launch", "simulate"])
+def test_a_redirect_is_reported_and_gets_no_key(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINISRV_API_KEY", "sk-1")
+    with answering(b"HTTP/1.0 302 Found\r\nLocation: http://127.0.0.1:1/v1\r\n\r\n") as url:
+        assert cli.main(COMMANDS[command](url)) == 1
+    assert "it redirects to http://127.0.0.1:1/v1" in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_ends_a_command_quietly() -> None:
+    code = "import sys; from minisrv.commands.cli import main; sys.exit(main(['dashboard']))"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 128 + signal.SIGPIPE
 
 
 def test_no_proxy_is_asked_for_this_machine(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -33,8 +35,18 @@ Options: `minisrv COMMAND --help`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status."""
-    match list(sys.argv[1:] if argv is None else argv):
+    """Run a command and return its exit status, SIGPIPE's if nobody reads its output any more."""
+    try:
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return status
+
+
+def _run(argv: list[str]) -> int:
+    match argv:
         case ["serve", *rest]:
             from minisrv import launch_server
 
