@@ -26,7 +26,7 @@ def flag(name: str) -> str:
 
 def parse_size(text: str) -> int:
     """The bytes of 512MiB, 4GB or 1000000; all units are powers of 1024. Raises ConfigError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", text.lower())
     if match is None:
         raise ConfigError(f"invalid size {text!r}; use a value such as 512MiB or 4GiB")
     return int(float(match[1]) * _SIZE_UNITS[match[2]])
