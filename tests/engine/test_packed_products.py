@@ -246,6 +246,7 @@ PATHS = {
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="for another processor")
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.timeout(600)  # most of it for the compiler, which gets 300 s
 def test_the_paths_for_other_processors(
     kernels: CpuKernels, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from minisrv.start_progress import SECONDS, ReportProgress, no_progress
 from minisrv.user_cache import user_cache
 
 _FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC"
-_SECONDS = 120
+_SECONDS = 300
 _POLL_S = 0.5
 _USUAL_S = {"cpu.cpp": 20, "packed.cpp": 10}  # of 2 busy cores; layers.cpp takes half a second
 logger = logging.getLogger("minisrv.engine")
