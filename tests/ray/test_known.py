@@ -77,6 +77,19 @@ def test_what_was_sent_after_a_report_is_added_to_it() -> None:
     assert not known.sent
 
 
+def test_a_prompt_that_goes_elsewhere_is_taken_back() -> None:
+    known = Known(0)
+    known.add(500, now=11.0)
+    known.add(300, now=11.0)
+    known.take_back(500, sent_at=11.0)
+    assert known.load(11.0).queued_tokens == 300
+    known.take_report({"at": 10.0, "num_queued_tokens": 100, "prefill_tokens_per_s": 400.0})
+    assert known.load(10.0).queued_tokens == 100 + 300
+    known.take_report({"at": 12.0, "num_queued_tokens": 0, "prefill_tokens_per_s": 400.0})
+    known.take_back(300, sent_at=11.0)  # the report has it no more
+    assert known.load(12.0).queued_tokens == 0
+
+
 def test_a_scheduler_that_was_started_again_has_lost_its_cache() -> None:
     known = Known(0)
     assert not known.take_report({"at": 1.0, "restarts": 0})

@@ -53,6 +53,12 @@ class Known:
         return self.restarts != before
 
     def add(self, tokens: int, now: float) -> None:
-        """The replica has been sent a prompt with as many tokens that it does not have cached."""
+        """The replica gets a prompt with as many tokens that it does not have cached."""
         self.queued_tokens, self.at = self.load(now).queued_tokens + tokens, now
         self.sent.append((now, tokens))
+
+    def take_back(self, tokens: int, sent_at: float) -> None:
+        """A prompt that was added at `sent_at` goes elsewhere."""
+        if (sent_at, tokens) in self.sent:  # otherwise the last report no longer counts it
+            self.sent.remove((sent_at, tokens))
+            self.queued_tokens = max(0.0, self.queued_tokens - tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -15,6 +16,16 @@ from minisrv.routing.router import CostRouter, Prompt, ReplicaLoad
 
 STALE_S = 5.0
 MAX_BLOCKS = 100_000
+MAX_PLANS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Where a request is to go, and what its prompt costs there."""
+
+    known: Known
+    tokens: int
+    at: float
 
 
 class CostRequestRouter(RequestRouter):  # type: ignore[misc]
@@ -23,6 +34,9 @@ class CostRequestRouter(RequestRouter):  # type: ignore[misc]
     What is cached is known from what was sent, as much of it as fits into the cache of a replica,
     and nothing of what was sent before its scheduler was started again. Without a report of each
     replica in the last STALE_S, it falls back to Ray's power of two choices.
+
+    A choice counts at once: a request is accepted some milliseconds later, and many may arrive in
+    the meantime.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
@@ -30,6 +44,7 @@ class CostRequestRouter(RequestRouter):  # type: ignore[misc]
         self._costs = CostRouter(PrefixIndex(MAX_BLOCKS))
         self._known: dict[ReplicaID, Known] = {}
         self._num_seen = 0
+        self._plans: dict[str, _Plan] = {}  # by internal request id
 
     async def choose_replicas(
         self,
@@ -46,9 +61,10 @@ class CostRequestRouter(RequestRouter):  # type: ignore[misc]
             return [pair]
         now = time.time()
         loads = {self._known[one.replica_id].number: self._known[one.replica_id] for one in fresh}
-        number = self._costs.choose(
-            _prompt(pending_request), {i: known.load(now) for i, known in loads.items()}, now
-        )
+        self._cancel_plan(pending_request)
+        prompt = _prompt(pending_request)
+        number = self._costs.choose(prompt, {i: one.load(now) for i, one in loads.items()}, now)
+        self._plan(pending_request, loads[number], now)
         best = [one for one in fresh if self._known[one.replica_id].number == number]
         return [best, pair]
 
@@ -57,13 +73,13 @@ class CostRequestRouter(RequestRouter):  # type: ignore[misc]
     ) -> None:
         """See RequestRouter."""
         known = self._known.get(replica_id)
-        if known is None:
-            return
-        now, prompt = time.time(), _prompt(pending_request)
-        empty = ReplicaLoad(0, 0, 1.0)
-        known.add(int(self._costs.wait_s(known.number, prompt, empty)), now)
-        known.open_requests += 1
-        self._costs.record(known.number, prompt, now)
+        plan = self._plans.get(pending_request.metadata.internal_request_id)
+        if known is not None and (plan is None or plan.known is not known):
+            self._cancel_plan(pending_request)
+            self._plan(pending_request, known, time.time())
+        self._plans.pop(pending_request.metadata.internal_request_id, None)
+        if known is not None:
+            known.open_requests += 1
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """See RequestRouter."""
@@ -75,6 +91,20 @@ class CostRequestRouter(RequestRouter):  # type: ignore[misc]
         super().update_replicas(replicas)
         for replica_id in self._known.keys() - {one.replica_id for one in replicas}:
             self._costs.forget(self._known.pop(replica_id).number)
+
+    def _plan(self, request: PendingRequest, known: Known, now: float) -> None:
+        """Count a request for this replica."""
+        prompt = _prompt(request)
+        tokens = int(self._costs.wait_s(known.number, prompt, ReplicaLoad(0, 0, 1.0)))
+        known.add(tokens, now)
+        self._costs.record(known.number, prompt, now)
+        self._plans[request.metadata.internal_request_id] = _Plan(known, tokens, now)
+        if len(self._plans) > MAX_PLANS:  # of requests whose clients left before they were sent
+            del self._plans[next(iter(self._plans))]
+
+    def _cancel_plan(self, request: PendingRequest) -> None:
+        if plan := self._plans.pop(request.metadata.internal_request_id, None):
+            plan.known.take_back(plan.tokens, plan.at)
 
     def _take_reports(self, replicas: list[RunningReplica]) -> list[RunningReplica] | None:
         """The replicas that are ready; None if one has not reported recently."""
