@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+from collections.abc import Iterator
+
+import pytest
 
 with contextlib.suppress(ImportError):
     from httpx._transports import default
@@ -20,3 +24,13 @@ with contextlib.suppress(ImportError):
         "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
     settings.load_profile("any machine")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A command that a test runs in this process writes its log to stderr, also for later tests."""
+    logger = logging.getLogger("minisrv")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
