@@ -28,7 +28,7 @@ def serve_until_stopped(args: dict[str, Any], address: str | None) -> None:
     try:
         ray.init(address=address, include_dashboard=False)
     except ConnectionError as error:
-        raise MinisrvError(f"there is no Ray cluster at {address}: {error}") from None
+        raise MinisrvError(f"no Ray cluster answers at {address}: {error}") from None
     try:
         serve.start(http_options={"host": config.host, "port": config.port})
         serve.run(app, name=NAME)
