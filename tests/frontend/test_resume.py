@@ -296,6 +296,42 @@ def test_progress_clears_a_suspect(progress: int) -> None:
     run(check())
 
 
+@pytest.mark.parametrize("leaves_first", [True, False])
+def test_what_nobody_waits_for_is_forgotten_although_no_process_can_end_it(
+    leaves_first: bool,
+) -> None:
+    async def check() -> None:
+        registry, sent = make_registry()
+        base = registry.open(2)
+        registry.send(make_message(base, 2))
+        query = asyncio.create_task(registry.ask(lambda number: DescribeMsg(query=number)))
+        await run_others()
+
+        async def leave() -> None:
+            registry.abort(base)
+            query.cancel()
+            await run_others()
+
+        if leaves_first:
+            await leave()
+            assert registry.num_open == 3  # until the other processes confirm the end
+            registry.hold(DEATH)
+        else:
+            registry.hold(DEATH)
+            sent.clear()
+            await leave()
+            assert not sent
+        assert registry.num_open == 0
+        assert registry.is_idle
+        sent.clear()
+        registry.resume(MODEL, (base,))
+        await run_others()
+        assert not sent
+        assert registry.num_resumed == 0
+
+    run(check())
+
+
 def test_without_resuming_all_that_is_open_fails() -> None:
     async def check() -> None:
         registry, _ = make_registry(resume=False)

@@ -50,8 +50,10 @@ def without_engine(server: ServerProcess, gate: Path) -> Iterator[None]:
     gate.unlink()
     server.child("scheduler").kill()
     wait_until(lambda: status_of(f"{server.url}/ready") == 503)
-    yield
-    gate.touch()
+    try:
+        yield
+    finally:
+        gate.touch()
 
 
 def kill_again(server: ServerProcess, kind: str) -> None:
@@ -121,15 +123,21 @@ def test_a_frontend_that_dies_without_an_engine_comes_back_with_it(
     assert metric(server, "num_requests_running") == 0
 
 
+@pytest.mark.parametrize("leaves_first", [True, False])
 def test_a_client_that_leaves_while_there_is_no_engine_is_forgotten(
-    server: ServerProcess, gate: Path
+    server: ServerProcess, gate: Path, leaves_first: bool
 ) -> None:
+    """leaves_first: the scheduler dies before it has ended the request."""
     body = {"prompt": "go on", "max_tokens": 1500, "stream": True, "ignore_eos": True}
     with contextlib.ExitStack() as connection:
         url = f"{server.url}/v1/completions"
-        reply = connection.enter_context(httpx.stream("POST", url, json=body))
-        next(reply.iter_lines())
+        lines = connection.enter_context(httpx.stream("POST", url, json=body)).iter_lines()
+        next(lines)
+        if leaves_first:
+            server.child("scheduler").suspend()
+            connection.close()
         with without_engine(server, gate):
+            assert leaves_first or num_open(server.url) == 1
             connection.close()
             wait_until(lambda: num_open(server.url) == 0)
     wait_until(lambda: status_of(f"{server.url}/ready") == 200)

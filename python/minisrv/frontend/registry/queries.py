@@ -16,12 +16,14 @@ TIMEOUT_S = 30.0
 class Queries:
     """The open queries by number: those without an answer, even if nobody waits for it any more.
 
-    All methods belong to one event loop.
+    Between `hold` and `resume` nothing is sent, and those that nobody waits for are forgotten. All
+    methods belong to one event loop.
     """
 
     def __init__(self) -> None:
         self._open: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._sends: dict[int, Callable[[], None]] = {}
+        self._on_hold = False
 
     def __len__(self) -> int:
         return len(self._open)
@@ -36,7 +38,8 @@ class Queries:
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._open[number], self._sends[number] = future, send
         try:
-            send()
+            if not self._on_hold:
+                send()
         except BaseException:
             self._forget(number)
             raise
@@ -48,7 +51,9 @@ class Queries:
                 f"no answer came within {TIMEOUT_S:g} s", code="request_timeout", status=503
             ) from None
         finally:
-            if number in self._open:
+            if self._on_hold:
+                self._forget(number)
+            elif number in self._open:
                 abort()
 
     def deliver(self, answer: AnswerMsg) -> None:
@@ -61,8 +66,15 @@ class Queries:
         else:
             future.set_result(answer.value)
 
+    def hold(self) -> None:
+        """No query will be answered before `resume`."""
+        self._on_hold = True
+        for number in [number for number, future in self._open.items() if future.done()]:
+            self._forget(number)
+
     def resume(self) -> None:
-        """Send again what somebody waits for; forget the others, which nobody will answer."""
+        """Send again what somebody waits for."""
+        self._on_hold = False
         for number, future in list(self._open.items()):
             if future.done():
                 self._forget(number)

@@ -110,6 +110,11 @@ class RequestRegistry:
         self._on_hold = True
         if self._resuming is not None:
             self._resuming.cancel()
+        self._queries.hold()
+        for request in set(self._owners.values()):
+            request.tokenizers.clear()
+            if request.aborted:
+                self._release_all(request)
         if not self._resumes:
             error = NotReadyError(f"{sentence}; try again later", code="engine_restarted")
             self._queries.fail_all(error)
@@ -140,16 +145,10 @@ class RequestRegistry:
         self._queries.fail(suspects, error)
         owners = {uid: self._owners[uid] for uid in suspects if uid in self._owners}
         self._give_up(causes(owners), error, "suspect")
-        requests = list(dict.fromkeys(self._owners.values()))
-        for request in requests:
-            request.tokenizers.clear()
-            if request.aborted:
-                for uid in list(request.live):
-                    self._release(request, uid)
         self._queries.resume()
-        open_ones = [request for request in requests if not request.aborted]
-        self.num_resumed += sum(bool(request.messages) for request in open_ones)
-        self._resuming = asyncio.create_task(send_again(open_ones, self._dispatch), name="resume")
+        requests = list(dict.fromkeys(self._owners.values()))
+        self.num_resumed += sum(bool(request.messages) for request in requests)
+        self._resuming = asyncio.create_task(send_again(requests, self._dispatch), name="resume")
 
     def _give_up(self, uids: Sequence[int], error: MinisrvError, reason: str) -> None:
         if uids:
@@ -273,9 +272,8 @@ class RequestRegistry:
         index = next(self._tokenizers) if tokenizer_index is None else tokenizer_index
 
         def send_query() -> None:
-            if not self._on_hold:
-                with self._counting_refusals():
-                    send(index, make(number))
+            with self._counting_refusals():
+                send(index, make(number))
 
         abort = AbortMsg(uids=(number,))
         return await self._queries.ask(number, send_query, lambda: send(index, abort))
@@ -439,6 +437,10 @@ class RequestRegistry:
         request.live.discard(uid)
         self._unstarted.discard(uid)
         del self._owners[uid]
+
+    def _release_all(self, request: OpenRequest) -> None:
+        for uid in list(request.live):
+            self._release(request, uid)
 
     def _reading(self, base: int, *, wants_deltas: bool) -> OpenRequest:
         request = self._requests.get(base)
