@@ -12,7 +12,7 @@ from minisrv.scheduler.logprobs import build_logprobs
 from minisrv.scheduler.penalties import build_penalties
 from minisrv.scheduler.request import Request
 from minisrv.scheduler.step_plan import StepPlan
-from minisrv.wire.arrays import Int32Array
+from minisrv.wire.arrays import Int32Array, Int64Array
 
 FillMasks = Callable[[list[Request]], Int32Array]
 
@@ -35,15 +35,18 @@ class BatchBuilder:
         self._has_penalties = np.zeros(num_rows, np.bool_)
         self._has_logprobs = np.zeros(num_rows, np.bool_)
 
-    def find_rows(self, plan: StepPlan) -> Int32Array:
-        """The rows of a plan, decodes first [R]; their columns are set. Call once for each plan."""
+    def find_rows(self, plan: StepPlan) -> Int64Array:
+        """The rows of a plan, decodes first [R]; their columns are set. Call once for each plan.
+
+        As int64, with which numpy indexes several times faster than with int32.
+        """
         requests = plan.decodes + [chunk.request for chunk in plan.prefills]
-        rows = np.array([r.lease.row for r in requests if r.lease], np.int32)
+        rows = np.array([r.lease.row for r in requests if r.lease], np.int64)
         for chunk, row in zip(plan.prefills, rows[len(plan.decodes) :], strict=True):
             self._set_row(int(row), chunk.request)
         return rows
 
-    def build_batch(self, plan: StepPlan, rows: Int32Array, fill_masks: FillMasks) -> ForwardBatch:
+    def build_batch(self, plan: StepPlan, rows: Int64Array, fill_masks: FillMasks) -> ForwardBatch:
         """The batch of a plan with its rows. Call once for each plan, in order.
 
         fill_masks: called back when the engine needs the grammar masks of these requests.
@@ -53,7 +56,7 @@ class BatchBuilder:
         starts = [r.num_computed - 1 for r in decodes] + [chunk.start for chunk in prefills]
         query_lens = np.ones(len(rows), np.int32)
         query_lens[len(decodes) :] = [chunk.length for chunk in prefills]
-        sample_indices = np.arange(len(decodes) + len(plan.sampling_prefills), dtype=np.int32)
+        sample_indices = np.arange(len(decodes) + len(plan.sampling_prefills))
         sample_indices[len(decodes) :] = [len(decodes) + i for i in plan.sampling_prefills]
         sample_rows = rows[sample_indices]
         has_penalties = self._has_penalties[sample_rows].any()
@@ -63,14 +66,14 @@ class BatchBuilder:
         return ForwardBatch(
             step_id=plan.step_id,
             num_decodes=len(decodes),
-            rows=rows,
+            rows=rows.astype(np.int32),
             query_lens=query_lens,
             start_positions=np.array(starts, np.int32),
             prefill_ids=np.concatenate(prompts) if prompts else np.empty(0, np.int32),
             page_rows=np.ascontiguousarray(places[:, 0]),
             page_columns=np.ascontiguousarray(places[:, 1]),
             page_ids=np.array(list(plan.page_writes.values()), np.int32),
-            sample_indices=sample_indices,
+            sample_indices=sample_indices.astype(np.int32),
             sampling=self._columns(plan, sample_rows, fill_masks),
             penalties=build_penalties(plan, sample_rows) if has_penalties else None,
             prompt_logprob_tokens=scored,
@@ -92,7 +95,7 @@ class BatchBuilder:
         self._has_penalties[row] = sampling.adjusts_logits
         self._has_logprobs[row] = sampling.logprobs is not None
 
-    def _columns(self, plan: StepPlan, rows: Int32Array, fill_masks: FillMasks) -> SamplingColumns:
+    def _columns(self, plan: StepPlan, rows: Int64Array, fill_masks: FillMasks) -> SamplingColumns:
         suppressed = []
         if self._min_tokens[rows].any():
             suppressed = [
@@ -115,7 +118,7 @@ class BatchBuilder:
         )
 
     def _grammar_masks(
-        self, plan: StepPlan, rows: Int32Array, fill_masks: FillMasks
+        self, plan: StepPlan, rows: Int64Array, fill_masks: FillMasks
     ) -> GrammarMasks | None:
         constrained = np.flatnonzero(self._constrained[rows])
         if not constrained.size:

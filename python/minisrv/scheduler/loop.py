@@ -219,8 +219,7 @@ class SchedulerLoop:
     def _send(self, replies: Replies) -> None:
         if not replies:
             return
-        if replies.starts:
-            self.stats.count_prompts(replies)
+        self.stats.count_prompts(replies)
         self.channel.send(
             DetokenizeMsg(
                 uids=np.array(replies.uids, np.int64),

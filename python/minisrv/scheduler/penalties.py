@@ -9,10 +9,10 @@ import numpy as np
 from minisrv.engine.forward_batch import Penalties
 from minisrv.scheduler.request import Request
 from minisrv.scheduler.step_plan import StepPlan
-from minisrv.wire.arrays import Int32Array
+from minisrv.wire.arrays import Int32Array, Int64Array
 
 
-def build_penalties(plan: StepPlan, rows: Int32Array) -> Penalties:
+def build_penalties(plan: StepPlan, rows: Int64Array) -> Penalties:
     """The penalties of a step; `rows` are the page table rows of its samples.
 
     The engine counts a request's tokens by row. They are sent with the chunk that ends its prompt,
@@ -30,11 +30,11 @@ def build_penalties(plan: StepPlan, rows: Int32Array) -> Penalties:
     params = [request.sampling for _, request in penalized]
     return Penalties(
         samples=_ints(chosen),
-        rows=rows[chosen],
+        rows=rows[chosen].astype(np.int32),
         presence=np.array([p.presence_penalty for p in params], np.float32),
         frequency=np.array([p.frequency_penalty for p in params], np.float32),
         repetition=np.array([p.repetition_penalty for p in params], np.float32),
-        begin_rows=rows[[i for i, _ in begun]],
+        begin_rows=rows[[i for i, _ in begun]].astype(np.int32),
         begin_lens=_ints([len(request.prefill_ids) for _, request in begun]),
         begin_prompt_lens=_ints([len(request.prompt_ids) for _, request in begun]),
         begin_ids=_joined([request for _, request in begun]),

@@ -12,7 +12,10 @@ from minisrv.wire.messages import Failure, Finish, PrefillProgress, Start
 
 @dataclass(slots=True)
 class Replies:
-    """One row per token or end, `starts` of new requests, refusals, and prefill progress."""
+    """One row per token or end, `starts` of new requests, refusals, and prefill progress.
+
+    prompt_tokens, cached_tokens: of the prompts that got their first token.
+    """
 
     uids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -21,11 +24,17 @@ class Replies:
     failures: list[Failure] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     progress: list[PrefillProgress] = field(default_factory=list)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
 
     def add_token(self, request: Request, token_id: int, finish: Finish, now: float) -> None:
         """Add a token, or with ABORT an end without one."""
         if not request.started:
-            self.starts.append(request.make_start(now, aborted=finish is Finish.ABORT))
+            start = request.make_start(now, aborted=finish is Finish.ABORT)
+            self.starts.append(start)
+            if finish is not Finish.ABORT:
+                self.prompt_tokens += start.prompt_tokens
+                self.cached_tokens += start.cached_tokens
         self.uids.append(request.uid)
         self.token_ids.append(token_id)
         self.finishes.append(finish)

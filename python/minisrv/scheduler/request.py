@@ -29,7 +29,7 @@ from enum import Enum
 import numpy as np
 
 from minisrv.engine.forward_batch import Logprobs
-from minisrv.errors import ContextLengthError, InvalidRequestError, Lengths
+from minisrv.errors import ContextLengthError, InvalidRequestError, Lengths, MinisrvError
 from minisrv.kvcache.manager import Demand, Lease
 from minisrv.sampling_params import SamplingParams
 from minisrv.structured_output.matcher import Matcher
@@ -225,6 +225,16 @@ class Request:
         if matcher.ended:
             return Finish.COMPLETE
         return Finish.LENGTH if len(self.output_ids) >= self.max_tokens else _CONTINUES
+
+    def grammar_error(self) -> MinisrvError:
+        """The error for an output whose last token ended its grammar's matcher with an error."""
+        assert self.matcher is not None
+        assert self.matcher.error is not None
+        assert self.sampling.grammar is not None
+        if self.matcher.misfit:
+            return MinisrvError("a token was sampled that the grammar does not allow")
+        param = self.sampling.grammar.param
+        return InvalidRequestError(self.matcher.error, param=param, code="grammar_too_complex")
 
     def make_start(self, now: float, *, aborted: bool) -> Start:
         """The message about this request that precedes its first token.

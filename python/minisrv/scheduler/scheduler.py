@@ -20,7 +20,7 @@ from functools import partial
 from operator import attrgetter
 
 from minisrv.engine.forward_batch import Logprobs
-from minisrv.errors import InvalidRequestError, MinisrvError
+from minisrv.errors import MinisrvError
 from minisrv.kvcache.manager import KVCacheManager
 from minisrv.scheduler.fair_shares import FairShares, wanted_tokens
 from minisrv.scheduler.invariants import check_requests
@@ -396,8 +396,12 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _take_tokens(self, requests: list[Request], token_ids: list[int], now: float) -> int:
-        """Append to each request its token, and reply; returns how many tokens count."""
+        """Append to each request its token, and reply; returns how many tokens count.
+
+        Runs for every token, hence without a call for a reply that only goes on.
+        """
         replies, num_dropped = self._replies, 0
+        uids, ids, finishes = replies.uids, replies.token_ids, replies.finishes
         for request, token_id in zip(requests, token_ids, strict=True):
             request.num_in_flight -= 1
             if request.status is _FINISHED:
@@ -406,6 +410,10 @@ class Scheduler:
             finish = request.append_token(token_id)
             if finish:
                 num_dropped += not self._finish_at_token(request, token_id, finish, now)
+            elif request.started:
+                uids.append(request.uid)
+                ids.append(token_id)
+                finishes.append(finish)
             else:
                 replies.add_token(request, token_id, finish, now)
         return len(token_ids) - num_dropped
@@ -416,18 +424,7 @@ class Scheduler:
             wanted = request.max_tokens > 0
             self._finish_request(request, token_id if wanted else -1, finish, now)
             return wanted
-        assert request.matcher is not None
-        assert request.matcher.error is not None
-        assert request.sampling.grammar is not None
-        if request.matcher.misfit:
-            error = MinisrvError("a token was sampled that the grammar does not allow")
-        else:
-            error = InvalidRequestError(
-                request.matcher.error,
-                param=request.sampling.grammar.param,
-                code="grammar_too_complex",
-            )
-        self.fail_request(request.uid, error)
+        self.fail_request(request.uid, request.grammar_error())
         return False
 
     def _finish_request(self, request: Request, token_id: int, finish: Finish, now: float) -> None:

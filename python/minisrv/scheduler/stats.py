@@ -6,7 +6,7 @@ from minisrv.scheduler.replies import Replies
 from minisrv.scheduler.scheduler import Scheduler
 from minisrv.scheduler.step_plan import StepOutcome, StepPlan
 from minisrv.wire.histogram import SECONDS, TOKENS, HistogramCounter
-from minisrv.wire.messages import Finish, StatsMsg
+from minisrv.wire.messages import StatsMsg
 
 PERIOD_S = 0.5
 HALF_LIFE_S = 10.0
@@ -55,8 +55,9 @@ class LoopStats:
     def count_launch(self, plan: StepPlan) -> None:
         """Count a step that is launched, and its tokens."""
         self._steps += 1
-        self._prefilled_tokens += plan.num_tokens - len(plan.decodes)
-        self._step_tokens.count_value(plan.num_tokens)
+        num_tokens = plan.num_tokens
+        self._prefilled_tokens += num_tokens - len(plan.decodes)
+        self._step_tokens.count_value(num_tokens)
 
     def count_tokens(self, plan: StepPlan, outcome: StepOutcome, now: float) -> None:
         """Count the tokens of a step that is settled; a request's first has no latency."""
@@ -74,12 +75,8 @@ class LoopStats:
 
     def count_prompts(self, replies: Replies) -> None:
         """Count the prompts of requests that got their first token, not of those aborted before."""
-        ended = zip(replies.uids, replies.finishes, strict=True)
-        aborted = {uid for uid, finish in ended if finish is Finish.ABORT}
-        for start in replies.starts:
-            if start.uid not in aborted:
-                self._prompt_tokens += start.prompt_tokens
-                self._cached_tokens += start.cached_tokens
+        self._prompt_tokens += replies.prompt_tokens
+        self._cached_tokens += replies.cached_tokens
 
     def due(self, now: float, busy: bool) -> bool:
         """Whether to send now: a period has passed, or the loop has just become idle."""
