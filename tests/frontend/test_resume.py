@@ -196,6 +196,29 @@ def test_a_further_death_during_the_resume_begins_it_anew() -> None:
     run(check())
 
 
+def test_a_request_that_is_still_being_sent_is_sent_once() -> None:
+    async def check() -> None:
+        registry, sent = make_registry()
+        base = registry.open(6)
+
+        async def send_all() -> None:
+            for uid in range(base, base + 6):
+                registry.send(make_message(uid))
+                await asyncio.sleep(0)
+
+        sending = asyncio.create_task(send_all())
+        await asyncio.sleep(0)
+        registry.hold(DEATH)
+        await asyncio.sleep(0)
+        sent.clear()
+        registry.resume(MODEL)
+        await run_others()
+        assert sending.done()
+        assert sorted(message.uid for message in sent_now(sent)) == [*range(base, base + 6)]
+
+    run(check())
+
+
 def test_a_full_inbox_delays_the_resume_and_loses_nothing() -> None:
     async def check() -> None:
         registry, sent = make_registry()

@@ -146,9 +146,9 @@ class RequestRegistry:
         owners = {uid: self._owners[uid] for uid in suspects if uid in self._owners}
         self._give_up(causes(owners), error, "suspect")
         self._queries.resume()
-        requests = list(dict.fromkeys(self._owners.values()))
-        self.num_resumed += sum(bool(request.messages) for request in requests)
-        self._resuming = asyncio.create_task(send_again(requests, self._dispatch), name="resume")
+        messages = {one: one.messages[:] for one in dict.fromkeys(self._owners.values())}
+        self.num_resumed += sum(map(bool, messages.values()))
+        self._resuming = asyncio.create_task(send_again(messages, self._dispatch), name="resume")
 
     def _give_up(self, uids: Sequence[int], error: MinisrvError, reason: str) -> None:
         if uids:

@@ -31,15 +31,17 @@ def causes(suspects: Mapping[int, OpenRequest]) -> list[int]:
     return stuck or list(again)
 
 
-async def send_again(requests: Sequence[OpenRequest], dispatch: Dispatch) -> None:
-    """Send what is open of these, suspects first.
+async def send_again(
+    messages: Mapping[OpenRequest, Sequence[TokenizeMsg]], dispatch: Dispatch
+) -> None:
+    """Send what is open of these messages of each request, suspects first.
 
+    Messages that a request gets from now on are not among them: those are sent at once.
     Suspects are sent a few at a time, each time when those before have gone on: if the process dies
     again, few can be the cause. dispatch: sends one message; it may raise OverloadedError.
     """
-    messages = {request: list(request.messages) for request in requests}
-    suspects = [request for request in requests if not request.is_proven]
-    others = [request for request in requests if request.is_proven]
+    suspects = [request for request in messages if not request.is_proven]
+    others = [request for request in messages if request.is_proven]
     at_once = math.ceil(len(suspects) / SUSPECT_GROUPS)
     for number, request in enumerate([*suspects, *others]):
         for i, message in enumerate(messages[request]):
