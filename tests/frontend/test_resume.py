@@ -289,15 +289,24 @@ def test_suspects_are_sent_when_those_before_have_gone_on() -> None:
     run(check())
 
 
-def test_one_that_has_gone_on_is_not_given_up_for_one_that_has_not() -> None:
+@pytest.mark.parametrize("client", ["stays", "leaves first", "leaves on hold"])
+def test_one_that_has_gone_on_is_not_given_up_for_one_that_has_not(client: str) -> None:
     async def check() -> None:
-        registry, _ = make_registry()
+        registry, sent = make_registry()
         good, poison = registry.open(), registry.open()
         for uid in (good, poison):
             registry.send(make_message(uid))
+        sent.clear()
         await die_and_resume(registry, (good, poison))
         registry.deliver(tokens(good, [1] * PROVEN_TOKENS))
-        await die_and_resume(registry, (good, poison))
+        await until(lambda: len(sent) == 2)
+        if client == "leaves first":
+            registry.abort(poison)
+        registry.hold(DEATH)
+        if client == "leaves on hold":
+            registry.abort(poison)
+        registry.resume(MODEL, (good, poison))
+        await run_others()
         assert registry.given_up == {"suspect": 1}
         assert (registry.is_open(good), registry.num_open) == (True, 1)
 

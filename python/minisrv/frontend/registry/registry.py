@@ -79,6 +79,7 @@ class RequestRegistry:
         self._send: Send | None = None
         self._requests: dict[int, OpenRequest] = {}
         self._owners: dict[int, OpenRequest] = {}
+        self._left: dict[int, OpenRequest] = {}  # suspects whose clients left, until `resume`
         self._unstarted: set[int] = set()
         self._recent_uids: dict[str, range] = {}  # by request id, of requests that have ended too
 
@@ -111,10 +112,10 @@ class RequestRegistry:
         if self._resuming is not None:
             self._resuming.cancel()
         self._queries.hold()
-        for request in set(self._owners.values()):
+        for uid, request in list(self._owners.items()):
             request.tokenizers.clear()
             if request.aborted:
-                self._release_all(request)
+                self._release(request, uid)
         if not self._resumes:
             error = NotReadyError(f"{sentence}; try again later", code="engine_restarted")
             self._queries.fail_all(error)
@@ -143,7 +144,8 @@ class RequestRegistry:
             code="request_ended_engine",
         )
         self._queries.fail(suspects, error)
-        owners = {uid: self._owners[uid] for uid in suspects if uid in self._owners}
+        known, self._left = self._owners | self._left, {}
+        owners = {uid: known[uid] for uid in suspects if uid in known}
         self._give_up(causes(owners), error, "suspect")
         self._queries.resume()
         messages = {one: one.messages[:] for one in dict.fromkeys(self._owners.values())}
@@ -437,10 +439,8 @@ class RequestRegistry:
         request.live.discard(uid)
         self._unstarted.discard(uid)
         del self._owners[uid]
-
-    def _release_all(self, request: OpenRequest) -> None:
-        for uid in list(request.live):
-            self._release(request, uid)
+        if self._on_hold and request.aborted and uid in request.suspected_at:
+            self._left[uid] = request
 
     def _reading(self, base: int, *, wants_deltas: bool) -> OpenRequest:
         request = self._requests.get(base)
