@@ -199,6 +199,25 @@ def test_an_abort_at_any_time_gives_one_end_and_all_pages_back(turns: int, depth
     assert loop.scheduler.cache.pages.num_free == 30
 
 
+@pytest.mark.parametrize("grammar", [PERSON, Grammar.regex("(")])
+def test_a_grammar_of_an_earlier_epoch_does_not_reach_a_request_with_the_same_uid(
+    grammar: Grammar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frontend that is started again counts its uids from 1."""
+    loop = grammar_loop()
+    loop.channel.inbox.append(generate_msg(1, [1, 2], max_tokens=300, grammar=grammar))
+    loop.turn()
+    assert loop.scheduler.num_compiling == 1
+    epochs = iter([True])
+    monkeypatch.setattr(loop.channel, "begins_epoch", lambda: next(epochs, False))
+    loop.channel.inbox.append(generate_msg(1, [3, 4], max_tokens=20, ignore_eos=True))
+    assert loop._grammars is not None
+    loop._grammars.wait(30)
+    result = drain(loop)
+    assert not result.failures
+    assert result.tokens == {1: expected_output([3, 4], 20, VOCAB)}
+
+
 def test_a_grammar_that_fails_on_the_way_fails_only_its_request() -> None:
     limits = LLParserLimits(step_max_items=50, verbose_errors=False)
     compiler = GrammarCompiler(demo_vocabulary(limits), demo_sandbox())

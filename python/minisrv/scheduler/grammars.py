@@ -35,6 +35,10 @@ class Grammars:
                 if matcher is not None:
                     self._scheduler.set_matcher(uid, matcher)
 
+    def drop_requests(self) -> None:
+        """Forget who waits for a grammar; their uids may be given to other requests."""
+        self._compiler.drop_tickets()
+
     def compile(self, grammar: Grammar) -> None:
         """Compile a grammar before its request comes. Raises MinisrvError."""
         self._compiler.compile(grammar)

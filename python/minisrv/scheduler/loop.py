@@ -159,6 +159,8 @@ class SchedulerLoop:
         messages = self.channel.receive(wait)
         if self.channel.begins_epoch():
             self.scheduler.drop_requests()
+            if self._grammars is not None:
+                self._grammars.drop_requests()
             if self.feed is not None:
                 self.feed.restart()
         if messages:

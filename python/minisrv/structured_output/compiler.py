@@ -117,6 +117,11 @@ class GrammarCompiler:
                 outcomes += self._outcomes(key, job)
         return outcomes
 
+    def drop_tickets(self) -> None:
+        """Forget who waits: what is being compiled is only cached, unless it is requested again."""
+        for job in self._jobs.values():
+            job.tickets.clear()
+
     def wait(self, timeout_s: float) -> None:
         """Block until a compilation finishes, at most `timeout_s`."""
         wait([job.future for job in self._jobs.values()], timeout_s, "FIRST_COMPLETED")
