@@ -1,16 +1,19 @@
 """Chat and completions over HTTP, read with the `openai` package and validated by its types."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from minisrv.errors import EngineDeadError, MinisrvError
 from minisrv.frontend.apis.openai.fields import ROLES
+from minisrv.frontend.generation.run import CHOICES_AT_ONCE
+from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.tokenizer.tool_arguments import with_read_arguments
-from tests.support.http_server import MODEL, HttpServer
+from tests.support.http_server import MODEL, HttpServer, serve
 from tests.support.scripted_backend import TEXT, WORDS
 
 CHAT = "/v1/chat/completions"
@@ -239,6 +242,36 @@ def test_one_refused_prompt_refuses_the_request_and_aborts_the_others(server: Ht
     response = server.http.post(COMPLETIONS, json={"prompt": ["silent", "refuse"]})
     assert response.status_code == 400
     assert server.backend.requests[-2].uid in server.backend.aborted
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("end", "status", "code"),
+    [
+        (
+            lambda one: one.cancel(None, MinisrvError("", code="request_aborted")),
+            500,
+            "request_aborted",
+        ),
+        (lambda one: one.hold("a process has died"), 503, "engine_restarted"),
+        (lambda one: one.fail_all(EngineDeadError("")), 500, "engine_dead"),
+    ],
+)
+def test_a_request_that_ends_while_it_is_sent_gets_the_reason(
+    end: Callable[[RequestRegistry], object], status: int, code: str, stream: bool
+) -> None:
+    with serve(resume=False) as server:
+
+        def send(index: int, message: Any) -> None:
+            server.backend.send(index, message)
+            if len(server.backend.requests) == 1:
+                server.loop.call_soon(end, server.registry)
+
+        server.registry.connect(send)
+        body = {"prompt": ["silent"] * (2 * CHOICES_AT_ONCE), "stream": stream}
+        reply = server.http.post("/v1/completions", json=body)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
+        assert len(server.backend.requests) == CHOICES_AT_ONCE
 
 
 def test_a_failure_in_a_stream_is_an_error_event_and_done(server: HttpServer) -> None:

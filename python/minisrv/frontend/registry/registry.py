@@ -234,14 +234,14 @@ class RequestRegistry:
         return base
 
     def send(self, message: TokenizeMsg) -> None:
-        """Send a message with open uids to the next tokenizer in turn, or keep it until `resume`.
+        """Send a message to the next tokenizer in turn, or keep it until `resume`.
 
-        A seed that it does not have, and the time, are set here, so that both stay the same when it
-        is sent again. Raises OverloadedError if the tokenizer's inbox is full.
+        One whose uids have ended is dropped. A seed, if it has none, and the time are set here, and
+        stay the same when it is sent again. Raises OverloadedError if that inbox is full.
         """
         request = self._owners.get(message.uid)
         if request is None or request.aborted:
-            raise RequestAborted
+            return
         sampling = message.sampling
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(SEED_BITS))
