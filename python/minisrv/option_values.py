@@ -97,5 +97,12 @@ def check_output(path: Path | None) -> None:
     if path is None:
         return
     place = path if path.exists() else path.parent
-    if path.is_dir() or not os.access(place, os.W_OK):
-        raise ConfigError(f"{path} cannot be written: {place} is not a place for files")
+    if path.is_dir():
+        reason = "it is a directory"
+    elif not path.exists() and not place.is_dir():
+        reason = f"there is no directory {place}"
+    elif not os.access(place, os.W_OK):
+        reason = f"{place} is not writable"
+    else:
+        return
+    raise ConfigError(f"{path} cannot be written: {reason}")

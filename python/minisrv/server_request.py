@@ -37,7 +37,7 @@ def send_request(
         response: HTTPResponse = opener.open(request, timeout=timeout_s)
     except urllib.error.HTTPError:
         raise
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, ValueError) as error:  # such as a redirect to http://[
         raise UnreachableError(str(getattr(error, "reason", None) or error).strip()) from None
     return response
 

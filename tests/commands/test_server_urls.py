@@ -18,6 +18,7 @@ from minisrv.commands import cli
 from minisrv.errors import ConfigError
 from minisrv.option_values import authorization, read_server_url
 from tests.support.http_server import serve
+from tests.support.paced_server import paced_server
 
 COMMANDS: dict[str, Callable[[str], list[str]]] = {
     "bench": lambda url: ["bench", "--url", url],
@@ -66,7 +67,16 @@ def test_a_url_that_no_request_can_be_sent_to_is_refused(
 
 
 @every_command
-@pytest.mark.parametrize("answer", [b"220 mail\r\n", b"HTTP/1.0 200 OK\r\n\r\n{}", b""])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"220 mail\r\n",
+        b"HTTP/1.0 200 OK\r\n\r\n{}",
+        b"HTTP/1.0 200 OK\r\n\r\n\xff\xfe\x00",
+        b"HTTP/1.0 302 Found\r\nLocation: http://[\r\n\r\n",
+        b"",
+    ],
+)
 def test_what_is_not_a_server_of_this_api_is_reported(
     command: str, answer: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,14 +103,25 @@ def test_a_redirect_is_reported_and_gets_no_key(
     assert "it redirects to http://127.0.0.1:1/v1" in capsys.readouterr().err
 
 
-def test_output_that_nobody_reads_ends_a_command_quietly() -> None:
-    code = "import sys; from minisrv.commands.cli import main; sys.exit(main(['dashboard']))"
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
-        assert running.stdout is not None
-        assert running.stderr is not None
-        running.stdout.close()
-        assert running.stderr.read() == b""
+@pytest.mark.parametrize("command", ["bench", "dashboard", "simulate"])
+def test_output_that_nobody_reads_ends_a_command_quietly(command: str) -> None:
+    Path("trace.csv").write_text("arrival_s,input_tokens,output_tokens\n0,8,2\n")
+    pipe, wrapped = subprocess.PIPE, "from minisrv.commands.cli import main; sys.exit(main())"
+    with paced_server(0.0, 0.001) as server:
+        arguments = {
+            "bench": ["--url", server.url, "--requests", "1", "--output-tokens", "2"],
+            "dashboard": [],
+            "simulate": ["demo", "--gpu", "H100", "--trace", "trace.csv", "--sweep", "replicas=1"],
+        }
+        call = [sys.executable, "-c", f"import sys; {wrapped}", command, *arguments[command]]
+        with subprocess.Popen(call, stdout=pipe, stderr=pipe) as running:
+            assert running.stdout is not None
+            assert running.stderr is not None
+            running.stdout.close()
+            printed = running.stderr.read().decode()
+    assert "minisrv: " not in printed
+    assert "Traceback" not in printed
+    assert command == "bench" or not printed  # bench shows its progress there
     assert running.returncode == 128 + signal.SIGPIPE
 
 

@@ -117,6 +117,7 @@ def test_a_sweep_says_how_many_gpus_are_enough(
         (["--gpu", "H100", "--sweep", "tp=1", "--sweep=--tp=2"], "twice"),
         (["--gpu", "H100", "--json", "/no/such/folder/a.json"], "a.json cannot be written"),
         (["--gpu", "H100", "--sweep", "tp=1", "--plot", "/no/a.svg"], "a.svg cannot be written"),
+        (["--gpu", "H100", "--json", f"{__file__}/a.json"], f"there is no directory {__file__}"),
         (["--step-times", "missing.json"], "cannot be read"),
         (["--gpu", "H100", "--calibrate", "http://127.0.0.1:1"], "--step-times"),
         (["--step-times", "new.json", "--calibrate", "127.0.0.1:1"], "is not the URL of a server"),

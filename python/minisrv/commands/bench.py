@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:  # before or between the measurements
         return 130
+    except BrokenPipeError:
+        raise  # nobody reads the output
     except OSError as error:
         print(f"minisrv: {error}", file=sys.stderr)
         return 1

@@ -114,7 +114,7 @@ def calibrate(url: str, api_key: str, say: Callable[[str], None]) -> Calibration
         return _calibrate(url, api_key, say)
     except (HTTPException, OSError) as error:
         raise CalibrationError(f"{url} broke off an answer: {error}") from None
-    except (LookupError, TypeError, json.JSONDecodeError) as error:
+    except (LookupError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{url} does not answer as a minisrv: {error!r}") from None
 
 
