@@ -82,6 +82,22 @@ def test_requests_that_would_wait_are_refused_and_others_are_not() -> None:
     registry.open(2)
 
 
+def test_requests_that_waited_when_the_scheduler_died_and_have_left_do_not_wait() -> None:
+    registry, _ = make_registry(max_waiting_requests=2)
+    bases = [registry.open() for _ in range(4)]
+    for base in bases:
+        registry.send(make_message(base))
+        registry.deliver(reply(base, "a", 1, start=start_of(base)))
+    registry.receive(stats(waiting=4))  # preempted, or sent again after an earlier death
+    registry.hold("the scheduler process has died")
+    for base in bases:
+        registry.abort(base)
+    for base in (registry.open(), registry.open()):
+        registry.abort(base)
+    assert registry.num_open == 0
+    assert not registry.refused
+
+
 def test_a_predicted_wait_that_is_too_long_is_refused_with_the_prediction() -> None:
     registry, _ = make_registry(max_running_requests=4, max_queue_wait=1e9)
     for _ in range(24):

@@ -45,7 +45,7 @@ class QueueGauge:
         behind = num_open - self._max_running
         if self._stats is not None and self._stats.waiting:
             behind = max(behind, self._stats.waiting + num_unstarted - self._unstarted)
-        return max(0, behind)
+        return min(max(0, behind), num_open)  # those that waited may have left a dead scheduler
 
     def wait_s(self, num_waiting: int) -> float | None:
         """Seconds until as many have got their first step; None if that was not measured yet."""
