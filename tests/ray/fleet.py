@@ -14,9 +14,8 @@ from typing import Any
 
 import psutil
 
-from tests.processes.test_kv_events import free_port
 from tests.soak.raw_http import BrokenReply, Connection, Reply, json_request
-from tests.support.server_process import PYTHONPATH
+from tests.support.server_process import PYTHONPATH, free_port
 
 HANG_S = 90
 NAME = "minisrv"

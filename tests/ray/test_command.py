@@ -11,8 +11,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.processes.test_kv_events import free_port
-from tests.support.server_process import environment, status_of, wait_until
+from tests.support.server_process import environment, free_port, status_of, wait_until
 
 pytest.importorskip("ray.serve")
 pytestmark = pytest.mark.soak

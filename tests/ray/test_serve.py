@@ -12,8 +12,13 @@ import httpx
 import psutil
 import pytest
 
-from tests.processes.test_kv_events import free_port
-from tests.support.server_process import PYTHONPATH, OpenRequest, wait_until, write_model_dir
+from tests.support.server_process import (
+    PYTHONPATH,
+    OpenRequest,
+    free_port,
+    wait_until,
+    write_model_dir,
+)
 
 ray = pytest.importorskip("ray")
 serve = pytest.importorskip("ray.serve")
