@@ -1,18 +1,24 @@
-"""A fleet on Ray Serve under load: the cost router, latency of the ingress, more replicas.
+"""A fleet on Ray Serve under load: the cost router, deaths and updates, latency of the ingress.
 
-FLEET_TRACE names a trace in Mooncake's form; FLEET_TRACE_S and FLEET_SPEED say how long a run is.
+FLEET_TRACE names a trace in Mooncake's form; FLEET_TRACE_S, FLEET_SPEED, FLEET_CHAOS_S and
+FLEET_KILL_EVERY_S say how long a run is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
+import os
+import random
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from tests.ray import conversations
@@ -24,6 +30,9 @@ pytestmark = pytest.mark.soak
 
 NUM_REPLICAS = 8
 LOAD = 0.8  # of what the replicas could compute without a cache
+CHAOS_S = float(os.environ.get("FLEET_CHAOS_S", "300"))
+KILL_EVERY_S = float(os.environ.get("FLEET_KILL_EVERY_S", "60"))
+NUM_CLIENTS = 12
 
 
 @pytest.fixture
@@ -85,6 +94,94 @@ def summary(answers: list[Answer]) -> tuple[float, list[float]]:
     cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
     total = sum(usage["prompt_tokens"] for usage in usages)
     return cached / total, [answer.ttft_s for answer in answers]
+
+
+def test_no_request_is_lost_over_deaths_fewer_replicas_and_an_update(
+    tmp_path: Path, model_dir: Path
+) -> None:
+    with fleet(tmp_path, model_dir, step_s=0.01) as one:
+        one.deploy(num_replicas=5)
+        families = [psutil.Process().children(recursive=True)]
+        outcomes, num_kills = asyncio.run(endure(one))
+        families.append(psutil.Process().children(recursive=True))
+    print(f"\n{num_kills} kills, 2 scale-downs, 1 update in {CHAOS_S:.0f} s: {dict(outcomes)}")
+    assert num_kills >= 3
+    assert outcomes.keys() <= {"completed", "refused", "ended with an error event"}
+    assert outcomes["completed"] > 20 * num_kills
+    _, alive = psutil.wait_procs(set(itertools.chain(*families)), timeout=20)
+    assert not alive
+
+
+async def endure(one: Fleet) -> tuple[Counter[str], int]:
+    """What became of the requests, and how many replicas were killed."""
+    prompts = [f"{number} and so on" for number in range(8)]
+    bodies = [{"prompt": p, "max_tokens": 120, "ignore_eos": True} for p in prompts]
+    whole = [await ask(one.port, f"first-{i}", body) for i, body in enumerate(bodies)]
+    texts = [answer.reply.json()["choices"][0]["text"] for answer in whole]
+    outcomes, ended = Counter[str](), asyncio.Event()
+    rng = random.Random(0)
+
+    async def client(number: int) -> None:
+        for turn in itertools.count():
+            if ended.is_set():
+                return
+            choice = rng.randrange(len(bodies))
+            body: dict[str, Any] = {**bodies[choice], "stream": bool(rng.randrange(4))}
+            answer = await ask(one.port, f"{number}-{turn}", body)
+            outcomes[outcome(answer, texts[choice])] += 1
+
+    async def kill() -> int:
+        killed = 0
+        while True:
+            try:
+                await asyncio.wait_for(ended.wait(), KILL_EVERY_S)
+                return killed
+            except TimeoutError:
+                rng.choice(replica_processes()).kill()
+                killed += 1
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(NUM_CLIENTS):
+            group.create_task(client(number))
+        kills = group.create_task(kill())
+        changes: list[dict[str, Any]] = [{"num_replicas": 4}, {"num_replicas": 3}]
+        changes.append({"num_replicas": 3, "max_open_requests": 500})
+        start = time.monotonic()
+        for number, change in enumerate(changes, 1):
+            await asyncio.sleep(start + number * CHAOS_S / 4 - time.monotonic())
+            await asyncio.to_thread(deploy_until_done, one, change)
+        await asyncio.sleep(start + CHAOS_S - time.monotonic())
+        ended.set()
+    return outcomes, kills.result()
+
+
+def deploy_until_done(one: Fleet, change: dict[str, Any]) -> None:
+    """Ray gives an update up if a replica of the new version dies while it starts."""
+    for _ in range(3):
+        with contextlib.suppress(RuntimeError):
+            return one.deploy(**change)
+    raise AssertionError("Ray has given up three times")
+
+
+def outcome(answer: Answer, text: str) -> str:
+    """What became of a request whose whole text is known."""
+    reply = answer.reply
+    if answer.fault:
+        return f"{answer.fault} (status {reply.status})"
+    if reply.status in (429, 503) or (reply.status == 500 and b'"engine_dead"' in reply.body):
+        return "refused"
+    if reply.status != 200:
+        return f"status {reply.status}: {reply.body[:200]!r}"
+    if not reply.is_stream:
+        same = reply.json()["choices"][0]["text"] == text
+        return "completed" if same else "another text"
+    if reply.events[-1:] != ["[DONE]"]:
+        return "a stream without an end"
+    events = answer.events()
+    got = "".join(event["choices"][0]["text"] for event in events if "choices" in event)
+    if "error" in events[-1]:
+        return "ended with an error event" if text.startswith(got) else "another text"
+    return "completed" if got == text else "another text"
 
 
 def test_latency_that_ray_adds_to_a_chunk_of_one_stream(tmp_path: Path, model_dir: Path) -> None:
