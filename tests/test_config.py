@@ -137,6 +137,9 @@ def test_keys_of_the_environment_hold_beside_those_of_flags(
         ({"num_pages": 1.5}, "--num-pages is 1.5; it must be an integer"),
         ({"model": None}, "--model is None; it must be a string"),
         ({"radix_cache": 1}, "--radix-cache is 1; it must be true or false"),
+        ({"served_model_name": 5}, "--served-model-name is 5; it must be a list of strings"),
+        ({"api_alias": ["/a", 5]}, "--api-alias is ['/a', 5]; it must be a list of strings"),
+        ({"chat_template_kwargs": {}}, "--chat-template-kwargs is {}; it must be a string"),
         ({"ssl_keyfile": "k"}, "--ssl-keyfile needs --ssl-certfile"),
     ],
 )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -284,11 +284,13 @@ class ServerConfig:
     def __post_init__(self) -> None:
         for name in ("api_key", "served_model_name", "allowed_host", "api_alias"):
             value = getattr(self, name)
-            strings = (value,) if isinstance(value, str) else tuple(dict.fromkeys(value))
-            object.__setattr__(self, name, strings)  # nobody has seen this object yet
+            strings = (value,) if isinstance(value, str) else value
+            if not isinstance(strings, Collection) or not all(isinstance(s, str) for s in strings):
+                raise ConfigError(f"{flag(name)} is {value!r}; it must be {_TYPE_NAMES[tuple]}")
+            # Nobody has seen this object yet.
+            object.__setattr__(self, name, tuple(dict.fromkeys(strings)))
         if not all(self.served_model_name):
             raise ConfigError("--served-model-name is empty")
-        read_chat_template_kwargs(self.chat_template_kwargs)
         for f in fields(self):
             value, low = getattr(self, f.name), f.metadata["at_least"]
             _check_type(f.name, value)
@@ -299,6 +301,7 @@ class ServerConfig:
         self._require("port", 0 <= self.port <= 65535, "from 0 to 65535")
         self._require("stall_timeout", not 0 < self.stall_timeout < 1, "0 or at least 1")
         self._require("overlap_depth", self.overlap_depth in (None, 0, 1), "0 or 1")
+        read_chat_template_kwargs(self.chat_template_kwargs)
         if self.kv_memory is not None:
             parse_size(self.kv_memory)
         RestartLimit.parse(self.restart_limit)
@@ -364,8 +367,8 @@ class ServerConfig:
             unread = name in overrides and name != "api_key"
             if (text := environ.get(variable)) and not unread:
                 values[name] = _parse_variable(name, variable, text)
-        if "api_key" in overrides:
-            overrides["api_key"] = (*values.get("api_key", ()), *overrides["api_key"])
+        if isinstance(keys := overrides.get("api_key"), list | tuple):
+            overrides["api_key"] = (*values.get("api_key", ()), *keys)
         try:
             return cls(**{**values, **overrides})
         except ConfigError as error:

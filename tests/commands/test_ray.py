@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,9 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
         ("model: demo\nrouter: random", "router is 'random'"),
         ('{"model": "demo", "port": "high"}', "port is 'high'; it must be an integer"),
         ("model: demo\nport: 1.5", "port is 1.5; it must be an integer"),
+        ("model: demo\napi_key: 5", "api_key is 5; it must be a list of strings"),
+        ("model: demo\napi_key: [5]", "api_key is (5,); it must be a list of strings"),
+        ("model: demo\nkv_memory: 2026-13-01", "cannot be read"),
     ],
 )
 def test_a_file_that_is_wrong_is_refused_with_the_reason(
@@ -57,3 +62,35 @@ def test_a_file_that_is_wrong_is_refused_with_the_reason(
         config.write_text(text)
     assert cli.main(["ray", str(config)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[str]:
+    pytest.importorskip("ray.serve")
+    config = tmp_path / "fleet.yaml"
+    config.write_text("model: demo\n")
+    handler = signal.getsignal(signal.SIGTERM)
+    yield str(config)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_an_address_in_no_form_of_ray_is_reported(
+    demo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from minisrv.commands import cli
+
+    assert cli.main(["ray", demo, "--address", "nowhere"]) == 1
+    assert "no Ray cluster answers at nowhere: " in capsys.readouterr().err
+
+
+def test_ctrl_c_while_ray_starts_ends_the_command(
+    demo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minisrv.commands import cli
+    from minisrv.ray import deploy
+
+    def interrupt(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(deploy.ray, "init", interrupt)
+    assert cli.main(["ray", demo]) == 0

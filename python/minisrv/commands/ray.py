@@ -19,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MinisrvError as error:
         print(f"minisrv: {error.message}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        pass  # before there was anything to end
     return 0
 
 
@@ -60,7 +62,7 @@ def _read(path: Path) -> dict[str, Any]:
 
     try:
         args = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: such as a 13th month
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(args, dict) or not all(isinstance(name, str) for name in args):
         raise ConfigError(f"{path} must be a mapping of names to values, such as `model: demo`")

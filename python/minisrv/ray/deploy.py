@@ -27,8 +27,9 @@ def serve_until_stopped(args: dict[str, Any], address: str | None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         ray.init(address=address, include_dashboard=False)
-    except ConnectionError as error:
-        raise MinisrvError(f"no Ray cluster answers at {address}: {error}") from None
+    except Exception as error:  # also if it is Ray's own cluster that takes too long to start
+        what = f"no Ray cluster answers at {address}" if address else "Ray could not start"
+        raise MinisrvError(f"{what}: {error}") from None
     try:
         serve.start(http_options={"host": config.host, "port": config.port})
         serve.run(app, name=NAME)
