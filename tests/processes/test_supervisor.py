@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -44,6 +45,15 @@ def main(child):
 run_child("test", main)
 """
 SERVE = "child.report(ChildReady({'pid': os.getpid()})); time.sleep(60)"
+
+DIES_IN_A_DRAIN = """import threading
+    from minisrv.supervision.records import DrainBegun, EngineReady
+    serves = threading.Event()
+    child.handle_notices(lambda notice: isinstance(notice, EngineReady) and serves.set())
+    serves.wait()
+    child.report(ChildReady())
+    child.report(DrainBegun())
+    os._exit(3)"""
 
 # Children that report once and exit, by kind.
 SHORT_LIVED = [kind for kind, module in supervisor.MODULES.items() if module.endswith(".prepare")]
@@ -227,6 +237,19 @@ def test_a_stop_before_the_start_and_after_the_end_does_no_harm(
     early.run()
     early.stop()
     assert not new_children()
+
+
+def test_a_frontend_that_dies_while_it_drains_by_itself_is_not_started_again(
+    children: Children, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children()
+    (tmp_path / "child_frontend.py").write_text(CHILD.format(body=DIES_IN_A_DRAIN))
+    monkeypatch.setitem(supervisor.MODULES, "frontend", "child_frontend")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = Supervisor(ServerConfig(model=str(model_dir)), listeners=[listener])
+        with pytest.raises(EngineDeadError) as raised:
+            server.run()
+    assert raised.value.message == "the frontend process has died with exit status 3"
 
 
 def test_a_tokenizer_is_converted_before_the_others_start(

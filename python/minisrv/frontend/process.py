@@ -24,6 +24,7 @@ from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.supervision.child_main import BEAT_S, Child, freeze_objects, run_child
 from minisrv.supervision.records import (
     ChildReady,
+    DrainBegun,
     Drained,
     DrainRequested,
     EngineEnded,
@@ -70,6 +71,7 @@ async def _serve(child: Child) -> None:
     draining: asyncio.Task[None] | None = None
 
     async def drain_and_report() -> None:
+        child.report(DrainBegun())
         server.announce_close()
         await drain(registry, lambda: server.is_idle, child.config.drain_timeout)
         child.report(Drained())
@@ -116,9 +118,7 @@ async def _serve(child: Child) -> None:
     def leave() -> None:
         server.should_exit = True
 
-    async with EngineClient(
-        run_dir, registry, num_tokenizers, child.boot.epoch, on_error=leave
-    ) as client:
+    async with EngineClient(run_dir, registry, num_tokenizers, child.boot.epoch, leave) as client:
         child.handle_notices(lambda notice: loop.call_soon_threadsafe(take_or_fail, notice))
         freeze_objects()
         await server.serve([socket.socket(fileno=fd) for fd in child.boot.fds.values()])

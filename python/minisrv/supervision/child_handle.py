@@ -18,6 +18,7 @@ from minisrv.supervision.records import (
     Boot,
     ChildFailed,
     ChildReady,
+    DrainBegun,
     Drained,
     Notice,
     Report,
@@ -30,7 +31,7 @@ class ChildProcess:
 
     index: which one among the children of its kind.
     ready, failed: the report of that kind, once `read_reports` has returned it.
-    drained: whether there was a report of that kind.
+    drains, drained: whether it has reported DrainBegun, and Drained.
     progress: what it shows of its progress, if it has a record.
     killed_because: why it was killed, if its supervisor had a reason. started_at: by
     time.monotonic().
@@ -45,7 +46,7 @@ class ChildProcess:
         self.started_at = time.monotonic()
         self.ready: ChildReady | None = None
         self.failed: ChildFailed | None = None
-        self.drained = False
+        self.drains = self.drained = False
         self._buffer = b""
         self.status_fd, child_fd = os.pipe()
         os.set_blocking(self.status_fd, False)
@@ -93,6 +94,8 @@ class ChildProcess:
                     self.ready = report
                 case ChildFailed():
                     self.failed = report
+                case DrainBegun():
+                    self.drains = True
                 case Drained():
                     self.drained = True
         return reports

@@ -58,6 +58,11 @@ class ChildFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainBegun:
+    """Frontend to supervisor: the server is to stop when no open request is left."""
+
+
+@dataclass(frozen=True, slots=True)
 class Drained:
     """Frontend to supervisor: a stop was requested, and no open request has to be waited for."""
 
@@ -116,7 +121,7 @@ class EngineEnded:
     stopping: bool
 
 
-Report = StartProgress | ChildReady | ChildFailed | Drained
+Report = StartProgress | ChildReady | ChildFailed | DrainBegun | Drained
 Notice = (
     StartProgress
     | EngineReady

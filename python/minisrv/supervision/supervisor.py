@@ -230,7 +230,7 @@ class Supervisor:
     def _lose(self, child: ChildProcess) -> None:
         """Have a dead child started again soon. Raises its error if that is not to be tried."""
         error, now = child.error(), time.monotonic()
-        ends = child is self._frontend and self._num_stops > 0
+        ends = child is self._frontend and (self._num_stops > 0 or child.drains)
         if not self._announced or isinstance(error, ConfigError) or ends:
             raise error
         delay_s = self._restarts.delay_s(now)
