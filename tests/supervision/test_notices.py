@@ -24,6 +24,7 @@ def child_of(kind: str) -> Any:
         killed_because=None,
         error=lambda: EngineDeadError(f"the {kind} process has died"),
         kill=lambda: None,
+        send_signal=lambda number: None,
     )
 
 
@@ -39,4 +40,16 @@ def test_a_death_right_after_a_stall_is_the_last_notice_until_the_engine_is_whol
     supervisor._lose(dies)
     supervisor._restart_due()
     assert [type(notice) for notice in notices] == [EngineReady, EngineLost]
+    supervisor._exit_stack.close()
+
+
+def test_a_stalled_process_is_judged_anew_if_another_dies_meanwhile() -> None:
+    supervisor = Supervisor(ServerConfig())
+    stalled, dies = child_of("scheduler"), child_of("tokenizer")
+    supervisor._children += [stalled, dies]
+    supervisor._announce()
+    supervisor._ask_for_stacks(stalled, 30.0, time.monotonic())
+    assert stalled.killed_because
+    supervisor._lose(dies)
+    assert stalled.killed_because is None, "its own death may have another reason"
     supervisor._exit_stack.close()

@@ -239,6 +239,8 @@ class Supervisor:
         logger.error("%s; it is started again", error.message)
         if self._announced == self._epoch:
             self._lost_at = now
+        if self._stalled is not None:
+            self._stalled[0].killed_because = None
         self._stalled = self._ready_notice = None
         if child.progress is not None and child is not self._frontend:
             self._suspects |= child.progress.working_on()
