@@ -93,6 +93,15 @@ def test_a_server_without_models_is_reported(capsys: pytest.CaptureFixture[str])
     assert "it names no model" in capsys.readouterr().err
 
 
+def test_a_server_without_a_prefix_cache_is_not_calibrated(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    answer = b'HTTP/1.0 200 OK\r\n\r\n{"config": {"radix_cache": false}, "vocab_size": 1000}'
+    with answering(answer) as url:
+        assert cli.main(COMMANDS["simulate"](url)) == 1
+    assert f"{url} runs with --no-radix-cache" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["chat", "launch", "simulate"])
 def test_a_redirect_is_reported_and_gets_no_key(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -120,6 +120,11 @@ def calibrate(url: str, api_key: str, say: Callable[[str], None]) -> Calibration
 
 def _calibrate(url: str, api_key: str, say: Callable[[str], None]) -> Calibration:
     server = RunningServer(url, api_key)
+    if not server.info["config"]["radix_cache"]:
+        raise CalibrationError(
+            f"{url} runs with --no-radix-cache: its steps would mix prompts and decodes; "
+            "calibrate it with its cache, and simulate it with --no-radix-cache"
+        )
     server.complete([server.new_prompt(1)], 1)
     shape = _shape(server)
     largest = min(shape.max_seq_len, shape.num_pages * shape.page_size) - OUTPUT_TOKENS
