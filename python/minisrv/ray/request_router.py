@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,11 @@ MAX_PLANS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Where a request is to go, and what its prompt costs there."""
+    """Where a request is to go, and what its prompt costs there: tokens, of blocks not cached."""
 
     known: Known
     tokens: int
+    blocks: Sequence[int]
     at: float
 
 
@@ -96,15 +98,17 @@ class CostRequestRouter(RequestRouter):  # type: ignore[misc]
         """Count a request for this replica."""
         prompt = _prompt(request)
         tokens = int(self._costs.wait_s(known.number, prompt, ReplicaLoad(0, 0, 1.0)))
+        new_blocks = prompt.blocks[self._costs.index.num_matching(known.number, prompt.blocks) :]
         known.add(tokens, now)
         self._costs.record(known.number, prompt, now)
-        self._plans[request.metadata.internal_request_id] = _Plan(known, tokens, now)
+        self._plans[request.metadata.internal_request_id] = _Plan(known, tokens, new_blocks, now)
         if len(self._plans) > MAX_PLANS:  # of requests whose clients left before they were sent
             del self._plans[next(iter(self._plans))]
 
     def _cancel_plan(self, request: PendingRequest) -> None:
         if plan := self._plans.pop(request.metadata.internal_request_id, None):
             plan.known.take_back(plan.tokens, plan.at)
+            self._costs.index.remove(plan.known.number, plan.blocks)
 
     def _take_reports(self, replicas: list[RunningReplica]) -> list[RunningReplica] | None:
         """The replicas that are ready; None if one has not reported recently."""
