@@ -34,7 +34,13 @@ def main() -> None:
 def _serve(child: Child) -> None:
     boot, run_dir = child.boot, Path(child.boot.run_dir)
     backlog, epoch = Backlog(), Epoch(boot.epoch)
-    inbox = Inbox(run_dir, f"tokenizer-{boot.index}", TOKENIZER_INBOX, epoch, backlog.clear)
+    lengths: dict[int, int] = {}
+
+    def drop_work() -> None:
+        backlog.clear()
+        lengths.clear()
+
+    inbox = Inbox(run_dir, f"tokenizer-{boot.index}", TOKENIZER_INBOX, epoch, drop_work)
     scheduler = Outbox(run_dir, "scheduler", epoch)
     frontend = Outbox(run_dir, "frontend", epoch)
     model = load_model_config(boot.model_dir, child.config.max_seq_len)
@@ -58,7 +64,6 @@ def _serve(child: Child) -> None:
         receiver = frontend if isinstance(message, UserReply | AnswerMsg) else scheduler
         receiver.send(message)
 
-    lengths: dict[int, int] = {}
     # One text may take seconds: the inbox is looked at before each, for aborts.
     while True:
         if not backlog:
