@@ -149,7 +149,7 @@ async def _flush(registry: RequestRegistry, timeout_s: float) -> int:
 
 
 def load_of(registry: RequestRegistry) -> dict[str, Any]:
-    """The last statistics of the scheduler, at most one period old."""
+    """The last statistics of the scheduler, at most one period old while it lives."""
     load: dict[str, Any] = {"dp_rank": 0, "num_open_reqs": registry.num_open}
     if (stats := registry.stats) is not None:
         load |= {
