@@ -24,18 +24,22 @@ LONG = ask(COUNT, max_tokens=3000, extra_body={"ignore_eos": True})
 
 
 def load_of(server: ServerProcess) -> dict[str, Any]:
+    """Without the scheduler's figures before its first report."""
     (load,) = httpx.get(f"{server.url}/v1/loads").json()["loads"]
     return dict(load)
 
 
 def is_free(server: ServerProcess) -> bool:
     load = load_of(server)
-    return load["num_open_reqs"] == load["num_running_reqs"] == load["num_waiting_reqs"] == 0
+    numbers = (load["num_open_reqs"], load.get("num_running_reqs"), load.get("num_waiting_reqs"))
+    return numbers == (0, 0, 0)
 
 
 async def _until(server: ServerProcess, num_running: int) -> None:
     """Wait until the scheduler, which reports twice per second, reports `num_running` requests."""
-    await asyncio.to_thread(wait_until, lambda: load_of(server)["num_running_reqs"] == num_running)
+    await asyncio.to_thread(
+        wait_until, lambda: load_of(server).get("num_running_reqs") == num_running
+    )
 
 
 async def _streamed(client: openai.AsyncOpenAI, request: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ MIB = 2**20
 
 
 def load_of(url: str) -> dict[str, int]:
+    """Without the scheduler's figures before its first report."""
     load: dict[str, int] = httpx.get(f"{url}/v1/loads").json()["loads"][0]
     return load
 
@@ -101,11 +102,11 @@ def test_an_abort_does_not_wait_for_the_tokenizer(model_dir: Path, socket_dir: P
         with httpx.stream("POST", url, json=body, timeout=30) as response:
             chunks = response.iter_text()
             next(chunks)
-            wait_until(lambda: load_of(server.url)["num_running_reqs"] == 1)
+            wait_until(lambda: load_of(server.url).get("num_running_reqs") == 1)
             server.child("tokenizer").suspend()
         try:
             del chunks
-            wait_until(lambda: load_of(server.url)["num_running_reqs"] == 0)
+            wait_until(lambda: load_of(server.url).get("num_running_reqs") == 0)
             wait_until(lambda: load_of(server.url)["num_open_reqs"] == 0)
         finally:
             server.child("tokenizer").resume()
