@@ -58,7 +58,8 @@ constexpr bool kInPairs = false;
 #endif
 
 // How the values of the weights are stored.
-enum Values { kNibbles, kSmall /* bytes below 16 */, kBytes };
+enum Values { kNibbles, kSmall /* bytes below 16 */, kFew /* bytes from -32 to 32 */, kBytes };
+constexpr int kFewMost = 32;
 
 // Keeps a vector in a register. Without it, GCC reads weights again for every row, and adds the
 // products of a group at its end, for which it has too few registers.
@@ -73,8 +74,8 @@ inline void keep(V& vector) {
 
 // The sums of the products of one group. begin: with the number that is added to each, or for
 // small values on AVX2 with its two parts as 16-bit numbers, of the inputs 4 i, 4 i + 1 and of the
-// others. add: `w` are four weights of each lane, `x` four inputs.
-template <Values VALUES>
+// others. add: `w` are four weights of each lane, `x` four inputs; of few values, at most 16 inputs.
+template <Values VALUES, bool SIGNED>
 struct Dot {
   Ints sum;
 
@@ -91,18 +92,20 @@ struct Dot {
   }
   Ints total() const { return sum; }
 #elif defined __AVX2__
-  // Pairs of products up to 2 * 15 * 127 or 2 * 128 * 127: the small ones are summed in 16 bits, of
-  // the large ones only a single pair fits.
+  // Pairs of products up to 2 * 15 * 127, 2 * 32 * 127 or 2 * 128 * 127: 8 of the first and 4 of
+  // the second are summed in 16 bits, of the last only a single pair fits.
   void begin(int32_t start) { sum = Ints{} + start; }
   void add(Words w, Words x) {
-    if constexpr (VALUES == kBytes) {
-      const __m256i magnitude = _mm256_abs_epi8((__m256i)w);
-      const __m256i pairs =
-          _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8((__m256i)x, (__m256i)w));
-      sum += (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-    } else {
-      sum = (Ints)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
+    __m256i magnitude = (__m256i)w, inputs = (__m256i)x;
+    if constexpr (SIGNED && (VALUES == kFew || VALUES == kBytes)) {
+      magnitude = _mm256_abs_epi8(magnitude);
+      inputs = _mm256_sign_epi8(inputs, (__m256i)w);
     }
+    const __m256i pairs = _mm256_maddubs_epi16(magnitude, inputs);
+    if constexpr (VALUES == kBytes)
+      sum += (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    else
+      sum = (Ints)_mm256_add_epi16((__m256i)sum, pairs);
     keep(sum);
   }
   Ints total() const {
@@ -231,6 +234,7 @@ enum Scales : long { kHalves, kHalvesAndOffsets, kEightBits, kSixBits };
 struct Matrix {
   uint8_t* panels;
   long outputs, inputs, bits, group, groups, scales, zero;  // `groups` is that of a block
+  long most;  // the greatest magnitude of a value
 
   long num_panels() const { return (outputs + kPanel - 1) / kPanel; }
   long num_groups() const { return inputs / group; }
@@ -419,7 +423,8 @@ inline __attribute__((always_inline)) void add_groups(const uint8_t* values,
     const int8_t* inputs = &x.values[row * x.inputs + (first + g) * GROUP];
     const float* scales = &x.scales[row * x.groups + first + g];
     const int32_t* starts = &x.sums[row * x.groups + first + g];
-    Dot<VALUES> dots[ROWS][kParts];
+    Dot<VALUES, !OFFSETS> dots[ROWS][kParts];
+    Ints firsts[ROWS][kParts];  // of few values, the sums of the first 16 inputs of 32
     constexpr long size = halves ? kPanel * GROUP / 2 : kPanel * GROUP;
     if (VALUES != kSmall)
       fetch(values + (halves && GROUP == 16 ? g % 2 * size : 0), fetches ? size : 0);
@@ -445,6 +450,13 @@ inline __attribute__((always_inline)) void add_groups(const uint8_t* values,
 #pragma GCC unroll 2
         for (int p = 0; p < kParts; ++p) dots[r][p].add(w[p], four_inputs);
       }
+      if (VALUES == kFew && GROUP == 32 && i == 3)
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+          for (int p = 0; p < kParts; ++p) {
+            firsts[r][p] = dots[r][p].total();
+            dots[r][p].begin(0);
+          }
     }
     if (!halves || GROUP == 32 || g % 2)
       values += (halves ? kPanel * 16 : kPanel * GROUP);
@@ -453,7 +465,8 @@ inline __attribute__((always_inline)) void add_groups(const uint8_t* values,
       const int32_t start = starts[r * x.groups];
 #pragma GCC unroll 2
       for (int p = 0; p < kParts; ++p) {
-        const Ints total = dots[r][p].total();
+        Ints total = dots[r][p].total();
+        if (VALUES == kFew && GROUP == 32) total += firsts[r][p];
         const long lanes = p * kLanes;
         Floats sum = __builtin_convertvector(total, Floats) * load_floats(scale[g].lanes + lanes);
         if (OFFSETS) sum += float(start) * load_floats(offset[g].lanes + lanes);
@@ -575,6 +588,9 @@ struct Product {
   // With many rows it is worth the time to unpack 4 bits first.
   void panel(const Inputs& x, long first, long last, long panel, Unpacked& space) const {
     constexpr long many = 4 * kMaxRows;
+    if constexpr (kInPairs)
+      if (matrix.bits == 8 && matrix.most <= kFewMost)
+        return rows_of<kFew>(x, first, last, panel, space);
     if (matrix.bits == 8) return rows_of<kBytes>(x, first, last, panel, space);
     if (last - first < many) return rows_of<kNibbles>(x, first, last, panel, space);
     space.read(matrix, matrix.panels + panel * matrix.panel_bytes());

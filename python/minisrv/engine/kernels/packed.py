@@ -27,7 +27,7 @@ class _Matrix(Structure):
     _fields_ = (
         ("panels", c_void_p),
         *((name, c_long) for name in ("outputs", "inputs", "bits", "group")),
-        *((name, c_long) for name in ("groups", "scales", "zero")),
+        *((name, c_long) for name in ("groups", "scales", "zero", "most")),
     )
 
 
@@ -89,7 +89,8 @@ class PanelProduct:
         self.float_out = out_dtype is torch.float32
         self._bias = None if bias_O is None else bias_O.float()
         described = _Matrix(
-            None, *matrix.shape, matrix.bits, matrix.group, *_scales(matrix), matrix.zero
+            *(None, *matrix.shape, matrix.bits, matrix.group, *_scales(matrix)),
+            *(matrix.zero, _greatest_magnitude(matrix.values)),
         )
         self._panels = torch.empty(library.packed_bytes(byref(described)), dtype=torch.uint8)
         described.panels = self._panels.data_ptr()
@@ -143,3 +144,8 @@ def _scales(matrix: PackedMatrix) -> tuple[int, int]:
     else:
         kind = _EIGHT_BITS if alone else _SIX_BITS
     return matrix.groups_per_super, kind
+
+
+def _greatest_magnitude(values: Tensor) -> int:
+    low, high = torch.aminmax(values)
+    return max(-int(low), int(high))
