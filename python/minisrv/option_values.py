@@ -45,7 +45,7 @@ def read_chat_template_kwargs(text: str) -> dict[str, Any]:
     name = flag("chat_template_kwargs")
     try:
         variables = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{name} is not valid JSON: {error}") from None
     if not isinstance(variables, dict):
         raise ConfigError(f"{name} is {text[:60]!r}; it must be a JSON object")

@@ -71,6 +71,7 @@ def test_our_own_form_is_sorted_by_arrival(tmp_path: Path) -> None:
         ("t.csv", OWN.replace("2.5", "inf"), "line 2 .* time of arrival is inf"),
         ("t.jsonl", MOONCAKE.replace("513", "512"), "line 1 .* 512 tokens are not 2 blocks"),
         ("t.jsonl", MOONCAKE.replace("1024", "0"), "line 2 .* at least one token"),
+        ("t.csv", OWN.replace("1,10,2", "1,1000000000,2"), "line 3 .* at most 16777216 tokens"),
         ("t.jsonl", MOONCAKE + "{", "line 3 .* is not JSON"),
         ("t.jsonl", "[]", "line 1 .* is not a JSON object"),
         ("t.csv", "\udcff", "is not UTF-8"),

@@ -49,6 +49,11 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
         ("model: demo\napi_key: 5", "api_key is 5; it must be a list of strings"),
         ("model: demo\napi_key: [5]", "api_key is (5,); it must be a list of strings"),
         ("model: demo\nkv_memory: 2026-13-01", "cannot be read"),
+        ("model: demo\nssl_certfile: a.pem", "ssl_certfile has no effect with Ray"),
+        (
+            "model: demo\nmax_replicas: 2\nkv_events_endpoint: '5557'",
+            "kv_events_endpoint is an address that only one server can have",
+        ),
     ],
 )
 def test_a_file_that_is_wrong_is_refused_with_the_reason(

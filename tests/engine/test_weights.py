@@ -73,7 +73,11 @@ def test_a_tensor_of_two_files_comes_from_the_last_as_in_transformers_with_a_war
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"weight_map": {"a": 3}}', '{"weight_map": 1}', '{"weight_map": {}}']
+    "content",
+    [
+        *("{", "[]", "[" * 100_000),
+        *('{"weight_map": {"a": 3}}', '{"weight_map": 1}', '{"weight_map": {}}'),
+    ],
 )
 def test_a_broken_index_is_refused(tmp_path: Path, content: str) -> None:
     path = make_checkpoint(tmp_path, "llama")

@@ -120,7 +120,7 @@ class Client:
             raise BenchError(f"no server answers at {self.url}: {error}") from None
         try:
             value = json.loads(body.data)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         if body.status != 200 or value is None:
             said = f": {error_text(value)}" if isinstance(value, dict) else ""

@@ -34,7 +34,7 @@ def read_result(path: Path) -> Json:
         result = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(result, dict) or not {"points", "options", "model"} <= result.keys():
         raise ConfigError(f"{path} is not a result of minisrv bench --output")

@@ -21,6 +21,7 @@ from typing import Any
 from minisrv.errors import ConfigError
 
 BLOCK_TOKENS = 512
+MOST_TOKENS = 1 << 24  # of a prompt and of an output; more than any model's context
 DIVISORS = [1 << n for n in range(BLOCK_TOKENS.bit_length())]  # of the lengths of a trace
 
 
@@ -108,6 +109,8 @@ def _check(request: TraceRequest) -> None:
         raise ValueError(f"the time of arrival is {request.arrival_s}")
     if request.input_tokens < 1 or request.output_tokens < 1:
         raise ValueError("a request has at least one token in and one out")
+    if max(request.input_tokens, request.output_tokens) > MOST_TOKENS:
+        raise ValueError(f"a request has at most {MOST_TOKENS} tokens in and out")
     blocks = math.ceil(request.input_tokens / BLOCK_TOKENS)
     if request.block_ids and len(request.block_ids) != blocks:
         raise ValueError(f"{request.input_tokens} tokens are not {len(request.block_ids)} blocks")

@@ -73,7 +73,7 @@ def _key_of(line: bytes) -> Key | None:
     try:
         answer = json.loads(line)
         key = answer["custom_id"] if "custom_id" in answer else answer["index"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return key if isinstance(key, Key) else None
 

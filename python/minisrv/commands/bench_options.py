@@ -186,5 +186,5 @@ def read_field(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--field {text} is not of the form NAME=JSON, such as top_p=0.9")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value

@@ -102,7 +102,7 @@ class ChatClient:
         with self._open("/models", None, _MODELS_TIMEOUT_S) as response:
             try:
                 return str(json.load(response)["data"][0]["id"])
-            except (OSError, HTTPException, ValueError, LookupError, TypeError):
+            except (OSError, HTTPException, ValueError, LookupError, TypeError, RecursionError):
                 raise ChatError(f"{self.url}/models names no model; give one: --model") from None
 
     def _open(self, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> HTTPResponse:
@@ -127,7 +127,7 @@ def _events(response: HTTPResponse) -> Iterator[dict[str, Any]]:
             if not isinstance(event, dict) or event.get("error"):
                 raise ChatError(_message(event) or "the server broke off the answer")
             yield event
-    except (OSError, HTTPException, ValueError, TypeError) as error:
+    except (OSError, HTTPException, ValueError, TypeError, RecursionError) as error:
         raise ChatError(f"the answer broke off: {error}") from None
     raise ChatError("the answer broke off: the server closed the connection")
 
@@ -144,7 +144,7 @@ def _explain(url: str, error: urllib.error.HTTPError) -> str:
     """A refusal in the server's own words, with what can be done about it."""
     try:
         said = _message(json.loads(error.read()))
-    except (OSError, HTTPException, ValueError):
+    except (OSError, HTTPException, ValueError, RecursionError):
         said = ""
     text = f"{url} answers with status {error.code}{f': {said}' if said else ''}"
     if error.code == 401:

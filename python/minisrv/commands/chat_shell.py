@@ -213,7 +213,7 @@ def parse_value(text: str) -> Any:
     """JSON, or else the text itself, so that strings need no quotes."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

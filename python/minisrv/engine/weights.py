@@ -312,7 +312,7 @@ def _file_names(directory: Path) -> list[str]:
         return ["model.safetensors"]
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{index} is not a valid safetensors index: {error!r}") from None
     for name in names or [None]:
         if not isinstance(name, str) or Path(name).name != name:

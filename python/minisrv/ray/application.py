@@ -30,11 +30,17 @@ _OWN = frozenset(
         *("upscale_delay_s", "downscale_delay_s", "router", "num_cpus", "num_gpus"),
     }
 )
+_OF_THE_PROXY = ("host", "port")
 _MAY_BE_ZERO = frozenset({"num_cpus", "num_gpus", "upscale_delay_s", "downscale_delay_s"})
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The application for `serve run`: see `make_application`."""
+    """The application for `serve run`: see `make_application`. Raises ConfigError."""
+    if any(name in args for name in _OF_THE_PROXY):
+        raise ConfigError(
+            "host and port are those of Ray's proxy: give them to `serve start` as --http-host and "
+            "--http-port, or use `minisrv ray`"
+        )
     return make_application(args, Replica)
 
 
@@ -50,6 +56,7 @@ def make_application(args: dict[str, Any], replica: type[Replica]) -> Applicatio
     router = str(args.get("router", "cost"))
     if router not in ROUTERS:
         raise ConfigError(f"router is {router!r}; it must be one of {', '.join(ROUTERS)}")
+    _refuse_what_has_no_effect(args, config)
     num_gpus = _number(args, "num_gpus", config.tp if config.device == "cuda" else 0)
     replicas = serve.deployment(replica).options(
         name="minisrv",
@@ -124,6 +131,21 @@ def _scaling(args: dict[str, Any]) -> dict[str, Any]:
             policy=policy,
         )
     }
+
+
+def _refuse_what_has_no_effect(args: dict[str, Any], config: ServerConfig) -> None:
+    """Raises ConfigError."""
+    if config.ssl_certfile is not None:
+        raise ConfigError(
+            "ssl_certfile has no effect with Ray, whose proxy accepts the connections; put a proxy "
+            "with HTTPS in front of it"
+        )
+    most = max(_number(args, name, 1) for name in ("num_replicas", "max_replicas"))
+    if config.kv_events_endpoint is not None and most > 1:
+        raise ConfigError(
+            "kv_events_endpoint is an address that only one server can have; with several replicas "
+            "leave it out"
+        )
 
 
 def _number(args: dict[str, Any], name: str, default: float) -> float:

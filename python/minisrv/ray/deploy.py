@@ -12,7 +12,8 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from minisrv.errors import MinisrvError
-from minisrv.ray.application import build, server_config
+from minisrv.ray.application import make_application, server_config
+from minisrv.ray.replica import Replica
 
 NAME = "minisrv"
 
@@ -23,7 +24,7 @@ def serve_until_stopped(args: dict[str, Any], address: str | None) -> None:
     args: as for `make_application`; `host` and `port` are those of Ray's proxy. address: of a
     cluster, as for ray.init. Raises MinisrvError.
     """
-    config, app = server_config(args), build(args)
+    config, app = server_config(args), make_application(args, Replica)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         ray.init(address=address, include_dashboard=False)

@@ -119,5 +119,5 @@ class Calibration:
             )
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not a calibration: {error}") from None
