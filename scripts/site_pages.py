@@ -1,4 +1,4 @@
-"""Hooks of MkDocs (mkdocs.yml): some files outside docs/ are pages of the site too.
+"""Hooks of MkDocs (mkdocs.yml): some files outside docs/ are part of the site too.
 
 Links are written as the repository needs them; here they are rewritten where the site has a page
 at another place.
@@ -23,7 +23,8 @@ OUTSIDE = {
 }
 OUTSIDE |= {
     f"benchmark/results/{path.name}": f"results/{path.name}"
-    for path in sorted((ROOT / "benchmark" / "results").glob("*.md"))
+    for path in sorted((ROOT / "benchmark" / "results").iterdir())
+    if path.suffix in (".md", ".svg")
 }
 INSIDE = {page: path for path, page in OUTSIDE.items()}
 

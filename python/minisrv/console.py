@@ -90,10 +90,12 @@ class Console:
             self._line.keep()
             if sys.stdout.isatty():
                 text = self._line.prefix + text  # another process may have drawn its own line
+        text += "\n"  # one write, also with PYTHONUNBUFFERED: other processes write here too
         # A closed terminal must not end the server.
         encoding = sys.stdout.encoding or "utf-8"
         with contextlib.suppress(OSError):
-            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+            sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            sys.stdout.flush()
 
 
 def meter(progress: StartProgress, first: float, seconds: float) -> str:

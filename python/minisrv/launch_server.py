@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         serve(config)
     except MinisrvError as error:
-        print(f"minisrv: {error.message}", file=sys.stderr)
+        sys.stderr.write(f"minisrv: {error.message}\n")
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import pty
@@ -16,11 +17,13 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from typing_extensions import Buffer
 
 from minisrv import log
 from minisrv.config import ServerConfig
 from minisrv.console import Console, meter, openai_variables
 from minisrv.frontend.registry.status_line import StatusLine
+from minisrv.launch_server import main
 from minisrv.supervision.records import StartProgress
 from minisrv.terminal_line import ERASE, TerminalLine, _in_foreground
 from tests.support.hub_server import REPOSITORY, serve_hub
@@ -129,6 +132,25 @@ def test_a_pipe_stays_plain(screen: Pty, capsys: pytest.CaptureFixture[str]) -> 
     assert [line.split("s  ")[1] for line in lines] == [
         f"load weights {percent}%" for percent in (0, 25, 50, 75, 100)
     ]
+
+
+def test_a_line_is_written_whole(screen: Pty, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes: list[bytes] = []
+
+    class Raw(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Buffer) -> int:
+            writes.append(bytes(data))
+            return len(writes[-1])
+
+    unbuffered = io.TextIOWrapper(Raw(), encoding="utf-8", write_through=True)
+    monkeypatch.setattr(sys, "stdout", unbuffered)
+    Console(ServerConfig(model="m"), 80).announce()
+    monkeypatch.setattr(sys, "stderr", unbuffered)
+    assert main(["--model", "nowhere/at/all"]) == 2
+    assert [data.count(b"\n") for data in writes] == [1, 1, 1], writes
 
 
 def test_a_job_in_the_background_draws_nothing(

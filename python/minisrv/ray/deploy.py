@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -34,7 +35,9 @@ def serve_until_stopped(args: dict[str, Any], address: str | None) -> None:
     try:
         serve.start(http_options={"host": config.host, "port": config.port})
         serve.run(app, name=NAME)
-        print(f"minisrv listens on http://{config.host}:{config.port}, with Ray Serve", flush=True)
+        url = f"http://{config.host}:{config.port}"
+        sys.stdout.write(f"minisrv listens on {url}, with Ray Serve\n")
+        sys.stdout.flush()
         _wait_for_signal()
     except KeyboardInterrupt:
         pass  # while it started
