@@ -196,7 +196,7 @@ FAULTS = [
             "    begin(PDL)\n",
             "    pass\n",
         ),
-        dry_run("test_kernels"),
+        dry_run("test_kernels", "small_model"),
     ),
 ]
 

@@ -43,13 +43,14 @@ TESTS = {
     "commands": ["tests/commands"],
     "gpu_dry_run": [
         *("tests/gpu_dry_run/test_serving.py", "tests/gpu_dry_run/test_ranks.py"),
-        *("tests/gpu_dry_run/test_planner.py", "tests/test_offline_throughput.py"),
+        *("tests/gpu_dry_run/test_planner.py", "tests/gpu"),
     ],
     "gpu_kernels": [
         *("tests/gpu_dry_run/test_kernels.py", "tests/gpu_dry_run/test_launches.py"),
         "tests/engine/test_triton_kernels.py",
     ],
     "cpu_kernels": ["tests/engine/test_kernels.py"],
+    "benchmark": ["tests/benchmark", "tests/test_offline_throughput.py"],
 }
 # The first two put faults into a copy of the package; the tests must find each.
 SCRIPTS = {

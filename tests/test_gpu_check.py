@@ -23,6 +23,7 @@ import gpu_packages
 from minisrv.engine.attention.flashinfer import FlashInferAttention
 from minisrv.engine.step_buffer import StepBuffer, StepLimits, StepTensors
 from tests.gpu.test_gpu_attention import MAX_LEN, NUM_ROWS, SHAPES, STEPS, make_batch, make_pool
+from tests.test_missing_packages import PACKAGES
 
 ROOT = Path(__file__).parent.parent
 STAGE = re.compile(r"([\w.-]+) +(\d+) +(\S.*)")
@@ -61,11 +62,14 @@ def test_every_stage_has_a_limit_and_runs_files_that_exist() -> None:
 
 
 def test_the_stages_run_every_test_for_a_gpu_once(capfd: pytest.CaptureFixture[str]) -> None:
-    """In a process of its own: the selections of all stages, then the whole folder."""
+    """In a process of its own, without the packages that tests of a GPU must not need: the
+    selections of all stages, then the whole folder.
+    """
     selections = [arguments for _, (first, *arguments) in stages().values() if first == "pytest"]
     selections = [[word.strip('"') for word in words] for words in [*selections, ["tests/gpu"]]]
-    code = """
-import json, pytest, sys
+    code = f"import sys; sys.modules |= dict.fromkeys({PACKAGES})\n"
+    code += """
+import json, pytest
 from _pytest.mark import deselect_by_keyword
 
 class Selected:
@@ -80,11 +84,11 @@ class Selected:
             found.append([item.nodeid for item in items])
 
 found = []
-pytest.main(["--collect-only", "-qq", "tests/gpu"], plugins=[Selected()])
+assert pytest.main(["--collect-only", "-qq", "tests/gpu"], plugins=[Selected()]) == 0
 print("\\n" + json.dumps(found))
 """
     done = run([sys.executable, "-c", code, json.dumps(selections)], PYTHONPATH=f"python:{ROOT}")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     *parts, whole = json.loads(done.stdout.splitlines()[-1])
     for selection, part in zip(selections, parts, strict=False):
         assert part, f"{selection} selects no test"

@@ -10,8 +10,8 @@ from pathlib import Path
 from tests.support.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parent.parent
-_PACKAGES = ("zmq", "llguidance", "fastapi", "uvicorn", "gguf")
-_WITHOUT = f"import sys; sys.modules |= dict.fromkeys({_PACKAGES})\n"
+PACKAGES = ("zmq", "llguidance", "fastapi", "uvicorn", "gguf")
+_WITHOUT = f"import sys; sys.modules |= dict.fromkeys({PACKAGES})\n"
 
 
 def run_without(code: str) -> subprocess.CompletedProcess[str]:
@@ -30,7 +30,10 @@ def test_the_throughput_benchmark_runs(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "tiny", "qwen3")
     arguments = ["offline_throughput.py", "--models", str(model), "--requests", "4"]
     arguments += ["--scale", "0.05", "--device", "cpu", "--threads", "1", "--no-peer"]
-    code = f"sys.argv = {arguments}\nimport offline_throughput; offline_throughput.main()"
+    code = f"sys.argv = {arguments}\nimport offline_throughput\n"
+    # To measure the machine takes longer than to run the benchmark.
+    code += "offline_throughput.measure_rates = lambda device: offline_throughput.Rates(1e9, 1e9)\n"
+    code += "offline_throughput.main()"
     done = run_without(code)
     assert done.returncode == 0, done.stderr
     assert "| tiny |" in done.stdout
@@ -47,10 +50,3 @@ def test_text_is_generated_and_a_grammar_is_refused_with_the_reason() -> None:
     last = done.stderr.splitlines()[-1]
     assert "InvalidRequestError: prompt 0: grammar is not supported with this model" in last
     assert "llguidance cannot be imported" in last
-
-
-def test_the_tests_for_a_gpu_can_be_collected() -> None:
-    done = run_without(
-        "import pytest; raise SystemExit(pytest.main(['--collect-only', '-q', 'tests/gpu']))"
-    )
-    assert done.returncode == 0, done.stdout

@@ -6,7 +6,7 @@ import ast
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from minisrv.engine.kernels.triton_rotate import norm_rotate_store
 
 torch.manual_seed(0)
 for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
-    for head_dim in (16, 64, 80, 128):
+    for head_dim in (80,) if FEW else (16, 64, 80, 128):
         for with_norm in (False, True):
             num_heads, num_kv_heads, num_tokens, num_slots = 6, 2, 5, 40
             qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
@@ -47,7 +47,6 @@ for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
                 results.append((given, keys, values))
             for ours, expected in zip(*results, strict=True):
                 torch.testing.assert_close(ours.float(), expected, rtol=tolerance, atol=tolerance)
-print("all alike")
 """
 
 # Triton's interpreter rounds to e4m3 wrongly near powers of two: torch's rounding stands in.
@@ -65,15 +64,13 @@ def rounded(data, given, wanted, mode):
 interpreter._convert_float = rounded
 """
 
-_COMPARE_FP8 = (
-    ROUND_AS_TORCH
-    + """
+_COMPARE_FP8 = """
 from minisrv.engine.kernels.base import CacheSlots, QKNormWeights
 from minisrv.engine.kernels.torch_native import TorchKernels
 from minisrv.engine.kernels.triton_rotate import norm_rotate_store
 
 torch.manual_seed(0)
-for head_dim in (16, 80, 128):
+for head_dim in (80,) if FEW else (16, 80, 128):
     for with_norm in (False, True):
         qkv = torch.randn(5, 10, head_dim)
         qkv[0, :, ::3] *= 1e4
@@ -93,13 +90,9 @@ for head_dim in (16, 80, 128):
             # A number that lies between two of e4m3 may go to either.
             assert (ours != expected).float().mean() < 1e-3
             torch.testing.assert_close(ours, expected, rtol=0.13, atol=2e-3)
-print("all alike")
 """
-)
 
-_COMPARE_PRODUCT = (
-    ROUND_AS_TORCH
-    + """
+_COMPARE_PRODUCT = """
 from minisrv.engine import fp8
 from minisrv.engine.kernels import triton_fp8
 from minisrv.engine.layers.fp8_linear import Fp8Linear, can_multiply
@@ -113,7 +106,7 @@ for num_tokens, outputs, inputs, block, shard in (
     (40, 100, 384, (128, 128), Shard(1, 192, 192)),
     (5, 300, 512, (128, 256), Shard(0, 30, 200)),
     (130, 140, 96, (32, 32), None),
-):
+)[: 2 if FEW else None]:
     stored = torch.randn(outputs, inputs).to(torch.float8_e4m3fn)
     scale = torch.rand(-(-outputs // block[0]), -(-inputs // block[1])) * 0.01
     part = stored
@@ -140,9 +133,7 @@ for num_tokens, outputs, inputs, block, shard in (
         )
         exact = x.double() @ matrix.dequantized().double().T + bias
         assert (product - exact).norm() / exact.norm() < 0.05
-print("all alike")
 """
-)
 
 _COMPARE_PENALTIES = """
 import torch
@@ -165,7 +156,6 @@ for vocab_size in (1, 100, 5000):
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
     assert torch.equal(ours[[1, 4]], padded[[1, 4]])
     assert torch.equal(ours[:, vocab_size:], padded[:, vocab_size:])
-print("all alike")
 """
 
 _COMPARE_MASKS = """
@@ -184,7 +174,6 @@ for vocab_size in (1, 31, 97, 3000):
     mask_logits_(theirs[:, :vocab_size], samples, masks)
     assert torch.equal(ours, theirs)
     assert not torch.equal(ours, padded)
-print("all alike")
 """
 
 _COMPILE = """
@@ -238,54 +227,55 @@ def run(code: str, **variables: str) -> str:
     return done.stdout
 
 
-def interpreted(code: str) -> str:
-    """What the code prints in the interpreter, with which each kernel is prepared once."""
+_COMPARISONS = {
+    "rotate": _COMPARE,
+    "rotate, fp8": _COMPARE_FP8,
+    "product": _COMPARE_PRODUCT,
+    "penalties": _COMPARE_PENALTIES,
+    "masks": _COMPARE_MASKS,
+}
+
+
+def compare(code: str, *, few: bool) -> None:
+    """Run comparisons in the interpreter, with which each kernel is prepared once."""
     faster = "from tests.engine.run_in_triton_interpreter.conftest import prepared_once\n"
     faster += "patches = prepared_once()\npatches.__enter__()\n"
-    return run(faster + code, TRITON_INTERPRET="1")
+    code = f"FEW = {few}\n{faster}{ROUND_AS_TORCH}{code}\nprint('all alike')\n"
+    assert run(code, TRITON_INTERPRET="1") == "all alike\n"
 
 
-def test_the_interpreted_kernel_does_what_torch_does() -> None:
-    assert interpreted(_COMPARE) == "all alike\n"
+def test_the_interpreted_kernels_do_what_torch_does() -> None:
+    compare("".join(_COMPARISONS.values()), few=True)
 
 
-def test_the_interpreted_kernel_stores_fp8_as_torch_does() -> None:
-    assert interpreted(_COMPARE_FP8) == "all alike\n"
+@pytest.mark.soak
+@pytest.mark.parametrize("name", _COMPARISONS)
+def test_the_interpreted_kernels_do_what_torch_does_in_all_sizes(name: str) -> None:
+    compare(_COMPARISONS[name], few=False)
 
 
-def test_the_interpreted_product_is_that_of_the_rounded_numbers() -> None:
-    assert interpreted(_COMPARE_PRODUCT) == "all alike\n"
-
-
-def test_the_interpreted_penalties_are_those_of_torch() -> None:
-    assert interpreted(_COMPARE_PENALTIES) == "all alike\n"
-
-
-def test_the_interpreted_masks_are_those_of_torch() -> None:
-    assert interpreted(_COMPARE_MASKS) == "all alike\n"
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("name", "marker"),
-    [
-        *((name, "not soak") for name in ("launches", "moe", "sample_listed", "small_batch")),
-        pytest.param("sample", "not soak", marks=pytest.mark.soak),
-        pytest.param("sample_listed", "soak", marks=pytest.mark.soak),
-        pytest.param("small_batch", "soak", marks=pytest.mark.soak),
-    ],
-)
-def test_the_interpreted_kernels_pass_their_own_tests(name: str, marker: str) -> None:
-    path = Path(__file__).parent / f"run_in_triton_interpreter/{name}.py"
-    arguments = [str(path), "-m", marker]
+def run_interpreted_tests(names: Sequence[str], marker: str) -> None:
+    folder = Path(__file__).parent / "run_in_triton_interpreter"
+    arguments = [*(f"{folder}/{name}.py" for name in names), "-m", marker]
     code = f"import pytest; raise SystemExit(pytest.main({arguments}))"
     assert " passed" in run(code, TRITON_INTERPRET="1")
+
+
+def test_the_interpreted_kernels_pass_the_short_ones_of_their_tests() -> None:
+    run_interpreted_tests(["launches", "moe", "sample_listed", "small_batch"], "not soak")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["launches", "sample", "sample_listed", "small_batch"])
+def test_the_interpreted_kernels_pass_the_long_ones_of_their_tests(name: str) -> None:
+    run_interpreted_tests([name], "soak")
 
 
 def test_the_kernels_have_what_they_need_on_hopper() -> None:
     assert run(_COMPILE) == "compiled\n"
 
 
+@pytest.mark.soak
 def test_the_kernels_compile_for_the_other_dtypes() -> None:
     assert run(_COMPILE_OTHERS) == "compiled\n"
 

@@ -42,7 +42,8 @@ XQA_IN_FP8 = 5e-2  # it rounds queries and probabilities to FP8, too
 def make_cases() -> list[Any]:
     """Every group and page size for the first module, a few for the others.
 
-    Without a GPU one step of each kind runs, on the stand-ins for FlashInfer's wrappers.
+    Without a GPU one step of each kind runs, on the stand-ins for FlashInfer's wrappers; for all
+    modules but the first only the one with everything, and the rest in the soak.
     """
     cases = []
     for module in CHECKED:
@@ -52,6 +53,7 @@ def make_cases() -> list[Any]:
                 for kind in STEPS:
                     name = f"{module}-group{group}-page{page_size}-{kind}"
                     marks = [pytest.mark.also_cpu] if (group, page_size) == (4, 16) else []
+                    marks += [] if first or kind == "mixed-graph" else [pytest.mark.soak]
                     cases.append(pytest.param(module, group, page_size, kind, id=name, marks=marks))
     return cases
 
@@ -64,6 +66,7 @@ def make_decode_cases() -> list[Any]:
             for kind in ("decode", "mixed", "graph", "mixed-graph"):
                 name = f"{decode.kernel}-{decode.attention}-group{group}-{kind}"
                 marks = [pytest.mark.also_cpu] if group in (2, 4) else []
+                marks += [] if group == 2 and "graph" in kind else [pytest.mark.soak]
                 cases.append(pytest.param(decode, group, kind, id=name, marks=marks))
     return cases
 

@@ -82,8 +82,8 @@ _30B_A3B = {
 }
 _SWITCHES = {"joined_kernels": True, "programmatic_launch": True, "cuda_graph_max_tokens": 512}
 _REPETITIONS = {
-    *("Qwen3-8B", "Qwen3-14B", "Qwen3-14B-switches", "Qwen3-30B-A3B-switches"),
-    *("Qwen3-30B-A3B-cuda-core", "Qwen3-0.6B-cuda-core-switches"),
+    *("Qwen3-8B", "Qwen3-14B", "Qwen3-32B", "Qwen3-14B-switches", "Qwen3-30B-A3B-switches"),
+    *("Qwen3-0.6B-FP8-cache-switches", "Qwen3-30B-A3B-cuda-core", "Qwen3-0.6B-cuda-core-switches"),
     *("Qwen3-14B-xqa", "Qwen3-30B-A3B-xqa", "Qwen3-0.6B-FP8-cache-xqa", "Qwen3-0.6B-xqa-switches"),
 }
 MODELS = {

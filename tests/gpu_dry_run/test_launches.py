@@ -66,10 +66,9 @@ def extrapolate(model: Model, folder: Path) -> Figures:
 
 def names() -> list[Any]:
     """The models as parameters of a test."""
-    rare = [model.is_a_repetition and "decode_kernel" in model.options for model in MODELS.values()]
     return [
-        pytest.param(name, marks=[pytest.mark.soak] if soak else [])
-        for name, soak in zip(MODELS, rare, strict=True)
+        pytest.param(name, marks=[pytest.mark.soak] if model.is_a_repetition else [])
+        for name, model in MODELS.items()
     ]
 
 

@@ -219,7 +219,13 @@ def run_both(name: str, folder: Path, **options: Any) -> list[RankRun]:
 
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.soak] if MODELS[name].is_a_repetition else [])
+        for name in NAMES
+    ],
+)
 def test_both_ranks_issue_the_same_collectives(name: str, tmp_path: Path) -> None:
     assert [run.num_replays for run in run_both(name, tmp_path)] == [0, 0]
 

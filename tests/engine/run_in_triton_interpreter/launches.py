@@ -83,6 +83,7 @@ def run(llm: LLM, params: SamplingParams, batch: int) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
+@pytest.mark.soak
 def test_penalties_and_filters_add_at_most_six_launches_to_any_step(
     llm: LLM, steps: list[tuple[ForwardBatch, list[str]]]
 ) -> None:

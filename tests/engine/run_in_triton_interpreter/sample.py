@@ -28,7 +28,7 @@ from tests.support.device_draws import CPU, draw
 from tests.support.gumbel import CASES, VOCAB, assert_follows, expected, noise, random_logits
 from tests.support.step_driver import sampling_columns
 
-pytestmark = pytest.mark.usefixtures("small_blocks")
+pytestmark = [pytest.mark.usefixtures("small_blocks"), pytest.mark.soak]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

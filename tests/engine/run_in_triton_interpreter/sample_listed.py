@@ -75,7 +75,9 @@ def test_equal_maxima_of_more_parts_than_fit_are_searched(monkeypatch: pytest.Mo
     assert ours.tolist() == expected(logits, columns, positions).tolist()
 
 
-@pytest.mark.parametrize("allowed", [1, 3, 40])
+@pytest.mark.parametrize(
+    "allowed", [1, *(pytest.param(n, marks=pytest.mark.soak) for n in (3, 40))]
+)
 def test_rows_in_which_few_tokens_are_possible_are_not_searched(
     allowed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

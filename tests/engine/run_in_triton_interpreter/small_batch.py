@@ -229,7 +229,8 @@ def test_float16_is_left_to_the_separate_kernels() -> None:
     assert SMALL.suits(PlainProduct(torch.zeros(2, 2, dtype=torch.bfloat16), None))
 
 
-@pytest.mark.parametrize("kind", ["qwen2", pytest.param("qwen3_moe", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_moe"])
 def test_a_served_model_gives_the_same_tokens(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
