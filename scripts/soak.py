@@ -32,13 +32,16 @@ TESTS = {
     "parity": [
         *("tests/exactness/test_transformers_parity.py", "tests/exactness/test_device_runner.py"),
         *("tests/exactness/test_tensor_parallel.py", "tests/exactness/test_gguf.py"),
-        "tests/exactness/test_quantized.py",
+        *("tests/exactness/test_quantized.py", "tests/exactness/test_fp8_cache_served.py"),
     ],
-    "cache": ["tests/scheduler/test_never_corrupt.py"],
+    "cache": ["tests/scheduler/test_never_corrupt.py", "tests/scheduler/test_fair_shares.py"],
     "kv_events": ["tests/kv_events"],
-    "sampling": ["tests/exactness/test_sampled_texts.py", "tests/exactness/test_seeds.py"],
+    "sampling": [
+        *("tests/exactness/test_sampled_texts.py", "tests/exactness/test_seeds.py"),
+        *("tests/exactness/test_device_runner_seeds.py", "tests/exactness/test_logprobs.py"),
+    ],
     "grammars": ["tests/exactness/test_grammar_draws.py", "tests/structured_output"],
-    "streams": ["tests/frontend"],
+    "streams": ["tests/frontend", "tests/e2e", "tests/browser"],
     "real": ["tests/real"],
     "commands": ["tests/commands"],
     "gpu_dry_run": [
@@ -47,7 +50,8 @@ TESTS = {
     ],
     "gpu_kernels": [
         *("tests/gpu_dry_run/test_kernels.py", "tests/gpu_dry_run/test_launches.py"),
-        "tests/engine/test_triton_kernels.py",
+        *("tests/engine/test_triton_kernels.py", "tests/engine/test_step_buffer.py"),
+        "tests/engine/test_flashinfer.py",
     ],
     "cpu_kernels": ["tests/engine/test_kernels.py"],
     "benchmark": ["tests/benchmark", "tests/test_offline_throughput.py"],

@@ -22,7 +22,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.mark.parametrize(
     ("overlap_depth", "num_pages", "largest", "budget"),
-    [(0, 2000, 0, 512), (1, 60, 8, 20), (1, 2000, 256, 20)],
+    [
+        *((0, 2000, 0, 512), (1, 60, 8, 20)),
+        pytest.param(1, 2000, 256, 20, marks=pytest.mark.soak),
+    ],
 )
 def test_seeded_texts_are_those_of_the_host_step(
     case: Case,

@@ -11,7 +11,7 @@ from tests.support.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.support.oracle import make_prompts, run
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+@pytest.mark.parametrize("architecture", ["qwen3", pytest.param("llama", marks=pytest.mark.soak)])
 def test_a_warm_prompt_has_the_text_of_a_cold_one(tmp_path: Path, architecture: str) -> None:
     model_dir = make_checkpoint(tmp_path, architecture)
     prompts = make_prompts(12, VOCAB_SIZE, longest=200)
@@ -24,6 +24,7 @@ def test_a_warm_prompt_has_the_text_of_a_cold_one(tmp_path: Path, architecture: 
     assert together == cold
 
 
+@pytest.mark.soak
 def test_two_ranks_give_the_text_of_one(tmp_path: Path) -> None:
     model_dir = make_checkpoint(tmp_path, "qwen3")
     prompts = make_prompts(8, VOCAB_SIZE, longest=120)

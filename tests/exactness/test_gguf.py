@@ -32,17 +32,19 @@ def test_tokens_are_those_of_the_original(name: str, tmp_path: Path) -> None:
     original = make_checkpoint(tmp_path / "original", architecture, **variant, **moe)
     path = write_gguf(original, tmp_path / "model.gguf")
     model = load_reference(original)
-    prompts = make_prompts(12, model.config.vocab_size, longest=300)
+    # The others differ from one of these in the rotation of the positions only.
+    first_of_its_kind = name in ("llama", "qwen2-tied", "qwen3", "qwen3-moe")
+    prompts = make_prompts(12 if first_of_its_kind else 4, model.config.vocab_size, longest=300)
     expected = reference_tokens(model, prompts)
-    for way in PAIRWISE[:2]:
+    for way in PAIRWISE[: 2 if first_of_its_kind else 1]:
         outputs, _ = run(make_loop(path, way), prompts, way.at_once)
         assert not compare(model, prompts, expected, outputs)
 
 
 QUANTIZED: list[tuple[str, dict[str, Any], int, set[Kind]]] = [
-    ("llama", {"vocab_size": 387}, 2, {Kind.Q8_0, Kind.Q4_0}),
-    ("qwen2", {"tie_word_embeddings": True}, 1, {Kind.Q4_1, Kind.Q5_0}),
-    ("qwen3_moe", MOE, 1, {Kind.Q5_1, Kind.Q4_0}),
+    ("llama", {"vocab_size": 387}, 2, {Kind.Q8_0}),
+    ("qwen2", {"tie_word_embeddings": True}, 1, {Kind.Q4_0, Kind.Q4_1, Kind.Q5_0}),
+    ("qwen3_moe", MOE, 1, {Kind.Q5_1}),
 ]
 
 
@@ -66,9 +68,10 @@ def test_tokens_of_a_quantized_file_are_those_of_the_dequantized_model(
     model = load_reference(dequantized_checkpoint(original, tmp_path / "rounded", kind))
     prompts = make_prompts(12, model.config.vocab_size, longest=200)
     expected = reference_tokens(model, prompts)
-    assert expected != reference_tokens(load_reference(original), prompts)
+    assert expected[:4] != reference_tokens(load_reference(original), prompts[:4])
     split_gguf(path, tmp_path, 3)
-    for one in (path, tmp_path / "model-00001-of-00003.gguf"):
+    parts = tmp_path / "model-00001-of-00003.gguf"
+    for one in (path, parts) if tp == 1 else (parts,):
         with parallel_loop(one, tp, kernels="torch", num_pages=2500) as loop:
             assert f", {kind.name}" in loop.engine.placement
             outputs, _ = run(loop, prompts, WAY.at_once)

@@ -88,7 +88,10 @@ def check_end(pattern: str, params: SamplingParams, choice: CompletionOutput) ->
     "options",
     [
         {"overlap_depth": 0, "num_pages": 1000},
-        {"overlap_depth": 1, "num_pages": 1000, "max_prefill_tokens": 30},
+        pytest.param(
+            {"overlap_depth": 1, "num_pages": 1000, "max_prefill_tokens": 30},
+            marks=pytest.mark.soak,
+        ),
         {"overlap_depth": 1, "num_pages": 60, "page_size": 4, "max_prefill_tokens": 17},
     ],
     ids=str,
@@ -191,7 +194,7 @@ def check_people(demo: LLM, seeds: Sequence[int]) -> None:
 
 
 def test_json_stays_valid_whatever_penalties_and_biases_do(demo: LLM) -> None:
-    check_people(demo, range(40))
+    check_people(demo, range(20))
 
 
 @pytest.mark.soak

@@ -104,8 +104,13 @@ def check_served(model_dir: Path, greedy: bool = False, **options: Any) -> int:
         return llm._loop.scheduler.num_preemptions
 
 
-@pytest.mark.parametrize("overlap_depth", [0, 1])
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("architecture", "overlap_depth"),
+    [
+        *(("llama", 0), ("qwen3", 1)),
+        *(pytest.param(*rest, marks=pytest.mark.soak) for rest in (("llama", 1), ("qwen3", 0))),
+    ],
+)
 def test_they_are_right_in_chunks_and_after_retractions(
     tmp_path: Path, architecture: str, overlap_depth: int
 ) -> None:
@@ -121,7 +126,7 @@ def test_they_are_right_with_two_ranks_and_a_vocabulary_that_does_not_divide(
     check_served(model_dir, tp=2, max_prefill_tokens=32, overlap_depth=1)
 
 
-@pytest.mark.parametrize("largest", [0, 256])
+@pytest.mark.parametrize("largest", [pytest.param(0, marks=pytest.mark.soak), 256])
 def test_they_are_right_in_the_step_that_is_made_for_a_gpu(
     tmp_path: Path, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

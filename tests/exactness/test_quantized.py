@@ -40,10 +40,10 @@ def _rounded(name: str, weight: torch.Tensor, quantization: str) -> torch.Tensor
     return (round_int8 if in_int8 else round_int4)(weight).dequantized()
 
 
-MODELS: list[tuple[str, dict[str, Any], int, str]] = [
-    ("llama", {}, 1, "int8"),
+MODELS: list[tuple[str, dict[str, Any], int, str | None]] = [
+    ("llama", {}, 1, None),
     ("qwen2", {"tie_word_embeddings": True}, 1, "int4"),
-    ("qwen2", {"tie_word_embeddings": True, "vocab_size": 387}, 2, "int8"),
+    ("qwen2", {"tie_word_embeddings": True, "vocab_size": 387}, 2, None),
     ("qwen3", {}, 2, "int4"),
     ("qwen3_moe", {}, 1, "int8"),
 ]
@@ -64,8 +64,8 @@ def test_tokens_are_those_of_the_dequantized_model(
     model = load_reference(dequantize(model_dir, tmp_path / "dequantized", quantization))
     prompts = make_prompts(12, model.config.vocab_size, longest=200)
     expected = reference_tokens(model, prompts)
-    plain = reference_tokens(load_reference(model_dir), prompts)
-    assert plain != expected
+    plain = reference_tokens(load_reference(model_dir), prompts[:4])
+    assert plain != expected[:4]
     options = {"kernels": "torch", "quantization": quantization, "num_pages": 2500}
     with parallel_loop(model_dir, tp, **options) as loop:
         assert f"{quantization} weights" in loop.engine.placement

@@ -81,7 +81,10 @@ def check_texts(model_dir: Path, params: Sequence[SamplingParams], **options: An
                 raise AssertionError(f"request {i}, {p}: {error}") from error
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["llama", *(pytest.param(a, marks=pytest.mark.soak) for a in ("mistral", "qwen2", "qwen3"))],
+)
 def test_each_token_is_drawn_after_transformers_processors_in_the_stated_order(
     tmp_path: Path, architecture: str
 ) -> None:
@@ -137,7 +140,14 @@ def pair_probabilities(
     return {(a, b): p * q for a, p in first.items() for b, q in after([a]).items()}
 
 
-@pytest.mark.parametrize("fields", PAIRS, ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *(pytest.param(fields, marks=pytest.mark.soak) for fields in PAIRS[:-2]),
+        *PAIRS[-2:],
+    ],
+    ids=str,
+)
 def test_pairs_of_tokens_come_as_often_as_they_should(
     tmp_path: Path, fields: dict[str, Any]
 ) -> None:

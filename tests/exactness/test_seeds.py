@@ -68,7 +68,7 @@ def make_case(folder: Path, architecture: str) -> Case:
     return Case(model_dir, prompts, alone)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3_moe"])
+@pytest.fixture(scope="module", params=[pytest.param("llama", marks=pytest.mark.soak), "qwen3_moe"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return make_case(tmp_path_factory.mktemp("checkpoint"), request.param)
 

@@ -63,9 +63,12 @@ class Case:
     ("architecture", "variant", "tp"),
     [
         ("llama", {"num_key_value_heads": 1, "vocab_size": 385}, 2),
-        ("qwen2", {"tie_word_embeddings": True, "vocab_size": 387}, 2),
-        pytest.param(
-            *("qwen2", {"tie_word_embeddings": True, "vocab_size": 387}, 4), marks=pytest.mark.soak
+        *(
+            pytest.param(
+                *("qwen2", {"tie_word_embeddings": True, "vocab_size": 387}, tp),
+                marks=pytest.mark.soak,
+            )
+            for tp in (2, 4)
         ),
         pytest.param("qwen3", {}, 2, marks=pytest.mark.soak),
         ("qwen3_moe", {}, 2),
@@ -77,7 +80,7 @@ def test_the_tokens_are_those_of_transformers(
     model_dir = make_checkpoint(tmp_path, architecture, **variant)
     model = load_reference(model_dir)
     vocab_size = model.config.vocab_size
-    prompts = [*make_prompts(6, vocab_size, longest=300), *make_prompts(20, vocab_size, longest=40)]
+    prompts = [*make_prompts(4, vocab_size, longest=300), *make_prompts(12, vocab_size, longest=40)]
     expected = reference_tokens(model, prompts)
     # So few pages that requests are preempted and go on.
     with parallel_loop(model_dir, tp, page_size=16, num_pages=26) as loop:
@@ -87,6 +90,7 @@ def test_the_tokens_are_those_of_transformers(
     assert not compare(model, prompts, expected, outputs)
 
 
+@pytest.mark.soak
 def test_a_seeded_draw_is_the_same_with_one_rank_and_two() -> None:
     texts = []
     for tp in (1, 2):
@@ -120,7 +124,7 @@ class StuckEvent:
         return self.done
 
 
-@pytest.mark.parametrize("abort_ends_it", [False, True])
+@pytest.mark.parametrize("abort_ends_it", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_a_step_that_waits_for_a_dead_rank_ends_with_its_error(
     abort_ends_it: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
