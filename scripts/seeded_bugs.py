@@ -259,6 +259,7 @@ def run(bug: Bug, tests: list[str]) -> str | None:
                 "PYTHONPATH": folder,
                 "HYPOTHESIS_STORAGE_DIRECTORY": folder,
                 "NO_SHRINK": "1",
+                "NEVER_CORRUPT_EXAMPLES": "300",
                 "COLUMNS": "250",
             },
         )

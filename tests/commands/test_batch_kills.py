@@ -120,11 +120,11 @@ def cut_in_a_line(process: subprocess.Popen[bytes], target: Path) -> None:
 def test_a_batch_that_is_killed_at_any_time_goes_on_where_it_stopped(
     model_dir: Path, tmp_path: Path
 ) -> None:
-    source = make_input(tmp_path / "in.jsonl", 100)
+    source = make_input(tmp_path / "in.jsonl", 60)
     whole, target = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert batch.main(command(model_dir, source, whole)) == 0
     uncut = answers_in(whole)
-    assert len(uncut) == 100
+    assert len(uncut) == 60
     arguments, rng = command(model_dir, source, target), random.Random(5)
     with running(arguments, target.exists) as process:
         killed_while_it_loads(process, target)
@@ -146,6 +146,7 @@ def tear_last_line(target: Path, rng: random.Random) -> None:
     target.write_bytes(content[: rng.randrange(last, len(content))])
 
 
+@pytest.mark.soak
 def test_a_rank_that_is_killed_costs_no_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

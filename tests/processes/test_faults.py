@@ -43,7 +43,10 @@ def assert_failed(requests: list[OpenRequest], status: int, code: str) -> None:
         assert json.loads(error)["error"]["code"] == code
 
 
-@pytest.mark.parametrize("kind", ["scheduler", "detokenizer", "tokenizer"])
+@pytest.mark.parametrize(
+    "kind",
+    ["scheduler", *(pytest.param(k, marks=pytest.mark.soak) for k in ("detokenizer", "tokenizer"))],
+)
 def test_without_restarts_a_death_behind_the_frontend_fails_open_requests_and_ends_all(
     kind: str, model_dir: Path, socket_dir: Path
 ) -> None:
@@ -177,6 +180,7 @@ def test_a_signal_during_the_start_ends_all(model_dir: Path, socket_dir: Path) -
         server.end()
 
 
+@pytest.mark.soak
 def test_two_servers_run_side_by_side(
     model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -104,7 +104,11 @@ def test_minisrv_prints_its_version_and_its_commands() -> None:
             ["--tp", "3"],
             "--tp is 3; the model's 4 attention heads cannot be split into 3 equal parts",
         ),
-        (["--device", "cpu", "--attention-backend", "flashinfer"], "flashinfer requires a GPU"),
+        pytest.param(
+            ["--device", "cpu", "--attention-backend", "flashinfer"],
+            "flashinfer requires a GPU",
+            marks=pytest.mark.soak,
+        ),
         (["--page-size", "3"], "--page-size is 3; it must be a power of two"),
         (["--dtype", "int3"], "invalid choice: 'int3'"),
         (["--model", "/no/such/model"], "/no/such/model: no such directory"),
@@ -212,7 +216,7 @@ def test_a_model_path_that_is_not_utf_8_gets_a_name_that_is(
         assert httpx.get(f"{server.url}/server_info").status_code == 200
 
 
-@pytest.mark.parametrize("utf8_mode", ["0", "1"])
+@pytest.mark.parametrize("utf8_mode", ["0", pytest.param("1", marks=pytest.mark.soak)])
 def test_a_model_path_is_served_by_its_name_under_a_c_locale(
     model_dir: Path,
     socket_dir: Path,

@@ -123,7 +123,7 @@ def test_a_frontend_that_dies_without_an_engine_comes_back_with_it(
     assert metric(server, "num_requests_running") == 0
 
 
-@pytest.mark.parametrize("leaves_first", [True, False])
+@pytest.mark.parametrize("leaves_first", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_a_client_that_leaves_while_there_is_no_engine_is_forgotten(
     server: ServerProcess, gate: Path, leaves_first: bool
 ) -> None:
@@ -200,6 +200,7 @@ def test_two_deaths_with_256_tokens_in_between_give_nobody_up(
     assert metric(server, "given_up_requests_total") == 0
 
 
+@pytest.mark.soak
 def test_a_process_that_hangs_while_it_is_started_again_is_killed(
     model_dir: Path, socket_dir: Path
 ) -> None:

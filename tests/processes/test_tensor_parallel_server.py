@@ -64,11 +64,6 @@ def test_two_ranks_answer_as_one_does_with_aborts_in_between(server: ServerProce
     server.assert_nothing_is_left()
 
 
-def test_one_rank_opens_nothing_but_http(socket_dir: Path) -> None:
-    with running(*ARGUMENTS, tmp_dir=socket_dir, hash_engine=False) as server:
-        assert listeners(server) == [("127.0.0.1", "minisrv.frontend")]
-
-
 @pytest.mark.parametrize("busy", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_without_restarts_the_death_of_a_rank_ends_all_and_is_reported(
     server: ServerProcess, busy: bool
@@ -84,6 +79,7 @@ def test_without_restarts_the_death_of_a_rank_ends_all_and_is_reported(
     server.assert_nothing_is_left()
 
 
+@pytest.mark.soak
 def test_without_restarts_the_death_of_the_scheduler_ends_its_ranks(server: ServerProcess) -> None:
     server.child("scheduler").kill()
     assert server.wait() == 1

@@ -75,8 +75,16 @@ def steps_to_first_token(length: int, *, crowd: int, fair: bool, long: bool) -> 
     return None
 
 
-@pytest.mark.parametrize("length", [1, 32, 300])
-@pytest.mark.parametrize("long", [False, True], ids=["short prompts", "long prompts"])
+@pytest.mark.parametrize(
+    ("long", "length"),
+    [
+        *((False, 1), (False, 300), (True, 32)),
+        *(
+            pytest.param(*rest, marks=pytest.mark.soak)
+            for rest in ((False, 32), (True, 1), (True, 300))
+        ),
+    ],
+)
 def test_a_crowd_of_one_key_costs_another_keys_request_at_most_a_step(
     length: int, long: bool
 ) -> None:

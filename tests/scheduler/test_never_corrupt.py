@@ -208,7 +208,7 @@ def settings_of(max_examples: int) -> settings:
 
 
 TestNeverCorrupt = CacheMachine.TestCase
-TestNeverCorrupt.settings = settings_of(300)
+TestNeverCorrupt.settings = settings_of(int(os.environ.get("NEVER_CORRUPT_EXAMPLES", "100")))
 
 
 @pytest.mark.soak

@@ -102,7 +102,9 @@ def test_a_request_that_is_resumed_after_any_reply_gives_the_same_answer(
     whole = events_of(message)
     num_replies = sum(1 for _ in serve(first, message, whole))
     assert num_replies >= 4
-    for cut in sorted({*range(0, num_replies, 3), 1, num_replies - 1}):
+    # Text that may belong to a stop string is held back in a few places only.
+    cuts = range(0, num_replies, 3 if sampling.stop else 8)
+    for cut in sorted({*cuts, 1, num_replies - 1}):
         message = first.prepare(uncut)
         events = events_of(message)
         serving = serve(first, message, events)

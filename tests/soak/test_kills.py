@@ -78,6 +78,7 @@ def endure(
             assert percentile(seen.ready_s, 50) - starts.result()[name] < back_s, name
 
 
+@pytest.mark.soak
 def test_a_few_deaths_and_stops_lose_nothing(checkpoint: Path, socket_dir: Path) -> None:
     faults = [*map(Fault, KINDS), Fault("scheduler", SIGSTOP)]
     endure(checkpoint, socket_dir, faults, "--stall-timeout", "4", back_s=math.inf)
