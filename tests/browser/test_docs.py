@@ -28,7 +28,7 @@ def log_in(page: Any) -> None:
     page.press("#key", "Enter")
 
 
-@pytest.mark.parametrize("prefix", ["", "/llm"])
+@pytest.mark.parametrize("prefix", [pytest.param("", marks=pytest.mark.soak), "/llm"])
 def test_an_example_is_tried_out(opened: Any, guarded: HttpServer, prefix: str) -> None:
     page = opened(f"{guarded.url}{prefix}/docs").page
     log_in(page)

@@ -136,7 +136,7 @@ def test_it_greets_says_what_it_is_and_how_to_start_it(llm: LLM) -> None:
 
 def test_it_does_its_tasks_on_held_out_prompts(llm: LLM) -> None:
     for name, make in makers(word_pieces(TOKENIZER)).items():
-        exchanges = held_out_exchanges(make, 20)
+        exchanges = held_out_exchanges(make, 10)
         prepared = [
             llm.prepare(
                 TokenizeMsg(
@@ -152,4 +152,4 @@ def test_it_does_its_tasks_on_held_out_prompts(llm: LLM) -> None:
         right = sum(
             o.outputs[0].text == e.assistant for o, e in zip(outputs, exchanges, strict=True)
         )
-        assert right >= 14, f"{name}: {right} of 20"
+        assert right >= 7, f"{name}: {right} of 10"

@@ -40,7 +40,7 @@ def check(name: str, ids: list[int]) -> None:
 def test_pieces_of_any_ids_join_to_the_decoded_whole(name: str) -> None:
     vocab_size = TOKENIZERS[name].vocab_size
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=120, deadline=None)
     @given(st.lists(st.integers(0, vocab_size + 3), max_size=40))
     @example([])
     @example([vocab_size + 1])
@@ -74,7 +74,7 @@ def byte_ids(name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", WITH_BYTES)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_pieces_of_any_bytes_join_to_the_decoded_whole(name: str, data: st.DataObject) -> None:
     of_byte = byte_ids(name)

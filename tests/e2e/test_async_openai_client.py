@@ -52,7 +52,7 @@ async def _whole(client: openai.AsyncOpenAI, request: dict[str, Any]) -> str:
     return completion.choices[0].message.content or ""
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.soak), 1.5])
 def test_32_concurrent_requests_get_the_texts_of_single_requests(
     client: openai.OpenAI, async_client: openai.AsyncOpenAI, temperature: float
 ) -> None:

@@ -16,16 +16,21 @@ def test_its_norms_are_those_of_cuda(tmp_path: Path) -> None:
     (tmp_path / "flashinfer.py").write_text(
         "import os\nprint(os.environ['FLASHINFER_USE_CUDA_NORM'])\n"
     )
-    code = "from minisrv.engine.flashinfer_library import import_flashinfer; import_flashinfer()"
-    path = f"{tmp_path}:{PACKAGE.parent}"
-    for given, used in (({}, "1\n"), ({"FLASHINFER_USE_CUDA_NORM": "0"}, "0\n")):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={"PYTHONPATH": path, **given},
-            capture_output=True,
-            text=True,
-        )
-        assert (done.stdout, done.stderr) == (used, "")
+    code = (
+        "import os, sys\n"
+        "from minisrv.engine.flashinfer_library import import_flashinfer\n"
+        "import_flashinfer()\n"
+        "del sys.modules['flashinfer']\n"
+        "os.environ['FLASHINFER_USE_CUDA_NORM'] = '0'\n"
+        "import_flashinfer()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": f"{tmp_path}:{PACKAGE.parent}"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("1\n0\n", "")
 
 
 def test_nothing_else_imports_it() -> None:

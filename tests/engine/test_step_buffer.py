@@ -332,7 +332,10 @@ print("compiled")
 
 @pytest.mark.parametrize(
     ("code", "interpret", "last_line"),
-    [(_INTERPRETED, "1", "all alike"), (_COMPILED, "0", "compiled")],
+    [
+        (_INTERPRETED, "1", "all alike"),
+        pytest.param(_COMPILED, "0", "compiled", marks=pytest.mark.soak),
+    ],
     ids=["interpreted", "compiled for sm_90"],
 )
 def test_the_kernel_does_the_same(code: str, interpret: str, last_line: str) -> None:

@@ -266,7 +266,7 @@ def test_the_interpreted_kernels_pass_the_short_ones_of_their_tests() -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", ["launches", "sample", "sample_listed", "small_batch"])
+@pytest.mark.parametrize("name", ["launches", "moe", "sample", "sample_listed", "small_batch"])
 def test_the_interpreted_kernels_pass_the_long_ones_of_their_tests(name: str) -> None:
     run_interpreted_tests([name], "soak")
 

@@ -189,7 +189,7 @@ VALUES = st.recursive(
     blocks=st.lists(st.fixed_dictionaries({"type": st.just("tool_result")}) | VALUES, max_size=3),
     own=st.booleans(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_any_json_gets_a_2xx_or_a_4xx(
     hermes: HttpServer, path: str, body: dict[str, Any], blocks: list[Any], own: bool
 ) -> None:

@@ -242,7 +242,7 @@ SEGMENT = st.text(CHARS, max_size=8) | st.text(max_size=4) | st.sampled_from(MAR
 REPLY = st.lists(SEGMENT, max_size=6).map("".join)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.sampled_from(sorted(WRITTEN)), REPLY, st.booleans(), st.integers(1, 9), st.integers(1, 60)
 )

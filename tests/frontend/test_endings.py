@@ -265,11 +265,12 @@ def test_a_call_that_ends_and_one_that_a_stop_string_cuts_are_reported_alike(
     assert (calls, end) == ([("add", "{")], ("stop", '"a"'))
 
 
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_call_cut_anywhere_by_max_tokens_says_length_until_it_is_whole(
-    server: HttpServer,
+    server: HttpServer, every: int
 ) -> None:
     [(_, arguments)], _, num_tokens = call_told(server)
-    for max_tokens in range(1, num_tokens):
+    for max_tokens in sorted({*range(1, num_tokens, every), num_tokens - 2, num_tokens - 1}):
         calls, end, _ = call_told(server, max_tokens=max_tokens)
         whole = calls == [("add", arguments)]
         assert end == ("tool_calls" if whole else "length", None)

@@ -42,7 +42,7 @@ def refused_at(value: Any, schema: Schema, path: str) -> str | None:
 
 
 @given(value=VALUES, key=st.sampled_from(sorted(SCHEMAS)))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_the_check_agrees_with_json_schema(value: Any, key: tuple[str, str]) -> None:
     schema = SCHEMAS[key]
     param = refused_at(value, schema, key[1])

@@ -242,7 +242,7 @@ def check_anything(
         assert len({str(message_of(choice)) for choice in whole.choices}) == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(anything(), SEEDS, st.tuples(SEEDS, SEEDS))
 def test_a_stream_joins_to_the_whole_answer(
     clients: dict[str, Client],
@@ -283,7 +283,7 @@ def test_choices_that_begin_in_any_order_keep_their_index(order: list[int]) -> N
 FREE = PROSE.filter(lambda text: not any(c in text for c in "<{[")).map(str.strip)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(sorted(CALLS)),
     FREE,
@@ -317,7 +317,7 @@ def test_thought_content_and_calls_are_what_the_model_wrote(
         }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data(), PROSE, SEEDS, st.tuples(SEEDS, SEEDS))
 def test_a_completion_is_cut_at_its_first_stop_streamed_and_whole(
     clients: dict[str, Client],

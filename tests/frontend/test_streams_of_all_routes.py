@@ -131,7 +131,7 @@ def check_same(
 LIMITS = st.just({}) | st.fixed_dictionaries({"max_tokens": st.integers(1, 120)})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(replies(), LIMITS, st.lists(SEEDS, min_size=4, max_size=4))
 def test_a_reply_is_the_same_over_every_route(
     clients: dict[str, Client], reply: tuple[str, str], limits: dict[str, int], seeds: list[int]

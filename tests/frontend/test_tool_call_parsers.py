@@ -336,7 +336,7 @@ def joined_pieces(tool_format: ToolFormat, deltas: Sequence[str], parallel: bool
 
 
 @pytest.mark.parametrize("tool_format", FORMATS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data(), borders=st.lists(st.integers(0, 1000), max_size=20), parallel=st.booleans())
 def test_where_the_text_is_cut_changes_nothing(
     tool_format: ToolFormat, data: st.DataObject, borders: list[int], parallel: bool
@@ -393,7 +393,7 @@ def write(tool_format: ToolFormat, content: str, calls: list[tuple[str, Any]], a
     )
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(st.sampled_from(JSON_FORMATS), CONTENT, CALLS, st.booleans(), st.lists(st.integers(0, 1000)))
 def test_calls_that_were_written_are_read(
     tool_format: ToolFormat,

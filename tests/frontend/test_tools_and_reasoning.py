@@ -537,7 +537,7 @@ SEGMENT = st.text(CHARS, max_size=8) | st.text(max_size=4) | st.sampled_from(MAR
 TEXT = st.lists(SEGMENT, max_size=6).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(sorted(TEMPLATES)), TEXT, st.booleans(), st.integers(1, 9), st.integers(1, 60)
 )

@@ -29,7 +29,9 @@ IDS = list(range(1, 40))
 
 
 @pytest.mark.also_cpu
-@pytest.mark.parametrize("largest", [0, 8], ids=["eager", "graphs"])
+@pytest.mark.parametrize(
+    "largest", [pytest.param(0, id="eager", marks=pytest.mark.soak), pytest.param(8, id="graphs")]
+)
 def test_tokens_with_an_fp8_cache(tmp_path: Path, device: torch.device, largest: int) -> None:
     """As transformers' with the same rounding; in chunks, cold and from the cache."""
     path = save_checkpoint(tmp_path, "qwen3", 128)

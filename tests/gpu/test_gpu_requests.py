@@ -39,7 +39,9 @@ FIELDS: list[dict[str, Any]] = [
     {"logit_bias": tuple(TokenBias(i, -100.0) for i in range(100)), "min_tokens": 5},
 ]
 PATTERNS = ["[a-m]{3,9}( [0-9]{2}){1,6}", None, "(no|yes|ne[a-z]+)", "-?[0-9]{1,20}"]
-GRAPHS = pytest.mark.parametrize("largest", [0, 8], ids=["eager", "graphs"])
+GRAPHS = pytest.mark.parametrize(
+    "largest", [pytest.param(0, id="eager", marks=pytest.mark.soak), pytest.param(8, id="graphs")]
+)
 pytestmark = pytest.mark.also_cpu
 
 
