@@ -46,12 +46,12 @@ TESTS = {
     "commands": ["tests/commands"],
     "gpu_dry_run": [
         *("tests/gpu_dry_run/test_serving.py", "tests/gpu_dry_run/test_ranks.py"),
-        *("tests/gpu_dry_run/test_planner.py", "tests/gpu"),
+        "tests/gpu_dry_run/test_planner.py",
     ],
-    "gpu_kernels": [
-        *("tests/gpu_dry_run/test_kernels.py", "tests/gpu_dry_run/test_launches.py"),
+    "gpu_kernels": ["tests/gpu_dry_run/test_kernels.py", "tests/gpu_dry_run/test_launches.py"],
+    "gpu_stand_ins": [
         *("tests/engine/test_triton_kernels.py", "tests/engine/test_step_buffer.py"),
-        "tests/engine/test_flashinfer.py",
+        *("tests/engine/test_flashinfer.py", "tests/gpu"),
     ],
     "cpu_kernels": ["tests/engine/test_kernels.py"],
     "benchmark": ["tests/benchmark", "tests/test_offline_throughput.py"],
