@@ -42,7 +42,7 @@ def test_the_throughput_benchmark_runs(tmp_path: Path) -> None:
 def test_text_is_generated_and_a_grammar_is_refused_with_the_reason() -> None:
     done = run_without(
         "from minisrv import LLM, Grammar\n"
-        "with LLM('demo', num_threads=1) as llm:\n"
+        "with LLM('demo', num_threads=1, kv_memory='64MiB') as llm:\n"
         "    assert llm.generate('Count', max_tokens=3, use_tqdm=False)[0]\n"
         "    llm.generate('Count', grammar=Grammar.regex('[0-9]+'), use_tqdm=False)\n"
     )

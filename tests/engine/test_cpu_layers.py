@@ -79,5 +79,5 @@ def test_sparse_layers_and_plain_weights_are_computed_one_by_one(tmp_path: Path)
     sparse = make_checkpoint(tmp_path / "sparse", "qwen3_moe")
     dense = make_checkpoint(tmp_path / "dense", "qwen3")
     for model_dir, quantization in ((sparse, "int8"), (dense, "none")):
-        with LLM(str(model_dir), quantization=quantization, num_threads=1) as llm:
+        with LLM(str(model_dir), quantization=quantization, num_threads=1, num_pages=1000) as llm:
             assert decoder_of(llm).run_layers is None

@@ -123,7 +123,7 @@ def test_they_are_right_with_two_ranks_and_a_vocabulary_that_does_not_divide(
     tmp_path: Path,
 ) -> None:
     model_dir = make_checkpoint(tmp_path, "qwen2", vocab_size=387)
-    check_served(model_dir, tp=2, max_prefill_tokens=32, overlap_depth=1)
+    check_served(model_dir, tp=2, num_pages=2000, max_prefill_tokens=32, overlap_depth=1)
 
 
 @pytest.mark.parametrize("largest", [pytest.param(0, marks=pytest.mark.soak), 256])
@@ -146,7 +146,9 @@ def test_a_long_prompt_is_scored_in_slices(tmp_path: Path) -> None:
     model = load_reference(model_dir)
     prompt = make_prompts(2, model.config.vocab_size, longest=600)[1]
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)
-    with LLM(model_dir, dtype="float32", num_threads=1, max_prefill_tokens=500) as llm:
+    with LLM(
+        model_dir, dtype="float32", num_threads=1, num_pages=2000, max_prefill_tokens=500
+    ) as llm:
         (output,) = llm.generate_outputs([prompt], params, use_tqdm=False)
     check(model, output, params, LOOSER)
 
@@ -154,7 +156,7 @@ def test_a_long_prompt_is_scored_in_slices(tmp_path: Path) -> None:
 def test_a_grammar_leaves_them_as_they_are() -> None:
     grammar = Grammar.regex("[0-9]{9}-[a-z]{9}")
     params = SamplingParams(temperature=0, max_tokens=COUNT, grammar=grammar, logprobs=2)
-    with LLM("demo", dtype="float32", num_threads=1) as llm:
+    with LLM("demo", dtype="float32", num_threads=1, kv_memory="64MiB") as llm:
         (output,) = llm.generate_outputs("Hello", params, use_tqdm=False)
     check(load_reference(DEMO_DIR), output, params)
 
@@ -164,7 +166,9 @@ def test_a_prompt_can_be_scored_without_any_output(tmp_path: Path) -> None:
     model = load_reference(model_dir)
     prompts = make_prompts(6, model.config.vocab_size, longest=40)
     params = SamplingParams(max_tokens=0, prompt_logprobs=1, n=2)
-    with LLM(model_dir, dtype="float32", num_threads=1, max_prefill_tokens=16) as llm:
+    with LLM(
+        model_dir, dtype="float32", num_threads=1, num_pages=2000, max_prefill_tokens=16
+    ) as llm:
         outputs = llm.generate_outputs(prompts, params, use_tqdm=False)
         llm._loop.scheduler.check()
     for output in outputs:
@@ -176,7 +180,7 @@ def test_a_prompt_can_be_scored_without_any_output(tmp_path: Path) -> None:
 
 def test_steps_without_them_ask_the_engine_for_nothing(tmp_path: Path) -> None:
     model_dir = make_checkpoint(tmp_path, "llama")
-    with LLM(model_dir, dtype="float32", num_threads=1) as llm:
+    with LLM(model_dir, dtype="float32", num_threads=1, num_pages=2000) as llm:
         launch, batches = llm._loop.engine.launch, []
         llm._loop.engine.launch = lambda batch: (batches.append(batch), launch(batch))[1]
         llm.generate_outputs([[1, 2, 3]], max_tokens=4, use_tqdm=False)

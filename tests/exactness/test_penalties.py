@@ -95,7 +95,7 @@ def test_a_seeded_draw_with_penalties_is_the_same_alone_in_a_crowd_and_with_two_
     )
     texts = []
     for tp, prompts in ((1, ["Count"]), (1, ["Count", "Hi", "Who"]), (2, ["Count", "Hi"])):
-        with LLM("demo", dtype="float32", tp=tp, num_threads=1) as llm:
+        with LLM("demo", dtype="float32", tp=tp, num_threads=1, kv_memory="64MiB") as llm:
             texts.append(llm.generate(prompts, params, use_tqdm=False)[0])
     assert texts[0] == texts[1] == texts[2]
 

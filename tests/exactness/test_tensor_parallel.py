@@ -94,7 +94,7 @@ def test_the_tokens_are_those_of_transformers(
 def test_a_seeded_draw_is_the_same_with_one_rank_and_two() -> None:
     texts = []
     for tp in (1, 2):
-        with LLM("demo", dtype="float32", tp=tp, num_threads=1) as llm:
+        with LLM("demo", dtype="float32", tp=tp, num_threads=1, kv_memory="64MiB") as llm:
             texts.append(
                 llm.generate(
                     ["Count", "Hi"], temperature=1.5, seed=7, max_tokens=40, use_tqdm=False
@@ -104,7 +104,7 @@ def test_a_seeded_draw_is_the_same_with_one_rank_and_two() -> None:
 
 
 def test_without_restarts_the_death_of_a_rank_is_an_error_that_names_it() -> None:
-    with LLM("demo", tp=2, num_threads=1, restart_limit="0") as llm:
+    with LLM("demo", tp=2, num_threads=1, kv_memory="64MiB", restart_limit="0") as llm:
         llm.generate("Count", max_tokens=3, use_tqdm=False)
         engine = llm._loop.engine
         assert isinstance(engine, Engine)
@@ -135,7 +135,7 @@ def test_a_step_that_waits_for_a_dead_rank_ends_with_its_error(
         event.done = abort_ends_it
 
     monkeypatch.setattr(TPGroup, "abort", abort)
-    with LLM("demo", tp=2, num_threads=1) as llm:
+    with LLM("demo", tp=2, num_threads=1, kv_memory="64MiB") as llm:
         engine = llm._loop.engine
         assert isinstance(engine, Engine)
         assert engine._ranks is not None

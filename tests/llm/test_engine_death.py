@@ -50,7 +50,9 @@ REQUESTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
     # So few rows that some requests have not started when the engine dies.
-    with LLM("demo", **OPTIONS, max_running_requests=8, restart_limit="100/60") as made:
+    with LLM(
+        "demo", **OPTIONS, kv_memory="64MiB", max_running_requests=8, restart_limit="100/60"
+    ) as made:
         yield made
 
 
@@ -218,7 +220,7 @@ def test_at_the_restart_limit_every_call_raises_the_error(monkeypatch: pytest.Mo
 
 def test_an_engine_that_cannot_start_again_ends_the_llm(tmp_path: Path) -> None:
     model_dir = make_checkpoint(tmp_path, "llama")
-    with LLM(model_dir, **OPTIONS) as llm:
+    with LLM(model_dir, **OPTIONS, kv_memory="64MiB") as llm:
         (model_dir / "model.safetensors").write_bytes(b"nothing of use")
         kill_rank()
         for _ in range(2):

@@ -28,7 +28,7 @@ CALL: Any = {"type": "tool", "name": "add", "disable_parallel_tool_use": True}
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[anthropic.Anthropic]:
-    arguments = ("--model", "demo", "--num-threads", "1")
+    arguments = ("--model", "demo", "--num-threads", "1", "--kv-memory", "64MiB")
     tmp_dir = tmp_path_factory.mktemp("s") / "t"
     with (
         running(*arguments, "--api-key", "secret", tmp_dir=tmp_dir, hash_engine=False) as server,

@@ -20,7 +20,7 @@ class Answer(pydantic.BaseModel):
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     tmp_dir = tmp_path_factory.mktemp("s") / "t"
-    arguments = ("--model", "demo", "--num-threads", "1")
+    arguments = ("--model", "demo", "--num-threads", "1", "--kv-memory", "64MiB")
     with running(*arguments, tmp_dir=tmp_dir, hash_engine=False) as server:
         yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 

@@ -34,6 +34,7 @@ from tests.support.server_process import (
 STEP_S = 0.02
 NUM_TOKENS = 150
 REAL = ("--model", "demo", "--dtype", "float32", "--num-threads", "1", "--tp", "2")
+REAL += ("--kv-memory", "64MiB")
 
 
 def metric(server: ServerProcess, name: str) -> float:

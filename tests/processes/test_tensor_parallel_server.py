@@ -13,7 +13,7 @@ import pytest
 from minisrv import LLM
 from tests.support.server_process import ServerProcess, open_requests, running
 
-ARGUMENTS = ("--model", "demo", "--dtype", "float32", "--num-threads", "1")
+ARGUMENTS = ("--model", "demo", "--dtype", "float32", "--num-threads", "1", "--kv-memory", "64MiB")
 QUESTIONS = ["What is 58 + 67?", "Count from 3 to 9.", "Who are you?"]
 
 
@@ -52,7 +52,7 @@ def test_two_ranks_answer_as_one_does_with_aborts_in_between(server: ServerProce
             model="demo", messages=[{"role": "user", "content": question}], stream=True
         )
         answers.append("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
-    with LLM("demo", dtype="float32", num_threads=1) as llm:
+    with LLM("demo", dtype="float32", num_threads=1, kv_memory="64MiB") as llm:
         chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
         assert answers == llm.chat(chats, use_tqdm=False)
     frontend, *others = sorted(listeners(server), key=lambda found: found[1] != "minisrv.frontend")

@@ -27,6 +27,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     template = tmp_path_factory.mktemp("template") / "template.jinja"
     template.write_text(CHAT_TEMPLATE + OPENS_A_THOUGHT + "{# ends with </think> #}")
     arguments = ("--model", "demo", "--chat-template", str(template), "--num-threads", "1")
+    arguments += ("--kv-memory", "64MiB")
     tmp_dir = tmp_path_factory.mktemp("s") / "t"
     with running(*arguments, tmp_dir=tmp_dir, hash_engine=False) as server:
         assert isinstance(server, ServerProcess)

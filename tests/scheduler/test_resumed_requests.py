@@ -47,7 +47,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def engines() -> Iterator[tuple[LLM, LLM]]:
-    options: dict[str, Any] = {"dtype": "float32", "num_threads": 1, "page_size": 4}
+    options: dict[str, Any] = {
+        "dtype": "float32",
+        "num_threads": 1,
+        "page_size": 4,
+        "num_pages": 2000,
+    }
     with LLM("demo", **options) as first, LLM("demo", **options) as second:
         yield first, second
 
