@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from minisrv.errors import ConfigError
 from tests.support.server_process import environment
 
 # As if the extra were not installed, also where it is.
@@ -67,6 +68,15 @@ def test_a_file_that_is_wrong_is_refused_with_the_reason(
         config.write_text(text)
     assert cli.main(["ray", str(config)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["host", "port"])
+def test_an_application_for_serve_run_has_no_address(name: str) -> None:
+    pytest.importorskip("ray.serve")
+    from minisrv.ray import build
+
+    with pytest.raises(ConfigError, match=f"--http-{name}"):
+        build({"model": "demo", name: "1"})
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def has_own_head(directory: Path) -> bool:
     for path in sorted(directory.glob("model*.safetensors")):
         try:
             found |= _find(path)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
     if HEAD_NAME not in found:
         return False

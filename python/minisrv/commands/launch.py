@@ -201,7 +201,10 @@ def ask(url: str, api_key: str, name: str | None = None) -> Served:
             raise ValueError("it names no model")
     except urllib.error.HTTPError as error:
         raise MinisrvError(_explain(url, error)) from None
-    except (UnreachableError, HTTPException, OSError, ValueError, LookupError, TypeError) as error:
+    except (
+        *(UnreachableError, HTTPException, OSError),
+        *(ValueError, LookupError, TypeError, RecursionError),
+    ) as error:
         raise MinisrvError(
             f"no minisrv answers at {url} ({error}); "
             "start one with `minisrv serve MODEL`, or give its --url"
