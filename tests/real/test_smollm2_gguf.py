@@ -1,9 +1,10 @@
-"""SmolLM2 from the GGUF file of its wheel, with the reference kernels."""
+"""SmolLM2 from the GGUF file of its wheel."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Literal
 
 import pytest
 import torch
@@ -22,9 +23,10 @@ pytestmark = [
 ]
 
 
-def test_it_knows_the_capital_of_france() -> None:
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_it_knows_the_capital_of_france(kernels: Literal["auto", "torch"]) -> None:
     question = {"role": "user", "content": "What is the capital of France?"}
-    with LLM(FILE, max_seq_len=512, kernels="torch") as llm:
+    with LLM(FILE, max_seq_len=512, kernels=kernels) as llm:
         (answer,) = llm.chat([question], temperature=0, max_tokens=40, use_tqdm=False)
     assert "Paris" in answer
 

@@ -4,8 +4,10 @@
 // Inputs are rounded to 8 bits, with a scale for each 32 of a row. A group's products are then
 // summed as integers, and the sums of the groups as floats, in order:
 //     out[m, o] = sum over g of input_scale[m, g] * (scale[o, g] * dot + offset[o, g] * sum(x))
-// where dot = sum((value - zero) * x) = sum(value * x) - zero * sum(x). A row does not depend on
-// the other rows, and is the same for any number of rows and threads.
+// where dot = sum((value - zero) * x) = sum(value * x) - zero * sum(x). The four inputs of greatest
+// magnitude of a row are zero in these sums, and are multiplied as floats: with such an outlier the
+// other 31 of its group would be rounded coarsely. (The idea is from LLM.int8(), arXiv:2208.07339.)
+// A row does not depend on the other rows, and is the same for any number of rows and threads.
 //
 // Weights are stored in panels of 16 outputs. A panel is a sequence of blocks of some groups, each
 // with its scales first. The values of a block are [words, 16]: a 32-bit word holds one output's
@@ -17,6 +19,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #ifdef __AVX2__
@@ -31,6 +34,7 @@ constexpr long kPanel = 16;      // outputs
 constexpr long kMaxGroups = 16;  // of a block
 constexpr long kAhead = 2048;    // bytes of weights that are fetched ahead of their use
 constexpr long kRounded = 32;    // inputs that are rounded with one scale
+constexpr long kOutliers = 4;    // inputs of a row that are not rounded
 constexpr float kMost = 127, kLeast = 1e-36f;
 
 #ifdef __AVX512VNNI__
@@ -256,8 +260,9 @@ struct Matrix {
   // What the integer sums lack of those with the numbers that the values stand for, per input.
   int32_t start() const { return int32_t(-zero - (bits == 8 && !has_offsets() ? kBias : 0)); }
 
-  // The scales and offsets of the block at `at`, for its groups.
-  void read_scales(const uint8_t* at, PanelFloats* scale, PanelFloats* offset) const {
+  // The scales and offsets of `count` groups of the block at `at`, from its group `first` on.
+  void read_scales(const uint8_t* at, long first, long count, PanelFloats* scale,
+                   PanelFloats* offset) const {
     const uint8_t *second = at + 2 * kPanel, *third = at + 4 * kPanel;
     switch (scales) {
       case kHalvesAndOffsets: read_halves(second, offset->lanes);
@@ -266,7 +271,8 @@ struct Matrix {
       case kEightBits: {
         float super[kPanel];
         read_halves(at, super);
-        for (long g = 0; g < groups; ++g, second += kPanel)
+        second += first * kPanel;
+        for (long g = 0; g < count; ++g, second += kPanel)
           scale_bytes_by(super, reinterpret_cast<const int8_t*>(second), scale[g].lanes);
         return;
       }
@@ -274,7 +280,8 @@ struct Matrix {
         float super[kPanel], super_offset[kPanel];
         read_halves(at, super);
         read_halves(second, super_offset);
-        for (long g = 0; g < groups; ++g, third += kSixBitBytes) {
+        third += first * kSixBitBytes;
+        for (long g = 0; g < count; ++g, third += kSixBitBytes) {
           uint8_t scale_lanes[kPanel], offset_lanes[kPanel];
           unpack_six_bits(third, scale_lanes, offset_lanes);
           scale_bytes_by(super, scale_lanes, scale[g].lanes);
@@ -290,22 +297,13 @@ struct HalfSums {
   int32_t even, odd;
 };
 
-#ifdef __AVX2__
-inline __m256 load8(const float* from) { return _mm256_loadu_ps(from); }
-inline __m256 load8(const bf16* from) {
-  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-}
-#endif
-
 // The greatest magnitude, as the bits of a float: these are ordered like the numbers, with infinity
 // and then NaN at the end.
-template <class T>
-inline uint32_t most_of(const T* x) {
+inline uint32_t most_of(const float* x) {
 #ifdef __AVX2__
   __m256i most = _mm256_setzero_si256();
   for (int i = 0; i < kRounded; i += 8)
-    most = _mm256_max_epu32(most, _mm256_and_si256(_mm256_castps_si256(load8(x + i)),
+    most = _mm256_max_epu32(most, _mm256_and_si256(_mm256_castps_si256(_mm256_loadu_ps(x + i)),
                                                    _mm256_set1_epi32(0x7fffffff)));
   __m128i half = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
   half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
@@ -313,9 +311,8 @@ inline uint32_t most_of(const T* x) {
 #else
   uint32_t most = 0;
   for (long i = 0; i < kRounded; ++i) {
-    const float number = load(x[i]);
     uint32_t word;
-    std::memcpy(&word, &number, sizeof word);
+    std::memcpy(&word, x + i, sizeof word);
     most = std::max(most, word & 0x7fffffffu);
   }
   return most;
@@ -323,12 +320,11 @@ inline uint32_t most_of(const T* x) {
 }
 
 // 32 numbers times `factor`, to nearest, ties to even.
-template <class T>
-inline void round_by(const T* x, float factor, int8_t* to, HalfSums& first, HalfSums& second) {
+inline void round_by(const float* x, float factor, int8_t* to, HalfSums& first, HalfSums& second) {
 #ifdef __AVX2__
   __m256i ints[4];
   for (int i = 0; i < 4; ++i)
-    ints[i] = _mm256_cvtps_epi32(_mm256_mul_ps(load8(x + 8 * i), _mm256_set1_ps(factor)));
+    ints[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(factor)));
   const __m256i low16 = _mm256_packs_epi32(ints[0], ints[1]);
   const __m256i high16 = _mm256_packs_epi32(ints[2], ints[3]);
   const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low16, high16),
@@ -342,17 +338,17 @@ inline void round_by(const T* x, float factor, int8_t* to, HalfSums& first, Half
 #else
   HalfSums sums[2] = {};
   for (long i = 0; i < kRounded; ++i) {
-    to[i] = int8_t(std::nearbyint(load(x[i]) * factor));
+    to[i] = int8_t(std::nearbyint(x[i] * factor));
     (i % 4 < 2 ? sums[i / 16].even : sums[i / 16].odd) += to[i];
   }
   first = sums[0], second = sums[1];
 #endif
 }
 
-// Returns the scale; NaN if not all numbers are finite.
-template <class T>
-inline float round_some(const T* x, int8_t* to, HalfSums& first, HalfSums& second) {
-  const uint32_t most = most_of(x);
+// Rounds 32 numbers with the greatest magnitude `most`. Returns the scale; NaN if they are not all
+// finite.
+inline float round_some(const float* x, uint32_t most, int8_t* to, HalfSums& first,
+                        HalfSums& second) {
   float largest;
   std::memcpy(&largest, &most, sizeof largest);
   const bool finite = most < 0x7f800000u;
@@ -370,11 +366,59 @@ inline void grow(std::vector<T>& vector, long size) {
   if (long(vector.size()) < size) vector.resize(size);
 }
 
+// An input that is not rounded, and where its weights are in a panel: their block and their words,
+// in bytes, and their group, in the block and in the row.
+struct Outlier {
+  float number;
+  int shift;
+  long block, words, group_of_block, group;
+
+  Outlier() = default;
+  Outlier(long index, float number, const Matrix& m) : number(number), group(index / m.group) {
+    group_of_block = group % m.groups;
+    block = group / m.groups * m.block_bytes();
+    const long i = index % (m.groups * m.group);
+    words = block + m.scale_bytes() + (m.bits == 8 ? i / 4 : i / 32 * 4 + i % 16 / 4) * 4 * kPanel;
+    shift = int(i % 4 * 8 + (m.bits == 8 ? 0 : i % 32 / 16 * 4));
+  }
+};
+
+// A row as floats, in which outliers become zeros, and the greatest magnitude of each group.
+struct Rest {
+  std::vector<float> numbers;
+  std::vector<uint32_t> most;
+
+  template <class T>
+  void read(const T* x, long inputs) {
+    grow(numbers, inputs);
+    grow(most, inputs / kRounded);
+    for (long i = 0; i < inputs; ++i) numbers[i] = load(x[i]);
+    for (long g = 0; g < inputs / kRounded; ++g) most[g] = most_of(&numbers[g * kRounded]);
+  }
+
+  // Of equal magnitudes the first.
+  Outlier take_greatest(const Matrix& matrix) {
+    const long inputs = matrix.inputs;
+    const auto greatest = std::max_element(most.begin(), most.begin() + inputs / kRounded);
+    float* group = &numbers[(greatest - most.begin()) * kRounded];
+    const float* found = std::find_if(group, group + kRounded, [&](float number) {
+      uint32_t word;
+      std::memcpy(&word, &number, sizeof word);
+      return (word & 0x7fffffffu) == *greatest;
+    });
+    const long index = found - numbers.data();
+    const float number = std::exchange(numbers[index], 0.f);
+    *greatest = most_of(group);
+    return {index, number, matrix};
+  }
+};
+
 // Rounded rows. sums: of the values of a group, or if there are no offsets what `Dot` begins with.
 struct Inputs {
-  std::vector<int8_t> values;  // [M, I]
-  std::vector<float> scales;   // [M, G]
-  std::vector<int32_t> sums;   // [M, G]
+  std::vector<int8_t> values;     // [M, I]
+  std::vector<float> scales;      // [M, G]
+  std::vector<int32_t> sums;      // [M, G]
+  std::vector<Outlier> outliers;  // [M, kOutliers]
   long inputs, groups;
 
   void resize(long rows, const Matrix& matrix) {
@@ -382,6 +426,7 @@ struct Inputs {
     grow(values, rows * inputs);
     grow(scales, rows * groups);
     grow(sums, rows * groups);
+    grow(outliers, rows * kOutliers);
   }
 
   template <class T>
@@ -392,13 +437,17 @@ struct Inputs {
       return in_pairs ? int32_t(uint16_t(factor * half.even) | uint32_t(factor * half.odd) << 16)
                       : factor * (half.even + half.odd);
     };
+    static thread_local Rest rest;
+    rest.read(x + row * inputs, inputs);
+    for (long i = 0; i < kOutliers; ++i)
+      outliers[row * kOutliers + i] = rest.take_greatest(matrix);
     float* scale = &scales[row * groups];
     int32_t* sum = &sums[row * groups];
     int8_t* to = &values[row * inputs];
-    const int8_t* end = to + inputs;
-    for (x += row * inputs; to < end; x += kRounded, to += kRounded) {
+    for (long i = 0; i < inputs; i += kRounded, to += kRounded) {
       HalfSums first, second;
-      const float rounded_by = round_some(x, to, first, second);
+      const float rounded_by =
+          round_some(&rest.numbers[i], rest.most[i / kRounded], to, first, second);
       if (matrix.group == kRounded) {
         *scale++ = rounded_by;
         *sum++ = start({first.even + second.even, first.odd + second.odd});
@@ -488,7 +537,7 @@ struct Unpacked {
     grow(values, kPanel * matrix.inputs);
     uint8_t* to = values.data();
     for (long g = 0; g < groups; g += matrix.groups, at += matrix.block_bytes()) {
-      matrix.read_scales(at, &scale[g], &offset[g]);
+      matrix.read_scales(at, 0, matrix.groups, &scale[g], &offset[g]);
       const uint8_t* from = at + matrix.scale_bytes();
       const long size = matrix.value_bytes();
       constexpr long half = 16 * kPanel;  // bytes of 16 inputs
@@ -504,10 +553,37 @@ struct Product {
   void* out;          // floats if `float_out`, else bf16
   bool float_out;
 
-  template <int ROWS>
-  void write(const Floats sums[ROWS][kParts], long row, long panel) const {
+  // Adds an input that is not rounded, times its weights in a panel.
+  template <Values VALUES, bool OFFSETS>
+  void add_outlier(const Outlier& x, long panel, const Unpacked& unpacked, float* sums) const {
+    constexpr bool small = VALUES == kNibbles || VALUES == kSmall;
+    constexpr bool is_signed = !small && !OFFSETS;
+    constexpr int32_t sign = is_signed && !kBias ? 128 : 0;
+    const int32_t zero = int32_t(matrix.zero + (is_signed ? kBias : 0)) + sign;
+    const uint8_t* at = matrix.panels + panel * matrix.panel_bytes();
+    PanelFloats scale_of_block, offset_of_block;
+    const PanelFloats *scale = &scale_of_block, *offset = &offset_of_block;
+    if (VALUES == kSmall)
+      scale = &unpacked.scale[x.group], offset = &unpacked.offset[x.group];
+    else
+      matrix.read_scales(at + x.block, x.group_of_block, 1, &scale_of_block, &offset_of_block);
+    uint32_t words[kPanel];
+    std::memcpy(words, at + x.words, sizeof words);
+    for (int i = 0; i < kPanel; ++i) {
+      const uint32_t value = words[i] >> x.shift & (small ? 15 : 255);
+      const float product = scale->lanes[i] * float(int32_t(value ^ sign) - zero);
+      sums[i] += x.number * (OFFSETS ? product + offset->lanes[i] : product);
+    }
+  }
+
+  template <Values VALUES, bool OFFSETS, int ROWS>
+  void write(const Floats sums[ROWS][kParts], const Inputs& x, long row, long panel,
+             const Unpacked& unpacked) const {
     float numbers[ROWS][kPanel];
     std::memcpy(numbers, sums, sizeof numbers);
+    for (long r = 0; r < ROWS; ++r)
+      for (long i = 0; i < kOutliers; ++i)
+        add_outlier<VALUES, OFFSETS>(x.outliers[(row + r) * kOutliers + i], panel, unpacked, numbers[r]);
     const long first = panel * kPanel, count = std::min(kPanel, matrix.outputs - first);
     for (long r = 0; r < ROWS; ++r) {
       if (bias != nullptr)
@@ -537,7 +613,7 @@ struct Product {
       if (plain)
         read_halves(at, scale->lanes);
       else
-        matrix.read_scales(at, scale, offset);
+        matrix.read_scales(at, 0, groups, scale, offset);
       add_groups<VALUES, GROUP, OFFSETS, ROWS>(at + skip, scale, offset, g, groups, fetches, x,
                                                row, sums);
     }
@@ -554,7 +630,7 @@ struct Product {
     } else {
       add_blocks<VALUES, GROUP, OFFSETS, ROWS>(x, row, panel, sums);
     }
-    write<ROWS>(sums, row, panel);
+    write<VALUES, OFFSETS, ROWS>(sums, x, row, panel, unpacked);
   }
 
   template <Values VALUES, int GROUP, bool OFFSETS, int ROWS = kMaxRows>
@@ -677,7 +753,7 @@ void unpack_row(const Matrix& m, long output, float* to) {
   const int zero = int(m.zero + (m.bits == 8 && !m.has_offsets() ? kBias : 0));
   PanelFloats scale[kMaxGroups], offset[kMaxGroups];
   for (long done = 0; done < m.inputs; at += m.block_bytes()) {
-    m.read_scales(at, scale, offset);
+    m.read_scales(at, 0, m.groups, scale, offset);
     for (long i = 0; i < m.groups * m.group; ++i, ++done) {
       const long inner = m.bits == 8 ? i : i / 32 * 16 + i % 16;
       uint8_t byte = at[m.scale_bytes() + (inner / 4 * kPanel + lane) * 4 + inner % 4];
