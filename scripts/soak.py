@@ -51,7 +51,7 @@ TESTS = {
     "gpu_kernels": ["tests/gpu_dry_run/test_kernels.py", "tests/gpu_dry_run/test_launches.py"],
     "gpu_stand_ins": [
         *("tests/engine/test_triton_kernels.py", "tests/engine/test_step_buffer.py"),
-        *("tests/engine/test_flashinfer.py", "tests/gpu"),
+        *("tests/engine/test_flashinfer.py", "tests/gpu", "tests/test_gpu_check.py"),
     ],
     "cpu_kernels": ["tests/engine/test_kernels.py"],
     "benchmark": ["tests/benchmark", "tests/test_offline_throughput.py"],

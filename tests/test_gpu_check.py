@@ -95,6 +95,7 @@ print("\\n" + json.dumps(found))
     assert sorted(itertools.chain(*parts)) == sorted(whole)
 
 
+@pytest.mark.soak
 @NO_GPU
 def test_every_stage_is_in_the_table_with_its_result(tmp_path: Path) -> None:
     names = ["imports", "device", "kernels"]

@@ -33,7 +33,11 @@ def talk(played: HttpServer, chat: ChatPage) -> None:
     chat.ask("And a call")
 
 
-@pytest.mark.parametrize("options", [{"color_scheme": "dark"}, PHONE], ids=["dark", "phone"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({"color_scheme": "dark"}, marks=pytest.mark.soak), PHONE],
+    ids=["dark", "phone"],
+)
 def test_axe_finds_no_serious_fault(
     played: HttpServer, opened: Any, axe: str, options: dict[str, Any]
 ) -> None:

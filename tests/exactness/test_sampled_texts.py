@@ -94,7 +94,7 @@ def test_each_token_is_drawn_after_transformers_processors_in_the_stated_order(
 
 
 def test_each_token_of_extreme_numbers_is_the_one_of_the_exact_processors(tmp_path: Path) -> None:
-    fields = [*EXTREME, *(combined(seed, EXTREME) for seed in range(100))]
+    fields = [*EXTREME, *(combined(seed, EXTREME) for seed in range(40))]
     params = [replace(BASE, seed=seed, **f) for seed, f in enumerate(fields, 1)]
     check_texts(make_checkpoint(tmp_path, "llama"), params)
 

@@ -147,6 +147,7 @@ def test_a_step_that_waits_for_a_dead_rank_ends_with_its_error(
     assert len(aborted) == 1
 
 
+@pytest.mark.soak
 def test_engines_that_start_in_the_same_directory_do_not_meet(tmp_path: Path) -> None:
     """As those of a scheduler that was killed and of the next one do."""
     model_dir, run_dir = make_checkpoint(tmp_path, "llama"), tmp_path / "run"

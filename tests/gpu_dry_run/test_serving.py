@@ -26,11 +26,17 @@ from tests.support.builders import DEMO_EOS, demo_tokenizer
 VOCAB_SIZE = 151936
 
 
+# test_launches.py has steps of some of the others.
+QUICK = {
+    *("Qwen3-0.6B", "Qwen3-30B-A3B", "Qwen3-8B-FP8-blocks"),
+    *("Qwen3-0.6B-switches", "Qwen3-0.6B-xqa"),
+}
+
+
 def names() -> list[Any]:
     """The models as parameters of a test."""
     return [
-        pytest.param(name, marks=[pytest.mark.soak] if model.is_a_repetition else [])
-        for name, model in MODELS.items()
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.soak]) for name in MODELS
     ]
 
 
@@ -138,6 +144,7 @@ STEPS: list[tuple[int, list[int], dict[str, Any], bool]] = [
 ]
 
 
+@pytest.mark.soak
 def test_a_step_with_prompts_is_replayed_where_it_fits_into_a_graph(tmp_path: Path) -> None:
     options = {"cuda_graph_max_tokens": 512}
     with dry_run(MODELS["Qwen3-0.6B"], tmp_path, num_layers=1, **options) as run:

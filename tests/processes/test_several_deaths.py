@@ -99,6 +99,7 @@ def test_requests_survive_the_death_of_all_processes_but_the_frontend(
     assert metric(server, "restarts_total") == 3
 
 
+@pytest.mark.soak
 def test_requests_survive_a_process_that_dies_while_it_starts(
     server: ServerProcess, model_dir: Path
 ) -> None:
@@ -110,6 +111,7 @@ def test_requests_survive_a_process_that_dies_while_it_starts(
     assert metric(server, "given_up_requests_total") == 0
 
 
+@pytest.mark.soak
 def test_a_frontend_that_dies_without_an_engine_comes_back_with_it(
     server: ServerProcess, gate: Path
 ) -> None:
