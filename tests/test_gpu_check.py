@@ -127,6 +127,7 @@ def test_a_stage_that_is_none_is_refused(tmp_path: Path) -> None:
         assert f"there is no stage {stage}" in done.stderr
 
 
+@pytest.mark.soak
 def test_a_stage_is_cut_off_when_the_time_is_over(tmp_path: Path) -> None:
     done = run(
         ["scripts/gpu_check.sh", "host", "kernels"],
@@ -184,6 +185,7 @@ def test_the_list_of_packages_covers_what_the_stages_import() -> None:
     assert needed <= listed
 
 
+@pytest.mark.soak
 def test_the_list_of_packages_covers_what_flashinfer_imports() -> None:
     """Only packages that the listed ones require exist for this process."""
     pytest.importorskip("flashinfer")

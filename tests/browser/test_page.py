@@ -129,6 +129,7 @@ def test_a_tree_of_ten_thousand_nodes_is_drawn_in_a_tenth_of_a_second(
     assert min(draws["times"]) < 100, draws
 
 
+@pytest.mark.soak
 def test_two_hundred_messages_do_not_slow_the_page(played: HttpServer, opened: Any) -> None:
     chat = opened(played.url)
     chat.page.evaluate(

@@ -42,7 +42,7 @@ def _rounded(name: str, weight: torch.Tensor, quantization: str) -> torch.Tensor
 
 MODELS: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("llama", {}, 1, None),
-    ("qwen2", {"tie_word_embeddings": True}, 1, "int4"),
+    ("qwen2", {"tie_word_embeddings": True}, 1, None),
     ("qwen2", {"tie_word_embeddings": True, "vocab_size": 387}, 2, None),
     ("qwen3", {}, 2, "int4"),
     ("qwen3_moe", {}, 1, "int8"),

@@ -66,8 +66,11 @@ def extrapolate(model: Model, folder: Path) -> Figures:
 
 def names() -> list[Any]:
     """The models as parameters of a test."""
+    slow = ("Qwen3-30B-A3B", "Qwen3-8B-FP8-rows")
     return [
-        pytest.param(name, marks=[pytest.mark.soak] if model.is_a_repetition else [])
+        pytest.param(
+            name, marks=[pytest.mark.soak] if model.is_a_repetition or name in slow else []
+        )
         for name, model in MODELS.items()
     ]
 

@@ -157,6 +157,7 @@ def test_a_killed_supervisor_leaves_no_process_behind(model_dir: Path, socket_di
         socket.create_server(("127.0.0.1", port)).close()
 
 
+@pytest.mark.soak
 def test_children_that_are_stopped_when_the_supervisor_is_killed_die_too(
     model_dir: Path, socket_dir: Path
 ) -> None:

@@ -298,7 +298,7 @@ def test_close_works_without_an_event_loop(model_dir: Path, new_children: Childr
     manager.close()
 
 
-@pytest.mark.parametrize("how", ["script", "stdin"])
+@pytest.mark.parametrize("how", ["script", pytest.param("stdin", marks=pytest.mark.soak)])
 def test_it_needs_no_main_guard(how: str, model_dir: Path, tmp_path: Path) -> None:
     program = SETUP.format(model=str(model_dir)) + "import asyncio; print(asyncio.run(answer()))"
     script = tmp_path / "script.py"
@@ -341,6 +341,7 @@ def test_a_program_that_forgets_to_close_it_ends_and_leaves_nothing(
     assert not list(tmp_dir.iterdir())
 
 
+@pytest.mark.soak
 def test_it_works_in_a_notebook(model_dir: Path) -> None:
     cells = [SETUP.format(model=str(model_dir)), "await answer()", "await answer()"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])

@@ -96,6 +96,7 @@ def test_http_is_the_only_thing_that_listens(server: ServerProcess) -> None:
     assert files == {f"progress-{name}" for name in sockets}
 
 
+@pytest.mark.soak
 def test_the_death_of_the_engine_fails_open_requests(checkpoint: Path, socket_dir: Path) -> None:
     arguments = ("--model", str(checkpoint), "--restart-limit", "0")
     with running(*arguments, tmp_dir=socket_dir, hash_engine=False) as server:

@@ -193,6 +193,7 @@ def test_the_norm_adds_the_parts_of_a_token(dtype: torch.dtype) -> None:
         torch.testing.assert_close(normed.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.soak
 def test_a_sparse_layer_takes_five_launches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,7 @@ MANY_KEPT = [
     ("temperature", "case", "dtype"),
     [
         (*FEW_KEPT[0], torch.float32),
-        (*MANY_KEPT[1], torch.bfloat16),
+        pytest.param(*MANY_KEPT[1], torch.bfloat16, marks=pytest.mark.soak),
         *(pytest.param(*case, torch.float32, marks=pytest.mark.soak) for case in FEW_KEPT[1:]),
         *(pytest.param(*case, torch.float32, marks=pytest.mark.soak) for case in MANY_KEPT),
         pytest.param(*FEW_KEPT[0], torch.bfloat16, marks=pytest.mark.soak),
