@@ -21,7 +21,7 @@ from minisrv.errors import ConfigError
 from tests.support.checkpoints import make_checkpoint
 from tests.support.gguf_files import Kind, split_gguf, write_gguf
 
-NUM_MUTATIONS = 100
+NUM_MUTATIONS = 200
 ROOT = Path(__file__).parents[2]
 # Reads each file as a server does, with little memory above what the imports take.
 LOAD = """
