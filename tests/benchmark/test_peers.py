@@ -64,10 +64,12 @@ def test_the_limit_counts_shared_tokens_once_and_smaller_weights_less(shape: Pat
 def test_each_engine_gets_the_files_that_it_reads(bench_model: Path) -> None:
     import peers
 
-    given = argparse.Namespace(vllm="vllm", llama_server="llama-server", llama_flags="", threads=1)
+    given = argparse.Namespace(
+        vllm="vllm", llama_server="llama", llama_flags="", openvino_python="python", threads=1
+    )
     assert list(peers.engines(bench_model, given)) == ["minisrv", "vLLM", "llama.cpp"]
     assert (bench_model.parent / "bench-BF16.gguf").exists()
-    assert list(peers.engines(Path("some.gguf"), given)) == ["minisrv", "llama.cpp"]
+    assert list(peers.engines(Path("some.gguf"), given)) == ["minisrv", "llama.cpp", "OpenVINO"]
 
 
 @pytest.mark.soak
