@@ -37,7 +37,7 @@ class Engine:
         Thread(target=self._run, daemon=True).start()
 
     def generate(self, ids: list[int], max_tokens: int) -> queue.SimpleQueue[int]:
-        """A queue to which max_tokens tokens come."""
+        """Start a request. Its max_tokens tokens are put into the queue that this returns."""
         tokens: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._new.put((ids, max_tokens, tokens))
         return tokens
@@ -68,6 +68,7 @@ class Handler(BaseHTTPRequestHandler):
     """GET /health and POST /v1/completions."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     engine: Engine
 
     def do_GET(self) -> None:

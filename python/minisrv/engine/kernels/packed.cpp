@@ -583,7 +583,8 @@ struct Product {
     std::memcpy(numbers, sums, sizeof numbers);
     for (long r = 0; r < ROWS; ++r)
       for (long i = 0; i < kOutliers; ++i)
-        add_outlier<VALUES, OFFSETS>(x.outliers[(row + r) * kOutliers + i], panel, unpacked, numbers[r]);
+        add_outlier<VALUES, OFFSETS>(x.outliers[(row + r) * kOutliers + i], panel, unpacked,
+                                     numbers[r]);
     const long first = panel * kPanel, count = std::min(kPanel, matrix.outputs - first);
     for (long r = 0; r < ROWS; ++r) {
       if (bias != nullptr)
