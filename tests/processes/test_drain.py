@@ -214,22 +214,24 @@ def test_a_body_that_comes_late_is_refused_without_a_reset(server: ServerProcess
     assert server.wait() == 0
 
 
-@pytest.mark.timed
-def test_a_stream_whose_reader_is_slow_arrives_whole(server: ServerProcess) -> None:
+def test_a_stream_whose_reader_is_slow_arrives_whole(model_dir: Path, socket_dir: Path) -> None:
     body = json.dumps({"prompt": "x", "max_tokens": 1500, "ignore_eos": True, "stream": True})
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         "Content-Type: application/json\r\n"
     )
-    with raw_connection(server) as reader:
-        reader.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-        answer = reader.recv(1024)
-        server.popen.terminate()
-        time.sleep(4)
-        answer += read_all(reader)
-    assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-    assert answer.count(b"data: ") > 1000
-    assert server.wait() == 0
+    # All steps take three seconds of the drain's 30, and nothing is read for most of them.
+    with running("--model", str(model_dir), tmp_dir=socket_dir, step_s=0.002) as server:
+        with raw_connection(server) as reader:
+            reader.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            answer = reader.recv(1024)
+            server.popen.terminate()
+            time.sleep(2)
+            answer += read_all(reader)
+        assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert answer.count(b"data: ") > 1000
+        assert server.wait() == 0
+        server.assert_nothing_is_left()
 
 
 def test_a_query_that_waits_is_answered(server: ServerProcess) -> None:

@@ -91,7 +91,13 @@ def test_without_restarts_the_death_of_the_frontend_ends_all(
 
 
 @pytest.mark.timed
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.soak) for n in (signal.SIGINT, signal.SIGHUP)),
+    ],
+)
 def test_without_time_to_drain_a_signal_fails_open_requests_and_ends_all(
     number: signal.Signals, model_dir: Path, socket_dir: Path
 ) -> None:

@@ -118,7 +118,9 @@ def test_the_app_runs_under_the_users_own_uvicorn(
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "uvicorn", "minisrv.asgi:app", "--port", str(port)],
-        env=environment(MINISRV_MODEL_PATH=str(checkpoint), TMPDIR=str(tmp_dir)),
+        env=environment(
+            MINISRV_MODEL_PATH=str(checkpoint), MINISRV_KV_MEMORY="64MiB", TMPDIR=str(tmp_dir)
+        ),
         stderr=subprocess.DEVNULL,
     )
     try:

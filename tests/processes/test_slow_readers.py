@@ -7,11 +7,8 @@ import socket
 from pathlib import Path
 
 import httpx
-import pytest
 
 from tests.support.server_process import OpenRequest, running, wait_until
-
-pytestmark = pytest.mark.timed
 
 MAX_TOKENS = 300
 
