@@ -84,7 +84,7 @@ def test_the_models_own_repetition_penalty_holds_for_requests_without_one(tmp_pa
         ("model", told, plain),
         ("openai", CASES[-1], plain),
     ):
-        with LLM(model_dir, "float32", num_threads=1, sampling_defaults=kind) as llm:
+        with LLM(model_dir, "float32", num_threads=1, num_pages=100, sampling_defaults=kind) as llm:
             (output,) = llm.generate_outputs([prompt], params, use_tqdm=False)
         assert output.outputs[0].token_ids == expected, kind
 
