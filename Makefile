@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL ?= demo
 STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: setup serve test check format soak bench real clients demo-eval docs gpu-check
 
@@ -11,9 +12,11 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "minisrv needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	# Its own requirements are for a GPU; without them it can be imported, which the tests do.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps flashinfer-python
+	$(PIP) --no-deps flashinfer-python
+	# In all processors, where pip takes one; some files are for other versions of Python.
+	-$(BIN)/python -W ignore -m compileall -qq -j 0 -x '/(tests|flashinfer/data)/' .venv/lib
 	touch $@
 
 serve: setup
