@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -114,15 +114,13 @@ def load_reference(model_dir: Path) -> PreTrainedModel:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def reference_tokens(model: PreTrainedModel, prompts: Iterable[list[int]]) -> list[list[int]]:
-    outputs = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        full = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
-        )
-        outputs.append(full[0, len(prompt) :].tolist())
-    return outputs
+def reference_tokens(model: PreTrainedModel, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """All prompts in one batch, padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    full = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return full[:, width:].tolist()  # type: ignore[no-any-return]
 
 
 @torch.inference_mode()
