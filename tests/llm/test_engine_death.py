@@ -202,6 +202,7 @@ def test_a_rank_that_dies_between_calls_or_while_they_are_dropped_is_replaced(ll
 
 def test_at_the_restart_limit_every_call_raises_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     others, num_fds = ranks(), psutil.Process().num_fds()
+    monkeypatch.setattr(memory, "_CPU_LIMIT", 2**26)
     with LLM("demo", **OPTIONS, restart_limit="2/60") as llm:
         num_pages = llm._loop.scheduler.cache.pages.size
         monkeypatch.setattr(memory, "available_memory", lambda: 2**24)
