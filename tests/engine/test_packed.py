@@ -9,8 +9,9 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from minisrv.engine import packed
+from minisrv.engine import gguf_packed, packed
 from minisrv.engine.gguf_packed import KINDS, from_gguf
+from minisrv.engine.kernels.compiler import find_compiler
 from minisrv.engine.packed import PackedMatrix, can_round, join, round_int4, round_int8, shard
 from minisrv.engine.parallel.shard import Shard
 from minisrv.errors import ConfigError
@@ -69,9 +70,18 @@ def test_every_type_is_tested() -> None:
     assert set(NAMES) == HALVES.keys() == BITS_PER_WEIGHT.keys()
 
 
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_packed, "_load_library", lambda: None)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_numbers_are_those_of_gguf_bit_for_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minisrv.engine.gguf_packed._BLOCK_BYTES", 5000)
+def test_numbers_are_those_of_gguf_bit_for_bit(
+    name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_packed, "_BLOCK_BYTES", 5000)
+    if not compiled:
+        without_compiler(monkeypatch)
     raw = random_blocks(name, 37, 768)
     raw.flags.writeable = False
     expected = torch.from_numpy(gguf.quants.dequantize(raw, Kind[name]))
@@ -81,6 +91,26 @@ def test_numbers_are_those_of_gguf_bit_for_bit(name: str, monkeypatch: pytest.Mo
     assert same_bits(from_gguf(Kind[name], raw.reshape(-1), (37, 768)).dequantized(), expected)
     ids = torch.tensor([36, 0, 5, 5])
     assert same_bits(matrix.rows(ids), expected[ids])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_matrix_is_the_same_without_a_compiler(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = read(name, 21, 512)
+    without_compiler(monkeypatch)
+    plain = read(name, 21, 512)
+    assert compiled.format == plain.format
+    assert compiled.tensors().keys() == plain.tensors().keys()
+    for part, tensor in plain.tensors().items():
+        assert torch.equal(compiled.tensors()[part].view(torch.uint8), tensor.view(torch.uint8))
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+def test_the_compiled_types_are_converted_in_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_packed, "convert", None)
+    for kind in gguf_packed._COMPILED:
+        assert read(kind.name, 5, 512).shape == (5, 512)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,8 +8,11 @@ The layouts are those that `gguf.quants` documents in code: blocks of 32 inputs,
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +20,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minisrv.engine.packed import PackedMatrix, convert
+from minisrv.engine.kernels import compiler
+from minisrv.engine.packed import PackedMatrix, convert, empty_like
 
 _BLOCK_BYTES = 1 << 18  # of the file, converted together
 _Kind = GGMLQuantizationType
@@ -36,9 +40,46 @@ def from_gguf(
             warnings.simplefilter("ignore", UserWarning)
             raw = torch.from_numpy(raw)
     blocks = raw.view(shape[0], -1, size)
-    step = max(1, _BLOCK_BYTES // (blocks.shape[1] * size))
-    matrix = convert(torch.split(blocks, step), unpack)
+    if (library := _load_library()) is not None and kind in _COMPILED:
+        matrix = _converted(library, kind, blocks)
+    else:
+        step = max(1, _BLOCK_BYTES // (blocks.shape[1] * size))
+        matrix = convert(torch.split(blocks, step), unpack)
     assert matrix.shape == shape
+    return matrix
+
+
+class _Parts(ctypes.Structure):
+    """Parts in gguf.cpp."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in ("values", "scales", "super_scales", "offsets", "super_offsets")
+    )
+
+
+@cache
+def _load_library() -> ctypes.CDLL | None:
+    library = compiler.load_library(Path(compiler.__file__).with_name("gguf.cpp"))
+    for kind in _COMPILED if library is not None else ():
+        function = getattr(library, f"unpack_{kind.name}")
+        numbers = ctypes.c_long, ctypes.c_long
+        function.argtypes = [
+            *(ctypes.c_void_p, *numbers, ctypes.POINTER(_Parts)),
+            ctypes.c_int,
+        ]
+        function.restype = None
+    return library
+
+
+def _converted(library: ctypes.CDLL, kind: GGMLQuantizationType, blocks: Tensor) -> PackedMatrix:
+    """In C++. The first row is also converted with torch, which shows the sizes."""
+    assert blocks.is_contiguous()
+    rows, per_row, _ = blocks.shape
+    matrix = empty_like(_UNPACK[kind](blocks[:1]), rows)
+    parts = {name: tensor.data_ptr() for name, tensor in matrix.tensors().items()}
+    unpack = getattr(library, f"unpack_{kind.name}")
+    unpack(blocks.data_ptr(), rows, per_row, ctypes.byref(_Parts(**parts)), torch.get_num_threads())
     return matrix
 
 
@@ -169,3 +210,4 @@ _UNPACK: dict[GGMLQuantizationType, Callable[[Tensor], PackedMatrix]] = {
     _Kind.Q6_K: _q6_k,
 }
 KINDS = frozenset(_UNPACK)
+_COMPILED = frozenset({_Kind.Q4_0, _Kind.Q4_1, _Kind.Q8_0, _Kind.Q4_K, _Kind.Q5_K, _Kind.Q6_K})

@@ -68,10 +68,15 @@ class PackedMatrix:
     @property
     def num_bytes(self) -> int:
         """As the kernels hold it: integer scales beside offsets take 6 bits."""
-        num_bytes = sum(tensor.nbytes for tensor in self._tensors().values())
+        num_bytes = sum(tensor.nbytes for tensor in self.tensors().values())
         if self.super_scales is not None and self.offsets is not None:
             num_bytes -= (self.scales.nbytes + self.offsets.nbytes) * (8 - _SIX_BITS) // 8
         return num_bytes
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the fields that it has, by name."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in held.items() if isinstance(value, Tensor)}
 
     def dequantized(self) -> Tensor:
         """The matrix in float32."""
@@ -100,15 +105,11 @@ class PackedMatrix:
         values = torch.cat((halves & 15, halves >> 4), -1).view(torch.int8)
         return values.sub_(self.zero).flatten(1)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        held = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in held.items() if isinstance(value, Tensor)}
-
     def _narrowed(self, start: int, length: int) -> PackedMatrix:
         return self._changed(lambda tensor: tensor.narrow(0, start, length))
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> PackedMatrix:
-        changed: dict[str, Any] = {name: change(x) for name, x in self._tensors().items()}
+        changed: dict[str, Any] = {name: change(x) for name, x in self.tensors().items()}
         return replace(self, **changed)
 
 
@@ -118,9 +119,14 @@ def join(parts: Sequence[PackedMatrix]) -> PackedMatrix:
         return parts[0]
     assert len({part.format for part in parts}) == 1
     joined: dict[str, Any] = {
-        name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0]._tensors()
+        name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].tensors()
     }
     return replace(parts[0], **joined)
+
+
+def empty_like(matrix: PackedMatrix, outputs: int) -> PackedMatrix:
+    """A matrix of the same format with `outputs` rows that are not initialized."""
+    return matrix._changed(lambda tensor: tensor.new_empty(outputs, *tensor.shape[1:]))
 
 
 def convert(blocks: Sequence[Tensor], to_packed: Callable[[Tensor], PackedMatrix]) -> PackedMatrix:
@@ -133,12 +139,12 @@ def convert(blocks: Sequence[Tensor], to_packed: Callable[[Tensor], PackedMatrix
     if len(blocks) == 1:
         return first
     ends = list(accumulate(block.shape[0] for block in blocks))
-    whole = first._changed(lambda tensor: tensor.new_empty(ends[-1], *tensor.shape[1:]))
+    whole = empty_like(first, ends[-1])
     inference = torch.is_inference_mode_enabled()
 
     def store(part: PackedMatrix, end: int) -> None:
-        to = whole._narrowed(end - part.shape[0], part.shape[0])._tensors()
-        for name, tensor in part._tensors().items():
+        to = whole._narrowed(end - part.shape[0], part.shape[0]).tensors()
+        for name, tensor in part.tensors().items():
             to[name].copy_(tensor)
 
     @torch.inference_mode(inference)  # which is a mode of each thread
