@@ -72,6 +72,18 @@ def test_metadata_and_tensors_equal_those_of_the_package(model: Path) -> None:
         assert np.array_equal(ours.data(tensor.name).ravel(), tensor.data.view(np.uint8).ravel())
 
 
+def test_some_texts_of_an_array_are_those_at_their_places(model: Path) -> None:
+    checkpoint, key = open_gguf(model), "tokenizer.ggml.tokens"
+    tokens = checkpoint.value(key)
+    assert checkpoint.count(key) == len(tokens)
+    places = [0, 5, len(tokens) - 1]
+    assert checkpoint.some_texts(key, places) == {i: tokens[i] for i in places}
+    assert checkpoint.count("general.architecture") == checkpoint.count("missing") == 0
+    for other in ("tokenizer.ggml.token_type", "general.architecture", "missing"):
+        with pytest.raises(ConfigError, match=f"no texts in {other}"):
+            checkpoint.some_texts(other, places)
+
+
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_split_model_is_found_by_any_of_its_files(
     number: int, model: Path, tmp_path: Path

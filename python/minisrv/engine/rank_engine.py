@@ -54,7 +54,7 @@ from minisrv.start_progress import ReportProgress, no_progress
 _OVERLAP_DEPTH = {"cpu": 0, "cuda": 1}
 # Prompts served before the first request. On a GPU: one for each size of the tiles of our kernels,
 # which are compiled when they are first used.
-_WARM_UP_LENS = {"cpu": (32,), "cuda": (1, 17, 65, 513)}
+_WARM_UP_LENS = {"cpu": (8,), "cuda": (1, 17, 65, 513)}
 _RECORDING = "record graphs"
 
 

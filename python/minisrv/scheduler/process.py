@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from minisrv.checkpoint.end_tokens import add_end_token
@@ -22,16 +23,18 @@ def main() -> None:
 def _serve(child: Child) -> None:
     model_dir, run_dir = Path(child.boot.model_dir), Path(child.boot.run_dir)
     model = load_model_config(model_dir, child.config.max_seq_len)
+    tokenizer = load_tokenizer(Path(child.boot.tokenizer_dir))
+    model = add_end_token(model, tokenizer)
     channel = ZmqChannel(run_dir, child.boot.epoch)
     child.handle_notices(channel.take_notice)
     child.report_progress("import torch", 0.0)
-    # It takes seconds: by now the lifeline holds, and a wrong config.json has been refused.
-    from minisrv.engine.engine import Engine
-    from minisrv.scheduler.build import build_loop
+    with ThreadPoolExecutor(1) as beside:
+        opened = beside.submit(open_vocabulary, tokenizer, model.vocab_size, model.eos_token_ids)
+        # It takes seconds: by now the lifeline holds, and a wrong config.json has been refused.
+        from minisrv.engine.engine import Engine
+        from minisrv.scheduler.build import build_loop
 
-    tokenizer = load_tokenizer(Path(child.boot.tokenizer_dir))
-    model = add_end_token(model, tokenizer)
-    vocabulary = open_vocabulary(tokenizer, model.vocab_size, model.eos_token_ids)
+        vocabulary = opened.result()
     loop = build_loop(
         child.config,
         model_dir,

@@ -41,18 +41,27 @@ class Vocabulary:
 
 def read_vocabulary(checkpoint: GgufCheckpoint) -> Vocabulary:
     """Raises ConfigError if there is none, or its arrays have different lengths."""
-    tokens = checkpoint.get("tokenizer.ggml.tokens", list)
-    if not tokens or not isinstance(tokens[0], str):
-        raise ConfigError(f"{checkpoint.name} has no tokenizer: no tokenizer.ggml.tokens")
+    _check_lengths(checkpoint)
+    tokens = checkpoint.get("tokenizer.ggml.tokens", list) or []
+    if not isinstance(tokens[0], str):
+        raise ConfigError(f"{checkpoint.name} has no texts in tokenizer.ggml.tokens")
     tokens = [token or f"[EMPTY_{id}]" for id, token in enumerate(tokens)]
     types = checkpoint.get("tokenizer.ggml.token_type", list) or [NORMAL] * len(tokens)
     scores = checkpoint.get("tokenizer.ggml.scores", list) or []
-    if len(types) != len(tokens) or len(scores) not in (0, len(tokens)):
-        raise ConfigError(
-            f"{checkpoint.name} has {len(tokens)} tokens, but {len(types)} types and "
-            f"{len(scores)} scores of tokens"
-        )
     return Vocabulary(tokens, types, scores)
+
+
+def _check_lengths(checkpoint: GgufCheckpoint) -> None:
+    tokens, types, scores = (
+        checkpoint.count(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "scores")
+    )
+    if not tokens:
+        raise ConfigError(f"{checkpoint.name} has no tokenizer: no tokenizer.ggml.tokens")
+    if types not in (0, tokens) or scores not in (0, tokens):
+        raise ConfigError(
+            f"{checkpoint.name} has {tokens} tokens, but {types} types and {scores} scores of "
+            "tokens"
+        )
 
 
 def token_id(checkpoint: GgufCheckpoint, name: str) -> int | None:
@@ -66,13 +75,12 @@ def token_id(checkpoint: GgufCheckpoint, name: str) -> int | None:
 def end_ids(checkpoint: GgufCheckpoint) -> list[int]:
     """The tokens that end a text: those that the file names, and control tokens known by name.
 
-    Raises ConfigError if there is no vocabulary.
+    Raises ConfigError if there is no vocabulary, or its arrays have different lengths.
     """
-    vocabulary = read_vocabulary(checkpoint)
+    _check_lengths(checkpoint)
     stated = [token_id(checkpoint, role) for role in ("eos", "eot", "eom")]
-    known = [
-        id
-        for id, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
-        if kind == CONTROL and token in _END_TOKENS
-    ]
+    types = checkpoint.get("tokenizer.ggml.token_type", list) or []
+    control = [id for id, kind in enumerate(types) if kind == CONTROL]
+    tokens = checkpoint.some_texts("tokenizer.ggml.tokens", control)
+    known = [id for id, token in sorted(tokens.items()) if token in _END_TOKENS]
     return list(dict.fromkeys(id for id in (*stated, *known) if id is not None))
