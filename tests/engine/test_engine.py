@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from minisrv.checkpoint.model_config import RopeConfig
 from minisrv.engine.engine import Engine
+from minisrv.engine.layers.rope import RotaryEmbedding
 from minisrv.errors import ConfigError
 from tests.support.checkpoints import ARCHITECTURES, make_checkpoint
 from tests.support.step_driver import StepDriver, open_engine
@@ -283,6 +285,34 @@ def test_the_memory_plan_names_pages_and_whole_contexts(tmp_path: Path) -> None:
     assert "room for 1.5 requests of the full context of 2048" in text
     counts = r"\ntoken counts +\S+ KiB  for penalties, taken as requests need it\n"
     assert re.search(counts, text)
+
+
+def test_positions_that_the_cache_has_no_room_for_are_freed(
+    tmp_path: Path, llama: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    shorten = RotaryEmbedding.shorten
+
+    def record(rope: RotaryEmbedding, num_positions: int) -> None:
+        kept.append(num_positions)
+        shorten(rope, num_positions)
+
+    monkeypatch.setattr(RotaryEmbedding, "shorten", record)
+    small = open_engine(make_checkpoint(tmp_path, "llama"), num_pages=3)
+    assert kept == [48]
+    ids = prompt(15, 40)
+    assert StepDriver(small).generate(ids, 8) == StepDriver(llama).generate(ids, 8)
+
+
+def test_a_shortened_table_has_the_rows_that_are_left() -> None:
+    rope = RotaryEmbedding(RopeConfig(), 16, 20, torch.float32, torch.device("cpu"))
+    before = [rows.clone() for rows in rope.rows(torch.arange(9))]
+    rope.shorten(30)
+    rope.rows(torch.tensor([19]))
+    rope.shorten(9)
+    assert all(map(torch.equal, rope.rows(torch.arange(9)), before))
+    with pytest.raises((IndexError, RuntimeError)):
+        rope.rows(torch.tensor([9]))
 
 
 def test_the_cache_is_never_larger_than_the_requests_can_use(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The tensors of GGUF files, taken by name while the model is built.
 
-The files are memory-mapped: a tensor is converted in blocks of rows, straight from the map, which
-then gives its memory back. So there is no second copy of a file at any time.
+The files are memory-mapped: a tensor is converted straight from the map, which then gives its
+memory back. So there is no second copy of a file at any time.
 """
 
 # Shapes: O outputs and I inputs of a matrix.

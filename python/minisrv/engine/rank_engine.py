@@ -122,6 +122,7 @@ class RankEngine:
             token_counts=adjuster.num_bytes,
             graphs=graph_bytes(model_config, shapes, weights.dtype.itemsize),
         )
+        model.shorten(self.memory_plan.num_pages * config.page_size)
         self._allocate_cache(self.memory_plan.num_pages)
         if shapes:
             recording = partial(progress, _RECORDING, total=len(shapes), unit="graph")

@@ -35,6 +35,7 @@ def _serve(child: Child) -> None:
         from minisrv.scheduler.build import build_loop
 
         vocabulary = opened.result()
+    del tokenizer  # some 25 MiB
     loop = build_loop(
         child.config,
         model_dir,

@@ -112,6 +112,10 @@ class Decoder:
         self._joined = [run for run in joined if run is not None]
         self.run_layers: RunLayers | None = None
 
+    def shorten(self, num_positions: int) -> None:
+        """Free what only sequences with more tokens than `num_positions` need."""
+        self._rope.shorten(num_positions)
+
     def forward(self, ids_T: Tensor, positions_T: Tensor) -> Tensor:
         """Hidden states [T, C] after the last layer, before the last norm."""
         x_TC = self._embedding(ids_T)

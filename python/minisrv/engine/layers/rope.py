@@ -35,6 +35,11 @@ class RotaryEmbedding:
         table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
         self._table = table.to(device=device, dtype=dtype)  # [2, P, D]
 
+    def shorten(self, num_positions: int) -> None:
+        """Free the rows of later positions, which no sequence reaches."""
+        if num_positions < self._table.shape[1]:
+            self._table = self._table[:, :num_positions].clone()
+
     def rows(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the step's tokens, each [T, 1, D]."""
         cos, sin = self._table.index_select(1, positions_T).unsqueeze(2)
