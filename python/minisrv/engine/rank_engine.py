@@ -66,6 +66,8 @@ class RankEngine:
     rank does not.
     """
 
+    runner: HostRunner | DeviceRunner
+
     def __init__(
         self,
         config: ServerConfig,
@@ -100,7 +102,6 @@ class RankEngine:
         num_rows, max_seq_len = config.max_running_requests, model_config.max_seq_len
         counted_rows = num_rows if sharding.rank == 0 else 0  # only rank 0 has all the logits
         adjuster = LogitAdjuster(kernels, counted_rows, model_config.vocab_size, device)
-        self.runner: HostRunner | DeviceRunner
         if isinstance(attention, FlashInferAttention):
             limits = StepLimits(num_rows, self.max_prefill_tokens, max_seq_len, config.page_size)
             self.runner = device_runner = DeviceRunner(
