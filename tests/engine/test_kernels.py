@@ -173,6 +173,30 @@ def test_decode_attention(
     assert_close(ours, torch.stack(expected))
 
 
+@pytest.mark.parametrize("num_kv_heads", [1, 3, 8])
+def test_decode_attention_is_the_same_for_any_threads(num_kv_heads: int) -> None:
+    """However the heads of each batch are divided among them."""
+    kernels = load_cpu_kernels(torch.float32, torch.bfloat16)
+    assert kernels is not None
+    most, page_size, head_dim, length = 9, 16, 64, 300
+    columns = -(-length // page_size)
+    shape = most * columns, page_size, num_kv_heads, head_dim
+    cache = torch.randn(2, *shape).bfloat16()
+    table = torch.randperm(most * columns).int().view(most, columns)
+    lens = torch.randint(1, length, (most,), dtype=torch.int32)
+    rows, q = torch.arange(most, dtype=torch.int32), torch.randn(most, 2 * num_kv_heads, head_dim)
+    keys_values = cache[0], cache[1]
+    kernels.num_threads, expected = 1, torch.empty_like(q)
+    kernels.decode_attention(q, keys_values, table, rows, lens, 0, expected)
+    for batch in range(1, most + 1):
+        for kernels.num_threads in range(1, 6):
+            out = torch.full_like(q[:batch], torch.nan)
+            kernels.decode_attention(
+                q[:batch], keys_values, table, rows[:batch], lens[:batch], 0, out
+            )
+            assert torch.equal(out, expected[:batch])
+
+
 @pytest.mark.parametrize("head_dim", ATTENTION_HEAD_DIMS)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize(

@@ -571,8 +571,12 @@ void decode_attention(const T* q, long q_stride, const Cache<C>& cache, const in
                                    batch, heads, scale, threads, shared_sums.data(),
                                    shared_lse.data());
   const long longest = *std::max_element(kv_lens, kv_lens + batch) - shared + kLanes;
-  // A task is all heads of a sequence if that gives enough tasks, otherwise a single head.
-  const long num = batch >= 2 * threads ? kv_heads : 1, parts = kv_heads / num;
+  // A task has as many heads of a sequence as leave equal work for all threads. They are adjacent in
+  // memory, and longer pieces are read faster.
+  const auto is_even = [&](long tasks) { return tasks % threads == 0 || tasks >= 4 * threads; };
+  long num = kv_heads;
+  while (num > 1 && (kv_heads % num || !is_even(batch * (kv_heads / num)))) --num;
+  const long parts = kv_heads / num;
 #pragma omp parallel num_threads(threads) if (batch * longest * heads * size > kParallelWork)
   {
     const long width = num * group * size;
