@@ -3,8 +3,8 @@
 python benchmark/start.py [MODEL ...] [--repetitions N] [--kv-memory SIZE] [--results PAGE]
 
 Models are started one after another, in alternating order, from a warm disk; by default demo and
-the 0.6B shape in Q4_K_M. Seconds are from the launch to the first 200 of /ready. Then prompts fill
-the KV cache, and the resident memory of the engine process is taken.
+the 0.6B shape in Q4_K_M. Seconds are from the launch to the first 200 of /ready. Before, each
+is started once more, prompts fill its KV cache, and the memory of its engine process is taken.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
+from http.client import HTTPConnection
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
@@ -34,15 +36,13 @@ MODELS = ("demo", str(CACHE.parent / "Qwen3-0.6B-Q4_K_M.gguf"))
 PROMPT_TOKENS = 1000
 ENGINE = "minisrv.scheduler"
 POLL_S = 0.02
-MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Start:
-    """One start: seconds until it was ready, and bytes when the cache was full."""
+class Memory:
+    """Bytes of the engine process, the weights as printed at the start."""
 
-    seconds: float
-    weights: int  # as printed at the start
+    weights: int
     resident: int
     private: int
 
@@ -64,17 +64,21 @@ def launched(model: str, kv_memory: str) -> Iterator[tuple[subprocess.Popen[str]
         process.communicate(timeout=60)
 
 
-def measure_start(model: str, kv_memory: str) -> Start:
-    """Start a server, fill its cache, and end it."""
+def measure_start(model: str, kv_memory: str) -> float:
+    """Seconds until a server is ready."""
     begin = time.perf_counter()
     with launched(model, kv_memory) as (process, url):
-        while not _is_ready(url):
-            assert process.poll() is None, "the server ended"
-            time.sleep(POLL_S)
-        seconds = time.perf_counter() - begin
+        _wait_ready(process, url)
+        return time.perf_counter() - begin
+
+
+def measure_memory(model: str, kv_memory: str) -> Memory:
+    """The memory of a server's engine process when the cache is full."""
+    with launched(model, kv_memory) as (process, url):
+        _wait_ready(process, url)
         assert process.stdout is not None
-        weights = next(line for line in process.stdout if "weights  " in line)
-        printed = re.search(r"weights +(\S+ \S+)", weights)
+        line = next(line for line in process.stdout if "weights  " in line)
+        printed = re.search(r"weights +(\S+) (\S+)", line)
         assert printed
         _fill_cache(url)
         (engine,) = (
@@ -83,13 +87,19 @@ def measure_start(model: str, kv_memory: str) -> Start:
             if ENGINE in child.cmdline()
         )
         memory = engine.memory_full_info()
-    return Start(seconds, parse_size(printed[1].replace(" ", "")), memory.rss, memory.uss)
+    return Memory(parse_size(printed[1] + printed[2]), memory.rss, memory.uss)
 
 
-def _is_ready(url: str) -> bool:
-    with suppress(httpx.TransportError):
-        return httpx.get(f"{url}/ready", timeout=5).status_code == 200
-    return False
+def _wait_ready(process: subprocess.Popen[str], url: str) -> None:
+    parts = urlsplit(url)
+    while True:
+        # A client of httpx takes as much time as the start can spare.
+        with suppress(OSError), closing(HTTPConnection(str(parts.hostname), parts.port)) as one:
+            one.request("GET", "/ready")
+            if one.getresponse().status == 200:
+                return
+        assert process.poll() is None, "the server ended"
+        time.sleep(POLL_S)
 
 
 def _fill_cache(url: str) -> None:
@@ -104,7 +114,7 @@ def _fill_cache(url: str) -> None:
         httpx.post(f"{url}/v1/completions", json=body, timeout=300).raise_for_status()
 
 
-def page(starts: dict[str, list[Start]], kv_memory: str) -> str:
+def page(seconds: dict[str, list[float]], memory: dict[str, Memory], kv_memory: str) -> str:
     """The results in Markdown."""
     cache = parse_size(kv_memory)
     lines = [
@@ -112,22 +122,22 @@ def page(starts: dict[str, list[Start]], kv_memory: str) -> str:
         "",
         f"`python benchmark/start.py`: {describe_cpu()}; minisrv {version('minisrv')}, "
         f"torch {version('torch')}.",
-        f"Medians, with the range; a KV cache of {kv_memory}, filled by prompts of "
-        f"{PROMPT_TOKENS} tokens. Rest: resident memory less weights and cache.",
+        f"Medians with the range. A KV cache of {kv_memory}, filled by prompts of {PROMPT_TOKENS} "
+        "tokens. Rest: resident memory less weights and cache.",
         "",
         "| model | seconds until ready | weights | resident | private | rest |",
         "|---|---|---|---|---|---|",
     ]
-    for model, of_model in starts.items():
-        seconds = [start.seconds for start in of_model]
-        resident = int(statistics.median(start.resident for start in of_model))
-        private = int(statistics.median(start.private for start in of_model))
-        weights = of_model[0].weights
-        lines.append(
-            f"| {Path(model).name} | {statistics.median(seconds):.1f} ({min(seconds):.1f}-"
-            f"{max(seconds):.1f}) | {format_size(weights)} | {format_size(resident)} | "
-            f"{format_size(private)} | {format_size(resident - weights - cache)} |"
-        )
+    for model, times in seconds.items():
+        of_engine = memory[model]
+        sizes = of_engine.weights, of_engine.resident, of_engine.private
+        rest = of_engine.resident - of_engine.weights - cache
+        cells = [
+            Path(model).name,
+            f"{statistics.median(times):.1f} ({min(times):.1f}-{max(times):.1f})",
+            *map(format_size, (*sizes, rest)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -138,13 +148,13 @@ def main() -> int:
     parser.add_argument("--kv-memory", default="256MiB", metavar="SIZE")
     parser.add_argument("--results", type=Path, metavar="PAGE", help="file to write the page to")
     args = parser.parse_args()
-    starts: dict[str, list[Start]] = {model: [] for model in args.models}
-    for number in range(args.repetitions + 1):
+    # What the measurement of memory reads from the disk, the starts find in memory.
+    memory = {model: measure_memory(model, args.kv_memory) for model in args.models}
+    seconds: dict[str, list[float]] = {model: [] for model in args.models}
+    for number in range(args.repetitions):
         for model in args.models if number % 2 else reversed(args.models):
-            start = measure_start(model, args.kv_memory)
-            if number:  # before the first one the disk may be cold
-                starts[model].append(start)
-    text = page(starts, args.kv_memory)
+            seconds[model].append(measure_start(model, args.kv_memory))
+    text = page(seconds, memory, args.kv_memory)
     print(text)
     if args.results:
         args.results.write_text(text)
