@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minisrv.engine.kernels import compiler
+from minisrv.engine.kernels.packed import Parts
 from minisrv.engine.packed import PackedMatrix, convert, empty_like
 
 _BLOCK_BYTES = 1 << 18  # of the file, converted together
@@ -49,25 +50,13 @@ def from_gguf(
     return matrix
 
 
-class _Parts(ctypes.Structure):
-    """Parts in gguf.cpp."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_void_p)
-        for name in ("values", "scales", "super_scales", "offsets", "super_offsets")
-    )
-
-
 @cache
 def _load_library() -> ctypes.CDLL | None:
     library = compiler.load_library(Path(compiler.__file__).with_name("gguf.cpp"))
     for kind in _COMPILED if library is not None else ():
         function = getattr(library, f"unpack_{kind.name}")
         numbers = ctypes.c_long, ctypes.c_long
-        function.argtypes = [
-            *(ctypes.c_void_p, *numbers, ctypes.POINTER(_Parts)),
-            ctypes.c_int,
-        ]
+        function.argtypes = [ctypes.c_void_p, *numbers, ctypes.POINTER(Parts), ctypes.c_int]
         function.restype = None
     return library
 
@@ -79,7 +68,7 @@ def _converted(library: ctypes.CDLL, kind: GGMLQuantizationType, blocks: Tensor)
     matrix = empty_like(_UNPACK[kind](blocks[:1]), rows)
     parts = {name: tensor.data_ptr() for name, tensor in matrix.tensors().items()}
     unpack = getattr(library, f"unpack_{kind.name}")
-    unpack(blocks.data_ptr(), rows, per_row, ctypes.byref(_Parts(**parts)), torch.get_num_threads())
+    unpack(blocks.data_ptr(), rows, per_row, ctypes.byref(Parts(**parts)), torch.get_num_threads())
     return matrix
 
 

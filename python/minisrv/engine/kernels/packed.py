@@ -31,8 +31,8 @@ class _Matrix(Structure):
     )
 
 
-class _Parts(Structure):
-    """Parts in packed.cpp."""
+class Parts(Structure):
+    """Parts in packed.cpp and gguf.cpp: the tensors of a PackedMatrix, null where it has none."""
 
     _fields_ = tuple(
         (name, c_void_p)
@@ -48,7 +48,7 @@ def load_packed_library(source: Path = _SOURCE) -> CDLL | None:
         return None
     matrix = POINTER(_Matrix)
     library.packed_bytes.argtypes, library.packed_bytes.restype = [matrix], c_long
-    library.pack.argtypes = [matrix, POINTER(_Parts), c_int]
+    library.pack.argtypes = [matrix, POINTER(Parts), c_int]
     library.multiply.argtypes = [
         *(matrix, c_void_p, c_long, c_void_p, c_void_p),
         *(c_long, c_long, c_int),
@@ -100,7 +100,7 @@ class PanelProduct:
             *(matrix.offsets, matrix.super_offsets),
         ]
         held = [None if part is None else part.contiguous() for part in parts]
-        pointers = _Parts(*(None if part is None else part.data_ptr() for part in held))
+        pointers = Parts(*(None if part is None else part.data_ptr() for part in held))
         library.pack(self._matrix, byref(pointers), num_threads())
 
     @property
