@@ -10,7 +10,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from minisrv.errors import EngineDeadError, MinisrvError
 from minisrv.frontend.apis.openai.fields import ROLES
-from minisrv.frontend.generation.run import CHOICES_AT_ONCE
+from minisrv.frontend.generation.groups import CHOICES_AT_ONCE
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.tokenizer.tool_arguments import with_read_arguments
 from tests.support.http_server import MODEL, HttpServer, serve

@@ -147,6 +147,56 @@ def test_it_is_ready_when_all_children_are_and_stops_when_told(
     assert run.notices[-1] == EngineEnded("the server is stopping", stopping=True)
 
 
+def test_children_share_the_session_and_leave_the_group(
+    children: Children, model_dir: Path
+) -> None:
+    # Linux shares the processors between sessions; an interrupt goes to a group.
+    children()
+    run = Run(model_dir)
+    run.wait_for(EngineReady)
+    for child in run.children():
+        assert os.getsid(child.pid) == os.getsid(0)
+        assert os.getpgid(child.pid) == child.pid
+    run.supervisor.stop()
+    run.join()
+
+
+ON_A_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(2, termios.TIOCSCTTY, 0)
+attributes = termios.tcgetattr(2)
+attributes[3] |= termios.TOSTOP
+termios.tcsetattr(2, termios.TCSANOW, attributes)
+from minisrv.supervision.child_handle import ChildProcess
+boot = {"config": {"model": "demo"}, "run_dir": "", "epoch": 1, "index": 0}
+child = ChildProcess("scheduler", "scheduler", "child_scheduler", boot, {})
+while child.ready is None:
+    assert not child.ended
+    child.read_reports()
+child.kill()
+"""
+
+
+def test_a_child_writes_to_a_terminal_that_stops_background_output(
+    children: Children, tmp_path: Path
+) -> None:
+    children(scheduler="os.write(2, b'from the child'); " + SERVE)
+    main, terminal = os.openpty()
+    with os.fdopen(main, "rb", buffering=0) as screen:
+        try:
+            subprocess.run(
+                [sys.executable, "-c", ON_A_TERMINAL],
+                stderr=terminal,
+                env=environment(PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path])),
+                check=True,
+                timeout=30,
+            )
+        finally:
+            os.close(terminal)
+        assert screen.read(100) == b"from the child"
+
+
 def test_progress_is_passed_on_in_steps_of_a_percent(children: Children, model_dir: Path) -> None:
     children(
         scheduler="[child.report_progress('weights', i / 2000) for i in range(2001)]; "

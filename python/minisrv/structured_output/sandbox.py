@@ -128,7 +128,9 @@ class Sandbox:
                 [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],
                 stdin=subprocess.PIPE,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is for the server, which then closes its end
+                # Ctrl-C is for the server, which then closes its end. Not a session of its own:
+                # Linux may give each session an equal share of the processors.
+                process_group=0,
             )
         self._stop = weakref.finalize(self, _end, helper, ours)
         settings = {

@@ -87,9 +87,10 @@ def run_child(name: str, main: Callable[[Child], None]) -> NoReturn:
     """Run `main` as the child `name`: boot from stdin, and report why if `main` fails.
 
     SIGINT and SIGTERM are ignored: terminals and service managers send them to every process,
-    and the supervisor ends its children when open requests have ended.
+    and the supervisor ends its children when open requests have ended. So is SIGTTOU, which stops
+    a background process that writes to a terminal with `stty tostop`.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL, all_threads=True)

@@ -55,31 +55,27 @@ class Usage:
     """
 
     def __init__(self, choices_per_prompt: int) -> None:
+        self.prompt_tokens = self.cached_tokens = self.output_tokens = self.reasoning_tokens = 0
         self._choices_per_prompt = choices_per_prompt
-        self._prompts: dict[int, tuple[int, int]] = {}
+        self._prompts: set[int] = set()
         self._outputs: dict[int, int] = {}
         self._reasoning: dict[int, int] = {}
 
     def count(self, event: Event) -> None:
-        if event.start is not None and event.index % self._choices_per_prompt == 0:
-            self._prompts[event.index] = (event.start.prompt_tokens, event.start.cached_tokens)
+        """Add what an event counts; one that is counted again adds nothing."""
+        if event.start is not None and self._is_new_prompt(event.index):
+            self.prompt_tokens += event.start.prompt_tokens
+            self.cached_tokens += event.start.cached_tokens
         if event.deltas:
+            self.output_tokens += event.output_tokens - self._outputs.get(event.index, 0)
             self._outputs[event.index] = event.output_tokens
         if event.reasoning_tokens:
+            before = self._reasoning.get(event.index, 0)
+            self.reasoning_tokens += event.reasoning_tokens - before
             self._reasoning[event.index] = event.reasoning_tokens
 
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(prompt for prompt, _ in self._prompts.values())
-
-    @property
-    def cached_tokens(self) -> int:
-        return sum(cached for _, cached in self._prompts.values())
-
-    @property
-    def output_tokens(self) -> int:
-        return sum(self._outputs.values())
-
-    @property
-    def reasoning_tokens(self) -> int:
-        return sum(self._reasoning.values())
+    def _is_new_prompt(self, index: int) -> bool:
+        if index % self._choices_per_prompt or index in self._prompts:
+            return False
+        self._prompts.add(index)
+        return True

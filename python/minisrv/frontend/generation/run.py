@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from minisrv import log
 from minisrv.errors import MinisrvError
 from minisrv.frontend.generation.event_reader import ChoiceReader
+from minisrv.frontend.generation.groups import CHOICES_AT_ONCE, in_groups
 from minisrv.frontend.generation.renderer import Renderer, read_choice
 from minisrv.frontend.generation.request import GenerationRequest
 from minisrv.frontend.generation.timings import RequestTimings
@@ -37,7 +38,6 @@ logger = logging.getLogger("minisrv.frontend")
 
 FIRST_PING_S = 5.0
 PING_S = 15.0
-CHOICES_AT_ONCE = 64  # sent to the tokenizers, or read, before other requests run
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Runner:
 
     registry: RequestRegistry
     max_open_requests: int
-    count_request: Callable[[RequestTimings], None]
+    count_request: Callable[[RequestTimings], Awaitable[None]]
     fair_keys: bool = False
     tracer: Tracer | None = None
 
@@ -98,10 +98,9 @@ class _GenerationResponse(Response):
         watch = asyncio.create_task(self._abort_when_gone(receive, base))
         try:
             key = key_number_of(scope) if self._runner.fair_keys else 0
-            for i, message in enumerate(self._request.tokenize_messages(base), 1):
-                self._registry.send(replace(message, key=key) if key else message)
-                if i % CHOICES_AT_ONCE == 0:
-                    await asyncio.sleep(0)
+            async for messages in in_groups(self._request.tokenize_messages(base)):
+                for message in messages:
+                    self._registry.send(replace(message, key=key) if key else message)
             if self._request.reply.stream:
                 await self._send_stream(send, base)
             else:
@@ -116,9 +115,9 @@ class _GenerationResponse(Response):
             watch.cancel()
             self._abort(base)
             context.log_values = self._log_values()
-            self._runner.count_request(self._timings)
             if self._trace is not None:
                 self._trace.end(self._timings, self._renderer.usage, self._error)
+            await self._runner.count_request(self._timings)
 
     async def _abort_when_gone(self, receive: Receive, base: int) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -137,7 +136,8 @@ class _GenerationResponse(Response):
 
     async def _send_whole(self, send: Send, base: int) -> None:
         events = await self._registry.all_events(base)
-        self._count(events)
+        async for group in in_groups(events):
+            self._count(group)
         self._raise_failure(events)
         body = await self._whole_body(sorted(events, key=lambda event: event.index))
         self.headers["content-length"] = str(len(body))
@@ -145,15 +145,12 @@ class _GenerationResponse(Response):
         await _send_body(send, body)
 
     async def _whole_body(self, events: list[Event]) -> bytes:
-        """The body of the whole reply; others run before the next of thousands of choices."""
         timings, reply, written = self._shown_timings(), {}, []
-        for start in range(0, len(events), CHOICES_AT_ONCE):
-            part = events[start : start + CHOICES_AT_ONCE]
-            choices = [read_choice(self._request, self._renderer, event) for event in part]
+        async for group in in_groups(events):
+            choices = [read_choice(self._request, self._renderer, event) for event in group]
             reply = self._renderer.whole(choices, timings)
             if len(events) > CHOICES_AT_ONCE:
                 written.append(encode_json(reply.pop("choices"))[1:-1])
-                await asyncio.sleep(0)
         if not written:
             return json_bytes(reply)
         return f'{encode_json(reply)[:-1]},"choices":[{",".join(written)}]}}'.encode()
@@ -236,7 +233,7 @@ class _GenerationResponse(Response):
     def _cap_warning(self) -> str | None:
         """For the header: the reply ends when the context is full, before max_tokens."""
         starts = [choice.start for choice in self._timings.choices.values()]
-        lengths = [*(start.prompt_tokens for start in starts), *self._prompt_lengths]
+        lengths = {*(start.prompt_tokens for start in starts), *self._prompt_lengths}
         caps = [self._request.output_cap(length) for length in lengths]
         rooms = [cap for cap in caps if cap is not None]
         if not rooms:

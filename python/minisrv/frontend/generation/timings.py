@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,8 @@ class RequestTimings:
 
     Each interval is measured by one process, so no two clocks are compared. `decode` lasts until
     the last choice ends: queue + prefill + decode + transport make up the total.
+    first_token_at, last_token_at: of all choices, on the scheduler's clock; the latter of those
+    that have ended.
     """
 
     num_choices: int
@@ -40,17 +43,21 @@ class RequestTimings:
     failure_reason: str | None = None
     choices: dict[int, ChoiceTimings] = field(default_factory=dict)
     first: ChoiceTimings | None = None
+    first_token_at: float = math.inf
+    last_token_at: float = -math.inf
 
     def add(self, event: Event) -> None:
         """Take over the times of an event that starts or ends a choice."""
         if event.start is not None:
             choice = self.choices[event.uid] = ChoiceTimings(event.start, event.started_at)
+            self.first_token_at = min(self.first_token_at, event.start.at)
             if self.first is None or choice.started_at < self.first.started_at:
                 self.first = choice
         if event.finish and event.uid in self.choices:
             choice = self.choices[event.uid]
             if event.ended_at is not None:
                 choice.decode_s = event.ended_at - choice.start.at
+                self.last_token_at = max(self.last_token_at, event.ended_at)
             choice.output_tokens = event.output_tokens
             choice.finish_reason = event.finish.reason
 
@@ -59,10 +66,9 @@ class RequestTimings:
         """Seconds from the first token to the last end, or until now if no choice has ended."""
         if self.first is None:
             return 0.0
-        ends = [c.start.at + c.decode_s for c in self.choices.values() if c.decode_s is not None]
-        if not ends:
+        if self.last_token_at < self.first_token_at:
             return time.monotonic() - self.first.started_at
-        return max(ends) - min(choice.start.at for choice in self.choices.values())
+        return self.last_token_at - self.first_token_at
 
     @property
     def total_s(self) -> float:

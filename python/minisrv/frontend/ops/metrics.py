@@ -20,7 +20,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from minisrv.frontend.generation.timings import RequestTimings
+from minisrv.frontend.generation.groups import in_groups
+from minisrv.frontend.generation.timings import ChoiceTimings, RequestTimings
 from minisrv.frontend.registry.registry import RequestRegistry
 from minisrv.wire.histogram import SECONDS, TOKENS
 from minisrv.wire.messages import StatsMsg
@@ -105,17 +106,14 @@ class ServerMetrics(Collector):
             registry=registry,
         )
 
-    def count_request(self, timings: RequestTimings) -> None:
+    async def count_request(self, timings: RequestTimings) -> None:
         """Count a generation that has ended, however it ended."""
         finished = [choice for choice in timings.choices.values() if choice.finish_reason]
         for reason, count in collections.Counter(c.finish_reason for c in finished).items():
             self._count_end(reason, count)
-        for choice in finished:
-            self._observe("request_prompt_tokens", choice.start.prompt_tokens)
-            self._observe("request_generation_tokens", choice.output_tokens)
-            if choice.output_tokens > 1 and choice.decode_s is not None:
-                seconds = choice.decode_s / (choice.output_tokens - 1)
-                self._observe("request_time_per_output_token_seconds", seconds)
+        async for group in in_groups(finished):
+            for choice in group:
+                self._observe_choice(choice)
         if finished:
             longest = max(choice.output_tokens for choice in finished)
             self._observe("request_max_num_generation_tokens", longest)
@@ -133,6 +131,13 @@ class ServerMetrics(Collector):
             self._observe("request_decode_time_seconds", decode_s)
             self._observe("request_inference_time_seconds", prefill_s + decode_s)
             self._observe("e2e_request_latency_seconds", timings.total_s)
+
+    def _observe_choice(self, choice: ChoiceTimings) -> None:
+        self._observe("request_prompt_tokens", choice.start.prompt_tokens)
+        self._observe("request_generation_tokens", choice.output_tokens)
+        if choice.output_tokens > 1 and choice.decode_s is not None:
+            seconds = choice.decode_s / (choice.output_tokens - 1)
+            self._observe("request_time_per_output_token_seconds", seconds)
 
     def count_response(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count a response; `route` is the pattern of its path, not the path itself."""
