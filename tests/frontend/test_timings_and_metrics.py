@@ -14,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from minisrv import log
+from minisrv.frontend.generation.groups import CHOICES_AT_ONCE
 from minisrv.frontend.registry.status_line import StatusLine
 from minisrv.wire.histogram import HistogramCounter
 from tests.support.http_server import MODEL, HttpServer, serve
@@ -122,6 +123,23 @@ def test_metrics_count_requests_by_their_end() -> None:
         assert values["minisrv:time_to_first_token_seconds_count",] == 4
         assert values["minisrv:e2e_request_latency_seconds_count",] == 2
         assert values["minisrv:request_prefill_time_seconds_sum",] == pytest.approx(0.06)
+
+
+def test_a_request_in_several_groups_is_counted_whole() -> None:
+    num_prompts = 2 * CHOICES_AT_ONCE + 3
+    with serve() as server:
+        body = {"prompt": ["a"] * num_prompts, "timings": True}
+        reply = server.http.post("/v1/completions", json=body).json()
+        assert [choice["index"] for choice in reply["choices"]] == list(range(num_prompts))
+        assert reply["usage"]["completion_tokens"] == 7 * num_prompts
+        assert reply["usage"]["prompt_tokens"] == 7 * num_prompts
+        assert reply["timings"]["output_tokens"] == 7 * num_prompts
+        assert reply["timings"]["decode_ms"] == 50.0
+        server.wait_until(lambda: server.registry.num_open == 0)
+        values = metrics_of(server)
+        assert values["minisrv:request_success_total", "stop"] == num_prompts
+        assert values["minisrv:request_prompt_tokens_count",] == num_prompts
+        assert values["minisrv:request_generation_tokens_sum",] == 7 * num_prompts
 
 
 def test_metrics_count_http_by_route_method_and_status() -> None:
