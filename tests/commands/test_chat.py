@@ -181,10 +181,10 @@ def test_sigterm_leaves_a_terminal_that_shows_what_is_typed() -> None:
             stderr=window,
             env=environment(),
         )
-        silent.accept()
-        assert not shows_typing(window)
-        shell.terminate()
-        assert shell.wait(30) == 128 + signal.SIGTERM
+        with silent.accept()[0]:  # stays open: the answer never ends
+            assert not shows_typing(window)
+            shell.terminate()
+            assert shell.wait(30) == 128 + signal.SIGTERM
     assert shows_typing(window)
     os.close(terminal)
     os.close(window)
