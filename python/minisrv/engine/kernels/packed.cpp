@@ -32,7 +32,7 @@ namespace {
 
 constexpr long kPanel = 16;      // outputs
 constexpr long kMaxGroups = 16;  // of a block
-constexpr long kAhead = 2048;    // bytes of weights that are fetched ahead of their use
+constexpr long kAhead = 2048;    // bytes of weights that one row fetches ahead of their use
 constexpr long kRounded = 32;    // inputs that are rounded with one scale
 constexpr long kOutliers = 4;    // inputs of a row that are not rounded
 constexpr float kMost = 127, kLeast = 1e-36f;
@@ -126,9 +126,11 @@ struct Dot {
 #endif
 };
 
-// `size` bytes, some time before they are read.
+// `size` bytes, some time before they are read: by one row soon, by more rows usually when they are
+// done with a panel.
+template <int ROWS>
 inline void fetch(const uint8_t* from, long size) {
-  for (long i = 0; i < size; i += 64) __builtin_prefetch(from + kAhead + i);
+  for (long i = 0; i < size; i += 64) __builtin_prefetch(from + i, 0, ROWS == 1 ? 3 : 2);
 }
 
 inline Words load_words(const uint8_t* from) {
@@ -187,9 +189,7 @@ inline Floats8 load_halves(const uint8_t* from) {
     std::memcpy(&half, from + 2 * i, sizeof half);
     // As the exponent of a float these bits mean 2^112 times less; NaN and infinity are their own.
     const uint32_t rest = half & 0x7fffu, sign = uint32_t(half & 0x8000u) << 16;
-    const uint32_t word = rest << 13 | (rest >= 0x7c00u ? 0x7f800000u : 0);
-    float value;
-    std::memcpy(&value, &word, sizeof value);
+    float value = float_of(rest << 13 | (rest >= 0x7c00u ? 0x7f800000u : 0));
     if (rest < 0x7c00u) value *= 0x1p112f;
     floats[i] = sign ? -value : value;
   }
@@ -310,11 +310,7 @@ inline uint32_t most_of(const float* x) {
   return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1))));
 #else
   uint32_t most = 0;
-  for (long i = 0; i < kRounded; ++i) {
-    uint32_t word;
-    std::memcpy(&word, x + i, sizeof word);
-    most = std::max(most, word & 0x7fffffffu);
-  }
+  for (long i = 0; i < kRounded; ++i) most = std::max(most, bits_of(x[i]) & 0x7fffffffu);
   return most;
 #endif
 }
@@ -349,8 +345,7 @@ inline void round_by(const float* x, float factor, int8_t* to, HalfSums& first, 
 // finite.
 inline float round_some(const float* x, uint32_t most, int8_t* to, HalfSums& first,
                         HalfSums& second) {
-  float largest;
-  std::memcpy(&largest, &most, sizeof largest);
+  const float largest = float_of(most);
   const bool finite = most < 0x7f800000u;
   if (finite && largest >= kLeast) {
     round_by(x, kMost / largest, to, first, second);
@@ -367,19 +362,21 @@ inline void grow(std::vector<T>& vector, long size) {
 }
 
 // An input that is not rounded, and where its weights are in a panel: their block and their words,
-// in bytes, and their group, in the block and in the row.
+// in bytes, and their group, in the block and in the row. `one` selects them in a word.
 struct Outlier {
   float number;
+  uint32_t one;
   int shift;
-  long block, words, group_of_block, group;
+  long index, block, words, group_of_block, group;
 
   Outlier() = default;
-  Outlier(long index, float number, const Matrix& m) : number(number), group(index / m.group) {
+  Outlier(long index, float number, const Matrix& m)
+      : number(number), one(1u << index % 4 * 8), index(index), group(index / m.group) {
     group_of_block = group % m.groups;
     block = group / m.groups * m.block_bytes();
     const long i = index % (m.groups * m.group);
     words = block + m.scale_bytes() + (m.bits == 8 ? i / 4 : i / 32 * 4 + i % 16 / 4) * 4 * kPanel;
-    shift = int(i % 4 * 8 + (m.bits == 8 ? 0 : i % 32 / 16 * 4));
+    shift = int(m.bits == 8 ? 0 : i % 32 / 16 * 4);
   }
 };
 
@@ -402,9 +399,7 @@ struct Rest {
     const auto greatest = std::max_element(most.begin(), most.begin() + inputs / kRounded);
     float* group = &numbers[(greatest - most.begin()) * kRounded];
     const float* found = std::find_if(group, group + kRounded, [&](float number) {
-      uint32_t word;
-      std::memcpy(&word, &number, sizeof word);
-      return (word & 0x7fffffffu) == *greatest;
+      return (bits_of(number) & 0x7fffffffu) == *greatest;
     });
     const long index = found - numbers.data();
     const float number = std::exchange(numbers[index], 0.f);
@@ -413,11 +408,12 @@ struct Rest {
   }
 };
 
-// Rounded rows. sums: of the values of a group, or if there are no offsets what `Dot` begins with.
+// Rounded rows. sums: of the values of a group, as the bits of a float; or if there are no offsets,
+// what `Dot` begins with.
 struct Inputs {
   std::vector<int8_t> values;     // [M, I]
   std::vector<float> scales;      // [M, G]
-  std::vector<int32_t> sums;      // [M, G]
+  std::vector<uint32_t> sums;     // [M, G]
   std::vector<Outlier> outliers;  // [M, kOutliers]
   long inputs, groups;
 
@@ -432,17 +428,18 @@ struct Inputs {
   template <class T>
   void round(const T* x, long row, const Matrix& matrix) {
     const bool in_pairs = kInPairs && matrix.bits == 4 && !matrix.has_offsets();
-    const int32_t factor = matrix.has_offsets() ? 1 : matrix.start();
+    const int32_t factor = matrix.start();
     const auto start = [&](HalfSums half) {
-      return in_pairs ? int32_t(uint16_t(factor * half.even) | uint32_t(factor * half.odd) << 16)
-                      : factor * (half.even + half.odd);
+      if (matrix.has_offsets()) return bits_of(float(half.even + half.odd));
+      return in_pairs ? uint16_t(factor * half.even) | uint32_t(factor * half.odd) << 16
+                      : uint32_t(factor * (half.even + half.odd));
     };
     static thread_local Rest rest;
     rest.read(x + row * inputs, inputs);
     for (long i = 0; i < kOutliers; ++i)
       outliers[row * kOutliers + i] = rest.take_greatest(matrix);
     float* scale = &scales[row * groups];
-    int32_t* sum = &sums[row * groups];
+    uint32_t* sum = &sums[row * groups];
     int8_t* to = &values[row * inputs];
     for (long i = 0; i < inputs; i += kRounded, to += kRounded) {
       HalfSums first, second;
@@ -464,23 +461,23 @@ template <Values VALUES, int GROUP, bool OFFSETS, int ROWS>
 inline __attribute__((always_inline)) void add_groups(const uint8_t* values,
                                                       const PanelFloats* scale,
                                                       const PanelFloats* offset, long first,
-                                                      long count, bool fetches,
+                                                      long count, long ahead,
                                                       const Inputs& x, long row,
                                                       Floats sums[ROWS][kParts]) {
   constexpr bool halves = VALUES == kNibbles;
   for (long g = 0; g < count; ++g) {
     const int8_t* inputs = &x.values[row * x.inputs + (first + g) * GROUP];
     const float* scales = &x.scales[row * x.groups + first + g];
-    const int32_t* starts = &x.sums[row * x.groups + first + g];
+    const uint32_t* starts = &x.sums[row * x.groups + first + g];
     Dot<VALUES, !OFFSETS> dots[ROWS][kParts];
     Ints firsts[ROWS][kParts];  // of few values, the sums of the first 16 inputs of 32
     constexpr long size = halves ? kPanel * GROUP / 2 : kPanel * GROUP;
     if (VALUES != kSmall)
-      fetch(values + (halves && GROUP == 16 ? g % 2 * size : 0), fetches ? size : 0);
+      fetch<ROWS>(values + ahead + (halves && GROUP == 16 ? g % 2 * size : 0), ahead ? size : 0);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
       for (int p = 0; p < kParts; ++p)
-        dots[r][p].begin(OFFSETS ? 0 : starts[r * x.groups]);
+        dots[r][p].begin(OFFSETS ? 0 : int32_t(starts[r * x.groups]));
 #pragma GCC unroll 8
     for (int i = 0; i < GROUP / 4; ++i) {
       // Of 32 inputs with 4 bits, the words are read for the low halves and for the high ones.
@@ -511,33 +508,39 @@ inline __attribute__((always_inline)) void add_groups(const uint8_t* values,
       values += (halves ? kPanel * 16 : kPanel * GROUP);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-      const int32_t start = starts[r * x.groups];
+      const float sum_of_inputs = OFFSETS ? float_of(starts[r * x.groups]) : 0;
 #pragma GCC unroll 2
       for (int p = 0; p < kParts; ++p) {
         Ints total = dots[r][p].total();
         if (VALUES == kFew && GROUP == 32) total += firsts[r][p];
         const long lanes = p * kLanes;
         Floats sum = __builtin_convertvector(total, Floats) * load_floats(scale[g].lanes + lanes);
-        if (OFFSETS) sum += float(start) * load_floats(offset[g].lanes + lanes);
+        if (OFFSETS) sum += sum_of_inputs * load_floats(offset[g].lanes + lanes);
         sums[r][p] += scales[r * x.groups] * sum;
       }
     }
   }
 }
 
-// A panel of 4 bits with its scales as floats and its values as bytes, for many rows.
+// A panel's scales as floats, and its values of 4 bits as bytes, for more than kMaxRows rows.
 struct Unpacked {
+  bool has_scales;
   std::vector<PanelFloats> scale, offset;  // of all groups
   std::vector<uint8_t> values;
 
-  void read(const Matrix& matrix, const uint8_t* at) {
+  void read_scales(const Matrix& matrix, const uint8_t* at) {
     const long groups = matrix.num_groups();
     grow(scale, groups);
     grow(offset, groups);
-    grow(values, kPanel * matrix.inputs);
-    uint8_t* to = values.data();
-    for (long g = 0; g < groups; g += matrix.groups, at += matrix.block_bytes()) {
+    for (long g = 0; g < groups; g += matrix.groups, at += matrix.block_bytes())
       matrix.read_scales(at, 0, matrix.groups, &scale[g], &offset[g]);
+  }
+
+  void read_values(const Matrix& matrix, const uint8_t* at) {
+    grow(values, kPanel * matrix.inputs);
+    fetch<kMaxRows>(at + matrix.panel_bytes(), matrix.panel_bytes());
+    uint8_t* to = values.data();
+    for (long g = 0; g < matrix.num_groups(); g += matrix.groups, at += matrix.block_bytes()) {
       const uint8_t* from = at + matrix.scale_bytes();
       const long size = matrix.value_bytes();
       constexpr long half = 16 * kPanel;  // bytes of 16 inputs
@@ -552,48 +555,55 @@ struct Product {
   const float* bias;  // or null
   void* out;          // floats if `float_out`, else bf16
   bool float_out;
+  long ahead;  // bytes between the weights that are used and those that are fetched
 
   // Adds an input that is not rounded, times its weights in a panel.
   template <Values VALUES, bool OFFSETS>
-  void add_outlier(const Outlier& x, long panel, const Unpacked& unpacked, float* sums) const {
-    constexpr bool small = VALUES == kNibbles || VALUES == kSmall;
-    constexpr bool is_signed = !small && !OFFSETS;
-    constexpr int32_t sign = is_signed && !kBias ? 128 : 0;
-    const int32_t zero = int32_t(matrix.zero + (is_signed ? kBias : 0)) + sign;
+  void add_outlier(const Outlier& x, long panel, const Unpacked& unpacked, Floats* sums) const {
+    constexpr bool is_signed = (VALUES == kFew || VALUES == kBytes) && !OFFSETS;
+    const int32_t zero = int32_t(matrix.zero + (is_signed ? kBias : 0));
     const uint8_t* at = matrix.panels + panel * matrix.panel_bytes();
+    const uint8_t* words = at + x.words;
     PanelFloats scale_of_block, offset_of_block;
     const PanelFloats *scale = &scale_of_block, *offset = &offset_of_block;
-    if (VALUES == kSmall)
+    if (VALUES == kSmall) words = unpacked.values.data() + x.index / 4 * 4 * kPanel;
+    if (unpacked.has_scales) {
       scale = &unpacked.scale[x.group], offset = &unpacked.offset[x.group];
-    else
+    } else {
       matrix.read_scales(at + x.block, x.group_of_block, 1, &scale_of_block, &offset_of_block);
-    uint32_t words[kPanel];
-    std::memcpy(words, at + x.words, sizeof words);
-    for (int i = 0; i < kPanel; ++i) {
-      const uint32_t value = words[i] >> x.shift & (small ? 15 : 255);
-      const float product = scale->lanes[i] * float(int32_t(value ^ sign) - zero);
-      sums[i] += x.number * (OFFSETS ? product + offset->lanes[i] : product);
+    }
+    for (long p = 0; p < kParts; ++p) {
+      Words w = load_words(words + p * sizeof(Words));
+      if (VALUES == kNibbles) w = w >> x.shift & 0x0f0f0f0fu;
+      Dot<VALUES, !OFFSETS> value;
+      value.begin(0);
+      value.add(w, Words{} + x.one);
+      Floats weights = __builtin_convertvector(value.total() - zero, Floats) *
+                       load_floats(scale->lanes + p * kLanes);
+      if (OFFSETS) weights += load_floats(offset->lanes + p * kLanes);
+      sums[p] += x.number * weights;
     }
   }
 
   template <Values VALUES, bool OFFSETS, int ROWS>
-  void write(const Floats sums[ROWS][kParts], const Inputs& x, long row, long panel,
+  void write(Floats sums[ROWS][kParts], const Inputs& x, long row, long panel,
              const Unpacked& unpacked) const {
-    float numbers[ROWS][kPanel];
-    std::memcpy(numbers, sums, sizeof numbers);
-    for (long r = 0; r < ROWS; ++r)
-      for (long i = 0; i < kOutliers; ++i)
-        add_outlier<VALUES, OFFSETS>(x.outliers[(row + r) * kOutliers + i], panel, unpacked,
-                                     numbers[r]);
     const long first = panel * kPanel, count = std::min(kPanel, matrix.outputs - first);
     for (long r = 0; r < ROWS; ++r) {
+      for (long i = 0; i < kOutliers; ++i)
+        add_outlier<VALUES, OFFSETS>(x.outliers[(row + r) * kOutliers + i], panel, unpacked,
+                                     sums[r]);
+      float numbers[kPanel];
+      std::memcpy(numbers, sums[r], sizeof numbers);
       if (bias != nullptr)
-        for (long i = 0; i < count; ++i) numbers[r][i] += bias[first + i];
+        for (long i = 0; i < count; ++i) numbers[i] += bias[first + i];
       const long at = (row + r) * matrix.outputs + first;
-      if (float_out)
-        std::copy_n(numbers[r], count, static_cast<float*>(out) + at);
+      if (float_out && count == kPanel)
+        std::memcpy(static_cast<float*>(out) + at, numbers, sizeof numbers);
+      else if (float_out)
+        std::copy_n(numbers, count, static_cast<float*>(out) + at);
       else
-        for (long i = 0; i < count; ++i) store(static_cast<bf16*>(out)[at + i], numbers[r][i]);
+        for (long i = 0; i < count; ++i) store(static_cast<bf16*>(out)[at + i], numbers[i]);
     }
   }
 
@@ -601,21 +611,24 @@ struct Product {
   // its scale as float16: all sizes are known here, and scales stay in registers.
   template <Values VALUES, int GROUP, bool OFFSETS, int ROWS>
   inline __attribute__((always_inline)) void add_blocks(const Inputs& x, long row, long panel,
+                                                        const Unpacked& unpacked,
                                                         Floats sums[ROWS][kParts]) const {
     constexpr bool plain = GROUP == 32 && !OFFSETS;
     const uint8_t* at = matrix.panels + panel * matrix.panel_bytes();
-    // Later rows find the panel in the cache. A single row is never one of them.
-    const bool fetches = ROWS == 1 || row < kMaxRows;
+    const long fetched = row < kMaxRows ? ahead : 0;  // by the first rows, for all
     const long skip = plain ? 2 * kPanel : matrix.scale_bytes();
     const long groups = plain ? 1 : matrix.groups, size = matrix.block_bytes();
-    PanelFloats scale[plain ? 1 : kMaxGroups], offset[plain ? 1 : kMaxGroups];
+    PanelFloats scale_of_block[plain ? 1 : kMaxGroups], offset_of_block[plain ? 1 : kMaxGroups];
+    const PanelFloats *scale = scale_of_block, *offset = offset_of_block;
     for (long g = 0; g < x.groups; g += groups, at += size) {
-      fetch(at, fetches ? skip : 0);
+      fetch<ROWS>(at + fetched, fetched ? skip : 0);
       if (plain)
-        read_halves(at, scale->lanes);
+        read_halves(at, scale_of_block->lanes);
+      else if (unpacked.has_scales)
+        scale = &unpacked.scale[g], offset = &unpacked.offset[g];
       else
-        matrix.read_scales(at, 0, groups, scale, offset);
-      add_groups<VALUES, GROUP, OFFSETS, ROWS>(at + skip, scale, offset, g, groups, fetches, x,
+        matrix.read_scales(at, 0, groups, scale_of_block, offset_of_block);
+      add_groups<VALUES, GROUP, OFFSETS, ROWS>(at + skip, scale, offset, g, groups, fetched, x,
                                                row, sums);
     }
   }
@@ -623,13 +636,17 @@ struct Product {
   // ROWS rows of a panel, from its blocks, or unpacked.
   template <Values VALUES, int GROUP, bool OFFSETS, int ROWS>
   void tile(const Inputs& x, long row, long panel, const Unpacked& unpacked) const {
+    for (long r = 0; r < ROWS; ++r) {
+      const long at = (row + r) * matrix.outputs + panel * kPanel;
+      __builtin_prefetch(static_cast<uint8_t*>(out) + at * (float_out ? 4 : 2), 1);
+    }
     Floats sums[ROWS][kParts] = {};
     if constexpr (VALUES == kSmall) {
       add_groups<VALUES, GROUP, OFFSETS, ROWS>(unpacked.values.data(), unpacked.scale.data(),
-                                               unpacked.offset.data(), 0, x.groups, false, x, row,
+                                               unpacked.offset.data(), 0, x.groups, 0, x, row,
                                                sums);
     } else {
-      add_blocks<VALUES, GROUP, OFFSETS, ROWS>(x, row, panel, sums);
+      add_blocks<VALUES, GROUP, OFFSETS, ROWS>(x, row, panel, unpacked, sums);
     }
     write<VALUES, OFFSETS, ROWS>(sums, x, row, panel, unpacked);
   }
@@ -662,41 +679,50 @@ struct Product {
            : rows<VALUES, 16, false>(x, first, last, panel, from);
   }
 
-  // With many rows it is worth the time to unpack 4 bits first.
+  // Scales in 6 bits take long to read, so all rows share them. With many rows it is worth the time
+  // to unpack 4 bits.
   void panel(const Inputs& x, long first, long last, long panel, Unpacked& space) const {
-    constexpr long many = 4 * kMaxRows;
+    const bool unpacks = matrix.bits == 4 && last - first > 6 * kMaxRows;
+    const uint8_t* at = matrix.panels + panel * matrix.panel_bytes();
+    space.has_scales = unpacks || (matrix.scales == kSixBits && last - first > kMaxRows);
+    if (space.has_scales) space.read_scales(matrix, at);
+    if (unpacks) {
+      space.read_values(matrix, at);
+      return rows_of<kSmall>(x, first, last, panel, space);
+    }
+    if (matrix.bits == 4) return rows_of<kNibbles>(x, first, last, panel, space);
     if constexpr (kInPairs)
-      if (matrix.bits == 8 && matrix.most <= kFewMost)
-        return rows_of<kFew>(x, first, last, panel, space);
-    if (matrix.bits == 8) return rows_of<kBytes>(x, first, last, panel, space);
-    if (last - first < many) return rows_of<kNibbles>(x, first, last, panel, space);
-    space.read(matrix, matrix.panels + panel * matrix.panel_bytes());
-    rows_of<kSmall>(x, first, last, panel, space);
+      if (matrix.most <= kFewMost) return rows_of<kFew>(x, first, last, panel, space);
+    rows_of<kBytes>(x, first, last, panel, space);
   }
 };
 
 template <class T>
-void multiply(const T* x, const Product& product, long rows, int threads) {
-  constexpr long piece = 1 << 18;  // multiplications, some 10 us
+void multiply(const T* x, Product product, long rows, int threads) {
+  constexpr long piece = 1 << 20;  // multiplications, some 10 us; of one row, 4 times fewer
   constexpr long chunk = 96;       // rows, whose inputs fit in the L2 cache
   if (rows == 0) return;
   const Matrix& matrix = product.matrix;
   static thread_local Inputs space;
   Inputs& inputs = space;  // of this thread, for all
   inputs.resize(rows, matrix);
-#pragma omp parallel for num_threads(threads) if (rows * matrix.inputs > piece / 8)
+#pragma omp parallel for num_threads(threads) if (rows * matrix.inputs > piece / 32)
   for (long row = 0; row < rows; ++row) inputs.round(x, row, matrix);
   const long panels = matrix.num_panels();
-  const long panel_work = std::min(rows, chunk) * matrix.inputs * kPanel;
+  const long panel_work = std::clamp(rows, 4L, chunk) * matrix.inputs * kPanel;
   const long group = std::max(1L, piece / panel_work);
   const long groups = (panels + group - 1) / group, chunks = (rows + chunk - 1) / chunk;
-#pragma omp parallel num_threads(threads) if (panels * panel_work > 2 * piece)
+  const long blocks = (rows + kMaxRows - 1) / kMaxRows;
+  // While several rows are computed, all of the thread's next panel can be fetched.
+  product.ahead = rows > 1 && group > 1 ? matrix.panel_bytes() : kAhead;
+#pragma omp parallel num_threads(threads) if (panels * panel_work > 4 * piece)
   {
     static thread_local Unpacked unpacked;
 #pragma omp for schedule(dynamic)
     for (long task = 0; task < groups * chunks; ++task) {
       const long begin = task % groups * group, i = task / groups;
-      const long first = rows * i / chunks, last = rows * (i + 1) / chunks;
+      const long first = blocks * i / chunks * kMaxRows;
+      const long last = std::min(rows, blocks * (i + 1) / chunks * kMaxRows);
       for (long panel = begin; panel < std::min(panels, begin + group); ++panel)
         product.panel(inputs, first, last, panel, unpacked);
     }
@@ -805,7 +831,7 @@ extern "C" void pack(const Matrix* m, const Parts* parts, int threads) {
 // x [rows, inputs], plus the bias: [rows, outputs]; each is floats or bf16.
 extern "C" void multiply(const Matrix* m, const void* x, long float_in, const float* bias,
                          void* out, long float_out, long rows, int threads) {
-  const Product product{*m, bias, out, float_out != 0};
+  const Product product{*m, bias, out, float_out != 0, kAhead};
   if (float_in)
     multiply(static_cast<const float*>(x), product, rows, threads);
   else
