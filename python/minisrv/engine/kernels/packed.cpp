@@ -699,23 +699,24 @@ struct Product {
 
 template <class T>
 void multiply(const T* x, Product product, long rows, int threads) {
-  constexpr long piece = 1 << 20;  // multiplications, some 10 us; of one row, 4 times fewer
-  constexpr long chunk = 96;       // rows, whose inputs fit in the L2 cache
+  constexpr long piece = 1 << 20;     // multiplications, some 10 us; of one row, 4 times fewer
+  constexpr long parallel = 1 << 19;  // multiplications that are worth waking threads
+  constexpr long chunk = 96;          // rows, whose inputs fit in the L2 cache
   if (rows == 0) return;
   const Matrix& matrix = product.matrix;
   static thread_local Inputs space;
   Inputs& inputs = space;  // of this thread, for all
   inputs.resize(rows, matrix);
-#pragma omp parallel for num_threads(threads) if (rows * matrix.inputs > piece / 32)
+#pragma omp parallel for num_threads(threads) if (rows * matrix.inputs > parallel / 16)
   for (long row = 0; row < rows; ++row) inputs.round(x, row, matrix);
   const long panels = matrix.num_panels();
   const long panel_work = std::clamp(rows, 4L, chunk) * matrix.inputs * kPanel;
-  const long group = std::max(1L, piece / panel_work);
+  const long group = std::clamp(piece / panel_work, 1L, panels / (4 * threads) + 1);
   const long groups = (panels + group - 1) / group, chunks = (rows + chunk - 1) / chunk;
   const long blocks = (rows + kMaxRows - 1) / kMaxRows;
   // While several rows are computed, all of the thread's next panel can be fetched.
   product.ahead = rows > 1 && group > 1 ? matrix.panel_bytes() : kAhead;
-#pragma omp parallel num_threads(threads) if (panels * panel_work > 4 * piece)
+#pragma omp parallel num_threads(threads) if (panels * kPanel * rows * matrix.inputs > parallel)
   {
     static thread_local Unpacked unpacked;
 #pragma omp for schedule(dynamic)
