@@ -25,6 +25,7 @@ serve: setup
 # They come first, so that no process is left with one of them at the end.
 LONG_TESTS = tests/engine tests/processes tests/exactness tests/commands tests/llm tests/scheduler
 OTHER_TESTS = $(filter-out $(LONG_TESTS:=/) tests/clients/,$(sort $(dir $(wildcard tests/*/test_*.py)))) $(wildcard tests/test_*.py)
+TIMED_TESTS = $(sort $(shell grep -rl --include='test_*.py' 'mark\.timed' tests))
 
 # Hundreds of processes import the package, which is compiled once, also where that is turned off.
 test: export PYTHONDONTWRITEBYTECODE =
@@ -33,7 +34,7 @@ test: export PYTHONDONTWRITEBYTECODE =
 test: setup
 	-$(BIN)/python scripts/make_real_model.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not soak and not timed' $(LONG_TESTS) $(OTHER_TESTS) $(ARGS)
-	$(BIN)/python -m pytest -m 'timed and not soak' tests/processes tests/soak $(ARGS)
+	$(BIN)/python -m pytest -m 'timed and not soak' $(TIMED_TESTS) $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

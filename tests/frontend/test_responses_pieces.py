@@ -16,6 +16,8 @@ from minisrv.wire.messages import AbortMsg, ShowTreeMsg, TokenizeMsg
 from tests.support.http_server import HttpServer, serve
 from tests.support.scripted_backend import ScriptedBackend
 
+pytestmark = pytest.mark.timed
+
 MAX_HELD_S = 0.02
 NUM_RUNS = 5
 

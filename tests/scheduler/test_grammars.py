@@ -257,6 +257,7 @@ def test_without_a_vocabulary_a_grammar_is_refused() -> None:
     assert set(drain(loop).failures) == {0, 1}
 
 
+@pytest.mark.timed
 def test_a_compile_of_seconds_leaves_the_others_their_pace() -> None:
     loop = grammar_loop()
     # A state for each remainder of the product.
@@ -273,7 +274,7 @@ def test_a_compile_of_seconds_leaves_the_others_their_pace() -> None:
     assert int(text_of(result.tokens[-1])) % (331 * 337) == 0
     added = statistics.median(busy) - statistics.median(quiet)
     assert added < 0.005, f"{added * 1e3:.1f} ms more between two tokens"
-    # Not the 99th percentile: beside other tests on two cores some turns wait for a core.
+    # Not the 99th percentile: on two cores a few turns wait for a core.
     assert statistics.quantiles(busy, n=10)[8] - statistics.median(quiet) < 0.03
 
 

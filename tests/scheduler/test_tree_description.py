@@ -9,6 +9,8 @@ from minisrv.kvcache.manager import KVCacheManager
 from minisrv.scheduler.tree_description import describe_tree
 from minisrv.wire.messages import ShowTreeMsg
 
+pytestmark = pytest.mark.timed
+
 PAGE_SIZE = 4
 
 

@@ -150,13 +150,14 @@ def test_a_closed_sandbox_has_no_process(sandbox: Sandbox) -> None:
         sandbox.try_out(Grammar.regex("b"))
 
 
+@pytest.mark.timed
 def test_an_honest_new_grammar_costs_at_most_50_ms(sandbox: Sandbox) -> None:
     times = []
     for i in range(15):
         began = time.monotonic()
         sandbox.try_out(Grammar.json_schema({"type": "integer", "minimum": i}))
         times.append(time.monotonic() - began)
-    assert min(times) < 0.05  # the median, where nothing else runs
+    assert min(times) < 0.05  # pauses of the machine only add to a run
 
 
 def test_honest_grammars_wait_for_two_hostile_ones_and_then_pass(sandbox: Sandbox) -> None:

@@ -227,6 +227,16 @@ def test_token_ids_travel_as_the_bytes_of_an_array() -> None:
     assert len(frame) < ids.nbytes + 500
 
 
+@pytest.mark.parametrize("num_chars", [(1 << 20) - 500, 1 << 20, 5 << 20])
+def test_frames_of_any_size_stay_as_they_are_when_others_are_packed(num_chars: int) -> None:
+    messages = [
+        TokenizeMsg(uid=uid, prompt=letter * num_chars, sampling=SamplingParams())
+        for uid, letter in enumerate("ab")
+    ]
+    frames = [encode(message) for message in messages]
+    assert [decode(frame, TOKENIZER_INBOX) for frame in frames] == messages
+
+
 def test_a_frame_of_another_epoch_is_refused() -> None:
     frame = encode(DescribeMsg(query=2), epoch=3)
     assert decode(frame, TOKENIZER_INBOX, epoch=3) == DescribeMsg(query=2)

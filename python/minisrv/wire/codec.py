@@ -20,6 +20,7 @@ from minisrv.errors import DecodeError, InvalidRequestError, OtherEpochError
 from minisrv.wire.messages import DetokenizeMsg, InboxTypes, Message, UserReply
 
 _TAGS: dict[type[Any], int] = {kind: tag for tag, kind in enumerate(get_args(Message), 1)}
+_COPIED_BYTES = 1 << 20  # a larger frame is not copied, for that costs as much as to pack it
 _BIG_INTEGER = 1  # the code of the extension type; its bytes are little-endian and signed
 _COLUMNS = {
     DetokenizeMsg: ("uids", "token_ids", "finishes"),
@@ -27,13 +28,15 @@ _COLUMNS = {
 }
 
 
-def encode(message: Message, epoch: int = 0) -> bytes:
+def encode(message: Message, epoch: int = 0) -> bytes | memoryview:
     """The frame of a message; `epoch` counts the starts of the processes that exchange it."""
-    frame = [_TAGS[type(message)], epoch, *_field_values(message)]
-    return msgpack.packb(frame, default=_pack)  # type: ignore[no-any-return]
+    packer = msgpack.Packer(default=_pack, autoreset=False)
+    packer.pack([_TAGS[type(message)], epoch, *_field_values(message)])
+    frame: memoryview = packer.getbuffer()
+    return bytes(frame) if len(frame) <= _COPIED_BYTES else frame
 
 
-def decode(frame: bytes, types: InboxTypes, epoch: int = 0) -> Message:
+def decode(frame: bytes | memoryview, types: InboxTypes, epoch: int = 0) -> Message:
     """The message in a frame.
 
     Raises DecodeError unless the frame is of this epoch and holds a whole message of `types`; the

@@ -191,7 +191,7 @@ class BoundedOutbox:
         """The receiver has taken frames of this many bytes."""
         self.num_bytes -= num_bytes
 
-    def _queue(self, frame: bytes) -> None:
+    def _queue(self, frame: bytes | memoryview) -> None:
         self._socket.send(frame, zmq.NOBLOCK)
         self.num_bytes += len(frame)
 
