@@ -267,45 +267,55 @@ template <class T, class C, int CHUNKS>
 using Query = float;
 #endif
 
-// scores[r][t] = scale * q[r] . keys[t], for ROWS rows of q. The keys are at keys[t] + offset.
+// One query row's products with kLanes keys, summed lane by lane.
+struct Products {
+  Lanes of_key[kLanes];
+};
+
+// The products of one key, the t-th of kLanes, with ROWS rows of q.
 template <int CHUNKS, int ROWS, class Q, class T>
-void score(const Q* q, const T* const keys[kLanes], long offset, float scale, float* scores,
-           long row_size) {
-  constexpr long size = CHUNKS * kLanes, together = 4;  // sums whose additions overlap
-  Lanes products[ROWS][kLanes];
-  for (long first = 0; first < kLanes; first += together) {
-    Lanes sums[ROWS][together] = {};
-    for (long d = 0; d < size; d += kStep<Q, T>)
-      for (long t = 0; t < together; ++t)
-        for (long r = 0; r < ROWS; ++r)
-          sums[r][t] = add_products(sums[r][t], q + r * size + d, keys[first + t] + offset + d);
-    for (long r = 0; r < ROWS; ++r) std::copy_n(sums[r], together, products[r] + first);
-  }
-  for (long r = 0; r < ROWS; ++r) store_lanes(scores + r * row_size, sum_each(products[r]) * scale);
+void multiply_key(const Q* q, const T* key, long t, Products* products) {
+  constexpr long size = CHUNKS * kLanes;
+  Lanes sums[ROWS] = {};
+#pragma GCC unroll 16
+  for (long d = 0; d < size; d += kStep<Q, T>)
+    for (long r = 0; r < ROWS; ++r) sums[r] = add_products(sums[r], q + r * size + d, key + d);
+  for (long r = 0; r < ROWS; ++r) products[r].of_key[t] = sums[r];
 }
 
-// out[r] += the sum of weights[r][t] * values[t], for ROWS rows. The values are at values[t] + offset.
+constexpr long kTogether = 4;  // values that are added at once: more streams are read slower
+
+// out[r] += the sum of weights[r][t] * values[t] for ROWS rows and kTogether values. These are at
+// values[t] + offset.
 template <int CHUNKS, int ROWS, class T>
-void add_values(const float* weights, long row_size, const T* const values[kLanes], long offset,
+void add_values(const float* weights, long row_size, const T* const* values, long offset,
                 float* out) {
-  constexpr long size = CHUNKS * kLanes, together = std::gcd(CHUNKS, 8 / ROWS);
-  for (long d = 0; d < size; d += together * kLanes) {
-    Lanes sums[ROWS][together];
-    for (long r = 0; r < ROWS; ++r) std::memcpy(sums[r], out + r * size + d, sizeof sums[r]);
-    for (long t = 0; t < kLanes; ++t)
-      for (long c = 0; c < together; ++c) {
-        const Lanes value = load_lanes(values[t] + offset + d + c * kLanes);
-        for (long r = 0; r < ROWS; ++r) sums[r][c] += weights[r * row_size + t] * value;
-      }
-    for (long r = 0; r < ROWS; ++r) std::memcpy(out + r * size + d, sums[r], sizeof sums[r]);
+  constexpr long size = CHUNKS * kLanes;
+  Lanes w[ROWS][kTogether];
+  for (long r = 0; r < ROWS; ++r)
+    for (long t = 0; t < kTogether; ++t) w[r][t] = Lanes{} + weights[r * row_size + t];
+  for (long d = 0; d < size; d += kLanes) {
+    Lanes v[kTogether];
+#pragma GCC unroll 4
+    for (long t = 0; t < kTogether; ++t) v[t] = load_lanes(values[t] + offset + d);
+    for (long r = 0; r < ROWS; ++r) {
+      Lanes sum = load_lanes(out + r * size + d);
+      for (long t = 0; t < kTogether; ++t) sum += w[r][t] * v[t];
+      store_lanes(out + r * size + d, sum);
+    }
   }
 }
 
-// use(r, number of rows) for rows begin .. end, 4, 2 or 1 at a time.
-template <int MOST = 4, class Use>
+template <class T>
+inline void fetch(const T* from, long size) {
+  for (long i = 0; i < size; i += 64 / long(sizeof(T))) __builtin_prefetch(from + i);
+}
+
+// use(r, number of rows) for rows begin .. end, two at a time.
+template <class Use>
 inline void for_rows(long begin, long end, const Use& use) {
-  for (; begin + MOST <= end; begin += MOST) use(begin, std::integral_constant<int, MOST>());
-  if constexpr (MOST > 1) for_rows<MOST / 2>(begin, end, use);
+  for (; begin + 2 <= end; begin += 2) use(begin, std::integral_constant<int, 2>());
+  if (begin < end) use(begin, std::integral_constant<int, 1>());
 }
 
 // Tiles for many query rows, which are computed kRows at a time with two registers of sums each. The
@@ -464,44 +474,45 @@ void attend(const float* q, const Cache<T>& cache, const int32_t* pages, long kv
 
 // Attention of one new token over positions begin .. end: G query rows for each of the key heads
 // first_head .. first_head + num. The heads of a slot are adjacent, so pages are read once, in memory
-// order, with prefetching. q and out: [num, G, D]; lse: [num, G]; scores: space for [num * G, number
-// of positions rounded up to kLanes].
+// order. Slots are fetched some positions ahead, as if all were in one page. q and out: [num, G, D];
+// lse: [num, G]; products: space for [num, G]; scores: space for [num, G, number of positions rounded
+// up to kLanes].
 template <class Q, class T, int CHUNKS>
 void attend_to_own(const Q* q, const Cache<T>& cache, const int32_t* pages,
                    long first_head, long num, long group, long begin, long end, float scale,
-                   float* scores, float* out, float* lse) {
-  constexpr long size = CHUNKS * kLanes, line = 64 / sizeof(T);
+                   Products* products, float* scores, float* out, float* lse) {
+  constexpr long size = CHUNKS * kLanes, ahead = 2;
   const long row_size = (end - begin + kLanes - 1) / kLanes * kLanes;
   const long slot_size = cache.kv_heads * size;
   const T* slots[kLanes];
-  const T* later[kLanes];
-  const auto read = [&](const T* base, const auto& use) {
-    find_slots(base, cache, slot_size, pages, begin, end, later);
-    for (long first = begin; first < end; first += kLanes) {
-      std::copy_n(later, kLanes, slots);
-      if (first + kLanes < end) {
-        find_slots(base, cache, slot_size, pages, first + kLanes, end, later);
-        for (long t = 0; t < kLanes; ++t)
-          for (long d = 0; d < num * size; d += line) __builtin_prefetch(later[t] + d);
+  for (long first = begin; first < end; first += kLanes) {
+    find_slots(cache.keys + first_head * size, cache, slot_size, pages, first, end, slots);
+    for (long t = 0; t < kLanes; ++t)
+      for (long h = 0; h < num; ++h) {
+        const T* key = slots[t] + h * size;
+        fetch(key + ahead * slot_size, size);
+        for_rows(h * group, (h + 1) * group, [&](long r, auto count) {
+          multiply_key<CHUNKS, count>(q + r * size, key, t, products + r);
+        });
       }
-      for (long h = 0; h < num; ++h) use(first - begin, h);
-    }
-  };
-  read(cache.keys + first_head * size, [&](long at, long h) {
-    for_rows<2>(h * group, (h + 1) * group, [&](long r, auto count) {
-      score<CHUNKS, count>(q + r * size, slots, h * size, scale, scores + r * row_size + at,
-                           row_size);
-    });
-  });
+    for (long r = 0; r < num * group; ++r)
+      store_lanes(scores + r * row_size + first - begin, sum_each(products[r].of_key) * scale);
+  }
   for (long r = 0; r < num * group; ++r)
     lse[r] = softmax(scores + r * row_size, end - begin, row_size);
   std::fill_n(out, num * group * size, 0.0f);
-  read(cache.values + first_head * size, [&](long at, long h) {
-    for_rows(h * group, (h + 1) * group, [&](long r, auto count) {
-      add_values<CHUNKS, count>(scores + r * row_size + at, row_size, slots, h * size,
-                                out + r * size);
-    });
-  });
+  for (long first = begin; first < end; first += kLanes) {
+    find_slots(cache.values + first_head * size, cache, slot_size, pages, first, end, slots);
+    for (long t = 0; t < kLanes; t += kTogether)
+      for (long h = 0; h < num; ++h) {
+        for (long i = t; i < t + kTogether; ++i)
+          fetch(slots[i] + kTogether * slot_size + h * size, size);
+        for_rows(h * group, (h + 1) * group, [&](long r, auto count) {
+          add_values<CHUNKS, count>(scores + r * row_size + first - begin + t, row_size, slots + t,
+                                    h * size, out + r * size);
+        });
+      }
+  }
 }
 
 // Merge attention over further positions into `out` and `lse`, weighted by sums of exponentials.
@@ -582,6 +593,7 @@ void decode_attention(const T* q, long q_stride, const Cache<C>& cache, const in
     const long width = num * group * size;
     std::vector<Query<T, C, CHUNKS>> queries(width);
     std::vector<float> sums(width), lse(num * group), scores(num * group * longest);
+    std::vector<Products> products(num * group);
 #pragma omp for schedule(dynamic)
     for (long task = 0; task < batch * parts; ++task) {
       const long b = task / parts, head = task % parts * num * group;
@@ -589,7 +601,7 @@ void decode_attention(const T* q, long q_stride, const Cache<C>& cache, const in
       convert(from, width, queries.data());
       attend_to_own<Query<T, C, CHUNKS>, C, CHUNKS>(
           queries.data(), cache, page_table + rows[b] * columns, head / group, num, group, shared,
-          kv_lens[b], scale, scores.data(), sums.data(), lse.data());
+          kv_lens[b], scale, products.data(), scores.data(), sums.data(), lse.data());
       const long at = b * heads + head;
       if (shared)
         merge(&shared_sums[at * size], &shared_lse[at], num * group, size, sums.data(),
