@@ -5,7 +5,8 @@ python benchmark/start.py [MODEL ...] [--repetitions N] [--kv-memory SIZE] [--re
 Models are started one after another, in alternating order; by default demo and the 0.6B shape in
 Q4_K_M. A file is read once before each start, so that it comes from memory. Seconds are from the
 launch to the first 200 of /ready. Before, each is started once more, prompts fill its KV cache, and
-the memory of its engine process is taken.
+the memory of its engine process is taken, at the end of the last and when it has had no work for
+some seconds.
 """
 
 from __future__ import annotations
@@ -31,20 +32,26 @@ import psutil
 
 from gguf_files import CACHE
 from minisrv.engine.memory import format_size, parse_size
+from minisrv.supervision.idle_memory import PERIOD_S
 from run import describe_cpu
 
 MODELS = ("demo", str(CACHE.parent / "Qwen3-0.6B-Q4_K_M.gguf"))
 PROMPT_TOKENS = 1000
 ENGINE = "minisrv.scheduler"
 POLL_S = 0.02
+IDLE_S = 3 * PERIOD_S
 READ_BYTES = 2**24
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the engine process, the weights as printed at the start."""
+    """Bytes of the engine process, the weights as printed at the start.
+
+    resident, private: without work. at_work: resident when a prompt has just been computed.
+    """
 
     weights: int
+    at_work: int
     resident: int
     private: int
 
@@ -92,8 +99,10 @@ def measure_memory(model: str, kv_memory: str) -> Memory:
             for child in psutil.Process(process.pid).children(recursive=True)
             if ENGINE in child.cmdline()
         )
-        memory = engine.memory_full_info()
-    return Memory(parse_size(printed[1] + printed[2]), memory.rss, memory.uss)
+        at_work = engine.memory_info().rss
+        time.sleep(IDLE_S)
+        idle = engine.memory_full_info()
+    return Memory(parse_size(printed[1] + printed[2]), at_work, idle.rss, idle.uss)
 
 
 def _wait_ready(process: subprocess.Popen[str], url: str) -> None:
@@ -129,19 +138,22 @@ def page(seconds: dict[str, list[float]], memory: dict[str, Memory], kv_memory: 
         f"`python benchmark/start.py`: {describe_cpu()}; minisrv {version('minisrv')}, "
         f"torch {version('torch')}.",
         f"Medians with the range. A KV cache of {kv_memory}, filled by prompts of {PROMPT_TOKENS} "
-        "tokens. Rest: resident memory less weights and cache.",
+        f"tokens. Memory {IDLE_S:g} s after the last of them, and at its end. Rest: resident "
+        "memory less weights and cache.",
         "",
-        "| model | seconds until ready | weights | resident | private | rest |",
-        "|---|---|---|---|---|---|",
+        "| model | seconds until ready | weights | resident | private | rest | rest at work |",
+        "|---|---|---|---|---|---|---|",
     ]
     for model, times in seconds.items():
         of_engine = memory[model]
         sizes = of_engine.weights, of_engine.resident, of_engine.private
-        rest = of_engine.resident - of_engine.weights - cache
+        counted = of_engine.weights + cache
         cells = [
             Path(model).name,
             f"{statistics.median(times):.1f} ({min(times):.1f}-{max(times):.1f})",
-            *map(format_size, (*sizes, rest)),
+            *map(format_size, sizes),
+            format_size(of_engine.resident - counted),
+            format_size(of_engine.at_work - counted),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

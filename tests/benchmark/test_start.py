@@ -10,11 +10,11 @@ MIB = 2**20
 def test_the_page_has_medians_and_what_is_not_weights_or_cache() -> None:
     import start
 
-    memory = start.Memory(weights=400 * MIB, resident=1000 * MIB, private=900 * MIB)
+    memory = start.Memory(400 * MIB, at_work=1100 * MIB, resident=1000 * MIB, private=900 * MIB)
     text = start.page({"/models/one.gguf": [3.0, 9.0, 4.0]}, {"/models/one.gguf": memory}, "256MiB")
     row = next(line for line in text.splitlines() if line.startswith("| one.gguf"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[1:] == ["4.0 (3.0-9.0)", "400 MiB", "1000 MiB", "900 MiB", "344 MiB"]
+    assert cells[1:] == ["4.0 (3.0-9.0)", "400 MiB", "1000 MiB", "900 MiB", "344 MiB", "444 MiB"]
 
 
 @pytest.mark.soak

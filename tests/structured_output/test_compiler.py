@@ -11,6 +11,7 @@ from minisrv.errors import InvalidRequestError, OverloadedError
 from minisrv.sampling_params import Grammar
 from minisrv.structured_output.compiler import REFUSAL_SECONDS, GrammarCompiler, Outcome
 from minisrv.structured_output.matcher import Matcher
+from minisrv.structured_output.vocabulary import Vocabulary, VocabularySource
 from tests.support.builders import demo_vocabulary
 
 
@@ -54,6 +55,19 @@ def test_the_least_recently_used_goes_when_the_bytes_are_over(compiler: GrammarC
     assert compiler.cache_bytes <= 3 * 2**18 + 1000
     assert compiler.request(Grammar.regex("b"), 9) is None
     assert compiler.request(Grammar.regex("a"), 10) is not None
+
+
+def test_a_tokenizer_that_llguidance_cannot_use_fails_each_grammar_and_is_read_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vocabulary = Vocabulary(VocabularySource("{}", 512, [0]))
+    compiler = GrammarCompiler(vocabulary)
+    for ticket in range(2):
+        assert compiler.request(Grammar.regex("a"), ticket) is None
+        failure = outcomes(compiler, 1)[ticket]
+        assert "llguidance cannot use the tokenizer" in str(failure)
+        monkeypatch.delattr(Vocabulary, "_read", raising=False)
+    compiler.close()
 
 
 def test_a_grammar_that_cannot_be_compiled_fails_all_who_wait(compiler: GrammarCompiler) -> None:

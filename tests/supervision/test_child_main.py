@@ -9,13 +9,16 @@ import pytest
 
 # Blocks of the C heap, of which the last one stays: only `malloc_trim` gives those before it back.
 FREED = """
+import gc
 import psutil
-from minisrv.supervision.child_main import freeze_objects
+from minisrv.supervision.child_main import end_start
 blocks = [bytearray(2000) for _ in range(50_000)]
 kept = bytearray(2000)
 blocks.clear()
+gc.disable()
 before = psutil.Process().memory_info().rss
-freeze_objects()
+end_start()
+assert gc.isenabled()
 print(before - psutil.Process().memory_info().rss)
 """
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minisrv.checkpoint.tokenizer import load_tokenizer
 from minisrv.detokenizer.worker import DetokenizerWorker
-from minisrv.supervision.child_main import BEAT_S, Child, freeze_objects, run_child
+from minisrv.supervision.child_main import BEAT_S, Child, end_start, run_child
 from minisrv.supervision.records import ChildReady
 from minisrv.wire.messages import DETOKENIZER_INBOX
 from minisrv.wire.sockets import Epoch, Inbox, Outbox
@@ -25,7 +25,7 @@ def _serve(child: Child) -> None:
     frontend = Outbox(run_dir, "frontend", epoch)
     progress = child.open_progress()
     progress.beat()
-    freeze_objects()
+    end_start()
     child.report(ChildReady())
     while True:
         inbox.wait(BEAT_S)

@@ -21,7 +21,7 @@ from minisrv.frontend.http.protocol import HttpProtocol, HttpServer
 from minisrv.frontend.registry.engine_client import EngineClient
 from minisrv.frontend.registry.model_info import ModelInfo
 from minisrv.frontend.registry.registry import RequestRegistry
-from minisrv.supervision.child_main import BEAT_S, Child, freeze_objects, run_child
+from minisrv.supervision.child_main import BEAT_S, Child, end_start, run_child
 from minisrv.supervision.records import (
     ChildReady,
     DrainBegun,
@@ -120,7 +120,7 @@ async def _serve(child: Child) -> None:
 
     async with EngineClient(run_dir, registry, num_tokenizers, child.boot.epoch, leave) as client:
         child.handle_notices(lambda notice: loop.call_soon_threadsafe(take_or_fail, notice))
-        freeze_objects()
+        end_start()
         await server.serve([socket.socket(fileno=fd) for fd in child.boot.fds.values()])
         close_app(cast(FastAPI, server.config.app))
         if (error := failure or client.error) is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from minisrv.kv_events.blocks import CachedBlocks
 from minisrv.kv_events.publisher import Publisher
 from minisrv.option_values import read_endpoint
-from minisrv.supervision.child_main import BEAT_S, Child, freeze_objects, run_child
+from minisrv.supervision.child_main import BEAT_S, Child, end_start, run_child
 from minisrv.supervision.records import ChildReady
 from minisrv.wire.messages import KV_EVENTS_INBOX
 from minisrv.wire.sockets import Epoch, Inbox
@@ -31,7 +31,7 @@ def _serve(child: Child) -> None:
     blocks = CachedBlocks(config.page_size)
     progress = child.open_progress()
     progress.beat()
-    freeze_objects()
+    end_start()
     child.report(ChildReady())
     while True:
         inbox.wait(BEAT_S, publisher.replay_socket)

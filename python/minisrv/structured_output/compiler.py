@@ -145,6 +145,7 @@ class GrammarCompiler:
             )
 
     def _compile(self, grammar: Grammar) -> _Compiled:
+        self._vocabulary.load()  # its error is clearer than that of a sandbox that cannot start
         grown = self._sandbox.try_out(grammar)
         num_bytes = _BYTES_EACH + _BYTES_PER_BYTE * len(grammar.text)
         if grown > _NOISE_BYTES:

@@ -169,6 +169,7 @@ def main() -> None:
     import_module("minisrv.structured_output.checker")  # before the forks, so that none takes long
     settings = json.load(sys.stdin.buffer)
     vocabulary = Vocabulary(VocabularySource(**settings["vocabulary"]))
+    vocabulary.load()
     requests = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
     while True:

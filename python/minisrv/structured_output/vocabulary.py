@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from minisrv.errors import InvalidRequestError, MinisrvError
 from minisrv.structured_output.matcher import Matcher
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
     from minisrv.checkpoint.tokenizer import HFTokenizer
 
@@ -61,10 +62,9 @@ def read_vocabulary(
 
 
 class Vocabulary:
-    """Compiles grammars for one model. Thread-safe; compiling releases the GIL.
+    """Compiles grammars for one model. Thread-safe; compiling releases the GIL, loading does not.
 
-    limits: None is `default_limits`. Raises MinisrvError if llguidance is not installed or cannot
-    read the tokenizer.
+    limits: None is `default_limits`. Raises MinisrvError if llguidance is not installed.
     """
 
     def __init__(self, source: VocabularySource, limits: LLParserLimits | None = None) -> None:
@@ -72,27 +72,44 @@ class Vocabulary:
             import llguidance
         except ImportError as error:
             raise MinisrvError(f"llguidance cannot be imported: {error}") from error
+        self.source = source
+        self._library = llguidance
+        self._limits = default_limits() if limits is None else limits
+        self._lock = threading.Lock()
+        self._tokens: LLTokenizer | MinisrvError | None = None
+        self.num_words = (source.size + 31) // 32
+
+    def load(self) -> LLTokenizer:
+        """Read the tokenizer if that was not done yet: most of a second for 150,000 tokens.
+
+        Raises MinisrvError if llguidance cannot use it.
+        """
+        with self._lock:
+            if self._tokens is None:
+                self._tokens = self._read()
+            if isinstance(self._tokens, MinisrvError):
+                raise self._tokens
+            return self._tokens
+
+    def _read(self) -> LLTokenizer | MinisrvError:
+        source = self.source
         try:
-            self._tokens = llguidance.LLTokenizer(
+            return self._library.LLTokenizer(
                 source.tokenizer, n_vocab=source.size, eos_token=source.eos_ids
             )
         except Exception as error:  # the library raises ValueError and its own types
-            raise MinisrvError(f"llguidance cannot use the tokenizer: {error}") from error
-        self.source = source
-        self._matcher_type = llguidance.LLMatcher
-        self._limits = default_limits() if limits is None else limits
-        self.num_words = (source.size + 31) // 32
+            return MinisrvError(f"llguidance cannot use the tokenizer: {error}")
 
     def find_error(self, source: str) -> str | None:
         """The error in the source of a grammar, or None; takes as long as compiling it."""
-        wrong, messages = self._matcher_type.validate_grammar_with_warnings(
-            source, self._tokens, limits=self._limits
+        wrong, messages = self._library.LLMatcher.validate_grammar_with_warnings(
+            source, self.load(), limits=self._limits
         )
         return messages[0] if wrong else None
 
     def compile(self, source: str) -> Matcher:
         """A matcher at the start of the text. Raises InvalidRequestError."""
-        inner = self._matcher_type(self._tokens, source, log_level=0, limits=self._limits)
+        inner = self._library.LLMatcher(self.load(), source, log_level=0, limits=self._limits)
         # The first mask builds the automata that all copies share.
         inner.compute_bitmask()
         if inner.is_error():

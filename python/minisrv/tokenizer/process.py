@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minisrv.checkpoint.model_config import load_model_config
 from minisrv.checkpoint.tokenizer import load_tokenizer
-from minisrv.supervision.child_main import BEAT_S, Child, freeze_objects, run_child
+from minisrv.supervision.child_main import BEAT_S, Child, end_start, run_child
 from minisrv.supervision.records import ChildReady
 from minisrv.tokenizer.backlog import Backlog, uids_of
 from minisrv.tokenizer.chat_template import ChatTemplate
@@ -57,7 +57,7 @@ def _serve(child: Child) -> None:
     )
     progress = child.open_progress()
     progress.beat()
-    freeze_objects()
+    end_start()
     child.report(ChildReady({"chat_format": asdict(worker.chat_format)}))
 
     def send(message: Message) -> None:

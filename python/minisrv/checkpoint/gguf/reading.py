@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Callable, Collection, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn, overload
@@ -65,12 +67,12 @@ class GgufTensor:
 class _Array:
     """An array in the metadata that is decoded when it is asked for.
 
-    texts: the undecoded texts of an array of texts.
+    text: the text at a place, of an array of texts.
     """
 
     count: int
     decode: Callable[[], list[Any]]
-    texts: Callable[[], Iterator[bytes]] | None = None
+    text: Callable[[int], bytes] | None = None
 
 
 class GgufCheckpoint:
@@ -127,20 +129,18 @@ class GgufCheckpoint:
 
     def count(self, key: str) -> int:
         """The number of elements of an array; 0 if there is no such array."""
-        array = self._metadata.get(key)
-        return array.count if isinstance(array, _Array) else 0
+        value = self._metadata.get(key)
+        return value.count if isinstance(value, _Array) else 0
 
     def some_texts(self, key: str, places: Collection[int]) -> dict[int, str]:
-        """The texts at these places of an array, a good deal faster than all of them.
+        """The texts at these places of an array, those of the places that it has.
 
         Raises ConfigError if the value of `key` is not an array of texts.
         """
-        array, wanted = self._metadata.get(key), frozenset(places)
-        if not isinstance(array, _Array) or array.texts is None:
+        value = self._metadata.get(key)
+        if not isinstance(value, _Array) or value.text is None:
             raise ConfigError(f"{self.name} has no texts in {key}")
-        return {
-            i: text.decode(errors="replace") for i, text in enumerate(array.texts()) if i in wanted
-        }
+        return {i: value.text(i).decode(errors="replace") for i in places if 0 <= i < value.count}
 
     def data(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a tensor in the mapped file, uint8 [all rows, bytes per row]."""
@@ -253,40 +253,42 @@ class _GgufFile:
         kind, count = self._take_kind(key), self._take(_U64)
         if kind is GGUFValueType.ARRAY:
             self._fail(f"{_shown(key)} is an array of arrays")
-        start = self._at
         if kind is GGUFValueType.STRING:
             self._check_count(f"texts in {_shown(key)}", count, _U64.size)
-            self._skip_strings(count)
-            end = self._at
-            return _Array(
-                count, lambda: self._strings(start, end), lambda: self._undecoded(start, end)
-            )
+            ends = self._skip_strings(count)
+
+            def text(i: int) -> bytes:
+                return self.contents[ends[i] + _U64.size : ends[i + 1]]
+
+            return _Array(count, lambda: self._strings(ends), text)
+        start = self._at
         size = struct.calcsize(f"<{_NUMBERS[kind]}")
         self._check_count(f"numbers in {_shown(key)}", count, size)
         self._at += count * size
         numbers = f"<{count}{_NUMBERS[kind]}"
         return _Array(count, lambda: list(struct.unpack_from(numbers, self.contents, start)))
 
-    def _skip_strings(self, count: int) -> None:
+    def _skip_strings(self, count: int) -> array[int]:
+        """Go behind some strings; returns where each length begins, and the end."""
         contents, at, unpack = self.contents, self._at, _U64.unpack_from
+        ends = array("Q", [at])
         for _ in range(count):
             at += _U64.size + unpack(contents, at)[0]
+            ends.append(at)
         if at > self._size:
             raise struct.error
         self._at = at
+        return ends
 
-    def _strings(self, start: int, end: int) -> list[str]:
+    def _strings(self, ends: array[int]) -> list[str]:
+        start, size = ends[0], _U64.size
+        block = self.contents[start : ends[-1]]
         try:
-            return [text.decode() for text in self._undecoded(start, end)]
+            return [
+                block[begin - start + size : end - start].decode() for begin, end in pairwise(ends)
+            ]
         except UnicodeDecodeError:
             self._fail("it has a text that is not UTF-8")
-
-    def _undecoded(self, start: int, end: int) -> Iterator[bytes]:
-        block, at, unpack = self.contents[start:end], 0, _U64.unpack_from
-        while at < len(block):
-            begin = at + _U64.size
-            at = begin + unpack(block, at)[0]
-            yield block[begin:at]
 
     def _take_tensors(self, count: int) -> dict[str, GgufTensor]:
         """The tensors; the places in the file are relative to the end of this list."""

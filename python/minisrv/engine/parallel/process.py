@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from minisrv.supervision.child_main import Child, freeze_objects, run_child
+from minisrv.supervision.child_main import Child, end_start, run_child
 from minisrv.supervision.records import ChildReady
 
 
@@ -32,7 +32,7 @@ def _follow(child: Child) -> None:
         engine = RankEngine(config, model_dir, model_config, group, device)
     except PeerFailedError:
         threading.Event().wait()  # rank 0 ends this process once it knows why
-    freeze_objects()
+    end_start()
     child.report(ChildReady())
     with open(boot.fds["plan"], "rb") as pipe:
         for batch in read_plans(pipe):
