@@ -9,7 +9,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <numeric>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -283,7 +282,7 @@ void multiply_key(const Q* q, const T* key, long t, Products* products) {
   for (long r = 0; r < ROWS; ++r) products[r].of_key[t] = sums[r];
 }
 
-constexpr long kTogether = 4;  // values that are added at once: more streams are read slower
+constexpr long kTogether = 4;  // values that are added at once
 
 // out[r] += the sum of weights[r][t] * values[t] for ROWS rows and kTogether values. These are at
 // values[t] + offset.
